@@ -1,0 +1,56 @@
+# A fresh machine needs only Python >= 3.11 and make: each target creates .venv, installs what it needs once, and runs.
+# A virtual environment that is already at .venv is used as it is, and so is a build of PyTorch installed in it.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install
+RUNTIME := $(VENV)/.installed-requirements
+DEV := $(VENV)/.installed-requirements-dev
+PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,checkpoints merging aim evaluation reports)))
+COMMANDS := $(wildcard *.py)
+CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
+	@echo 'Variables: PYTHON=python3.12 (creates .venv), PYTEST_ARGS="-k ties -x", DEMO_ARGS=...'
+
+demo: $(RUNTIME)  ## a small merge, from start to end
+	PYTHONPATH=. $(PY) examples/demo.py $(DEMO_ARGS)
+
+test: $(DEV)  ## all tests, without network
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
+
+check: $(DEV)  ## lint, formatting, types, and which package may import which
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+ifneq ($(strip $(PACKAGES) $(COMMANDS)),)
+	$(PY) -m mypy $(PACKAGES) $(COMMANDS)
+endif
+	$(PY) -m pytest tests/test_repository.py -k imports
+
+clean:  ## remove .venv and all caches
+	rm -rf $(VENV) $(CACHES)
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing venv puts there: an environment that broke off half-way is made again.
+$(VENV)/bin/pip:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON): not found. Install Python >= 3.11, or name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON): expected Python >= 3.11, got $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): requirements.txt | $(VENV)/bin/pip
+	@echo 'Installing requirements.txt into $(VENV): some minutes, once.'
+	$(PIP) "$$(grep '^torch==' requirements.txt)"
+	$(PIP) --quiet -r requirements.txt
+	@touch $@
+
+$(DEV): requirements-dev.txt $(RUNTIME)
+	$(PIP) --quiet -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,46 @@
+"""The errors a user can cause: one clear message, an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Something the user handed us does not fit: a checkpoint, a data file, a full disk. Exit code 1.
+
+    The message reads `<where>: expected X, got Y. What to do.`
+    """
+
+    exit_code = 1
+
+
+class ArgumentError(InputError):
+    """A flag or a recipe key is wrong, whatever the files hold. Exit code 2."""
+
+    exit_code = 2
+
+
+class Refusals(InputError):
+    """Everything found wrong, in one message, so that a user mends it all at once.
+
+    Args:
+        problems: one sentence or more each; the exit code is 2 where all of them are argument errors.
+    """
+
+    def __init__(self, problems: Iterable[str | InputError]):
+        self.problems = list(problems)
+        if all(isinstance(problem, ArgumentError) for problem in self.problems):
+            self.exit_code = ArgumentError.exit_code
+        lines = [str(problem) for problem in self.problems]
+        super().__init__(
+            lines[0] if len(lines) == 1 else f"{len(lines)} problems:\n" + "\n".join(f"- {line}" for line in lines)
+        )
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """`unknown KIND 'NAME'`, the nearest known name if one is near, and the list of all."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"unknown {kind} '{name}'.{hint} Known: {', '.join(names)}."

@@ -1,0 +1,66 @@
+"""A model as an input: its folder, its open weights, and what config and tokenizer say, read when first asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from checkpoints.location import Location, ModelName, locate
+from checkpoints.reader import Checkpoint, open_checkpoint
+from checkpoints.sidecars import licence_of, read_config
+from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
+
+if TYPE_CHECKING:
+    from checkpoints.architecture import Architecture
+
+
+@dataclass
+class Model:
+    """One input of a command.
+
+    location: where its files are; weights: its tensors; trust_remote_code: whether its own Python files may run.
+    """
+
+    location: Location
+    weights: Checkpoint
+    trust_remote_code: bool = False
+
+    @property
+    def label(self) -> str:
+        """How messages name it: as the user wrote it."""
+        return str(self.location.name)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json. Raises InputError where it is missing or damaged."""
+        return read_config(self.location.folder, self.label)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokenizer's tokens; None without a tokenizer."""
+        return read_vocabulary(self.location.folder, self.label, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def vocabulary_digest(self) -> str | None:
+        """Equal where the token files are equal."""
+        return vocabulary_digest(self.location.folder)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What holds each tensor; builds the model class without its weights, which takes seconds."""
+        from checkpoints.architecture import describe
+
+        shapes = {name: info.shape for name, info in self.weights.tensors.items()}
+        return describe(self.location.folder, shapes, label=self.label, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def licence(self) -> str | None:
+        """The licence its model card names, or None."""
+        return licence_of(self.location.folder)
+
+
+def open_model(name: ModelName, *, quiet: bool = False, trust_remote_code: bool = False) -> Model:
+    """Find a model, download what is missing, and open its weights; reads headers only. Raises InputError as `locate`."""
+    location = locate(name, quiet=quiet, trust_remote_code=trust_remote_code)
+    return Model(location, open_checkpoint(location.folder, str(name)), trust_remote_code)

@@ -1,0 +1,104 @@
+"""Where a checkpoint came from: digests of inputs and outputs, versions, the recipe file and the model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from checkpoints import VERSION
+from checkpoints.model import Model
+from checkpoints.reader import WeightFile
+from checkpoints.staging import RECIPE_FILE
+from checkpoints.writer import chunked_sha256, write_file
+
+RECIPE_SCHEMA = 1
+Digest = Literal["none", "outputs", "full"]
+
+
+def describe_input(model: Model, digest: Digest) -> dict[str, Any]:
+    """What identifies one input: a hub model's commit and the hub's own sha256, a local file's size, time and header.
+
+    Args:
+        model: the opened model.
+        digest: `full` reads every weight file once more and takes its `sha256_64MiB`.
+    """
+    entry: dict[str, Any] = {"model": model.label, "folder": str(model.location.folder)}
+    if model.location.revision:
+        entry["revision"] = model.location.revision
+    entry["files"] = {
+        file.path.name: _describe_file(file, model.location.hub_sha256, digest) for file in model.weights.files
+    }
+    return entry
+
+
+def _describe_file(file: WeightFile, hub_sha256: Mapping[str, str], digest: Digest) -> dict[str, Any]:
+    tensors = {name: [str(info.dtype), list(info.shape)] for name, info in sorted(file.tensors.items())}
+    entry: dict[str, Any] = {
+        "bytes": file.size,
+        "tensors_sha256": hashlib.sha256(json.dumps(tensors).encode()).hexdigest(),
+    }
+    if file.path.name in hub_sha256:
+        entry["sha256"] = hub_sha256[file.path.name]
+    else:
+        entry["mtime_ns"] = file.mtime_ns
+    if digest == "full":
+        entry["sha256_64MiB"] = chunked_sha256(file.path)
+    return entry
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a number."""
+    packages = {name: metadata.version(name) for name in ("torch", "safetensors", "transformers")}
+    return {"toolkit": VERSION, "python": platform.python_version(), **packages}
+
+
+def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Write merge_recipe.json: the recipe's keys, then what came of it."""
+    content = {"schema": RECIPE_SCHEMA, **recipe}
+    write_file(folder / RECIPE_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def common_licence(models: Sequence[Model]) -> str | None:
+    """The licence of all models, where all name the same one."""
+    licences = {model.licence for model in models}
+    return licences.pop() if len(licences) == 1 else None
+
+
+def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, command: Sequence[str] | None) -> str:
+    """README.md of a merged model: YAML front matter for the hub, what was merged, the command that did it.
+
+    Args:
+        title: the model's name.
+        base, models: the inputs; the front matter names them as the user did, a hub model without its revision.
+        text: Markdown between the list of models and the command.
+        command: argument list as run; None where it was called from Python.
+    """
+    names = [model.location.name.path_or_id for model in (base, *models)]
+    front = ["---", "base_model:", *(f"- {json.dumps(name)}" for name in names)]
+    front += ["library_name: transformers", "tags:", "- merge"]
+    licence = common_licence([base, *models])
+    if licence:
+        front.append(f"license: {json.dumps(licence)}")
+    front.append("---")
+    listed = "\n".join(f"- `{model.label}`" for model in models)
+    parts = [
+        *front,
+        "",
+        f"# {title}",
+        "",
+        f"A merge of these models, fine-tuned from `{base.label}`:",
+        "",
+        listed,
+        "",
+        text.strip(),
+    ]
+    if command:
+        parts += ["", "Made by", "", "```sh", shlex.join(command), "```"]
+    parts += ["", f"Every parameter, and a digest of every file, is in `{RECIPE_FILE}`.", ""]
+    return "\n".join(parts)

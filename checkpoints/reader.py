@@ -1,0 +1,266 @@
+"""Open a checkpoint folder as a source: safetensors or `pytorch_model.bin`, one file or many."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.errors import InputError
+from checkpoints.safetensors_format import StoredTensor, pread_exactly, read_header
+from checkpoints.source import SAFETENSORS_NAMES, Source, TensorInfo
+
+# In the order in which transformers looks for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def find_weight_files(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str] | None]:
+    """The weight files of a checkpoint folder, in order of their names, and the index's weight map where there is one.
+
+    Raises: InputError: no weights in the folder; an index that is damaged, or names a file that is missing or lies outside.
+    """
+    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None:
+        there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise InputError(
+            f"{label}: expected {WEIGHT_FILES[0]}, {WEIGHT_FILES[2]} or an index of shards in {folder}, got {there}."
+        )
+    if found.suffix != ".json":
+        return [found], None
+    try:
+        weight_map = json.loads(found.read_text("utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise InputError(
+            f"{label}: {found.name}: expected a JSON object with a weight_map, got something else. Download it again."
+        ) from None
+    for name in names:
+        if Path(name).name != name or name in (".", ".."):
+            raise InputError(
+                f"{label}: {found.name}: names the file '{name}', which lies outside the folder. Do not trust this checkpoint."
+            )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(f"{label}: {found.name} names files that are not there: {', '.join(missing)}. Download them.")
+    return [folder / name for name in names], weight_map
+
+
+def open_checkpoint(folder: Path, label: str) -> Checkpoint:
+    """Open a folder's weights; reads headers only.
+
+    Args:
+        folder: a checkpoint as `save_pretrained` or the hub lays it out.
+        label: how messages name the model.
+
+    Raises: InputError: no weights, a damaged file, an index and files that disagree, a pickle that is not plain tensors.
+    """
+    files, weight_map = find_weight_files(folder, label)
+    opened = [_open_file(path, label) for path in files]
+    owner: dict[str, WeightFile] = {}
+    for file in opened:
+        for name in file.tensors:
+            if name in owner:
+                raise InputError(
+                    f"{label}: the tensor {name} is in {owner[name].path.name} and in {file.path.name}. Remove one of them."
+                )
+            owner[name] = file
+    if weight_map is not None:
+        _check_index(weight_map, owner, label)
+    return Checkpoint(folder, label, owner)
+
+
+def _check_index(weight_map: Mapping[str, str], owner: Mapping[str, WeightFile], label: str) -> None:
+    """Raise InputError where the index and the files' own headers tell different stories."""
+    in_files = {name: file.path.name for name, file in owner.items()}
+    for name in sorted(weight_map.keys() | in_files.keys()):
+        if weight_map.get(name) != in_files.get(name):
+            raise InputError(
+                f"{label}: {name}: the index puts it in {weight_map.get(name, 'no file')}, "
+                f"the files hold it in {in_files.get(name, 'none')}. Download the index and the files again."
+            )
+
+
+class Checkpoint:
+    """A folder's tensors as a source (see `Source`), and the files they lie in."""
+
+    def __init__(self, folder: Path, label: str, owner: Mapping[str, WeightFile]):
+        self.folder = folder
+        self.label = label
+        self._owner = owner
+        self.tensors: Mapping[str, TensorInfo] = {name: owner[name].tensors[name] for name in sorted(owner)}
+
+    @property
+    def files(self) -> list[WeightFile]:
+        """The open weight files, in order of their names."""
+        return sorted(set(self._owner.values()), key=lambda file: file.path.name)
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`."""
+        return self._owner[name].read(name, start, stop, buffer)
+
+    def check_unchanged(self) -> None:
+        """Raise InputError where a file is not the one that was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
+    def close(self) -> None:
+        """Close every file; reading afterwards is an error."""
+        for file in self.files:
+            file.close()
+
+
+class WeightFile:
+    """One open weight file, and what it looked like when it was opened."""
+
+    def __init__(self, path: Path, label: str):
+        self.path = path
+        self.where = f"{label}: {path.name}"
+        self.tensors: dict[str, TensorInfo] = {}
+        status = path.stat()
+        self.size = status.st_size
+        self.mtime_ns = status.st_mtime_ns
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`."""
+        raise AssertionError("each kind of file reads its own way")
+
+    def check_unchanged(self) -> None:
+        """Raise InputError where the file is not the one that was opened, by size and time of change."""
+        status = self.path.stat() if self.path.exists() else None
+        if status is None or (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns):
+            raise InputError(
+                f"{self.where}: the file changed while it was read. Run the command again when it is at rest."
+            )
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+class SafetensorsFile(WeightFile):
+    """Reads with `pread`: half the time of mmap, and the pages stay out of the process's memory."""
+
+    def __init__(self, path: Path, label: str):
+        super().__init__(path, label)
+        self._stored: dict[str, StoredTensor] = read_header(path, label)
+        self.tensors = {name: stored.info for name, stored in self._stored.items()}
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`."""
+        stored = self._stored[name]
+        itemsize = stored.info.dtype.itemsize
+        raw = buffer[: (stop - start) * itemsize]
+        pread_exactly(self._descriptor, raw.numpy().data, stored.offset + start * itemsize, f"{self.where}: {name}")
+        return raw.view(stored.info.dtype)
+
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class PickleFile(WeightFile):
+    """`pytorch_model.bin`, loaded by torch's unpickler for plain tensors, which calls nothing that the file names."""
+
+    def __init__(self, path: Path, label: str):
+        super().__init__(path, label)
+        self._loaded = self._load()
+        self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._loaded.items()}
+
+    def _load(self) -> dict[str, torch.Tensor]:
+        advice = "Nothing in it was executed. Ask its author for safetensors."
+        try:
+            # Files of torch before 1.6 are no zip archives and cannot be mapped: they are read whole.
+            state: Any = torch.load(
+                self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
+            )
+        except pickle.UnpicklingError as error:
+            reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]
+            raise InputError(
+                f"{self.where}: expected a pickle of plain tensors, got more: {reason:.300}. {advice}"
+            ) from None
+        except (
+            RuntimeError,
+            EOFError,
+            ValueError,
+            OSError,
+            zipfile.BadZipFile,
+            KeyError,
+            AttributeError,
+            TypeError,
+        ) as error:
+            raise InputError(
+                f"{self.where}: cannot be read as a torch checkpoint: {str(error).splitlines()[0]:.300}. Download it again."
+            ) from None
+        if not isinstance(state, dict) or not state:
+            raise InputError(f"{self.where}: expected a dictionary of tensors, got {type(state).__name__}. {advice}")
+        for name, value in state.items():
+            if (
+                not isinstance(name, str)
+                or type(value) not in (torch.Tensor, torch.nn.Parameter)
+                or value.layout != torch.strided
+            ):
+                raise InputError(
+                    f"{self.where}: {name!r:.100}: expected a dense tensor, got {type(value).__name__}. {advice}"
+                )
+            if value.dtype not in SAFETENSORS_NAMES:
+                raise InputError(f"{self.where}: {name}: the dtype {value.dtype} is not supported.")
+        return {name: value.detach() for name, value in state.items()}
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`; only the rows asked for are made contiguous."""
+        tensor = self._loaded[name]
+        if tensor.ndim < 2:
+            return tensor.reshape(-1)[start:stop]
+        per_row = tensor[0].numel()
+        first = start // per_row
+        rows = tensor[first : -(-stop // per_row)].reshape(-1)
+        return rows[start - first * per_row : stop - first * per_row]
+
+    def close(self) -> None:
+        """Let go of the mapped tensors."""
+        self._loaded = {}
+
+
+def _open_file(path: Path, label: str) -> WeightFile:
+    try:
+        return SafetensorsFile(path, label) if path.suffix == ".safetensors" else PickleFile(path, label)
+    except OSError as error:
+        raise InputError(f"{label}: {path.name}: cannot be opened: {error.strerror}.") from error
+
+
+def read_tensor(source: Source, name: str) -> torch.Tensor:
+    """One whole tensor in its stored dtype and shape: for small tensors and for tests, not for the stream."""
+    info = source.tensors[name]
+    if info.numel == 0:
+        return torch.empty(info.shape, dtype=info.dtype)
+    return source.read(name, 0, info.numel, torch.empty(info.numel * 8, dtype=torch.uint8)).clone().view(info.shape)
+
+
+def equal_tensors(source: Source, first: str, second: str) -> bool:
+    """Whether two tensors of a source hold the same numbers in the same shape, compared a piece at a time."""
+    info = source.tensors[first]
+    if info.shape != source.tensors[second].shape:
+        return False
+    size = 1 << 18
+    buffers = [torch.empty(size * 8, dtype=torch.uint8) for _ in range(2)]
+    for start in range(0, info.numel, size):
+        stop = min(start + size, info.numel)
+        one, other = (
+            source.read(name, start, stop, buffer) for name, buffer in zip((first, second), buffers, strict=True)
+        )
+        if not torch.equal(one.float(), other.float()):
+            return False
+    return True

@@ -1,0 +1,143 @@
+"""The safetensors file layout: 8 bytes of header length, a JSON header, the tensors' bytes without a gap.
+
+Read and written here rather than by the safetensors library because the merge needs offsets: it reads with
+`pread` into buffers that it reuses and writes with `pwrite` into files whose size is known beforehand.
+Format: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints.errors import InputError
+from checkpoints.source import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, TensorInfo
+
+LENGTH_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+METADATA = {"format": "pt"}  # what transformers asks of a checkpoint it loads
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor's place in a file."""
+
+    info: TensorInfo
+    offset: int
+    """Bytes from the start of the file to the tensor's first byte."""
+
+
+def read_header(path: Path, label: str) -> dict[str, StoredTensor]:
+    """Read and check the header of one safetensors file.
+
+    Args:
+        path: the file.
+        label: the model it belongs to, for messages.
+
+    Returns: every tensor in it and where its bytes lie.
+
+    Raises:
+        InputError: not a safetensors file; truncated; an unknown dtype; tensors that overlap, leave a gap or do not
+            fill their range; a header that claims more than the file holds.
+    """
+    where = f"{label}: {path.name}"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(LENGTH_BYTES)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+            raise InputError(
+                f"{where}: expected a safetensors header, got a file of {size} bytes whose header claims {length}. "
+                "The file is truncated or no safetensors file; download it again."
+            )
+        raw = file.read(length)
+    return parse_header(raw, size, where)
+
+
+def parse_header(raw: bytes, file_size: int, where: str) -> dict[str, StoredTensor]:
+    """Parse the JSON header `raw` of a file of `file_size` bytes; `where` names the file. Raises as `read_header`."""
+    try:
+        header = json.loads(raw)
+        if not isinstance(header, dict):
+            raise ValueError(f"a JSON {type(header).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: expected a JSON header, got {error}. The file is damaged; download it again."
+        ) from None
+    start = LENGTH_BYTES + len(raw)
+    entries = {name: _entry(entry, f"{where}: {name}") for name, entry in header.items() if name != "__metadata__"}
+    position = 0
+    for name, (info, begin, end) in sorted(entries.items(), key=lambda item: item[1][1:]):
+        if begin != position or end - begin != info.nbytes:
+            raise InputError(
+                f"{where}: {name}: expected {info.nbytes} bytes at {position}, got the range {begin} to {end}. "
+                "The header is damaged; download the file again."
+            )
+        position = end
+    if start + position != file_size:
+        raise InputError(
+            f"{where}: expected {start + position} bytes, got {file_size}. "
+            "The file is truncated or has bytes to spare; download it again."
+        )
+    return {name: StoredTensor(info, start + begin) for name, (info, begin, _) in entries.items()}
+
+
+def _entry(entry: Any, where: str) -> tuple[TensorInfo, int, int]:
+    """One tensor of the header as (info, first byte, byte after the last), relative to the header's end."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        numbers = [*shape, begin, end]
+    except (TypeError, KeyError, ValueError):
+        raise InputError(
+            f"{where}: expected dtype, shape and data_offsets, got {entry!r:.200}. The header is damaged."
+        ) from None
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        raise InputError(f"{where}: expected whole numbers, got {entry!r:.200}. The header is damaged.")
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
+        raise InputError(f"{where}: the dtype {dtype!r} is not supported. Known: {', '.join(SAFETENSORS_DTYPES)}.")
+    return TensorInfo(SAFETENSORS_DTYPES[dtype], tuple(shape)), begin, end
+
+
+def build_header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+    """Lay tensors out in the order given; the same tensors give the same bytes.
+
+    Args:
+        tensors: in the order in which their bytes shall lie. Larger dtypes must come first, so that every tensor is aligned.
+
+    Returns: the file's first bytes (length, keys sorted, padded to 8 bytes) and each tensor's offset in the file.
+    """
+    relative: dict[str, int] = {}
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    position = 0
+    for name, info in tensors.items():
+        relative[name] = position
+        end = position + info.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = LENGTH_BYTES + len(text)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, {
+        name: start + offset for name, offset in relative.items()
+    }
+
+
+def pread_exactly(descriptor: int, view: memoryview, offset: int, where: str) -> None:
+    """Fill `view` from the file at `offset` bytes. Raises InputError where the file ends before."""
+    done = 0
+    try:
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if count == 0:
+                raise InputError(f"{where}: the file ended while it was read. Was it changed? Run the command again.")
+            done += count
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read: {error.strerror}.") from error

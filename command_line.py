@@ -1,0 +1,174 @@
+"""What the commands share: parsing that explains, flags that mean the same everywhere, exit codes, progress, sizes."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from checkpoints import VERSION
+from checkpoints.errors import ArgumentError, InputError, unknown
+
+if TYPE_CHECKING:
+    import torch
+
+INTERRUPTED = 130
+SIZE_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, with `--version`, and with the nearest flag named where one is unknown."""
+
+    def __init__(self, **keywords: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
+        self.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+
+    def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parse; a list that starts with a negative number may stand apart from its flag (`--weights -1,0.5`)."""
+        joined: list[str] = []
+        for argument in sys.argv[1:] if argv is None else argv:
+            if re.match(r"-[\d.]", argument) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+                joined[-1] += f"={argument}"
+            else:
+                joined.append(argument)
+        parsed, rest = self.parse_known_args(joined)
+        if rest:
+            flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            self.error(unknown("flag" if rest[0].startswith("-") else "argument", rest[0].partition("=")[0], flags))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """Exit 2 with one line."""
+        self.exit(2, f"{self.prog}: {message} See {self.prog} --help.\n")
+
+
+def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
+    """Parse, run `body`, and turn what a user can cause into one message and an exit code: 0, 1 (failed), 2 (bad arguments)."""
+    arguments = parser.parse(argv)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        body(arguments)
+    except InputError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; nothing is left behind.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    """A polite kill ends a run as Ctrl-C does: cleaned up."""
+    raise KeyboardInterrupt
+
+
+def command(parser: Parser, argv: Sequence[str] | None) -> list[str]:
+    """The command as it was typed, for model cards: `python merge.py ...`."""
+    return ["python", parser.prog, *(sys.argv[1:] if argv is None else argv)]
+
+
+def add_output_flags(parser: Parser) -> None:
+    """The flags of every command that writes a checkpoint."""
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--dtype",
+        default="auto",
+        metavar="DTYPE",
+        help="auto (as stored in the base; default), float32, bfloat16 or float16",
+    )
+    output.add_argument(
+        "--max_shard_size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest weight file, such as 500MB or 5GB (default 5GB)",
+    )
+    output.add_argument(
+        "--digest", default="outputs", metavar="WHAT",
+        help="digests in merge_recipe.json: none, outputs (default; taken as they are written) or full (reads local inputs once more)",
+    )  # fmt: skip
+    output.add_argument("--overwrite", action="store_true", help="replace SAVE_PATH where it holds an earlier result")
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="auto (a GPU where there is one; default), cpu, cuda or cuda:1",
+    )
+    running.add_argument(
+        "--workers", type=int, metavar="N", help="threads (default: one per core); the result is the same"
+    )
+    running.add_argument(
+        "--trust_remote_code", action="store_true", help="let Python code that comes with a model run (default: off)"
+    )
+    running.add_argument("--dry_run", action="store_true", help="print the plan or every refusal; write nothing")
+    running.add_argument("--json", action="store_true", help="with --dry_run: the plan as JSON")
+    running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+
+
+def parse_size(flag: str, text: str) -> int:
+    """Bytes from `5GB`, `500MB`, `1GiB` or a plain number. Raises ArgumentError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", text.strip().upper())
+    size = int(float(match[1]) * SIZE_UNITS[match[2] or "B"]) if match else 0
+    if size < 1:
+        raise ArgumentError(f"{flag}: expected a size such as 500MB or 5GB, got {text!r}.")
+    return size
+
+
+def parse_choice(flag: str, text: str, choices: Sequence[str]) -> str:
+    """`text`, where it is one of the choices. Raises ArgumentError with the nearest one."""
+    if text not in choices:
+        raise ArgumentError(f"{flag}: {unknown('value', text, choices)}")
+    return text
+
+
+def parse_device(text: str) -> torch.device:
+    """The device of `--device`. Raises ArgumentError where there is no such device."""
+    import torch
+
+    if text == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise ArgumentError(f"--device: expected auto, cpu, cuda or cuda:N, got {text!r}.")
+    device = torch.device(text)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ArgumentError(f"--device: {text}: there are {torch.cuda.device_count()} GPUs here. Use --device cpu.")
+    return device
+
+
+@contextmanager
+def progress_bar(title: str, total_bytes: int, *, quiet: bool) -> Iterator[Callable[[int], object]]:
+    """A bar in bytes with GB/s and time left on stderr, silent without a terminal; yields what advances it."""
+    from tqdm import tqdm
+
+    disable = True if quiet else None
+    with tqdm(
+        total=total_bytes, desc=title, unit="B", unit_scale=True, disable=disable, mininterval=0.2, smoothing=0.1
+    ) as bar:
+        yield bar.update
+
+
+def gigabytes(count: float) -> str:
+    """`1.23 GB`, or MB and kB where that reads better."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,158 @@
+"""Which tensor of a fine-tuned model stands for each tensor of the base: by name, with vocabulary rows by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from checkpoints.errors import InputError
+from checkpoints.model import Model
+from checkpoints.reader import equal_tensors
+from checkpoints.source import Source, TensorRef, dtype_name
+from checkpoints.vocabulary import MISSING, AlignedRows, match_rows
+
+
+@dataclass
+class Matched:
+    """One model against the base.
+
+    tensors: output tensor -> the model's tensor of equal shape; a buffer that the model does not store is not in it.
+    """
+
+    tensors: dict[str, TensorRef] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str | InputError] = field(default_factory=list)
+
+
+def match_model(base: Model, model: Model, names: Sequence[str]) -> Matched:
+    """Find each tensor of `names`, the base's, in a model.
+
+    Refused: a weight that is missing, extra or of another shape. Left out with a note: what loading ignores or
+    recomputes, and a head equal to the embedding it is tied to. Vocabulary tables of another size or order have their
+    rows matched by token string; a token that the model lacks takes the base's row.
+    """
+    match = Matched()
+    source, tables = _align_vocabulary(base, model, names, match)
+    ours, theirs = base.weights.tensors, source.tensors
+    missing = [name for name in names if name not in theirs]
+    extra = [name for name in theirs if name not in ours]
+    for name in missing:
+        _explain_missing(base, model, source, name, match)
+    for name in extra:
+        _explain_extra(base, model, name, match)
+    for name in names:
+        if name not in theirs:
+            continue
+        if theirs[name].shape != ours[name].shape:
+            if name in tables:  # refused already, as a vocabulary
+                continue
+            match.problems.append(
+                f"{model.label}: {name}: expected shape {list(ours[name].shape)} as in {base.label}, got {list(theirs[name].shape)}. "
+                "Give models fine-tuned from this base."
+            )
+        elif theirs[name].dtype.is_floating_point != ours[name].dtype.is_floating_point:
+            match.problems.append(
+                f"{model.label}: {name}: expected {dtype_name(ours[name].dtype)} as in {base.label}, got {dtype_name(theirs[name].dtype)}."
+            )
+        else:
+            match.tensors[name] = TensorRef(source, name)
+    return match
+
+
+def _explain_missing(base: Model, model: Model, source: Source, name: str, match: Matched) -> None:
+    twin = model.architecture.tied.get(name)
+    if twin is not None and twin in source.tensors and source.tensors[twin].shape == base.weights.tensors[name].shape:
+        match.tensors[name] = TensorRef(source, twin)
+        match.notes.append(f"{model.label}: {name} is tied to {twin} there; that is used for it.")
+    elif name in base.architecture.buffers or not base.weights.tensors[name].dtype.is_floating_point:
+        match.notes.append(f"{model.label}: the buffer {name} is not stored there; the base's is kept.")
+    else:
+        match.problems.append(
+            f"{model.label}: {name}: expected as in {base.label}, got no such tensor. Give models fine-tuned from this base."
+        )
+
+
+def _explain_extra(base: Model, model: Model, name: str, match: Matched) -> None:
+    architecture = model.architecture
+    if name in architecture.ignored or name in architecture.buffers:
+        match.notes.append(f"{model.label}: {name} is left out, as loading ignores or recomputes it.")
+        return
+    twin = architecture.tied.get(name) or base.architecture.tied.get(name)
+    if twin is not None and twin in model.weights.tensors:
+        if equal_tensors(model.weights, name, twin):
+            match.notes.append(
+                f"{model.label}: {name} is left out, as it equals {twin}, to which {base.label} ties it."
+            )
+        else:
+            match.problems.append(
+                f"{model.label}: {name}: expected equal to {twin}, to which {base.label} ties it, got other numbers. Merge models whose heads are tied alike."
+            )
+        return
+    match.problems.append(
+        f"{model.label}: {name}: {base.label} has no such tensor. Give models fine-tuned from this base."
+    )
+
+
+def _align_vocabulary(base: Model, model: Model, names: Sequence[str], match: Matched) -> tuple[Source, set[str]]:
+    """The model's weights with vocabulary rows in the base's order, and the names of the tables that were looked at."""
+    same_tokens = base.vocabulary_digest == model.vocabulary_digest
+    same_shapes = all(
+        model.weights.tensors[name].shape == base.weights.tensors[name].shape
+        for name in names
+        if name in model.weights.tensors
+    )
+    if same_tokens and same_shapes:
+        return model.weights, set()
+    ours, theirs = base.vocabulary, model.vocabulary
+    if ours is not None and theirs is not None and ours.ids == theirs.ids and same_shapes:
+        return model.weights, set()
+    tables = [name for name in vocabulary_tables(base) if name in model.weights.tensors]
+    if not tables:
+        return model.weights, set()
+    out_rows, rows = base.weights.tensors[tables[0]].shape[0], model.weights.tensors[tables[0]].shape[0]
+    if ours is None or theirs is None:
+        nameless = (base if ours is None else model).label
+        if out_rows == rows:
+            match.notes.append(
+                f"{nameless}: has no tokenizer; vocabulary rows of {model.label} are matched by position."
+            )
+            return model.weights, set()
+        match.problems.append(
+            f"{model.label}: {tables[0]}: expected {out_rows} rows as in {base.label}, got {rows}, and {nameless} has no tokenizer to match them by. "
+            "Add its tokenizer files."
+        )
+        return model.weights, set(tables)
+    row_of = match_rows(ours, out_rows, theirs, rows)
+    used = int((row_of != MISSING).sum())
+    unused = rows - used
+    if used == out_rows and unused == 0 and torch.equal(row_of, torch.arange(out_rows)):
+        return model.weights, set()
+    if not used:
+        match.problems.append(
+            f"{model.label}: its tokenizer shares no token with that of {base.label}. Give models fine-tuned from this base."
+        )
+        return model.weights, set(tables)
+    match.notes.append(
+        f"{model.label}: vocabulary rows are matched by token: {used} matched, {unused} of the model left out, "
+        f"{out_rows - used} taken from the base."
+    )
+    return AlignedRows(model.weights, base.weights, row_of, {name: name for name in tables}), set(tables)
+
+
+def vocabulary_tables(model: Model) -> list[str]:
+    """The stored tensors whose rows belong to tokens: embedding, head, and what else is as long in the head's module."""
+    architecture = model.architecture
+    ends = [name for name in (architecture.input_embedding, architecture.output_head) if name is not None]
+    stored = [name for name in ends if name in model.weights.tensors]
+    if not stored:
+        return []
+    rows = model.weights.tensors[stored[0]].shape[0]
+    modules = {architecture.placements[name].module for name in stored if name in architecture.placements}
+    beside = [
+        name
+        for name, placement in architecture.placements.items()
+        if placement.module in modules and name not in stored and model.weights.tensors[name].shape[:1] == (rows,)
+    ]
+    return stored + beside

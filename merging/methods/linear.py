@@ -1,0 +1,48 @@
+"""Linear: the weighted mean of the models ("model soup")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from checkpoints.errors import ArgumentError
+from merging.blocks import Block
+from merging.methods.contract import Method, parameter
+
+
+@dataclass(frozen=True)
+class Linear(Method):
+    """Average the weights.
+
+        out = sum w_i x_i / sum w_i        (not divided where `normalize` is false)
+
+    The base gives config, tokenizer and vocabulary, and no numbers.
+
+    Source: arXiv:2203.05482 (uniform soup); mergekit's `linear`. Deviation: float32 inside.
+    """
+
+    space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
+
+    weights: tuple[float, ...] = parameter(key="weight", default=1.0, per_model=True)
+    normalize: bool = parameter(key="normalize", default=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weight_sum(self.weights, self.normalize)
+
+    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
+        """See `Method.combine`."""
+        total = block.weights[0].mul_(self.weights[0])
+        for weights, weight in zip(block.weights[1:], self.weights[1:], strict=True):
+            total.add_(weights.mul_(weight))
+        return total.div_(sum(self.weights)) if self.normalize else total
+
+
+def check_weight_sum(weights: tuple[float, ...], normalize: bool) -> None:
+    """Raise ArgumentError where weights that add up to nothing would be divided by their sum."""
+    if normalize and abs(sum(weights)) < 1e-8:
+        raise ArgumentError(
+            f"weight: {', '.join(f'{w:g}' for w in weights)} add up to 0, which --normalize divides by. Add --no-normalize."
+        )

@@ -1,0 +1,120 @@
+"""WIDEN: weigh each channel's task vectors by how far its magnitude and its direction moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from merging.blocks import Block, Region, Scan, TensorSpec
+from merging.methods.contract import Method, parameter
+
+
+@dataclass(frozen=True)
+class Widen(Method):
+    """Disentangle each matrix into column magnitudes and directions, and weigh the models per column by rank.
+
+        m = column norms of W,  U = W / m;   dm_i = |m_i - m_b|,   dd_i = 1 - cos(U_i, U_b)   per column
+        rank within the model (ascending, equal ones by index) / number of columns;  softmax of the ranks over the models;
+        `calibration` in its place where a rank exceeds `ratio` times the mean rank
+        S_i = mean of the scores of dm and dd;   out = b + sum S_i d_i
+
+    An embedding's channel is a token, so its rows take the place of columns. Vectors are not ranked: the score is the
+    softmax over models of |d_i|, and `calibration` where |d_i| > ratio * mean |d_i|.
+
+    Source: arXiv:2408.03092 and its authors' program. Deviations: sums over a column run in float64; a zero column
+    gives differences of 0 where the program gives NaN; more than two dimensions are a stack of matrices.
+    """
+
+    needs_embeddings: ClassVar[bool] = True
+
+    ratio: float = parameter(key="widen_ratio", default=1.0, low=0.0)
+    calibration: float = parameter(key="widen_calibration", default=1.0, low=0.0)
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
+        """Scores of a matrix, `[models, matrices, channels]` float32; of a vector, mean |d_i|, `[models]` float64."""
+        if tensor.is_vector:
+            return torch.stack(list(scan(_sum_of_magnitudes))).sum(dim=0) / max(1, tensor.numel)
+        channels = tensor.rows if tensor.is_embedding else tensor.columns
+        sums: torch.Tensor | None = None
+        for region, partial in scan(_channel_sums):
+            if sums is None:
+                sums = partial.new_zeros(partial.shape[0], tensor.matrices, channels)
+            first, last = _channel_range(region)
+            sums[:, region.matrix, first:last] += partial
+        assert sums is not None
+        return self._scores(*_differences(sums))
+
+    def _scores(self, magnitudes: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        """S from dm and dd, `[models, matrices, channels]` each."""
+        return (self._rank_scores(magnitudes) + self._rank_scores(directions)) / 2
+
+    def _rank_scores(self, differences: torch.Tensor) -> torch.Tensor:
+        channels = differences.shape[-1]
+        order = differences.argsort(dim=-1, stable=True)
+        positions = torch.arange(channels, device=order.device).expand_as(order)
+        ranks = torch.empty_like(order).scatter_(-1, order, positions)
+        scores = (ranks.to(torch.float32) / channels).softmax(dim=0)
+        # The mean rank is (channels - 1) / 2 exactly; in rounded ranks the middle one could fall on either side of it.
+        return scores.masked_fill_(ranks > self.ratio * (channels - 1) / 2, self.calibration)
+
+    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
+        """See `Method.combine`."""
+        assert block.base is not None
+        region = block.region
+        if region.tensor.is_vector:
+            scores = self._vector_scores(block.task_vectors, statistics)
+        else:
+            first, last = _channel_range(region)
+            piece = statistics[:, region.matrix, first:last]
+            scores = list(piece.unsqueeze(-1 if region.tensor.is_embedding else 1))
+        total = torch.zeros_like(block.base)
+        for values, score in zip(block.task_vectors, scores, strict=True):
+            total.add_((region.as_matrix(values) * score).view(-1))
+        return total.add_(block.base)
+
+    def _vector_scores(self, task_vectors: list[torch.Tensor], means: torch.Tensor) -> list[torch.Tensor]:
+        """Scores of a vector's elements, `[1, n]` float32 per model."""
+        magnitudes = torch.stack(task_vectors).abs_()
+        # In float64 and rounded to float32, so that an exp that differs in its last bit between a vector loop and its
+        # remainder cannot make the result depend on the block.
+        scores = magnitudes.double().softmax(dim=0).float()
+        scores.masked_fill_(magnitudes > self.ratio * means.unsqueeze(-1), self.calibration)
+        return list(scores.unsqueeze(1))
+
+
+def _channel_range(region: Region) -> tuple[int, int]:
+    return region.row_range if region.tensor.is_embedding else region.column_range
+
+
+def _sum_of_magnitudes(block: Block) -> torch.Tensor:
+    """Sum of |d_i| per model, `[models]` float64."""
+    return torch.stack([values.abs().sum(dtype=torch.float64) for values in block.task_vectors])
+
+
+def _channel_sums(block: Block) -> tuple[Region, torch.Tensor]:
+    """Per channel sum b^2, then for each model sum b d_i and sum d_i^2: `[1 + 2 * models, channels]` float64."""
+    assert block.base is not None
+    dim = 1 if block.region.tensor.is_embedding else 0
+    base = block.region.as_matrix(block.base).double()
+    rows = [base.square().sum(dim=dim)]
+    for task_vector in block.task_vectors:
+        values = block.region.as_matrix(task_vector).double()
+        rows += [(base * values).sum(dim=dim), values.square_().sum(dim=dim)]
+    return block.region, torch.stack(rows)
+
+
+def _differences(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """dm and dd from the sums of `_channel_sums`, written so that nothing cancels and no change gives exactly 0.
+
+    With p = |b|^2, q = b.d, r = |d|^2:  |x|^2 = p + 2q + r  and  b.x = p + q, so
+    dm = | |x| - |b| | = |2q + r| / (|x| + |b|)   and   dd = 1 - (p + q) / (|b| |x|) = (p r - q^2) / (|b| |x| (|b| |x| + p + q)).
+    """
+    p, q, r = sums[0], sums[1::2], sums[2::2]
+    square = (p + 2 * q + r).clamp_(min=0)
+    magnitudes = ((2 * q + r).abs() / (square.sqrt() + p.sqrt())).nan_to_num_(nan=0.0)
+    products = (p * square).sqrt()
+    same_side = (p * r - q.square()).clamp_(min=0) / (products * (products + p + q))
+    directions = torch.where(p + q > 0, same_side, 1 - (p + q) / products)
+    return magnitudes, torch.where(products > 0, directions, 0.0)

@@ -1,0 +1,247 @@
+"""Every output tensor and its sources. Every refusal happens here, before a weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from checkpoints.errors import ArgumentError, InputError, Refusals
+from checkpoints.model import Model
+from checkpoints.reader import equal_tensors
+from checkpoints.source import FLOAT_DTYPES, TensorInfo, TensorRef, dtype_name
+from checkpoints.writer import Shard, plan_shards
+from merging.blocks import TensorSpec
+from merging.matching import Matched, match_model
+from merging.methods import get_method
+from merging.recipe import Recipe
+from merging.report import kind_of
+from merging.stream import PlannedTensor
+
+
+@dataclass
+class Plan:
+    """What a merge will do.
+
+    Attributes:
+        tensors: every output tensor, in the order of the output's names.
+        shards: the files to be written.
+        notes: what a user should know of it: tensors left out, rows matched by token.
+        models: the fine-tuned models' labels, in order.
+    """
+
+    recipe: Recipe
+    models: tuple[str, ...]
+    tensors: tuple[PlannedTensor, ...]
+    shards: list[Shard]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of every input tensor that is needed, each counted once."""
+        return sum(ref.info.nbytes for tensor in self.tensors for ref in tensor.sources)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of the weight files."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the output."""
+        return sum(tensor.spec.numel for tensor in self.tensors)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What happens to each kind of tensor: action, how many, elements, dtype, and why one is copied."""
+        found: dict[tuple[str, str, str, str], list[int]] = {}
+        for tensor in self.tensors:
+            action = "merge" if tensor.method else "copy from base"
+            key = (kind_of(tensor.spec.name), action, dtype_name(tensor.dtype), tensor.note)
+            count = found.setdefault(key, [0, 0])
+            count[0] += 1
+            count[1] += tensor.spec.numel
+        return [
+            {"tensors": kind, "action": action, "count": count, "elements": elements, "dtype": dtype, "why": why}
+            for (kind, action, dtype, why), (count, elements) in found.items()
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan for programs."""
+        return {
+            "recipe": self.recipe.as_json(),
+            "coefficients": coefficients(self.recipe),
+            "tensors": len(self.tensors),
+            "elements": self.elements,
+            "bytes_to_read": self.bytes_to_read,
+            "bytes_to_write": self.bytes_to_write,
+            "files": [{"name": shard.file_name, "bytes": shard.size} for shard in self.shards],
+            "groups": self.groups(),
+            "notes": self.notes,
+        }
+
+    def as_text(self) -> str:
+        """The plan for people."""
+        recipe = self.recipe.as_json()
+        lines = [f"method {recipe['merge_method']}, base {recipe['base_model']}"]
+        lines += [
+            f"  {key} = {value}"
+            for key, value in {**recipe["parameters"], "seed": recipe["seed"]}.items()
+            if value is not None
+        ]
+        lines += ["models:"]
+        for entry in coefficients(self.recipe):
+            numbers = ", ".join(f"{key} {value:g}" for key, value in entry.items() if key != "model")
+            lines.append(f"  {entry['model']}: {numbers}" if numbers else f"  {entry['model']}")
+        lines += ["tensors:"]
+        for group in self.groups():
+            why = f" ({group['why']})" if group["why"] else ""
+            lines.append(
+                f"  {group['count']:5d} x {group['tensors']}: {group['action']}{why}, {group['elements']:,} elements, {group['dtype']}"
+            )
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append(
+            f"reads {self.bytes_to_read:,} bytes; writes {self.bytes_to_write:,} bytes in {len(self.shards)} file(s). Nothing was written."
+        )
+        return "\n".join(lines)
+
+
+def coefficients(recipe: Recipe) -> list[dict[str, Any]]:
+    """Per model the parameters in force, and what its task vector (or weight) is multiplied with where no sign is elected."""
+    weights = [model.parameters.get("weight") for model in recipe.models]
+    scale = float(recipe.parameters.get("lambda", 1.0))
+    fixed = recipe.merge_method in ("linear", "task_arithmetic", "dare_linear")
+    if recipe.parameters.get("normalize") and fixed:
+        scale /= sum(weight for weight in weights if weight is not None)
+    return [
+        {
+            "model": str(model.name),
+            **model.parameters,
+            **({"coefficient": weight * scale} if fixed and weight is not None else {}),
+        }
+        for model, weight in zip(recipe.models, weights, strict=True)
+    ]
+
+
+def make_plan(recipe: Recipe, base: Model, models: Sequence[Model], *, max_shard_bytes: int) -> Plan:
+    """Match every tensor of the base with the models' and decide what becomes of it.
+
+    Args:
+        recipe: what to do.
+        base, models: opened inputs, in the recipe's order.
+        max_shard_bytes: size of the output's files.
+
+    Raises: Refusals: everything that does not fit, in one message.
+    """
+    problems: list[str | InputError] = []
+    notes: list[str] = []
+    for model in (base, *models):
+        problems += _check_plain(model)
+    if problems:
+        raise Refusals(problems)
+    dropped = _left_out_of_base(base)
+    if dropped:
+        notes.append(f"{base.label}: left out, as loading ignores or recomputes them: {_some(dropped)}.")
+    names = [name for name in base.weights.tensors if name not in dropped]
+    matches = [match_model(base, model, names) for model in models]
+    for match in matches:
+        problems += match.problems
+        notes += match.notes
+    excluded = {name for name in names if recipe.exclude and re.search(recipe.exclude, name)}
+    if recipe.exclude and not excluded:
+        problems.append(
+            ArgumentError(f"--exclude: {recipe.exclude!r} is found in no tensor's name. Names look like {names[0]}.")
+        )
+    if problems:
+        raise Refusals(problems)
+    embeddings = _embeddings(recipe, base)
+    planned = tuple(_plan_tensor(recipe, base, matches, name, name in excluded, name in embeddings) for name in names)
+    shards = plan_shards(
+        {tensor.spec.name: TensorInfo(tensor.dtype, tensor.spec.shape) for tensor in planned}, max_shard_bytes
+    )
+    by_name = {tensor.spec.name: tensor for tensor in planned}
+    ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
+    return Plan(recipe, tuple(model.label for model in models), ordered, shards, notes)
+
+
+def _check_plain(model: Model) -> list[InputError]:
+    """Refuse weights that are no plain floating-point numbers: quantised ones cannot be merged by arithmetic."""
+    quantisation = model.config.get("quantization_config")
+    if quantisation:
+        kind = quantisation.get("quant_method", "an unnamed method") if isinstance(quantisation, dict) else quantisation
+        return [
+            InputError(
+                f"{model.label}: its weights are quantised ({kind}), which cannot be merged. Use the unquantised model."
+            )
+        ]
+    tensors = model.weights.tensors
+    packed = [
+        name
+        for name in tensors
+        if re.search(r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\..*|weight_format)$", name)
+    ]
+    if packed:
+        return [
+            InputError(
+                f"{model.label}: {packed[0]}: its weights are quantised (as GPTQ, AWQ or bitsandbytes store them), which cannot be merged. Use the unquantised model."
+            )
+        ]
+    return [
+        InputError(
+            f"{model.label}: {name}: expected one of {', '.join(FLOAT_DTYPES)}, got {dtype_name(info.dtype)}. Use the unquantised model."
+        )
+        for name, info in tensors.items()
+        if info.dtype not in FLOAT_DTYPES.values() and (name.endswith("weight") or info.dtype.is_floating_point)
+    ][:1]
+
+
+def _left_out_of_base(base: Model) -> list[str]:
+    """Tensors of the base that loading ignores or recomputes, and a head stored although it is tied: not written."""
+    # Most checkpoints hold nothing of the kind, and building the model class to find out takes seconds.
+    tensors = base.weights.tensors
+    suspects = [name for name in tensors if not name.endswith(("weight", "bias"))]
+    dropped = [name for name in suspects if name in base.architecture.ignored]
+    tables = [name for name, info in tensors.items() if info.shape[:1] == (base.config.get("vocab_size"),)]
+    if len(tables) > 1 and base.config.get("tie_word_embeddings") is not False:
+        tied = base.architecture.tied
+        dropped += [
+            name for name in tables if tied.get(name) in tensors and equal_tensors(base.weights, name, tied[name])
+        ]
+    return dropped
+
+
+def _embeddings(recipe: Recipe, base: Model) -> set[str]:
+    """The tensors that an `nn.Embedding` holds, where the method treats them differently."""
+    if not get_method(recipe.merge_method).needs_embeddings:
+        return set()
+    return {name for name, placement in base.architecture.placements.items() if placement.kind == "embedding"}
+
+
+def _plan_tensor(
+    recipe: Recipe, base: Model, matches: Sequence[Matched], name: str, excluded: bool, is_embedding: bool
+) -> PlannedTensor:
+    reference = TensorRef(base.weights, name)
+    info = reference.info
+    spec = TensorSpec(name, info.shape, is_embedding)
+    inputs = tuple(match.tensors[name] for match in matches if name in match.tensors)
+    note = ""
+    if not info.dtype.is_floating_point:
+        note = f"{dtype_name(info.dtype)}, not a weight"
+    elif excluded:
+        note = "--exclude"
+    elif len(inputs) < len(matches):
+        note = "a buffer that not every model stores"
+    dtype = info.dtype
+    if dtype.is_floating_point:
+        dtype = torch.float32 if info.dtype == torch.float64 else info.dtype
+        dtype = FLOAT_DTYPES.get(recipe.out_dtype, dtype)
+    return PlannedTensor(spec, dtype, reference, () if note else inputs, None if note else recipe.method(name), note)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The names, or their kinds with a count where there are many."""
+    kinds = Counter(kind_of(name) for name in names)
+    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())

@@ -1,0 +1,236 @@
+"""The loop: read a block of every input -> task vectors -> method -> transforms -> write, in bounded memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from checkpoints.errors import InputError
+from checkpoints.source import TensorRef, dtype_name
+from checkpoints.writer import CheckpointWriter
+from merging.blocks import GRID_ELEMENTS, Block, Partial, Region, TensorSpec, tile
+from merging.methods.contract import Method
+from merging.report import DeltaReport
+from merging.workers import Workers
+
+
+class Transform(Protocol):
+    """A change of the merged block before its one rounding (AIM's relaxation is one)."""
+
+    def applies_to(self, tensor: str) -> bool:
+        """Whether it changes the output tensor of this name at all."""
+        ...
+
+    def __call__(self, region: Region, base: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+        """The block to be written, `[region.numel]` float32, from the base's and the merged one, neither overwritten."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One checkpoint to be written from the merge: the writer, and what changes the merge on its way there."""
+
+    writer: CheckpointWriter
+    transform: Transform | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One output tensor and its sources.
+
+    method: how it is merged; None where it is copied from the base as stored.
+    base: None only where the output has no base.
+    inputs: the fine-tuned models' tensors, in the recipe's order; shapes equal to the output's.
+    dtype: of the output.
+    note: why it is copied.
+    """
+
+    spec: TensorSpec
+    dtype: torch.dtype
+    base: TensorRef
+    inputs: tuple[TensorRef, ...]
+    method: Method | None
+    note: str = ""
+
+    @property
+    def sources(self) -> tuple[TensorRef, ...]:
+        """The tensors that are read whole: not the base for a method in weight space."""
+        if self.method is None:
+            return (self.base,)
+        return self.inputs if self.method.space == "weights" else (self.base, *self.inputs)
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How to run; nothing here changes a bit of the result.
+
+    block_elements: elements merged at a time (default: `GRID_ELEMENTS` on the CPU, 32 times that on a GPU).
+    workers: threads; None for one per core.
+    """
+
+    device: torch.device = torch.device("cpu")
+    workers: int | None = None
+    block_elements: int | None = None
+
+    @property
+    def elements(self) -> int:
+        """Elements of a block of `combine`."""
+        return self.block_elements or (GRID_ELEMENTS if self.device.type == "cpu" else 32 * GRID_ELEMENTS)
+
+
+def stream(
+    tensors: Sequence[PlannedTensor],
+    outputs: Sequence[Output],
+    *,
+    options: StreamOptions,
+    report: DeltaReport | None = None,
+    progress: Callable[[int], object] = lambda count: None,
+) -> set[int]:
+    """Merge every tensor into every output, reading each input once for `combine` (and as often as `measure` asks).
+
+    Args:
+        tensors: what to write, and from what.
+        outputs: the checkpoints to write; all of them get every tensor.
+        options: device, threads, size of a block.
+        report: fed with what the merge sees, where given.
+        progress: called with the number of bytes read and written, from several threads.
+
+    Returns: positions of the models whose task vectors are zero throughout, as far as a method in delta space saw them.
+
+    Raises: InputError: a number that is not finite, a file that cannot be read or written.
+    """
+    with closing(Workers(options.workers)) as workers:
+        state = _Stream(workers, outputs, options, report, progress)
+        state.expect_changes(tensors)
+        workers.run_tensors(state.merge_tensor, tensors)
+    return state.unchanged
+
+
+class _Stream:
+    """What the threads of one run share."""
+
+    def __init__(
+        self,
+        workers: Workers,
+        outputs: Sequence[Output],
+        options: StreamOptions,
+        report: DeltaReport | None,
+        progress: Callable[[int], object],
+    ):
+        self._workers = workers
+        self._outputs = outputs
+        self._options = options
+        self._report = report
+        self._progress = progress
+        self._local = threading.local()
+        self.unchanged: set[int] = set()
+        """Models of which no change has been seen yet; empty where no method works on task vectors."""
+
+    def expect_changes(self, tensors: Sequence[PlannedTensor]) -> None:
+        """Watch the models whose task vectors the methods will see."""
+        for tensor in tensors:
+            if tensor.method is not None and tensor.method.space == "task_vectors":
+                self.unchanged.update(range(len(tensor.inputs)))
+
+    def merge_tensor(self, tensor: PlannedTensor) -> None:
+        """Write one tensor to every output."""
+        regions = list(tile(tensor.spec, self._options.elements))
+        if tensor.method is None:
+            work: Callable[[Region], None] = lambda region: self._copy(tensor, region)  # noqa: E731
+        else:
+            statistics = tensor.method.measure(tensor.spec, self._scan(tensor))
+            work = lambda region: self._combine(tensor, statistics, region)  # noqa: E731
+        for _ in self._workers.map_ordered(work, regions):
+            pass
+
+    def _scan(self, tensor: PlannedTensor) -> Callable[..., Iterator[Any]]:
+        def scan(measure: Callable[[Block], Partial], regions: Sequence[Region] | None = None) -> Iterator[Partial]:
+            chosen = list(tile(tensor.spec, GRID_ELEMENTS)) if regions is None else regions
+            return self._workers.map_ordered(lambda region: measure(self._fetch(tensor, region)), chosen)
+
+        return scan
+
+    def _combine(self, tensor: PlannedTensor, statistics: Any, region: Region) -> None:
+        assert tensor.method is not None
+        sampled = self._report.sampled(region) if self._report else ()
+        block = self._fetch(tensor, region, base_for=bool(sampled))
+        seen = self._report.observe(block, sampled) if self._report and sampled else None
+        merged = tensor.method.combine(block, statistics)
+        if self._report and seen is not None:
+            self._report.record(block, merged, sampled, seen)
+        for output in self._outputs:
+            transform = output.transform if output.transform and output.transform.applies_to(tensor.spec.name) else None
+            result = merged if transform is None else transform(region, block.base, merged)  # type: ignore[arg-type]
+            self._write(output, tensor, region, result)
+        itemsizes = sum(ref.info.dtype.itemsize for ref in tensor.sources) + tensor.dtype.itemsize * len(self._outputs)
+        self._progress(region.numel * itemsizes)
+
+    def _write(self, output: Output, tensor: PlannedTensor, region: Region, result: torch.Tensor) -> None:
+        """Round once, and write."""
+        rounded = result.to(tensor.dtype).cpu()
+        if not all_finite(rounded):
+            raise InputError(
+                f"{tensor.spec.name}: the merge is not finite in {dtype_name(tensor.dtype)}: a value of {float(result.abs().max()):g} "
+                f"exceeds the {torch.finfo(tensor.dtype).max:g} it can hold. Use --dtype bfloat16 or float32, or smaller weights."
+            )
+        output.writer.write(tensor.spec.name, region.start, rounded)
+
+    def _copy(self, tensor: PlannedTensor, region: Region) -> None:
+        raw = tensor.base.read(region.start, region.stop, self._buffer(0, region.numel * 8))
+        for output in self._outputs:
+            if raw.dtype == tensor.dtype:
+                output.writer.write(tensor.spec.name, region.start, raw)
+            else:
+                self._write(output, tensor, region, raw.to(torch.float32))
+        self._progress(region.numel * (raw.itemsize + tensor.dtype.itemsize * len(self._outputs)))
+
+    def _fetch(self, tensor: PlannedTensor, region: Region, *, base_for: bool = False) -> Block:
+        """Read a region of every input the method and the transforms need, as float32 on the device."""
+        assert tensor.method is not None
+        deltas = tensor.method.space == "task_vectors"
+        needs_base = (
+            deltas or base_for or any(o.transform and o.transform.applies_to(tensor.spec.name) for o in self._outputs)
+        )
+        base = self._read(tensor.base, region, 0) if needs_base else None
+        models = [self._read(ref, region, slot) for slot, ref in enumerate(tensor.inputs, 1)]
+        if not deltas:
+            return Block(region, base, [], models)
+        assert base is not None
+        task_vectors = [model.sub_(base) for model in models]
+        for index in tuple(self.unchanged):
+            if task_vectors[index].any():
+                self.unchanged.discard(index)
+        return Block(region, base, task_vectors, [])
+
+    def _read(self, ref: TensorRef, region: Region, slot: int) -> torch.Tensor:
+        """One input's region in this thread's buffers of that slot; refused where it holds a NaN or an infinity."""
+        raw = ref.read(region.start, region.stop, self._buffer(2 * slot, region.numel * 8, pinned=True))
+        values = self._buffer(2 * slot + 1, region.numel * 4, self._options.device).view(torch.float32)
+        values.copy_(raw, non_blocking=False)
+        if not all_finite(values):
+            position = region.start + int((~values.isfinite()).nonzero()[0])
+            raise InputError(
+                f"{ref.source.label}: {ref.name}: element {position} is {float(values[position - region.start])}. "
+                "The checkpoint is damaged; use another one."
+            )
+        return values
+
+    def _buffer(
+        self, key: int, nbytes: int, device: torch.device = torch.device("cpu"), *, pinned: bool = False
+    ) -> torch.Tensor:
+        """This thread's byte buffer number `key`, made when first asked for, at least `nbytes` long: `[nbytes]` uint8."""
+        buffers = self._local.__dict__.setdefault("buffers", {})
+        if key not in buffers or buffers[key].numel() < nbytes:
+            pin = pinned and self._options.device.type == "cuda"
+            buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
+        return buffers[key][:nbytes]
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite. A sum shows it at a fraction of the cost of looking at each; `[n]` float."""
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())

@@ -1,0 +1,377 @@
+"""What holds for the whole repository: who imports whom, nothing per architecture, nothing left half-done.
+
+Every check is a function from sources to a list of problems, and is shown to find one in a made-up source.
+"""
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("checkpoints", "merging", "aim", "evaluation", "reports")
+SIBLINGS = {"merging", "aim", "evaluation", "reports"}
+COMMANDS = sorted(path for path in ROOT.glob("*.py") if re.search(r"^def main\(", path.read_text(), re.MULTILINE))
+
+# Package -> top-level modules that nothing in it may import. Imports point down: to checkpoints, never to a command.
+FORBIDDEN = {package: SIBLINGS - {package} | {"examples", "tests", "benchmarks"} for package in PACKAGES}
+for modules in FORBIDDEN.values():
+    modules.update(path.stem for path in COMMANDS)
+FORBIDDEN["reports"] |= {"torch", "transformers"}
+
+ARCHITECTURE = re.compile(r"llama|mistral|mixtral|qwen|gemma|phi_?-?3|gpt_?-?2|gpt_?-?neox|olmo|falcon|bloom", re.I)
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "vllm", "matplotlib")
+MARKER = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK"]) + r")\b")
+PIN = re.compile(r"[A-Za-z0-9._-]+(?:\[[a-z0-9_,-]+\])?==\d+(?:\.\d+)+(?:\.?(?:a|b|rc|post)\d+)?(?: *;.+)?")
+
+
+def sources(*folders: str) -> Iterator[tuple[str, str]]:
+    """(path from the repository's root, text) of every Python file in folders, sorted."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text()
+
+
+# ---------------------------------------------------------------------------------------------- import direction
+
+
+def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, module) of every absolute import, in functions and under TYPE_CHECKING too, and by name in a string."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from (
+                (node.lineno, argument.value)
+                for argument in node.args[:1]
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str)
+            )
+
+
+def import_problems(path: str, source: str, forbidden: dict[str, set[str]]) -> list[str]:
+    package = path.split("/")[0]
+    return [
+        f"{path}:{line}: {package} imports {module}; imports point down, and a command composes packages"
+        for line, module in imported_modules(ast.parse(source))
+        if module.split(".")[0] in forbidden[package]
+    ]
+
+
+def test_imports_only_point_down():
+    problems = [p for path, source in sources(*PACKAGES) for p in import_problems(path, source, FORBIDDEN)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import aim",
+        "import aim.relax as relax",
+        "from aim.relax import relax",
+        "def f():\n    from aim import relax",
+        "import importlib\nimportlib.import_module('aim.relax')",
+        "from reports import tables",
+    ],
+)
+def test_imports_check_finds_a_violation(line):
+    assert len(import_problems("merging/stream.py", line, FORBIDDEN)) == 1
+    assert len(import_problems("checkpoints/reader.py", line, FORBIDDEN)) == 1
+
+
+@pytest.mark.parametrize("line", ["import torch", "from checkpoints import reader", "from merging import plan", ""])
+def test_imports_check_accepts_what_is_below(line):
+    assert import_problems("merging/stream.py", line, FORBIDDEN) == []
+
+
+def test_imports_check_keeps_torch_out_of_reports():
+    assert len(import_problems("reports/tables.py", "def f():\n    import torch.nn", FORBIDDEN)) == 1
+
+
+# ------------------------------------------------------------------------------------- no per-architecture branches
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    """ids of the nodes that are docstrings: a string that stands alone as a statement."""
+    return {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+
+
+def reads_model_type(node: ast.AST) -> bool:
+    """Whether an expression holds `x.model_type`, `model_type`, `x["model_type"]` or `x.get("model_type")`."""
+    for part in ast.walk(node):
+        if isinstance(part, ast.Attribute | ast.Name):
+            name = part.attr if isinstance(part, ast.Attribute) else part.id
+            if name == "model_type":
+                return True
+        key = part.slice if isinstance(part, ast.Subscript) else None
+        if (
+            isinstance(part, ast.Call)
+            and isinstance(part.func, ast.Attribute)
+            and part.func.attr == "get"
+            and part.args
+        ):
+            key = part.args[0]
+        if isinstance(key, ast.Constant) and key.value == "model_type":
+            return True
+    return False
+
+
+def library_names(tree: ast.AST) -> set[str]:
+    """Names imported from a library: whether transformers knows a model type is a question to it, no branch of ours."""
+    return {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] not in PACKAGES
+        for alias in node.names
+    }
+
+
+def branches_on_model_type(node: ast.AST, tables: set[str]) -> bool:
+    """A comparison of a model's type, a match on it, a table of it.
+
+    Allowed are a comparison with another model's type or with None, and tables of a library (`tables`: their names).
+    """
+    if isinstance(node, ast.Compare):
+        sides = [s for s in (node.left, *node.comparators) if not (isinstance(s, ast.Constant) and s.value is None)]
+        sides = [s for s in sides if not (isinstance(s, ast.Name) and s.id in tables)]
+        reads = [reads_model_type(side) for side in sides]
+        return len(sides) > 1 and any(reads) and not all(reads)
+    if isinstance(node, ast.Match):
+        return reads_model_type(node.subject)
+    if isinstance(node, ast.Subscript) and not (isinstance(node.value, ast.Name) and node.value.id in tables):
+        return reads_model_type(node.slice)
+    return False
+
+
+def names_in(node: ast.AST) -> Iterator[str]:
+    """Every identifier and string constant a node itself holds."""
+    for _, value in ast.iter_fields(node):
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str):
+                yield item
+
+
+def architecture_problems(path: str, source: str) -> list[str]:
+    tree = ast.parse(source)
+    prose = docstrings(tree)
+    tables = library_names(tree)
+    problems = []
+    for node in ast.walk(tree):
+        where = f"{path}:{getattr(node, 'lineno', '?')}"
+        if branches_on_model_type(node, tables):
+            problems.append(
+                f"{where}: a branch on model_type; tensors match by name and shape, modules by what they are"
+            )
+        if id(node) not in prose:
+            problems += [
+                f"{where}: {text!r} names an architecture" for text in names_in(node) if ARCHITECTURE.search(text)
+            ]
+    return problems
+
+
+def test_no_branches_per_architecture():
+    files = sources("checkpoints", "merging", "aim")
+    problems = [problem for path, source in files for problem in architecture_problems(path, source)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if config.model_type == kind: pass",
+        "if kind in config['model_type']: pass",
+        "fast = config.get('model_type') in FAST",
+        "names = TABLE[config.model_type]",
+        "from aim.tables import TABLE\nnames = TABLE[config.model_type]",
+        "match config.model_type:\n    case _: pass",
+        "names = {'gpt_neox': 1}",
+        "def merge_qwen(): pass",
+        "def f(x, *, is_mixtral=False): pass",
+        "from transformers import LlamaConfig",
+        "text = f'{name}.phi3'",
+    ],
+)
+def test_architecture_check_finds_a_violation(line):
+    assert len(architecture_problems("aim/run.py", line)) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"""Llama and GPT-2 store it so."""',
+        'def f():\n    """Qwen3 has q_norm."""',
+        "x = 1  # as Mixtral names it",
+        "if base.model_type != other.model_type: pass",
+        "if 'model_type' in config: pass",
+        "if config.get('model_type') is None: pass",
+        "kind = config['model_type']",
+        "from transformers import CONFIG_MAPPING\nknown = config.model_type in CONFIG_MAPPING",
+    ],
+)
+def test_architecture_check_accepts_prose_and_agreement(line):
+    assert architecture_problems("aim/run.py", line) == []
+
+
+# --------------------------------------------------------------------------------------------- a method is complete
+
+
+def cards(text: str) -> set[str]:
+    """Names that have a card: a level-two heading `## ties`, or `## dare_linear, dare_ties` where two share one."""
+    headings = re.findall(r"^## +(.+?) *$", text, re.MULTILINE)
+    return {name.strip(" `") for heading in headings for name in re.split(r",|\band\b", heading)}
+
+
+def method_problems(methods: dict[str, str], files: set[str], method_cards: set[str], tests: str) -> list[str]:
+    """What a method lacks of the four things: file, line in METHODS, card, test.
+
+    Args:
+        methods: name -> "module:Class", the module with or without the package's name before it.
+        files: stems of the files in merging/methods.
+        method_cards: names that docs/methods.md has a card for.
+        tests: the text of all tests/test_method*.py, their names included.
+    """
+    problems = []
+    for name, target in methods.items():
+        module = target.split(":")[0].split(".")[-1]
+        if module not in files:
+            problems.append(f"method {name}: no file merging/methods/{module}.py")
+        if name not in method_cards:
+            problems.append(f"method {name}: no card '## {name}' in docs/methods.md")
+        if f"test_method_{module}.py" not in tests and not re.search(rf"\b{re.escape(name)}\b", tests):
+            problems.append(f"method {name}: no tests/test_method_{module}.py, and no tests/test_method*.py names it")
+    return problems
+
+
+def test_every_method_has_file_card_and_test():
+    if not (ROOT / "merging/methods/__init__.py").exists():
+        return
+    methods = importlib.import_module("merging.methods").METHODS
+    page = ROOT / "docs/methods.md"
+    test_files = sorted((ROOT / "tests").glob("test_method*.py"))
+    problems = method_problems(
+        dict(methods),
+        {path.stem for path in (ROOT / "merging/methods").glob("*.py")},
+        cards(page.read_text()) if page.exists() else set(),
+        "\n".join(f"{path.name}\n{path.read_text()}" for path in test_files),
+    )
+    assert not problems, "\n".join(problems)
+
+
+def test_method_check_finds_what_is_missing():
+    methods = {"ties": "merging.methods.ties:Ties", "dare_ties": "dare:DareTies", "slerp": "slerp:Slerp"}
+    page = "# Methods\n\n## `ties`\n\n### dare_ties\n\n## slerp, nearswap\n"
+    problems = method_problems(methods, {"__init__", "ties", "dare"}, cards(page), "test_method_ties.py\n'dare_ties_2'")
+    assert problems == [
+        "method dare_ties: no card '## dare_ties' in docs/methods.md",
+        "method dare_ties: no tests/test_method_dare.py, and no tests/test_method*.py names it",
+        "method slerp: no file merging/methods/slerp.py",
+        "method slerp: no tests/test_method_slerp.py, and no tests/test_method*.py names it",
+    ]
+
+
+# -------------------------------------------------------------------------------------------------- instant --help
+
+HELP = """
+import json, runpy, sys
+path, *heavy = sys.argv[1:]
+sys.argv = [path, "--help"]
+code = None
+try:
+    runpy.run_path(path, run_name="__main__")
+except SystemExit as exit:
+    code = exit.code or 0
+print(json.dumps({"code": code, "loaded": [name for name in heavy if name in sys.modules]}), file=sys.stderr)
+"""
+
+
+def ask_for_help(command: Path) -> tuple[str, dict]:
+    """(what `python COMMAND --help` prints, {"code": exit status, "loaded": the heavy libraries it imported})."""
+    arguments = [sys.executable, "-c", HELP, str(command), *HEAVY]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, f"{command.name} --help failed:\n{done.stderr}"
+    return done.stdout, json.loads(done.stderr.splitlines()[-1])
+
+
+def test_help_of_every_command_is_instant():
+    for command in COMMANDS:
+        printed, result = ask_for_help(command)
+        assert result == {"code": 0, "loaded": []}, f"{command.name} --help: expected exit 0 and no heavy import"
+        assert printed.startswith("usage: "), f"{command.name} --help printed {printed[:80]!r}"
+
+
+def test_help_check_finds_a_heavy_import(tmp_path):
+    command = tmp_path / "command.py"
+    command.write_text("import sys, types\nsys.modules['torch'] = types.ModuleType('torch')\nraise SystemExit(2)\n")
+    assert ask_for_help(command) == ("", {"code": 2, "loaded": ["torch"]})
+
+
+# ---------------------------------------------------------------------------------------------------- requirements
+
+
+def pin_problems(path: str, text: str) -> list[str]:
+    """Lines that are neither a comment, nor another file of requirements, nor one exact public version."""
+    lines = [(number, line.split(" #")[0].strip()) for number, line in enumerate(text.splitlines(), 1)]
+    return [
+        f"{path}:{number}: expected NAME==VERSION, got {line!r}"
+        for number, line in lines
+        if line and not line.startswith("#") and not re.fullmatch(r"-r \S+\.txt", line) and not PIN.fullmatch(line)
+    ]
+
+
+def test_requirements_are_exact_pins():
+    files = sorted(ROOT.glob("requirements*.txt"))
+    assert [path.name for path in files] == ["requirements-dev.txt", "requirements-gpu.txt", "requirements.txt"]
+    problems = [problem for path in files for problem in pin_problems(path.name, path.read_text())]
+    assert not problems, "\n".join(problems)
+    assert re.findall(r"^\w\S*", files[-1].read_text(), re.MULTILINE)[0].startswith("torch==")
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["torch", "torch>=2", "torch==2.*", "torch==2.13.0+cpu", "torch~=2.13.0", "--pre", "./torch.whl", "a==1.0 b==2.0"],
+)
+def test_pin_check_finds_a_violation(line):
+    assert len(pin_problems("requirements.txt", f"# pins\n{line}\n")) == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["torch==2.13.0", "lm_eval[hf,math]==0.4.13", "-r requirements.txt", "a==1.0.post1", ""]
+)
+def test_pin_check_accepts_a_pin(line):
+    assert pin_problems("requirements-dev.txt", line) == []
+
+
+# ---------------------------------------------------------------------------------------------- nothing half-done
+
+
+def marker_problems(path: str, text: str) -> list[str]:
+    lines = enumerate(text.splitlines(), 1)
+    return [f"{path}:{number}: unfinished: {line.strip()}" for number, line in lines if MARKER.search(line)]
+
+
+def code_files() -> Iterable[Path]:
+    """Every file of code: Python wherever it is but in hidden and cache folders, and what make and CI run."""
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).parts
+        if not any(part.startswith(".") or part in ("build", "__pycache__") for part in parts):
+            yield path
+    yield from (ROOT / name for name in ("Makefile", "pyproject.toml", ".ci/run"))
+
+
+def test_nothing_is_marked_unfinished():
+    problems = [p for path in code_files() for p in marker_problems(str(path.relative_to(ROOT)), path.read_text())]
+    assert not problems, "\n".join(problems)
+
+
+def test_marker_check_finds_a_marker():
+    text = f"x = 1  # {'TO' + 'DO'}: y\nmastodon = 'TODOS'\n"
+    assert marker_problems("a.py", text) == [f"a.py:1: unfinished: x = 1  # {'TO' + 'DO'}: y"]
