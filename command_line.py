@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from checkpoints import VERSION
@@ -16,17 +19,19 @@ from checkpoints.errors import ArgumentError, InputError, unknown
 if TYPE_CHECKING:
     import torch
 
+    from streaming.output import Written
+
 INTERRUPTED = 130
 SIZE_UNITS = {
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
 }
 
 
@@ -41,44 +46,63 @@ class Parser(argparse.ArgumentParser):
         """Parse; a list that starts with a negative number may stand apart from its flag (`--weights -1,0.5`)."""
         joined: list[str] = []
         for argument in sys.argv[1:] if argv is None else argv:
-            if re.match(r"-[\d.]", argument) and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            number = re.match(r"-([\d.]|inf|nan)", argument)
+            if number and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
                 joined[-1] += f"={argument}"
             else:
                 joined.append(argument)
         parsed, rest = self.parse_known_args(joined)
+        if rest and not rest[0].startswith("-"):
+            self.error(f"'{rest[0]}' belongs to no flag. Quote what has spaces in it: --models_to_merge 'A, B'.")
         if rest:
             flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            self.error(unknown("flag" if rest[0].startswith("-") else "argument", rest[0].partition("=")[0], flags))
+            self.error(unknown("flag", rest[0].partition("=")[0], flags))
         return parsed
 
     def error(self, message: str) -> NoReturn:
         """Exit 2 with one line."""
-        self.exit(2, f"{self.prog}: {message} See {self.prog} --help.\n")
+        message = message.removeprefix("argument ").removesuffix(".")
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
 
 
 def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
     """Parse, run `body`, and turn what a user can cause into one message and an exit code: 0, 1 (failed), 2 (bad arguments)."""
     arguments = parser.parse(argv)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        body(arguments)
+        with _clean_end():
+            body(arguments)
+            sys.stdout.flush()
     except InputError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; nothing is left behind.", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
+    except BrokenPipeError:  # whoever read our output has gone, and the interpreter would flush once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    except OSError as error:  # a disk or a folder that no check could foresee
+        print(f"{parser.prog}: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
+        return 1
     return 0
 
 
-def _interrupt(*_: Any) -> NoReturn:
-    """A polite kill ends a run as Ctrl-C does: cleaned up."""
-    raise KeyboardInterrupt
+@contextmanager
+def _clean_end() -> Iterator[None]:
+    """A polite kill and a closed terminal end a run as Ctrl-C does: cleaned up. `nohup` stays in force."""
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    # Python lets the main thread alone set handlers; in another one, kills are the caller's affair.
+    ours = threading.current_thread() is threading.main_thread()
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in caught if ours}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def command(parser: Parser, argv: Sequence[str] | None) -> list[str]:
@@ -114,7 +138,7 @@ def add_output_flags(parser: Parser) -> None:
         help="auto (a GPU where there is one; default), cpu, cuda or cuda:1",
     )
     running.add_argument(
-        "--workers", type=int, metavar="N", help="threads (default: one per core); the result is the same"
+        "--workers", type=positive, metavar="N", help="threads (default: one per core); the result is the same"
     )
     running.add_argument(
         "--trust_remote_code", action="store_true", help="let Python code that comes with a model run (default: off)"
@@ -124,10 +148,24 @@ def add_output_flags(parser: Parser) -> None:
     running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
+def positive(text: str) -> int:
+    """A flag's whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got '{text}'")
+    return int(text)
+
+
+def parse_save_path(text: str) -> Path:
+    """The folder of `--save_path`, `~` expanded. Raises ArgumentError where it is empty."""
+    if not text.strip():
+        raise ArgumentError("--save_path: expected a folder, got nothing. Name one that does not exist yet.")
+    return Path(os.path.expanduser(text))
+
+
 def parse_size(flag: str, text: str) -> int:
-    """Bytes from `5GB`, `500MB`, `1GiB` or a plain number. Raises ArgumentError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)?", text.strip().upper())
-    size = int(float(match[1]) * SIZE_UNITS[match[2] or "B"]) if match else 0
+    """Bytes from `5GB`, `500M`, `1GiB` or a plain number. Raises ArgumentError."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*((?:[KMGT]I?)?)B?", text.strip().upper())
+    size = int(float(match[1]) * SIZE_UNITS[match[2]]) if match else 0
     if size < 1:
         raise ArgumentError(f"{flag}: expected a size such as 500MB or 5GB, got {text!r}.")
     return size
@@ -149,8 +187,10 @@ def parse_device(text: str) -> torch.device:
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise ArgumentError(f"--device: expected auto, cpu, cuda or cuda:N, got {text!r}.")
     device = torch.device(text)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ArgumentError(f"--device: {text}: there are {torch.cuda.device_count()} GPUs here. Use --device cpu.")
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        there = f"cuda:0 to cuda:{gpus - 1}" if gpus else "no GPU that torch can use"
+        raise ArgumentError(f"--device: {text}: there is {there} here. Use --device {'cuda' if gpus else 'cpu'}.")
     return device
 
 
@@ -172,3 +212,12 @@ def gigabytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def summary(save_path: Path, written: Written) -> str:
+    """The last line of a command: what was read and written, how long it took, the largest memory."""
+    rate = (written.bytes_read + written.bytes_written) / max(written.seconds, 1e-9)
+    return (
+        f"{save_path}: read {gigabytes(written.bytes_read)}, wrote {gigabytes(written.bytes_written)} "
+        f"in {written.seconds:.2f} s ({rate / 1e9:.3f} GB/s), peak memory {gigabytes(written.peak_memory_bytes)}"
+    )

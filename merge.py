@@ -12,17 +12,17 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import command_line
-from checkpoints.errors import ArgumentError, Refusals
-from command_line import gigabytes
+from checkpoints.errors import ArgumentError, InputError, Refusals
 from merging.methods import METHODS
 
 if TYPE_CHECKING:
     from merging.recipe import Recipe
-    from merging.run import RunOptions
+    from streaming.output import RunOptions
 
 
 def build_parser() -> command_line.Parser:
@@ -69,10 +69,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace, command: list[str]) -> None:
     """Flags -> recipe and options -> plan -> merge."""
     if arguments.json and not arguments.dry_run:
-        raise ArgumentError("--json: goes with --dry_run.")
+        raise ArgumentError("--json: works with --dry_run only. Add that, or leave --json out.")
+    try:
+        recipe, options = read_flags(arguments, command)
+        save_path = command_line.parse_save_path(arguments.save_path)
+        if arguments.dry_run:
+            show_plan(recipe, save_path, options, as_json=arguments.json)
+        else:
+            merge(recipe, save_path, options)
+    except InputError as error:
+        if arguments.json:
+            problems = error.problems if isinstance(error, Refusals) else [error]
+            print(json.dumps({"refusals": [str(problem) for problem in problems]}, indent=2, ensure_ascii=False))
+        raise
+
+
+def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[Recipe, RunOptions]:
+    """What to merge, and how to run it. Raises InputError where a flag is wrong."""
     from merging.recipe import make_recipe
-    from merging.run import RunOptions
-    from merging.stream import StreamOptions
+    from streaming.output import RunOptions
+    from streaming.stream import StreamOptions
 
     recipe = make_recipe(
         arguments.method,
@@ -100,23 +116,16 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         quiet=arguments.quiet,
         command=command,
     )
-    if arguments.dry_run:
-        show_plan(recipe, Path(arguments.save_path), options, as_json=arguments.json)
-    else:
-        merge(recipe, Path(arguments.save_path), options)
+    return recipe, options
 
 
 def show_plan(recipe: Recipe, save_path: Path, options: RunOptions, *, as_json: bool) -> None:
-    """Print the plan, or as JSON every refusal."""
+    """Print the plan."""
     from merging.run import prepare
 
-    try:
-        plan = prepare(recipe, save_path, options).plan
-    except Refusals as refusals:
-        if as_json:
-            print(json.dumps({"refusals": [str(problem) for problem in refusals.problems]}, indent=2))
-        raise
-    print(json.dumps(plan.as_json(), indent=2) if as_json else plan.as_text())
+    with closing(prepare(recipe, save_path, options, download=False)) as job:
+        plan = job.plan
+        print(json.dumps(plan.as_json(), indent=2, ensure_ascii=False) if as_json else plan.as_text())
 
 
 def merge(recipe: Recipe, save_path: Path, options: RunOptions) -> None:
@@ -138,11 +147,7 @@ def merge(recipe: Recipe, save_path: Path, options: RunOptions) -> None:
         return
     if result.report:
         print(format_report(result.report) + "\n")
-    moved = result.bytes_read + result.bytes_written
-    print(
-        f"{save_path}: read {gigabytes(result.bytes_read)}, wrote {gigabytes(result.bytes_written)} in {result.seconds:.1f} s "
-        f"({gigabytes(moved / result.seconds)}/s), peak memory {gigabytes(result.peak_memory_bytes)}"
-    )
+    print(command_line.summary(save_path, result.written))
 
 
 if __name__ == "__main__":

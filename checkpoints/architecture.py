@@ -165,19 +165,15 @@ def build_meta_model(folder: Path, *, label: str | None = None, trust_remote_cod
     if model_type not in CONFIG_MAPPING and not (trust_remote_code and "AutoConfig" in code):
         advice = "pass --trust_remote_code to run its own code, if you trust it" if code else "install a newer one"
         raise InputError(
-            f"{label}: config.json: expected a model_type that transformers {__version__} knows, got {model_type or 'none'}. "
-            f"Where it is right, {advice}."
+            f"{label}: config.json: expected a model_type that transformers {__version__} knows, "
+            f"got '{model_type}'. Mend it, or {advice}."
         )
     with _quiet():
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
             build = _choose_class(config, raw.get("architectures"), code if trust_remote_code else {})
-            with (
-                torch.device("meta"),
-                initialization.meta_device_safe_creation_ops(),
-                initialization.no_init_weights(),
-                initialization.no_tie_weights(),
-            ):
+            safe_ops, no_weights = initialization.meta_device_safe_creation_ops(), initialization.no_init_weights()
+            with torch.device("meta"), safe_ops, no_weights:
                 # eager: the attention kernel that the config asks for need not be installed to look at names.
                 return build(dtype=torch.float32, attn_implementation="eager").eval()
         except Exception as error:  # config validators and constructors raise anything
@@ -375,7 +371,7 @@ def _resolve_ties(
     Changes `placements` where only the other side of an embedding is stored: that is the embedding then.
     """
     families: dict[str, list[str]] = {}  # first the one that the class names as the source
-    for name, source in model.all_tied_weights_keys.items():
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
         families.setdefault(source, [source]).append(name)
     tied: dict[str, str] = {}
     shared: set[str] = set()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.location import Location, ModelName, locate
-from checkpoints.reader import Checkpoint, open_checkpoint
+from checkpoints.errors import InputError, Refusals
+from checkpoints.location import Location, ModelName, locate, remote_headers
+from checkpoints.reader import Checkpoint, RemoteFile, open_checkpoint
 from checkpoints.sidecars import licence_of, read_config
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
 
@@ -60,7 +62,37 @@ class Model:
         return licence_of(self.location.folder)
 
 
-def open_model(name: ModelName, *, quiet: bool = False, trust_remote_code: bool = False) -> Model:
-    """Find a model, download what is missing, and open its weights; reads headers only. Raises InputError as `locate`."""
-    location = locate(name, quiet=quiet, trust_remote_code=trust_remote_code)
+def open_models(
+    names: Sequence[ModelName], *, weights: bool = True, quiet: bool = False, trust_remote_code: bool = False
+) -> list[Model]:
+    """Open every model; what cannot be opened is said at once. See `open_model`. Raises Refusals."""
+    problems: list[str | InputError] = []
+    opened: list[Model] = []
+    for name in names:
+        try:
+            opened.append(open_model(name, weights=weights, quiet=quiet, trust_remote_code=trust_remote_code))
+        except InputError as error:
+            problems.append(error)
+    if problems:
+        raise Refusals(problems)
+    return opened
+
+
+def open_model(name: ModelName, *, weights: bool = True, quiet: bool = False, trust_remote_code: bool = False) -> Model:
+    """Find a model and open its weights; reads headers only.
+
+    Args:
+        name: a folder or a hub name.
+        weights: download the weights of a hub model; without, its headers are read over the network and its numbers cannot
+            be (`weights.is_here` is False). A model that stores pickles, which have no headers, is downloaded in any case.
+
+    Raises: InputError: as `locate` and `open_checkpoint`.
+    """
+    location = locate(name, weights=weights, quiet=quiet, trust_remote_code=trust_remote_code)
+    if not location.weights_here:
+        headers = remote_headers(ModelName(name.path_or_id, location.revision))
+        if headers:
+            files = [RemoteFile(file, str(name), header.file_bytes, header.tensors) for file, header in headers.items()]
+            return Model(location, Checkpoint(location.folder, str(name), files), trust_remote_code)
+        location = locate(name, quiet=quiet, trust_remote_code=trust_remote_code)
     return Model(location, open_checkpoint(location.folder, str(name)), trust_remote_code)

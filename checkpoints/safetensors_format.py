@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoints.errors import InputError
 from checkpoints.source import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, TensorInfo
 
@@ -102,16 +104,19 @@ def _entry(entry: Any, where: str) -> tuple[TensorInfo, int, int]:
     return TensorInfo(SAFETENSORS_DTYPES[dtype], tuple(shape)), begin, end
 
 
-def build_header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, int]]:
+def build_header(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] = METADATA
+) -> tuple[bytes, dict[str, int]]:
     """Lay tensors out in the order given; the same tensors give the same bytes.
 
     Args:
         tensors: in the order in which their bytes shall lie. Larger dtypes must come first, so that every tensor is aligned.
+        metadata: what else the header says, text by name.
 
     Returns: the file's first bytes (length, keys sorted, padded to 8 bytes) and each tensor's offset in the file.
     """
     relative: dict[str, int] = {}
-    header: dict[str, Any] = {"__metadata__": METADATA}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
     for name, info in tensors.items():
         relative[name] = position
@@ -128,6 +133,55 @@ def build_header(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, dict[str, in
     return len(text).to_bytes(LENGTH_BYTES, "little") + text, {
         name: start + offset for name, offset in relative.items()
     }
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a small file whole: to a name beside it, then by rename. The same tensors give the same bytes.
+
+    Raises: InputError: the file cannot be written.
+    """
+    ordered = {
+        name: tensors[name].contiguous().cpu()
+        for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    }
+    header, _ = build_header(
+        {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}, metadata
+    )
+    work = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with work.open("wb") as file:
+            file.write(header)
+            for tensor in ordered.values():
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        work.rename(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another path.") from error
+
+
+def load_tensors(path: Path, label: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a small file whole: its tensors and its metadata.
+
+    Raises: InputError: no such file, or as `read_header`.
+    """
+    try:
+        stored = read_header(path, label)
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{label} {path}: cannot be read: {error.strerror}. Check the path.") from None
+    length = int.from_bytes(content[:LENGTH_BYTES], "little")
+    metadata = json.loads(content[LENGTH_BYTES : LENGTH_BYTES + length]).get("__metadata__", {})
+    tensors = {}
+    for name, place in stored.items():
+        raw = (
+            torch.frombuffer(bytearray(content[place.offset : place.offset + place.info.nbytes]), dtype=torch.uint8)
+            if place.info.nbytes
+            else torch.empty(0, dtype=torch.uint8)
+        )
+        tensors[name] = raw.view(place.info.dtype).view(place.info.shape)
+    return tensors, metadata
 
 
 def pread_exactly(descriptor: int, view: memoryview, offset: int, where: str) -> None:

@@ -1,11 +1,14 @@
-"""The output folder appears complete or not at all: work goes on in `OUT.partial/`, the last act is a rename."""
+"""The output folder appears complete or not at all: work goes on in `OUT.partial/`, the last act is a rename.
+
+Where `OUT` is a symbolic link, what it points to is meant: the work goes on beside that, on its disk.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +19,13 @@ RECIPE_FILE = "merge_recipe.json"
 
 def partial_folder(save_path: Path) -> Path:
     """Where the work for `save_path` goes on: beside it, so that the rename stays on one file system."""
-    return save_path.with_name(save_path.name + ".partial")
+    target = save_path.resolve()
+    return target.with_name(target.name + ".partial")
+
+
+def _replaced_folder(target: Path) -> Path:
+    """Where an earlier result lies for the moment between two renames."""
+    return target.with_name(target.name + ".replaced")
 
 
 def check_save_path(save_path: Path, inputs: Iterable[Path], *, overwrite: bool) -> list[InputError]:
@@ -27,47 +36,78 @@ def check_save_path(save_path: Path, inputs: Iterable[Path], *, overwrite: bool)
         inputs: folders that are read; none may be the output, lie in it or hold it.
         overwrite: whether an earlier result may be replaced.
     """
+    try:
+        save_path.resolve()
+    except RuntimeError:
+        return [ArgumentError(f"--save_path {save_path}: its symbolic links lead in a circle. Choose another path.")]
+    problem = (
+        _check_overlap(save_path, [folder.resolve() for folder in inputs])
+        or _check_existing(save_path, overwrite=overwrite)
+        or _check_parent(save_path)
+    )
+    return [problem] if problem else []
+
+
+def _check_overlap(save_path: Path, inputs: Iterable[Path]) -> InputError | None:
+    """A refusal where the output and an input, or the folder we are in, share files."""
     target = save_path.resolve()
-    problems: list[InputError] = []
     for folder in inputs:
-        other = folder.resolve()
-        if target == other or target in other.parents:
-            problems.append(
-                ArgumentError(f"--save_path {save_path}: is an input or holds one ({folder}). Choose another folder.")
-            )
-        elif other in target.parents and (other / "config.json").exists():
-            problems.append(
-                ArgumentError(f"--save_path {save_path}: lies inside the input {folder}. Choose another folder.")
-            )
-    if save_path.exists() or save_path.is_symlink():
-        if not save_path.is_dir():
-            problems.append(ArgumentError(f"--save_path {save_path}: is no folder. Choose another path."))
-        elif any(save_path.iterdir()):
-            if not overwrite:
-                problems.append(
-                    ArgumentError(
-                        f"--save_path {save_path}: the folder is not empty. Choose another, or add --overwrite."
-                    )
-                )
-            elif not (save_path / RECIPE_FILE).is_file():
-                problems.append(
-                    ArgumentError(
-                        f"--save_path {save_path}: --overwrite replaces only a folder that holds a {RECIPE_FILE}. Choose another folder."
-                    )
-                )
-    ancestor = next(parent for parent in (target.parent, *target.parents) if parent.exists())
-    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK | os.X_OK):
-        problems.append(
-            InputError(
-                f"--save_path {save_path}: {ancestor} cannot be written to. Choose another folder or change its permissions."
-            )
+        if target == folder:
+            return ArgumentError(f"--save_path {save_path}: is the input {folder}. Choose another folder.")
+        if target in folder.parents:
+            return ArgumentError(f"--save_path {save_path}: holds the input {folder}. Choose another folder.")
+        if folder in target.parents and (folder / "config.json").exists():
+            return ArgumentError(f"--save_path {save_path}: lies inside the input {folder}. Choose another folder.")
+    here = Path.cwd()
+    if target in (here, *here.parents):
+        return ArgumentError(
+            f"--save_path {save_path}: is the current folder or holds it, which cannot be replaced. Name a new folder."
         )
-    return problems
+    return None
+
+
+def _check_existing(save_path: Path, *, overwrite: bool) -> InputError | None:
+    """A refusal where something is at `save_path` that must stay."""
+    replaced = _replaced_folder(save_path.resolve())
+    if replaced.exists():
+        return ArgumentError(
+            f"--save_path {save_path}: {replaced} holds an earlier result, from a run that was cut off. Move it back or remove it."
+        )
+    if not save_path.exists():
+        return None
+    if not save_path.is_dir():
+        return ArgumentError(f"--save_path {save_path}: expected a folder, got a file. Choose another path.")
+    if not any(save_path.iterdir()):
+        return None
+    if not overwrite:
+        return ArgumentError(f"--save_path {save_path}: the folder is not empty. Choose another, or add --overwrite.")
+    if not (save_path / RECIPE_FILE).is_file():
+        return ArgumentError(
+            f"--save_path {save_path}: --overwrite replaces only a folder that holds a {RECIPE_FILE}. Choose another folder."
+        )
+    return None
+
+
+def _check_parent(save_path: Path) -> InputError | None:
+    """A refusal where the folder above `save_path` cannot be made or written to."""
+    ancestor = _existing_ancestor(save_path)
+    if not ancestor.is_dir():
+        return ArgumentError(f"--save_path {save_path}: {ancestor} is a file, no folder. Choose another path.")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        return InputError(
+            f"--save_path {save_path}: {ancestor} cannot be written to. Choose another folder or change its permissions."
+        )
+    return None
+
+
+def _existing_ancestor(save_path: Path) -> Path:
+    """The nearest folder above `save_path` that is there."""
+    return next(parent for parent in save_path.resolve().parents if parent.exists())
 
 
 def check_space(save_path: Path, needed: int) -> list[InputError]:
     """A refusal where the disk of `save_path` has fewer than `needed` bytes free."""
-    ancestor = next(parent for parent in save_path.resolve().parents if parent.exists())
+    ancestor = _existing_ancestor(save_path)
     free = shutil.disk_usage(ancestor).free
     if needed <= free:
         return []
@@ -79,50 +119,62 @@ def check_space(save_path: Path, needed: int) -> list[InputError]:
 
 
 @contextmanager
-def staged(save_path: Path) -> Iterator[Path]:
+def staged(save_path: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a folder to work in; rename it to `save_path` at the end, or remove it where anything went wrong.
 
-    An earlier `save_path` (checked by `check_save_path`) is replaced by rename, and is back where a step fails.
+    Args:
+        save_path: the folder to be.
+        overwrite: whether an earlier result may be replaced, which happens by rename; it is back where a step fails.
 
-    Raises: InputError: another run works on the same output; the folder cannot be made.
+    Raises: InputError: another run works on the same output, or has just written it; the folder cannot be made.
     """
-    work = partial_folder(save_path)
-    made = _make_parents(work)
+    target = save_path.resolve()
+    work = partial_folder(target)
+    made = [parent for parent in reversed(work.parents) if not parent.exists()]
     try:
+        work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work, os.O_RDONLY)
     except OSError as error:
-        raise InputError(f"{work}: cannot be opened: {error.strerror}.") from error
+        _remove_empty(made)
+        raise InputError(f"{work}: cannot be created: {error.strerror}. Choose another --save_path.") from error
     try:
-        try:
-            # A lock dies with its process, so a crash leaves none behind.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            made = []
+        if not _lock(lock, work):
             raise InputError(
                 f"{save_path}: another run is writing it. Wait for that run, or choose another --save_path."
-            ) from None
-        clear(work)
+            )
         try:
+            clear(work)
+            # Once more, now that no other run can publish: one may have done so since the plan was made.
+            problem = _check_existing(target, overwrite=overwrite)
+            if problem:
+                raise problem
             yield work
-            _publish(work, save_path)
+            _publish(work, target)
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
-            for folder in reversed(made):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            _remove_empty(made)
             raise
     finally:
         os.close(lock)
 
 
-def _make_parents(work: Path) -> list[Path]:
-    """Create `work` and its parents; the parents that were not there, outermost first."""
-    made = [parent for parent in reversed(work.parents) if not parent.exists()]
+def _lock(descriptor: int, work: Path) -> bool:
+    """Take the lock on the open folder `work`, which dies with its process, so that a crash leaves none behind.
+
+    False where another run holds it, or held it and has renamed or removed the folder since we opened it.
+    """
     try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{work}: cannot be created: {error.strerror}. Choose another --save_path.") from error
-    return made
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), os.stat(work))
+    except OSError:
+        return False
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove those folders, the last first, that exist and hold nothing."""
+    for folder in reversed(folders):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def clear(folder: Path) -> None:
@@ -134,20 +186,20 @@ def clear(folder: Path) -> None:
             entry.unlink()
 
 
-def _publish(work: Path, save_path: Path) -> None:
+def _publish(work: Path, target: Path) -> None:
     _sync(work)
-    replaced = save_path.with_name(save_path.name + ".replaced")
-    if save_path.exists():
-        os.rename(save_path, replaced)
+    if target.exists() and any(target.iterdir()):
+        replaced = _replaced_folder(target)
+        os.rename(target, replaced)
         try:
-            os.rename(work, save_path)
-        except OSError:
-            os.rename(replaced, save_path)
+            os.rename(work, target)
+        except BaseException:
+            os.rename(replaced, target)
             raise
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
     else:
-        os.rename(work, save_path)
-    _sync(save_path.parent)
+        os.rename(work, target)  # an empty folder gives way
+    _sync(target.parent)
 
 
 def _sync(folder: Path) -> None:

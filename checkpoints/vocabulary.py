@@ -132,12 +132,23 @@ class AlignedRows:
         self._inner = inner
         self._fallback = fallback
         self._names = names
+        self._row_of = row_of
         self._runs = list(_runs(row_of))
         self._starts = torch.tensor([run.first for run in self._runs])
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(info.dtype, (len(row_of), *info.shape[1:])) if name in names else info
+            name: self._aligned_info(name, len(row_of)) if name in names else info
             for name, info in inner.tensors.items()
         }
+
+    def _aligned_info(self, name: str, rows: int) -> TensorInfo:
+        """With the dtype that holds the rows of both sources without rounding."""
+        info = self._inner.tensors[name]
+        dtype = torch.promote_types(info.dtype, self._fallback.tensors[self._names[name]].dtype)
+        return TensorInfo(dtype, (rows, *info.shape[1:]))
+
+    def renamed(self, names: Mapping[str, str]) -> AlignedRows:
+        """The same rows of the same sources, for other tables."""
+        return AlignedRows(self._inner, self._fallback, self._row_of, names)
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """See `Source.read`; one read of the inner source for each run of rows that lie together there."""

@@ -13,7 +13,7 @@ from typing import Any
 
 _EXPORTS = {
     "merge": "merging.run",
-    "RunOptions": "merging.run",
+    "RunOptions": "streaming.output",
     "make_recipe": "merging.recipe",
     "Recipe": "merging.recipe",
 }

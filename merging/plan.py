@@ -15,12 +15,13 @@ from checkpoints.model import Model
 from checkpoints.reader import equal_tensors
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, TensorRef, dtype_name
 from checkpoints.writer import Shard, plan_shards
-from merging.blocks import TensorSpec
-from merging.matching import Matched, match_model
 from merging.methods import get_method
 from merging.recipe import Recipe
 from merging.report import kind_of
-from merging.stream import PlannedTensor
+from streaming.blocks import TensorSpec
+from streaming.matching import Matched, match_model
+from streaming.output import bytes_read
+from streaming.stream import PlannedTensor
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Plan:
     @property
     def bytes_to_read(self) -> int:
         """Bytes of every input tensor that is needed, each counted once."""
-        return sum(ref.info.nbytes for tensor in self.tensors for ref in tensor.sources)
+        return bytes_read(self.tensors)
 
     @property
     def bytes_to_write(self) -> int:

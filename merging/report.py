@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from merging.blocks import GRID_ELEMENTS, Block, Region
+from streaming.blocks import GRID_ELEMENTS, Block, Region
 
 SAMPLE_EVERY = 16
 DIGITS = 4

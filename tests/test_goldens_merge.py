@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from merging import RunOptions, make_recipe, merge
-from merging.blocks import Block, Region, TensorSpec
 from merging.methods import get_method
+from streaming.blocks import Block, Region, TensorSpec
 from tests.golden_files import (
     Golden,
     authors_masks,

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from checkpoints.errors import ArgumentError
-from merging.blocks import Block, Scan, TensorSpec
+from streaming.blocks import Block, Scan, TensorSpec
 
 
 def parameter(

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from merging.blocks import Block
 from merging.methods.contract import Method, parameter
 from merging.methods.linear import check_weight_sum
 from merging.methods.signs import elect_and_sum
 from merging.methods.task_arithmetic import add_to_base, weighted_sum
 from merging.randomness import drop_
+from streaming.blocks import Block
 
 
 @dataclass(frozen=True)

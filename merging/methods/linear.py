@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from checkpoints.errors import ArgumentError
-from merging.blocks import Block
 from merging.methods.contract import Method, parameter
+from streaming.blocks import Block
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from merging.blocks import Block
 from merging.methods.contract import Method, parameter
 from merging.methods.linear import check_weight_sum
+from streaming.blocks import Block
 
 
 def weighted_sum(task_vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from merging.blocks import Block, Scan, TensorSpec
 from merging.methods.contract import Method, parameter
 from merging.methods.signs import elect_and_sum
 from merging.methods.task_arithmetic import add_to_base
 from merging.methods.trim import Trim, measure_trims
+from streaming.blocks import Block, Scan, TensorSpec
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from merging.blocks import GRID_ELEMENTS, Block, Region, Scan, TensorSpec, tile
+from streaming.blocks import GRID_ELEMENTS, Block, Region, Scan, TensorSpec, tile
 
 MAGNITUDE_BITS = 0x7FFFFFFF
 ABOVE_ALL = 0x7F800001  # one more than the bits of infinity

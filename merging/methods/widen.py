@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from merging.blocks import Block, Region, Scan, TensorSpec
 from merging.methods.contract import Method, parameter
+from streaming.blocks import Block, Region, Scan, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class Widen(Method):
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
         """Scores of a matrix, `[models, matrices, channels]` float32; of a vector, mean |d_i|, `[models]` float64."""
+        if not tensor.numel:
+            return torch.empty(0)  # no block will ask for it
         if tensor.is_vector:
-            return torch.stack(list(scan(_sum_of_magnitudes))).sum(dim=0) / max(1, tensor.numel)
+            return torch.stack(list(scan(_sum_of_magnitudes))).sum(dim=0) / tensor.numel
         channels = tensor.rows if tensor.is_embedding else tensor.columns
         sums: torch.Tensor | None = None
         for region, partial in scan(_channel_sums):

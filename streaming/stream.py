@@ -6,17 +6,46 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
 from checkpoints.errors import InputError
 from checkpoints.source import TensorRef, dtype_name
 from checkpoints.writer import CheckpointWriter
-from merging.blocks import GRID_ELEMENTS, Block, Partial, Region, TensorSpec, tile
-from merging.methods.contract import Method
-from merging.report import DeltaReport
-from merging.workers import Workers
+from streaming.blocks import GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, tile
+from streaming.workers import Workers
+
+
+class Merger(Protocol):
+    """How the blocks of one tensor become one: a merging method with its parameters (`merging.methods`)."""
+
+    space: ClassVar[Literal["task_vectors", "weights"]]
+    """What it wants of the models: fine-tuned minus base, or the weights themselves."""
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
+        """Statistics of a whole tensor, which `combine` needs; None where it needs none."""
+        ...
+
+    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
+        """One block of the output, `[block.region.numel]` float32; may overwrite the block, the base excepted."""
+        ...
+
+
+class Observer(Protocol):
+    """Looks at some of the blocks that stream by, before and after they are merged (the merge report)."""
+
+    def sampled(self, region: Region) -> Sequence[slice]:
+        """The parts of a region that it wants to see."""
+        ...
+
+    def observe(self, block: Block, sampled: Sequence[slice]) -> Any:
+        """Look at a block before it is merged; what it returns goes to `record`."""
+        ...
+
+    def record(self, block: Block, merged: torch.Tensor, sampled: Sequence[slice], seen: Any) -> None:
+        """Look at the merged block, `[region.numel]` float32, and at the base."""
+        ...
 
 
 class Transform(Protocol):
@@ -54,7 +83,7 @@ class PlannedTensor:
     dtype: torch.dtype
     base: TensorRef
     inputs: tuple[TensorRef, ...]
-    method: Method | None
+    method: Merger | None
     note: str = ""
 
     @property
@@ -88,7 +117,7 @@ def stream(
     outputs: Sequence[Output],
     *,
     options: StreamOptions,
-    report: DeltaReport | None = None,
+    observer: Observer | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> set[int]:
     """Merge every tensor into every output, reading each input once for `combine` (and as often as `measure` asks).
@@ -97,7 +126,7 @@ def stream(
         tensors: what to write, and from what.
         outputs: the checkpoints to write; all of them get every tensor.
         options: device, threads, size of a block.
-        report: fed with what the merge sees, where given.
+        observer: shown some of the blocks, where given.
         progress: called with the number of bytes read and written, from several threads.
 
     Returns: positions of the models whose task vectors are zero throughout, as far as a method in delta space saw them.
@@ -105,7 +134,7 @@ def stream(
     Raises: InputError: a number that is not finite, a file that cannot be read or written.
     """
     with closing(Workers(options.workers)) as workers:
-        state = _Stream(workers, outputs, options, report, progress)
+        state = _Stream(workers, outputs, options, observer, progress)
         state.expect_changes(tensors)
         workers.run_tensors(state.merge_tensor, tensors)
     return state.unchanged
@@ -119,13 +148,13 @@ class _Stream:
         workers: Workers,
         outputs: Sequence[Output],
         options: StreamOptions,
-        report: DeltaReport | None,
+        observer: Observer | None,
         progress: Callable[[int], object],
     ):
         self._workers = workers
         self._outputs = outputs
         self._options = options
-        self._report = report
+        self._observer = observer
         self._progress = progress
         self._local = threading.local()
         self.unchanged: set[int] = set()
@@ -157,12 +186,12 @@ class _Stream:
 
     def _combine(self, tensor: PlannedTensor, statistics: Any, region: Region) -> None:
         assert tensor.method is not None
-        sampled = self._report.sampled(region) if self._report else ()
+        sampled = self._observer.sampled(region) if self._observer else ()
         block = self._fetch(tensor, region, base_for=bool(sampled))
-        seen = self._report.observe(block, sampled) if self._report and sampled else None
+        seen = self._observer.observe(block, sampled) if self._observer and sampled else None
         merged = tensor.method.combine(block, statistics)
-        if self._report and seen is not None:
-            self._report.record(block, merged, sampled, seen)
+        if self._observer and seen is not None:
+            self._observer.record(block, merged, sampled, seen)
         for output in self._outputs:
             transform = output.transform if output.transform and output.transform.applies_to(tensor.spec.name) else None
             result = merged if transform is None else transform(region, block.base, merged)  # type: ignore[arg-type]

@@ -37,7 +37,8 @@ def match_model(base: Model, model: Model, names: Sequence[str]) -> Matched:
     source, tables = _align_vocabulary(base, model, names, match)
     ours, theirs = base.weights.tensors, source.tensors
     missing = [name for name in names if name not in theirs]
-    extra = [name for name in theirs if name not in ours]
+    wanted = set(names)  # fewer than the base's where the base itself stores a tied head, which then is extra here too
+    extra = [name for name in theirs if name not in wanted and (name not in ours or name in base.architecture.tied)]
     for name in missing:
         _explain_missing(base, model, source, name, match)
     for name in extra:
@@ -64,7 +65,10 @@ def match_model(base: Model, model: Model, names: Sequence[str]) -> Matched:
 def _explain_missing(base: Model, model: Model, source: Source, name: str, match: Matched) -> None:
     twin = model.architecture.tied.get(name)
     if twin is not None and twin in source.tensors and source.tensors[twin].shape == base.weights.tensors[name].shape:
-        match.tensors[name] = TensorRef(source, twin)
+        # A token that the model lacks takes the base's row of this very tensor, not of the twin.
+        match.tensors[name] = TensorRef(
+            source.renamed({twin: name}) if isinstance(source, AlignedRows) else source, twin
+        )
         match.notes.append(f"{model.label}: {name} is tied to {twin} there; that is used for it.")
     elif name in base.architecture.buffers or not base.weights.tensors[name].dtype.is_floating_point:
         match.notes.append(f"{model.label}: the buffer {name} is not stored there; the base's is kept.")
@@ -76,7 +80,7 @@ def _explain_missing(base: Model, model: Model, source: Source, name: str, match
 
 def _explain_extra(base: Model, model: Model, name: str, match: Matched) -> None:
     architecture = model.architecture
-    if name in architecture.ignored or name in architecture.buffers:
+    if name in architecture.ignored:
         match.notes.append(f"{model.label}: {name} is left out, as loading ignores or recomputes it.")
         return
     twin = architecture.tied.get(name) or base.architecture.tied.get(name)
