@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -10,16 +11,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from checkpoints import VERSION
-from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 
 if TYPE_CHECKING:
     import torch
 
-    from streaming.output import Written
+    from aim.console import Console
+    from streaming.output import RunOptions, Written
 
 INTERRUPTED = 130
 SIZE_UNITS = {
@@ -194,16 +197,61 @@ def parse_device(text: str) -> torch.device:
     return device
 
 
+def run_options(arguments: argparse.Namespace, device: torch.device, command: list[str]) -> RunOptions:
+    """The run that the flags of `add_output_flags` ask for. Raises ArgumentError where one is wrong."""
+    from streaming.output import RunOptions
+    from streaming.stream import StreamOptions
+
+    return RunOptions(
+        stream=StreamOptions(device=device, workers=arguments.workers),
+        max_shard_bytes=parse_size("--max_shard_size", arguments.max_shard_size),
+        digest=parse_choice("--digest", arguments.digest, ("none", "outputs", "full")),  # type: ignore[arg-type]
+        overwrite=arguments.overwrite,
+        trust_remote_code=arguments.trust_remote_code,
+        quiet=arguments.quiet,
+        command=command,
+    )
+
+
 @contextmanager
-def progress_bar(title: str, total_bytes: int, *, quiet: bool) -> Iterator[Callable[[int], object]]:
-    """A bar in bytes with GB/s and time left on stderr, silent without a terminal; yields what advances it."""
+def refusals_as_json(arguments: argparse.Namespace) -> Iterator[None]:
+    """Under `--dry_run --json`, print what is refused as JSON too. Raises ArgumentError where --json stands alone."""
+    if arguments.json and not arguments.dry_run:
+        raise ArgumentError("--json: works with --dry_run only. Add that, or leave --json out.")
+    try:
+        yield
+    except InputError as error:
+        if arguments.json:
+            problems = error.problems if isinstance(error, Refusals) else [error]
+            print(json.dumps({"refusals": [str(problem) for problem in problems]}, indent=2, ensure_ascii=False))
+        raise
+
+
+@contextmanager
+def progress_bar(title: str, total: int, *, quiet: bool, unit: str = "B") -> Iterator[Callable[[int], object]]:
+    """A bar with bytes (or `unit`) a second and time left on stderr, silent without a terminal; yields what advances it."""
     from tqdm import tqdm
 
     disable = True if quiet else None
     with tqdm(
-        total=total_bytes, desc=title, unit="B", unit_scale=True, disable=disable, mininterval=0.2, smoothing=0.1
+        total=total, desc=title, unit=unit, unit_scale=True, disable=disable, mininterval=0.2, smoothing=0.1
     ) as bar:
         yield bar.update
+
+
+def console(quiet: bool) -> Console:
+    """How AIM speaks to the user: results on stdout, remarks and bars on stderr; nothing but warnings where quiet."""
+    from aim.console import Console
+
+    def say(line: str) -> None:
+        if not quiet:
+            print(line)
+
+    def note(line: str) -> None:
+        if not quiet or line.startswith("warning"):
+            print(line, file=sys.stderr)
+
+    return Console(say, note, partial(progress_bar, quiet=quiet, unit=" tokens"))
 
 
 def gigabytes(count: float) -> str:

@@ -13,16 +13,18 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import command_line
-from checkpoints.errors import ArgumentError, InputError, Refusals
-from merging.methods import METHODS
+from aim.flags import add_aim_flags, given_aim_flags
+from checkpoints.errors import ArgumentError
+from merging.methods import METHODS, get_method
 
 if TYPE_CHECKING:
+    from aim.console import AimRequest
     from merging.recipe import Recipe
-    from streaming.output import RunOptions
+    from merging.run import Job
 
 
 def build_parser() -> command_line.Parser:
@@ -49,9 +51,16 @@ def build_parser() -> command_line.Parser:
     )
     how.add_argument("--widen_calibration", metavar="C", help="widen: score of the important ones (default 1.0)")
     how.add_argument(
-        "--seed", type=int, metavar="N", help="dare_linear, dare_ties: seed of the random masks (default 0)"
+        "--seed",
+        type=int,
+        metavar="N",
+        help="dare_linear, dare_ties, --control permuted: seed of what is drawn (default 0)",
     )
     how.add_argument("--exclude", metavar="REGEX", help="tensors in whose name this is found are taken from the base")
+    add_aim_flags(
+        parser,
+        omega_help="relax the merge by the base's activations before it is written: 0 puts the most active channel back to the base, 1 changes nothing; also by filter, mlp=0.2,self_attn=0.6,0.4",
+    )
     command_line.add_output_flags(parser)
     report = parser.add_argument_group("report")
     report.add_argument(
@@ -67,30 +76,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace, command: list[str]) -> None:
-    """Flags -> recipe and options -> plan -> merge."""
-    if arguments.json and not arguments.dry_run:
-        raise ArgumentError("--json: works with --dry_run only. Add that, or leave --json out.")
-    try:
-        recipe, options = read_flags(arguments, command)
+    """Flags -> recipe and options -> plan -> merge, relaxed by AIM where asked."""
+    with command_line.refusals_as_json(arguments):
+        wants_aim = arguments.omega is not None or arguments.omegas is not None
+        if not wants_aim and given_aim_flags(arguments):
+            raise ArgumentError(
+                f"{given_aim_flags(arguments)[0]}: belongs to AIM. Add --omega, such as --omega 0.4, or leave it out."
+            )
+        from merging.run import prepare
+
+        device = command_line.parse_device(arguments.device)
+        recipe = read_recipe(arguments)
+        options = replace(command_line.run_options(arguments, device, command), report=read_report(arguments))
         save_path = command_line.parse_save_path(arguments.save_path)
-        if arguments.dry_run:
-            show_plan(recipe, save_path, options, as_json=arguments.json)
-        else:
-            merge(recipe, save_path, options)
-    except InputError as error:
-        if arguments.json:
-            problems = error.problems if isinstance(error, Refusals) else [error]
-            print(json.dumps({"refusals": [str(problem) for problem in problems]}, indent=2, ensure_ascii=False))
-        raise
+        request = None
+        if wants_aim:
+            from aim.console import AimRequest
+
+            request = AimRequest(arguments, device)
+        count = len(request.how.omegas) if request else 1
+        with closing(prepare(recipe, save_path, options, variants=count, download=not arguments.dry_run)) as job:
+            checked = request.check(job.base) if request else None
+            if arguments.dry_run:
+                show_plan(job, checked, as_json=arguments.json)
+            else:
+                merge(job, request)
 
 
-def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[Recipe, RunOptions]:
-    """What to merge, and how to run it. Raises InputError where a flag is wrong."""
+def read_recipe(arguments: argparse.Namespace) -> Recipe:
+    """What to merge. Raises InputError where a flag is wrong."""
     from merging.recipe import make_recipe
-    from streaming.output import RunOptions
-    from streaming.stream import StreamOptions
 
-    recipe = make_recipe(
+    seed_is_aims = arguments.control == "permuted" and not get_method(arguments.method).draws
+    return make_recipe(
         arguments.method,
         arguments.base_model,
         arguments.models_to_merge,
@@ -102,52 +120,53 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[Recip
             "widen_ratio": arguments.widen_ratio,
             "widen_calibration": arguments.widen_calibration,
         },
-        seed=arguments.seed,
+        seed=None if seed_is_aims else arguments.seed,
         out_dtype=arguments.dtype,
         exclude=arguments.exclude,
     )
-    options = RunOptions(
-        stream=StreamOptions(device=command_line.parse_device(arguments.device), workers=arguments.workers),
-        max_shard_bytes=command_line.parse_size("--max_shard_size", arguments.max_shard_size),
-        digest=command_line.parse_choice("--digest", arguments.digest, ("none", "outputs", "full")),  # type: ignore[arg-type]
-        report=command_line.parse_choice("--report", arguments.report, ("none", "sample", "full")),  # type: ignore[arg-type]
-        overwrite=arguments.overwrite,
-        trust_remote_code=arguments.trust_remote_code,
-        quiet=arguments.quiet,
-        command=command,
-    )
-    return recipe, options
 
 
-def show_plan(recipe: Recipe, save_path: Path, options: RunOptions, *, as_json: bool) -> None:
-    """Print the plan."""
-    from merging.run import prepare
-
-    with closing(prepare(recipe, save_path, options, download=False)) as job:
-        plan = job.plan
-        print(json.dumps(plan.as_json(), indent=2, ensure_ascii=False) if as_json else plan.as_text())
+def read_report(arguments: argparse.Namespace) -> Literal["none", "sample", "full"]:
+    """How much the merge report looks at. Raises ArgumentError."""
+    return command_line.parse_choice("--report", arguments.report, ("none", "sample", "full"))  # type: ignore[return-value]
 
 
-def merge(recipe: Recipe, save_path: Path, options: RunOptions) -> None:
+def show_plan(job: Job, checked: dict[str, Any] | None, *, as_json: bool) -> None:
+    """Print the plan, and AIM's where it takes part."""
+    if as_json:
+        plan = job.plan.as_json() if checked is None else {**job.plan.as_json(), "aim": checked}
+        print(json.dumps(plan, indent=2, ensure_ascii=False))
+        return
+    if checked is not None:
+        from aim.console import format_check
+
+        print(format_check(checked))
+    print(job.plan.as_text())
+
+
+def merge(job: Job, request: AimRequest | None) -> None:
     """Merge, and say what came of it."""
     from merging.report import format_report
-    from merging.run import prepare
+    from streaming.output import Variant
 
-    job = prepare(recipe, save_path, options)
-    if not options.quiet:
+    quiet = job.options.quiet
+    if not quiet:
         for note in job.plan.notes:
             print(f"note: {note}", file=sys.stderr)
-    with command_line.progress_bar(
-        "merging", job.plan.bytes_to_read + job.plan.bytes_to_write, quiet=options.quiet
-    ) as advance:
-        result = job.run(advance)
+    relaxations = request.relaxations(job.base, command_line.console(quiet)) if request else None
+    variants = relaxations.variants if relaxations else [Variant()]
+    moved = job.plan.bytes_to_read + job.plan.bytes_to_write * len(variants)
+    with command_line.progress_bar("merging", moved, quiet=quiet) as advance:
+        result = job.run(advance, variants)
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if options.quiet:
+    if quiet:
         return
     if result.report:
         print(format_report(result.report) + "\n")
-    print(command_line.summary(save_path, result.written))
+    if relaxations:
+        print(relaxations.summary())
+    print(command_line.summary(job.save_path, result.written))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from checkpoints.errors import InputError, Refusals
 from checkpoints.location import Location, ModelName, locate, remote_headers
@@ -15,6 +15,8 @@ from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_diges
 
 if TYPE_CHECKING:
     from checkpoints.architecture import Architecture
+
+Planned = TypeVar("Planned")
 
 
 @dataclass
@@ -62,18 +64,57 @@ class Model:
         return licence_of(self.location.folder)
 
 
+def open_and_plan(
+    names: Sequence[ModelName],
+    plan: Callable[[list[Model]], Planned],
+    *,
+    download: bool = True,
+    quiet: bool = False,
+    trust_remote_code: bool = False,
+) -> Planned:
+    """Open models and plan with them: from the headers of hub models first, so that what does not fit is said before
+    gigabytes are fetched, then, where weights were left on the hub, once more with everything here.
+
+    Args:
+        names: the inputs; plan: makes of the opened models what is wanted, and raises what does not fit.
+        download: False stops at the headers (a dry run).
+
+    Raises: Refusals: as `open_models`, and whatever `plan` raises; the models are closed then.
+    """
+    for weights in (False, True):
+        opened = open_models(names, weights=weights, quiet=quiet, trust_remote_code=trust_remote_code)
+        try:
+            planned = plan(opened)
+        except BaseException:
+            close_all(opened)
+            raise
+        if not download or all(model.weights.is_here for model in opened):
+            break
+        close_all(opened)
+    return planned
+
+
+def close_all(models: Iterable[Model]) -> None:
+    """Close the weights of all models."""
+    for model in models:
+        model.weights.close()
+
+
 def open_models(
     names: Sequence[ModelName], *, weights: bool = True, quiet: bool = False, trust_remote_code: bool = False
 ) -> list[Model]:
-    """Open every model; what cannot be opened is said at once. See `open_model`. Raises Refusals."""
+    """Open every model and read its config; what cannot be is said at once. See `open_model`. Raises Refusals."""
     problems: list[str | InputError] = []
     opened: list[Model] = []
     for name in names:
         try:
             opened.append(open_model(name, weights=weights, quiet=quiet, trust_remote_code=trust_remote_code))
+            _ = opened[-1].config
         except InputError as error:
             problems.append(error)
     if problems:
+        for model in opened:
+            model.weights.close()
         raise Refusals(problems)
     return opened
 

@@ -14,7 +14,7 @@ import torch
 
 from checkpoints.errors import InputError
 from checkpoints.safetensors_format import StoredTensor, pread_exactly, read_header
-from checkpoints.source import SAFETENSORS_NAMES, Source, TensorInfo
+from checkpoints.source import SAFETENSORS_NAMES, Source, TensorInfo, TensorRef
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -23,6 +23,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+
+LFS_POINTER = b"version https://git-lfs"
 
 
 def find_weight_files(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str] | None]:
@@ -65,11 +68,27 @@ def open_checkpoint(folder: Path, label: str) -> Checkpoint:
 
     Raises: InputError: no weights, a damaged file, an index and files that disagree, a pickle that is not plain tensors.
     """
-    files, weight_map = find_weight_files(folder, label)
-    checkpoint = Checkpoint(folder, label, [_open_file(path, label) for path in files])
-    if weight_map is not None:
-        _check_index(weight_map, {name: file.path.name for file in checkpoint.files for name in file.tensors}, label)
+    paths, weight_map = find_weight_files(folder, label)
+    files: list[WeightFile] = []
+    try:
+        for path in paths:
+            files.append(_open_file(path, label))
+        checkpoint = Checkpoint(folder, label, files)
+        if weight_map is not None:
+            _check_index(weight_map, {name: file.path.name for file in files for name in file.tensors}, label)
+        if not checkpoint.tensors:
+            raise InputError(
+                f"{label}: expected tensors, got none in {_names(paths) or 'its index'}. Download it again."
+            )
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
     return checkpoint
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(path.name for path in paths)
 
 
 def _check_index(weight_map: Mapping[str, str], in_files: Mapping[str, str], label: str) -> None:
@@ -78,7 +97,7 @@ def _check_index(weight_map: Mapping[str, str], in_files: Mapping[str, str], lab
         if weight_map.get(name) != in_files.get(name):
             raise InputError(
                 f"{label}: {name}: the index puts it in {weight_map.get(name, 'no file')}, "
-                f"the files hold it in {in_files.get(name, 'none')}. Download the index and the files again."
+                f"the files' headers in {in_files.get(name, 'none')}. Download the index and the files again."
             )
 
 
@@ -196,18 +215,10 @@ class PickleFile(WeightFile):
             raise InputError(
                 f"{self.where}: expected a pickle of plain tensors, got more: {reason:.300}. {advice}"
             ) from None
-        except (
-            RuntimeError,
-            EOFError,
-            ValueError,
-            OSError,
-            zipfile.BadZipFile,
-            KeyError,
-            AttributeError,
-            TypeError,
-        ) as error:
+        except Exception as error:  # a damaged pickle fails in every way there is
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise InputError(
-                f"{self.where}: cannot be read as a torch checkpoint: {str(error).splitlines()[0]:.300}. Download it again."
+                f"{self.where}: cannot be read as a torch checkpoint: {reason:.300}. Download it again."
             ) from None
         if not isinstance(state, dict) or not state:
             raise InputError(f"{self.where}: expected a dictionary of tensors, got {type(state).__name__}. {advice}")
@@ -221,7 +232,7 @@ class PickleFile(WeightFile):
                     f"{self.where}: {name!r:.100}: expected a dense tensor, got {type(value).__name__}. {advice}"
                 )
             if value.dtype not in SAFETENSORS_NAMES:
-                raise InputError(f"{self.where}: {name}: the dtype {value.dtype} is not supported.")
+                raise InputError(f"{self.where}: {name}: {value.dtype} is not supported. Use the unquantised model.")
         return {name: value.detach() for name, value in state.items()}
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
@@ -250,6 +261,11 @@ class RemoteFile(WeightFile):
 
 def _open_file(path: Path, label: str) -> WeightFile:
     try:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise InputError(
+                    f"{label}: {path.name}: expected weights, got the pointer that git puts in their place. Run `git lfs pull` in its folder."
+                )
         return SafetensorsFile(path, label) if path.suffix == ".safetensors" else PickleFile(path, label)
     except OSError as error:
         raise InputError(f"{label}: {path.name}: cannot be opened: {error.strerror}.") from error
@@ -264,19 +280,21 @@ def read_tensor(source: Source, name: str) -> torch.Tensor:
 
 
 def equal_tensors(source: Source, first: str, second: str) -> bool:
-    """Whether two tensors of a source hold the same numbers in the same shape, compared a piece at a time."""
-    info = source.tensors[first]
-    if info.shape != source.tensors[second].shape:
+    """Whether two tensors of one source hold the same numbers in the same shape; see `same_values`."""
+    return same_values(TensorRef(source, first), TensorRef(source, second))
+
+
+def same_values(first: TensorRef, second: TensorRef) -> bool:
+    """Whether two tensors hold the same numbers in the same shape, compared a piece at a time until one differs."""
+    if first.info.shape != second.info.shape:
         return False
-    if isinstance(source, Checkpoint) and not source.is_here:
+    if any(isinstance(ref.source, Checkpoint) and not ref.source.is_here for ref in (first, second)):
         return True  # a plan from headers alone hopes for the best; the numbers are compared before anything is written
     size = 1 << 17
     buffers = [torch.empty(size * 8, dtype=torch.uint8) for _ in range(2)]
-    for start in range(0, info.numel, size):
-        stop = min(start + size, info.numel)
-        one, other = (
-            source.read(name, start, stop, buffer) for name, buffer in zip((first, second), buffers, strict=True)
-        )
-        if not torch.equal(one.float(), other.float()):
+    for start in range(0, first.info.numel, size):
+        stop = min(start + size, first.info.numel)
+        one, other = (ref.read(start, stop, buffer) for ref, buffer in zip((first, second), buffers, strict=True))
+        if not torch.equal(one.double(), other.double()):
             return False
     return True

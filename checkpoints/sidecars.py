@@ -40,12 +40,17 @@ def list_side_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def copy_side_files(folder: Path, target: Path, *, config: dict[str, Any] | None = None) -> list[str]:
+def side_file_bytes(folder: Path) -> int:
+    """Bytes that the side files, a model card and a recipe take, rounded up generously."""
+    return sum((folder / relative).stat().st_size for relative in list_side_files(folder)) + (1 << 20)
+
+
+def copy_side_files(folder: Path, target: Path, *, dtype: str | None = None) -> list[str]:
     """Copy the side files byte for byte.
 
     Args:
         folder, target: from where, to where (exists).
-        config: written as config.json instead of the copy, where given.
+        dtype: what the entries of config.json shall say that name a dtype; None leaves them as they are.
 
     Returns: the relative names of what was written.
     """
@@ -53,12 +58,9 @@ def copy_side_files(folder: Path, target: Path, *, config: dict[str, Any] | None
     for relative in list_side_files(folder):
         destination = target / relative
         destination.parent.mkdir(parents=True, exist_ok=True)
-        changed = config is not None and str(relative) == "config.json"
-        content = (
-            (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-            if changed
-            else (folder / relative).read_bytes()
-        )
+        content = (folder / relative).read_bytes()
+        if dtype is not None and str(relative) == "config.json":
+            content = config_with_dtype(content, dtype)
         write_file(destination, content)
         names.append(str(relative))
     return names
@@ -86,28 +88,16 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
     return content
 
 
-def config_with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any] | None:
-    """The config with every dtype entry set to `dtype`, nested ones (`text_config`) too; None where that changes nothing."""
-
-    def change(node: dict[str, Any]) -> dict[str, Any]:
-        def value(key: str, old: Any) -> Any:
-            if key in ("dtype", "torch_dtype") and isinstance(old, str):
-                return dtype
-            return change(old) if isinstance(old, dict) else old
-
-        return {key: value(key, old) for key, old in node.items()}
-
-    changed = change(config)
-    if "dtype" not in changed and "torch_dtype" not in changed:
-        changed["torch_dtype"] = dtype
-    return None if changed == config else changed
+def config_with_dtype(content: bytes, dtype: str) -> bytes:
+    """A config.json whose dtype entries say `dtype`, nested ones (`text_config`) too; every other byte as it was."""
+    return re.sub(rb'("(?:torch_)?dtype"\s*:\s*)"\w*"', rb'\g<1>"' + dtype.encode() + b'"', content)
 
 
 def licence_of(folder: Path) -> str | None:
-    """The licence that a model card's front matter names, or None."""
+    """The licence that a model card's front matter names; None where it names none, several or `other`."""
     card = folder / "README.md"
     if not card.is_file():
         return None
     front = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
     entry = re.search(r"^license:[ \t]*['\"]?([\w.+-]+)", front.group(1), re.MULTILINE) if front else None
-    return entry.group(1) if entry else None
+    return entry.group(1) if entry and entry.group(1) != "other" else None

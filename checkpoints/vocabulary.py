@@ -15,6 +15,7 @@ from checkpoints.errors import InputError
 from checkpoints.source import Source, TensorInfo
 
 MISSING = -1
+READ_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,37 @@ class AlignedRows:
             out[position - start : end - start].copy_(values)
             position, run = end, run + 1
         return out
+
+
+class MeanRows:
+    """A source whose every row of a table is the mean of the rows that another source has, rounded to its dtype.
+
+    Args:
+        inner: the source to read; names: its tables, matrices of at least one row.
+    """
+
+    def __init__(self, inner: Source, names: Iterable[str]):
+        self.label = inner.label
+        self.tensors: Mapping[str, TensorInfo] = {name: inner.tensors[name] for name in names}
+        self._rows = {name: mean_row(inner, name) for name in self.tensors}
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`; rows beyond the table are the same too."""
+        row = self._rows[name]
+        return row[torch.arange(start, stop) % len(row)]
+
+
+def mean_row(source: Source, name: str) -> torch.Tensor:
+    """Mean of a table's rows, summed in float64 and rounded to its dtype: `[columns]`."""
+    info = source.tensors[name]
+    width = info.numel // info.shape[0]
+    rows_each = max(1, READ_ELEMENTS // width)
+    buffer = torch.empty(rows_each * width * 8, dtype=torch.uint8)
+    total = torch.zeros(width, dtype=torch.float64)
+    for first in range(0, info.shape[0], rows_each):
+        last = min(first + rows_each, info.shape[0])
+        total += source.read(name, first * width, last * width, buffer).view(-1, width).double().sum(dim=0)
+    return (total / info.shape[0]).float().to(info.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ FINE_TUNES = {"math": 0.02, "code": 0.03, "instruct": 0.05}
 SHOWN = "dare_ties"
 """The method whose merge is shown in full; the others run with --quiet."""
 PROMPT = "Merge the models"
+MARKER = "random_models"
+"""Name of a file that shows that a folder is the demo's own, to be overwritten."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ def merge_with(method: str, folder: Path) -> Row:
     models = ",".join(str(folder / name) for name in FINE_TUNES)
     arguments = ["--method", method, "--base_model", str(folder / "base"), "--models_to_merge", models]
     arguments += ["--save_path", str(folder / f"merged_{method}"), "--overwrite"]
-    if method != SHOWN:
+    if method == SHOWN:
+        print("\n" + shlex.join(["python", "merge.py", *arguments]) + "\n", flush=True)
+    else:
         arguments.append("--quiet")
-    print("  " + shlex.join(["python", "merge.py", *arguments]), flush=True)
     started = time.monotonic()
     code = merge.main(arguments)
     if code:
@@ -105,9 +108,10 @@ def format_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def run(folder: Path) -> list[Row]:
-    """Everything, in order; prints as it goes. Returns the lines of the summary."""
+def run(folder: Path) -> None:
+    """Everything, in order; prints as it goes."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
     (folder / ".gitignore").write_text("*\n")
     print(f"[1/3] Making a random base model and three random fine-tunes in {folder}. They have no skills.", flush=True)
     from transformers.utils import logging
@@ -115,21 +119,26 @@ def run(folder: Path) -> list[Row]:
     logging.disable_progress_bar()
     make_models(folder)
     print(f"[2/3] Merging them with each of the {len(METHODS)} methods.", flush=True)
-    rows = [merge_with(method, folder) for method in METHODS]
+    rows: dict[str, Row] = {}
+    for method in sorted(METHODS, key=lambda name: name == SHOWN):
+        print(f"  [{'#' * len(rows):.<{len(METHODS)}}] {method}", flush=True)
+        rows[method] = merge_with(method, folder)
     merged = folder / f"merged_{SHOWN}"
-    print(f"[3/3] Loading {merged} with transformers.", flush=True)
+    print(f"\n[3/3] Loading {merged} with transformers.", flush=True)
     print(f"  {PROMPT!r} goes on, as random models do, with {write_text(merged)!a}\n")
-    print(format_table(rows))
+    print(format_table([rows[method] for method in METHODS]))
     print("\ndistance from base: |merged - base| / |base|")
     print(f"{merged} holds: " + ", ".join(sorted(path.name for path in merged.iterdir())))
-    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="for the models and merges (default: demo)")
-    run(parser.parse_args(argv).folder)
+    folder = parser.parse_args(argv).folder
+    if folder.exists() and not (folder / MARKER).exists() and any(folder.iterdir()):
+        parser.error(f"--folder {folder}: holds something else. Choose a folder that is empty or not there.")
+    run(folder)
     return 0
 
 

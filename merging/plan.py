@@ -17,8 +17,7 @@ from checkpoints.source import FLOAT_DTYPES, TensorInfo, TensorRef, dtype_name
 from checkpoints.writer import Shard, plan_shards
 from merging.methods import get_method
 from merging.recipe import Recipe
-from merging.report import kind_of
-from streaming.blocks import TensorSpec
+from streaming.blocks import TensorSpec, kind_of
 from streaming.matching import Matched, match_model
 from streaming.output import bytes_read
 from streaming.stream import PlannedTensor
@@ -73,6 +72,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """The plan for programs."""
         return {
+            "refusals": [],
             "recipe": self.recipe.as_json(),
             "coefficients": coefficients(self.recipe),
             "tensors": len(self.tensors),
@@ -158,6 +158,9 @@ def make_plan(recipe: Recipe, base: Model, models: Sequence[Model], *, max_shard
         )
     if problems:
         raise Refusals(problems)
+    wide = [name for name in names if base.weights.tensors[name].dtype == torch.float64]
+    if wide and recipe.out_dtype == "auto":
+        notes.append(f"{base.label}: float64, in which nothing is computed, is written as float32: {_some(wide)}.")
     embeddings = _embeddings(recipe, base)
     planned = tuple(_plan_tensor(recipe, base, matches, name, name in excluded, name in embeddings) for name in names)
     shards = plan_shards(

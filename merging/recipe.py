@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.errors import ArgumentError, InputError, Refusals
+from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_name
 from merging.methods import get_method
-from merging.methods.contract import Method
+from merging.methods.contract import Method, check_range
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -112,8 +112,9 @@ def make_recipe(
     values = {
         key: _read_values(key, field, given.get(key), len(names), problems) for key, field in cls.parameters().items()
     }
+    _check_values(cls, values, problems)
     if out_dtype not in OUT_DTYPES:
-        problems.append(ArgumentError(f"--dtype: expected one of {', '.join(OUT_DTYPES)}, got {out_dtype!r}."))
+        problems.append(ArgumentError(f"--dtype: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     _check_exclude(exclude, problems)
     _check_twice(names, problems)
     base = _parse("--base_model", base_model, problems)
@@ -121,7 +122,7 @@ def make_recipe(
         raise Refusals(problems)
     assert base is not None
     fields = cls.parameters()
-    recipe = Recipe(
+    return Recipe(
         merge_method=method.lower(),
         base_model=base,
         models=tuple(
@@ -133,8 +134,6 @@ def make_recipe(
         out_dtype=out_dtype,
         exclude=exclude,
     )
-    recipe.method("")  # ranges, and what parameters forbid each other
-    return recipe
 
 
 def _parse(flag: str, text: str, problems: list[str | InputError]) -> ModelName | None:
@@ -157,15 +156,20 @@ def _split_models(text: str, problems: list[str | InputError]) -> tuple[list[Mod
         name, colon, weight = part.rpartition(":")
         if not colon or os.path.lexists(os.path.expanduser(part)) or "/" in weight or "\\" in weight:
             name = part
-        else:
+        elif _is_number(weight):
             weights.append(weight)
+        else:
+            problems.append(
+                ArgumentError(f"--models_to_merge: {part}: expected a weight after the colon, got {weight!r}.")
+            )
+            continue
         parsed = _parse("--models_to_merge", name, problems)
         if parsed is not None:
             names.append(parsed)
-    if weights and len(weights) != len(parts):
+    if weights and len(weights) != len(names):
         problems.append(
             ArgumentError(
-                f"--models_to_merge: {len(weights)} of {len(parts)} models carry a weight. Give it to all or to none."
+                f"--models_to_merge: {len(weights)} of {len(names)} models carry a weight. Give it to all or to none."
             )
         )
         weights = []
@@ -186,6 +190,33 @@ def _check_used(
             )
     if seed is not None and not cls.draws:
         problems.append(ArgumentError(f"--seed: {method.lower()} draws no random numbers. Leave it out."))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_values(cls: type[Method], values: Mapping[str, Any], problems: list[str | InputError]) -> None:
+    """Ranges, and what the values forbid each other."""
+    fields = cls.parameters()
+    found: list[ArgumentError] = []
+    for key, field in fields.items():
+        try:
+            check_range(field, values[key])
+        except ArgumentError as error:
+            found.append(error)
+    if not found:
+        try:
+            cls(**{field.name: values[key] for key, field in fields.items()})
+        except ArgumentError as error:
+            found.append(error)
+    for problem in found:  # a method names its parameter by the recipe's key
+        key, colon, rest = str(problem).partition(":")
+        problems.append(ArgumentError(flag_of(key) + colon + rest if key in fields else str(problem)))
 
 
 def flag_of(key: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,15 +10,10 @@ from typing import Any
 
 import torch
 
-from streaming.blocks import GRID_ELEMENTS, Block, Region
+from streaming.blocks import GRID_ELEMENTS, Block, Region, kind_of
 
 SAMPLE_EVERY = 16
 DIGITS = 4
-
-
-def kind_of(tensor: str) -> str:
-    """The kind of layer a tensor belongs to: its name with every number replaced (`model.layers.*.mlp.up_proj.weight`)."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", tensor)
 
 
 @dataclass

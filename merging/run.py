@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import InputError, Refusals
-from checkpoints.model import Model, open_models
+from checkpoints.errors import ArgumentError, InputError, Refusals
+from checkpoints.model import Model, close_all, open_and_plan
+from checkpoints.reader import same_values
+from checkpoints.sidecars import side_file_bytes
 from checkpoints.staging import check_save_path, check_space
 from merging.plan import Plan, make_plan
 from merging.recipe import Recipe
 from merging.report import DeltaReport
-from streaming.output import SIDE_FILE_BYTES, RunOptions, Variant, Written, write_checkpoints, write_description
+from streaming.output import RunOptions, Variant, Written, write_checkpoints, write_description
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,22 @@ class Job:
 
     def close(self) -> None:
         """Close the inputs, for a job that is not run."""
-        for model in (self.base, *self.models):
-            model.weights.close()
+        close_all((self.base, *self.models))
+
+    @cached_property
+    def _compared_equal(self) -> set[int]:
+        """Positions of the models that equal the base, found by comparing: a method in weight space sees no task vectors."""
+        merged = [tensor for tensor in self.plan.tensors if tensor.method and tensor.method.space == "weights"]
+        return {
+            index
+            for index in range(len(self.models) if merged else 0)
+            if all(same_values(tensor.base, tensor.inputs[index]) for tensor in merged)
+        }
 
     def _warnings(self, unchanged: set[int] | frozenset[int]) -> list[str]:
         return [
-            f"{self.plan.models[index]} equals the base: it adds nothing to the merge." for index in sorted(unchanged)
+            f"{self.plan.models[index]} equals the base: its task vector is zero throughout."
+            for index in sorted(self._compared_equal | unchanged)
         ]
 
     def _describe(
@@ -84,19 +97,13 @@ class Job:
     ) -> None:
         """Write side files, model card and recipe of one variant."""
         recipe = self.plan.recipe.as_json()
-        parameters = ", ".join(f"{key} {value}" for key, value in recipe["parameters"].items()) or "no parameters"
-        rows = "\n".join(
-            f"| `{entry['model']}` | {', '.join(f'{key} {value:g}' for key, value in entry['parameters'].items())} |"
-            for entry in recipe["models"]
-        )
-        text = f"Method: `{recipe['merge_method']}` ({parameters})\n\n| model | parameters |\n| --- | --- |\n{rows}\n\n{variant.card}"
         write_description(
             folder,
-            title=" ".join(filter(None, (self.save_path.name, variant.folder))),
+            title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
             primary=self.base,
             inputs=(self.base, *self.models),
             out_dtype=self.plan.recipe.out_dtype,
-            card=text,
+            card=f"{card_text(self.plan.recipe)}\n\n{variant.card}",
             recipe={
                 **recipe,
                 **variant.details(),
@@ -107,6 +114,23 @@ class Job:
             },
             options=self.options,
         )
+
+
+def card_text(recipe: Recipe) -> str:
+    """The part of a model card that says what was merged with what parameters."""
+    keys = recipe.as_json()
+    given = {**keys["parameters"], "seed": keys["seed"], "exclude": keys["exclude"], "out_dtype": keys["out_dtype"]}
+    settings = [
+        f"{key} `{str(value).lower() if value in (True, False) else value}`"
+        for key, value in given.items()
+        if value is not None
+    ]
+    lines = [", ".join([f"Method `{recipe.merge_method}`", *settings])]
+    own = list(recipe.models[0].parameters)
+    if own:
+        lines += ["", f"| model | {' | '.join(own)} |", "| --- |" + " ---: |" * len(own)]
+        lines += [f"| `{m.name}` | {' | '.join(f'{m.parameters[key]:g}' for key in own)} |" for m in recipe.models]
+    return "\n".join(lines)
 
 
 def prepare(recipe: Recipe, save_path: Path, options: RunOptions, *, variants: int = 1, download: bool = True) -> Job:
@@ -121,27 +145,45 @@ def prepare(recipe: Recipe, save_path: Path, options: RunOptions, *, variants: i
 
     Raises: Refusals: everything that keeps the merge from working.
     """
+
+    def plan(opened: list[Model]) -> Job:
+        return Job(_plan(recipe, opened, save_path, options, variants), opened[0], opened[1:], save_path, options)
+
     names = [recipe.base_model, *(model.name for model in recipe.models)]
-    for fetch in (False, True):
-        opened = open_models(names, weights=fetch, quiet=options.quiet, trust_remote_code=options.trust_remote_code)
-        job = _plan(recipe, opened, save_path, options, variants)
-        if not download or all(model.weights.is_here for model in opened):
-            break
-    return job
+    return open_and_plan(
+        names, plan, download=download, quiet=options.quiet, trust_remote_code=options.trust_remote_code
+    )
 
 
-def _plan(recipe: Recipe, opened: list[Model], save_path: Path, options: RunOptions, variants: int) -> Job:
+def _plan(recipe: Recipe, opened: list[Model], save_path: Path, options: RunOptions, variants: int) -> Plan:
     base, *models = opened
     folders = [model.location.folder for model in opened]
     problems: list[str | InputError] = list(check_save_path(save_path, folders, overwrite=options.overwrite))
+    problems += _check_same(models)
     try:
         plan = make_plan(recipe, base, models, max_shard_bytes=options.max_shard_bytes)
-        problems += check_space(save_path, variants * (plan.bytes_to_write + SIDE_FILE_BYTES))
     except Refusals as refusals:
-        problems += refusals.problems
+        raise Refusals([*problems, *refusals.problems]) from None
+    if not problems:
+        problems += check_space(save_path, variants * (plan.bytes_to_write + side_file_bytes(base.location.folder)))
     if problems:
         raise Refusals(problems)
-    return Job(plan, base, models, save_path, options)
+    return plan
+
+
+def _check_same(models: Sequence[Model]) -> list[InputError]:
+    """Refuse two names of one folder: of a hub model its branch and its commit, say."""
+    seen: dict[Path, Model] = {}
+    problems: list[InputError] = []
+    for model in models:
+        other = seen.setdefault(model.location.folder, model)
+        if other is not model:
+            problems.append(
+                ArgumentError(
+                    f"--models_to_merge: {other.label} and {model.label} are the same model. Give it once, with the sum of its weights."
+                )
+            )
+    return problems
 
 
 def merge(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -13,6 +14,11 @@ GRID_ELEMENTS = 1 << 17
 """Elements of a measured block. A constant: sums over it are part of the result."""
 
 Partial = TypeVar("Partial")
+
+
+def kind_of(tensor: str) -> str:
+    """The kind of layer a tensor belongs to: its name with every number replaced (`model.layers.*.mlp.up_proj.weight`)."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", tensor)
 
 
 @dataclass(frozen=True, slots=True)

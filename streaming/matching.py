@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -11,7 +12,8 @@ from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.reader import equal_tensors
 from checkpoints.source import Source, TensorRef, dtype_name
-from checkpoints.vocabulary import MISSING, AlignedRows, match_rows
+from checkpoints.vocabulary import MISSING, AlignedRows, MeanRows, match_rows
+from streaming.blocks import kind_of
 
 
 @dataclass
@@ -19,22 +21,40 @@ class Matched:
     """One model against the base.
 
     tensors: output tensor -> the model's tensor of equal shape; a buffer that the model does not store is not in it.
+    refused: kind of tensor and what is wrong -> the tensors, in order.
     """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[str | InputError] = field(default_factory=list)
+    refused: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def refuse(self, name: str, problem: str) -> None:
+        """Note what is wrong with a tensor; what is wrong with forty layers alike becomes one problem."""
+        self.refused.setdefault((kind_of(name), problem), []).append(name)
+
+    def sum_up(self, label: str) -> None:
+        """Turn what was refused into problems of the model `label`."""
+        for (kind, problem), names in self.refused.items():
+            more = f" and {len(names) - 1} more {kind}" if len(names) > 1 else ""
+            self.problems.append(f"{label}: {names[0]}{more}: {problem}")
 
 
-def match_model(base: Model, model: Model, names: Sequence[str]) -> Matched:
+def match_model(
+    base: Model, model: Model, names: Sequence[str], *, new_rows: Literal["base", "mean"] = "base"
+) -> Matched:
     """Find each tensor of `names`, the base's, in a model.
 
     Refused: a weight that is missing, extra or of another shape. Left out with a note: what loading ignores or
     recomputes, and a head equal to the embedding it is tied to. Vocabulary tables of another size or order have their
     rows matched by token string; a token that the model lacks takes the base's row.
+
+    Args:
+        base: decides names, shapes and vocabulary; model: is matched with it; names: the base's tensors to be found.
+        new_rows: `mean` gives a token that the model lacks the mean of the model's own rows instead.
     """
     match = Matched()
-    source, tables = _align_vocabulary(base, model, names, match)
+    source, tables = _align_vocabulary(base, model, names, match, new_rows)
     ours, theirs = base.weights.tensors, source.tensors
     missing = [name for name in names if name not in theirs]
     wanted = set(names)  # fewer than the base's where the base itself stores a tied head, which then is extra here too
@@ -49,16 +69,20 @@ def match_model(base: Model, model: Model, names: Sequence[str]) -> Matched:
         if theirs[name].shape != ours[name].shape:
             if name in tables:  # refused already, as a vocabulary
                 continue
-            match.problems.append(
-                f"{model.label}: {name}: expected shape {list(ours[name].shape)} as in {base.label}, got {list(theirs[name].shape)}. "
-                "Give models fine-tuned from this base."
+            match.refuse(
+                name,
+                f"expected shape {list(ours[name].shape)} as in {base.label}, got {list(theirs[name].shape)}. "
+                "Give models fine-tuned from this base.",
             )
         elif theirs[name].dtype.is_floating_point != ours[name].dtype.is_floating_point:
-            match.problems.append(
-                f"{model.label}: {name}: expected {dtype_name(ours[name].dtype)} as in {base.label}, got {dtype_name(theirs[name].dtype)}."
+            match.refuse(
+                name,
+                f"expected {dtype_name(ours[name].dtype)} as in {base.label}, got {dtype_name(theirs[name].dtype)}. "
+                "Give models fine-tuned from this base.",
             )
         else:
             match.tensors[name] = TensorRef(source, name)
+    match.sum_up(model.label)
     return match
 
 
@@ -73,9 +97,7 @@ def _explain_missing(base: Model, model: Model, source: Source, name: str, match
     elif name in base.architecture.buffers or not base.weights.tensors[name].dtype.is_floating_point:
         match.notes.append(f"{model.label}: the buffer {name} is not stored there; the base's is kept.")
     else:
-        match.problems.append(
-            f"{model.label}: {name}: expected as in {base.label}, got no such tensor. Give models fine-tuned from this base."
-        )
+        match.refuse(name, f"expected as in {base.label}, got no such tensor. Give models fine-tuned from this base.")
 
 
 def _explain_extra(base: Model, model: Model, name: str, match: Matched) -> None:
@@ -90,16 +112,19 @@ def _explain_extra(base: Model, model: Model, name: str, match: Matched) -> None
                 f"{model.label}: {name} is left out, as it equals {twin}, to which {base.label} ties it."
             )
         else:
-            match.problems.append(
-                f"{model.label}: {name}: expected equal to {twin}, to which {base.label} ties it, got other numbers. Merge models whose heads are tied alike."
+            match.refuse(
+                name,
+                f"expected equal to {twin}, to which {base.label} ties it, got other numbers. Merge models whose heads are tied alike.",
             )
         return
-    match.problems.append(
-        f"{model.label}: {name}: {base.label} has no such tensor. Give models fine-tuned from this base."
+    match.refuse(
+        name, f"expected no such tensor, as {base.label} has none, got one. Give models fine-tuned from this base."
     )
 
 
-def _align_vocabulary(base: Model, model: Model, names: Sequence[str], match: Matched) -> tuple[Source, set[str]]:
+def _align_vocabulary(
+    base: Model, model: Model, names: Sequence[str], match: Matched, new_rows: Literal["base", "mean"]
+) -> tuple[Source, set[str]]:
     """The model's weights with vocabulary rows in the base's order, and the names of the tables that were looked at."""
     same_tokens = base.vocabulary_digest == model.vocabulary_digest
     same_shapes = all(
@@ -140,9 +165,10 @@ def _align_vocabulary(base: Model, model: Model, names: Sequence[str], match: Ma
         return model.weights, set(tables)
     match.notes.append(
         f"{model.label}: vocabulary rows are matched by token: {used} matched, {unused} of the model left out, "
-        f"{out_rows - used} taken from the base."
+        f"{out_rows - used} {'taken from ' + base.label if new_rows == 'base' else 'set to the mean row'}."
     )
-    return AlignedRows(model.weights, base.weights, row_of, {name: name for name in tables}), set(tables)
+    fallback = MeanRows(model.weights, tables) if new_rows == "mean" and used < out_rows else base.weights
+    return AlignedRows(model.weights, fallback, row_of, {name: name for name in tables}), set(tables)
 
 
 def vocabulary_tables(model: Model) -> list[str]:

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints.model import Model
+from checkpoints.model import Model, close_all
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
-from checkpoints.sidecars import config_with_dtype, copy_side_files
+from checkpoints.sidecars import copy_side_files
 from checkpoints.staging import staged
 from checkpoints.writer import CheckpointWriter, Shard, write_file
 from streaming.stream import Observer, Output, PlannedTensor, StreamOptions, Transform, stream
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-SIDE_FILE_BYTES = 64 << 20  # room for tokenizer files and cards when disk space is checked
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,9 @@ def write_checkpoints(
             model.weights.check_unchanged()
         for folder, variant, digest in zip(folders, variants, digests, strict=True):
             describe(folder, variant, digest, unchanged)
-    for model in inputs:
-        model.weights.close()
+    close_all(inputs)
     return Written(
-        bytes_read(tensors),
+        bytes_read(tensors, [variant.transform for variant in variants]),
         sum(shard.size for shard in shards) * len(variants),
         time.monotonic() - started,
         peak_memory_bytes(),
@@ -138,9 +136,9 @@ def write_checkpoints(
     )
 
 
-def bytes_read(tensors: Sequence[PlannedTensor]) -> int:
+def bytes_read(tensors: Sequence[PlannedTensor], transforms: Sequence[Transform | None] = ()) -> int:
     """Bytes of every input tensor that a stream needs, each counted once."""
-    return sum(ref.info.nbytes for tensor in tensors for ref in tensor.sources)
+    return sum(ref.info.nbytes for tensor in tensors for ref in tensor.sources(transforms))
 
 
 def write_description(
@@ -165,8 +163,10 @@ def write_description(
         card: Markdown of the card's middle.
         recipe: keys of merge_recipe.json, to which inputs, versions and the command are added.
     """
-    config = None if out_dtype == "auto" else config_with_dtype(primary.config, out_dtype)
-    copy_side_files(primary.location.folder, folder, config=config)
+    dtype = None if out_dtype == "auto" else out_dtype
+    if dtype is None and "float64" in (primary.config.get("dtype"), primary.config.get("torch_dtype")):
+        dtype = "float32"  # the widest that is written
+    copy_side_files(primary.location.folder, folder, dtype=dtype)
     text = model_card(title=title, base=inputs[0], models=inputs[1:], text=card, command=options.command)
     write_file(folder / "README.md", text.encode())
     write_recipe(

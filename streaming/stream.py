@@ -86,12 +86,15 @@ class PlannedTensor:
     method: Merger | None
     note: str = ""
 
-    @property
-    def sources(self) -> tuple[TensorRef, ...]:
-        """The tensors that are read whole: not the base for a method in weight space."""
-        if self.method is None:
-            return (self.base,)
-        return self.inputs if self.method.space == "weights" else (self.base, *self.inputs)
+    def needs_base(self, transforms: Sequence[Transform | None]) -> bool:
+        """Whether the base is read: not for a method in weight space, unless a transform asks for it."""
+        in_delta_space = self.method is None or self.method.space == "task_vectors"
+        return in_delta_space or any(one and one.applies_to(self.spec.name) for one in transforms)
+
+    def sources(self, transforms: Sequence[Transform | None]) -> tuple[TensorRef, ...]:
+        """The tensors that are read whole, given what the outputs make of the merge."""
+        inputs = self.inputs if self.method else ()
+        return (self.base, *inputs) if self.needs_base(transforms) else inputs
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,7 @@ class _Stream:
         self._options = options
         self._observer = observer
         self._progress = progress
+        self._transforms = [output.transform for output in outputs]
         self._local = threading.local()
         self.unchanged: set[int] = set()
         """Models of which no change has been seen yet; empty where no method works on task vectors."""
@@ -196,7 +200,8 @@ class _Stream:
             transform = output.transform if output.transform and output.transform.applies_to(tensor.spec.name) else None
             result = merged if transform is None else transform(region, block.base, merged)  # type: ignore[arg-type]
             self._write(output, tensor, region, result)
-        itemsizes = sum(ref.info.dtype.itemsize for ref in tensor.sources) + tensor.dtype.itemsize * len(self._outputs)
+        read = tensor.sources(self._transforms)
+        itemsizes = sum(ref.info.dtype.itemsize for ref in read) + tensor.dtype.itemsize * len(self._outputs)
         self._progress(region.numel * itemsizes)
 
     def _write(self, output: Output, tensor: PlannedTensor, region: Region, result: torch.Tensor) -> None:
@@ -221,13 +226,10 @@ class _Stream:
     def _fetch(self, tensor: PlannedTensor, region: Region, *, base_for: bool = False) -> Block:
         """Read a region of every input the method and the transforms need, as float32 on the device."""
         assert tensor.method is not None
-        deltas = tensor.method.space == "task_vectors"
-        needs_base = (
-            deltas or base_for or any(o.transform and o.transform.applies_to(tensor.spec.name) for o in self._outputs)
-        )
+        needs_base = base_for or tensor.needs_base(self._transforms)
         base = self._read(tensor.base, region, 0) if needs_base else None
         models = [self._read(ref, region, slot) for slot, ref in enumerate(tensor.inputs, 1)]
-        if not deltas:
+        if tensor.method.space == "weights":
             return Block(region, base, [], models)
         assert base is not None
         task_vectors = [model.sub_(base) for model in models]

@@ -129,7 +129,8 @@ def expect(
         other sign, so that nothing can be said.
     """
     arguments = reference_arguments(method, tensor)
-    result = (formula or reference.METHODS[name])(base, models, is_embedding=tensor.is_embedding, **arguments)
+    is_embedding = tensor.is_embedding and not tensor.is_vector
+    result = (formula or reference.METHODS[name])(base, models, is_embedding=is_embedding, **arguments)
     unclear = torch.zeros(base.shape, dtype=torch.bool)
     if name in ("ties", "dare_ties"):
         unclear = reference.election_is_close(base, models, **arguments)

@@ -55,7 +55,7 @@ class Method(ABC):
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.metadata:
-                _check_range(field, getattr(self, field.name))
+                check_range(field, getattr(self, field.name))
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """Reduce one tensor to the statistics that `combine` needs; None where it needs none."""
@@ -78,7 +78,7 @@ class Method(ABC):
         return {field.metadata["key"]: field for field in dataclasses.fields(cls) if field.metadata}
 
 
-def _check_range(field: dataclasses.Field[Any], value: Any) -> None:
+def check_range(field: dataclasses.Field[Any], value: Any) -> None:
     """Raise ArgumentError where a parameter, or one model's, lies outside its range or is no number."""
     meta = field.metadata
     for number in value if meta["per_model"] else (value,):

@@ -1,0 +1,215 @@
+"""Watch a model run: mean |x| and mean x² of every weight's input, per channel, by hooks on the modules themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from aim.statistics import ChannelStatistics
+from checkpoints.errors import InputError
+
+ROWS_AT_ONCE = 1024
+"""Rows of an input that are turned to float32 at a time, which bounds the memory that watching takes."""
+
+
+_Key = tuple[str, str, int | None]  # module, parameter where it has several, expert
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint tensor whose input is watched.
+
+    module: name of the module that multiplies the input with it; parameter: its name there, `weight` for most; width: input
+    channels; expert: which expert of a fused parameter the tensor is; experts: number of experts where it holds all of them.
+    """
+
+    module: str
+    parameter: str
+    width: int
+    expert: int | None = None
+    experts: int | None = None
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether each row of the input goes to one expert of several."""
+        return self.expert is not None or self.experts is not None
+
+    def key(self, expert: int | None) -> _Key:
+        """Under which its input, of one expert where there are several, is summed."""
+        return (self.module, self.parameter if self.is_expert else "", expert)
+
+
+class _Sums:
+    """Sums over rows, `[in]` float64 each, on the device of the module."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.abs = torch.zeros(width, dtype=torch.float64, device=device)
+        self.sq = torch.zeros(width, dtype=torch.float64, device=device)
+        self.rows = 0
+
+    def add(self, absolute: torch.Tensor, square: torch.Tensor, rows: int) -> None:
+        self.abs += absolute
+        self.sq += square
+        self.rows += rows
+
+    def statistics(self) -> ChannelStatistics:
+        rows = max(1, self.rows)
+        return ChannelStatistics(
+            (self.abs / rows).float().cpu(), (self.sq / rows).float().cpu(), torch.tensor(self.rows)
+        )
+
+
+def channel_sums(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """sum |x| and sum x² over all dimensions but the last, `[..., in]` -> `[in]` float32 twice."""
+    rows = x.reshape(-1, x.shape[-1])
+    absolute = torch.zeros(x.shape[-1], dtype=torch.float32, device=x.device)
+    square = torch.zeros_like(absolute)
+    for piece in rows.split(ROWS_AT_ONCE):
+        values = piece.to(torch.float32, copy=True).abs_()
+        ones = values.new_ones(1, values.shape[0])  # a product with ones adds up columns faster than a sum does
+        absolute += (ones @ values)[0]
+        square += (ones @ values.square_())[0]
+    return absolute, square
+
+
+class Watcher:
+    """Collects statistics while the model runs under `watching`.
+
+    Args:
+        model: any module tree; its forward is not changed.
+        targets: checkpoint tensor -> where its input shows up.
+    """
+
+    def __init__(self, model: torch.nn.Module, targets: Mapping[str, Target]):
+        self._model = model
+        self._targets = targets
+        self._sums: dict[_Key, _Sums] = {}
+        self._last: tuple[torch.Tensor, int, torch.Tensor, torch.Tensor] | None = None
+        self._experts = _ExpertWatch(self)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Have the hooks on for the length of the context."""
+        plain = {target.module for target in self._targets.values() if not target.is_expert}
+        fused = {target.module for target in self._targets.values() if target.is_expert}
+        handles = [
+            self._model.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            for name in sorted(plain)
+        ]
+        for name in sorted(fused):
+            module = self._model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(self._experts.entering(name)))
+            handles.append(module.register_forward_hook(self._experts.leaving, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._last = None
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(
+                (
+                    value
+                    for value in (*args, *kwargs.values())
+                    if isinstance(value, torch.Tensor) and value.is_floating_point()
+                ),
+                None,
+            )
+            if x is not None:
+                self.observe((name, "", None), x)
+
+        return hook
+
+    def observe(self, key: _Key, x: torch.Tensor) -> None:
+        """Add an input `[..., in]` of (module, parameter, expert); one that several modules share is summed once."""
+        if not x.numel():
+            return
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            # Holding x keeps its memory from being reused, so identity means the same numbers.
+            self._last = (x, x._version, *channel_sums(x.detach()))
+        if key not in self._sums:
+            self._sums[key] = _Sums(x.shape[-1], x.device)
+        if x.shape[-1] == self._sums[key].abs.numel():
+            self._sums[key].add(self._last[2], self._last[3], x.numel() // x.shape[-1])
+
+    def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, str]]:
+        """Statistics per checkpoint tensor, and for each tensor without any the reason.
+
+        Raises: InputError: an input that holds NaN or an infinity, naming the module.
+        """
+        found: dict[str, ChannelStatistics] = {}
+        silent: dict[str, str] = {}
+        for tensor, target in self._targets.items():
+            experts = range(target.experts) if target.experts is not None else [target.expert]
+            sums = [self._sums.get(target.key(expert)) for expert in experts]
+            seen = [one for one in sums if one is not None]
+            if not seen:
+                silent[tensor] = "its module saw no token"
+                continue
+            if seen[0].abs.numel() != target.width:
+                silent[tensor] = f"its module's input has {seen[0].abs.numel()} channels, the weight {target.width}"
+                continue
+            parts = [(one or _Sums(target.width, torch.device("cpu"))).statistics() for one in sums]
+            stacked = ChannelStatistics(
+                *(torch.stack([getattr(part, key) for part in parts]) for key in ("mean_abs", "mean_sq", "tokens"))
+            )
+            one = stacked if target.experts is not None else parts[0]
+            if not bool(one.mean_sq.isfinite().all()):
+                raise InputError(
+                    f"{target.module}: its input holds NaN or an infinity. Use --calibration_dtype float32, or check the base model."
+                )
+            found[tensor] = one
+        return found, silent
+
+
+class _ExpertWatch(TorchFunctionMode):
+    """Watches experts, which share one module: the products with slices of its fused parameters, while its forward runs.
+
+    The module must compute expert by expert (transformers' `eager` implementation), as in
+    `linear(x, gate_up_proj[e])`, or `x @ gate_up_proj[e]` where weights are stored input first.
+    """
+
+    PRODUCTS = (
+        torch.nn.functional.linear,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.mm,
+        torch.Tensor.mm,
+    )
+
+    def __init__(self, watcher: Watcher):
+        super().__init__()
+        self._watcher = watcher
+        self._module = ""
+        self._parameters: dict[int, tuple[str, torch.Tensor]] = {}
+
+    def entering(self, name: str) -> Any:
+        def hook(module: torch.nn.Module, args: Any) -> None:
+            self._module = name
+            self._parameters = {
+                p.untyped_storage().data_ptr(): (key, p)
+                for key, p in module.named_parameters(recurse=False)
+                if p.ndim == 3
+            }
+            self.__enter__()
+
+        return hook
+
+    def leaving(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        self.__exit__(None, None, None)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.PRODUCTS and len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].ndim == 2:
+            key, parameter = self._parameters.get(args[1].untyped_storage().data_ptr(), ("", None))
+            if parameter is not None:
+                expert = (args[1].storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+                self._watcher.observe((self._module, key, expert), args[0])
+        return func(*args, **(kwargs or {}))

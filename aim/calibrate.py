@@ -1,0 +1,221 @@
+"""Run the base model on calibration text and collect what its weights' inputs look like."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+
+from aim.activations import Watcher
+from aim.calibration import Blocks, CalibrationData, make_blocks
+from aim.reference import ReferenceWatcher
+from aim.statistics import Activations
+from aim.targets import Selection, select_like_the_reference, select_targets
+from checkpoints.errors import ArgumentError, InputError
+from checkpoints.model import Model
+from checkpoints.provenance import fingerprint
+from checkpoints.source import FLOAT_DTYPES, dtype_name
+
+Numerics = Literal["float32", "reference"]
+LOWER = "Lower --batch_size or --block_size, or use --device cpu."
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How the base model is run.
+
+    Attributes:
+        device: where; None for the GPU or GPUs where there are any, spilling over to the CPU, else the CPU.
+        dtype: of the forward pass: `auto` (the checkpoint's), float32, bfloat16 or float16.
+        batch_size: blocks of one forward pass.
+        numerics: `reference` rounds as the published program does.
+    """
+
+    device: torch.device | None = None
+    dtype: str = "auto"
+    batch_size: int = 1
+    numerics: Numerics = "float32"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ArgumentError(f"--batch_size: expected at least 1, got {self.batch_size}.")
+        if self.dtype != "auto" and self.dtype not in FLOAT_DTYPES:
+            raise ArgumentError(f"--calibration_dtype: expected auto, {', '.join(FLOAT_DTYPES)}, got {self.dtype!r}.")
+        if self.numerics == "reference" and self.batch_size != 1:
+            raise ArgumentError(
+                f"--batch_size: --numerics reference runs one block at a time, got {self.batch_size}. Leave it out."
+            )
+        if self.numerics == "reference" and self.dtype not in ("auto", "bfloat16"):
+            raise ArgumentError(
+                f"--calibration_dtype: --numerics reference runs in bfloat16, got {self.dtype}. Leave it out."
+            )
+
+
+def check_causal(base: Model) -> None:
+    """Raise InputError where the base is no causal language model, which alone can be run on plain text."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = base.architecture.model_class
+    known = {
+        entry
+        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for entry in ([names] if isinstance(names, str) else names)
+    }
+    if name in known:
+        return
+    config = AutoConfig.from_pretrained(
+        base.location.folder, local_files_only=True, trust_remote_code=base.trust_remote_code
+    )
+    if base.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return
+    mapped = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    advice = "Its architectures entry in config.json decides." if mapped else "Merge without AIM."
+    raise InputError(
+        f"{base.label}: expected a causal language model, got {name}, which AIM cannot calibrate. {advice}"
+    )
+
+
+def select(base: Model, numerics: Numerics) -> tuple[Selection, list[str]]:
+    """What is relaxed under these numerics, and warnings. Raises InputError as the two selections do."""
+    return select_like_the_reference(base) if numerics == "reference" else (select_targets(base), [])
+
+
+def read_blocks(base: Model, data: CalibrationData) -> Blocks:
+    """The calibration texts as tokens of the base. Raises InputError: no tokenizer; as `make_blocks`."""
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                base.location.folder, local_files_only=True, trust_remote_code=base.trust_remote_code
+            )
+        except Exception as error:  # a tokenizer's own code fails in every way there is
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(
+                f"{base.label}: expected a tokenizer, which calibration needs, got none: {reason:.300}"
+            ) from error
+        blocks = make_blocks(data, lambda text: list(tokenizer.encode(text)) if text else [])
+    rows = base.weights.tensors[base.architecture.stored_name(base.architecture.input_embedding or "")].shape[0]
+    if int(blocks.tokens.max()) >= rows:
+        raise InputError(
+            f"{base.label}: its tokenizer gives the id {int(blocks.tokens.max())}, its embedding has {rows} rows. Use matching files."
+        )
+    return blocks
+
+
+def calibrate(
+    base: Model,
+    data: CalibrationData,
+    options: CalibrationOptions | None = None,
+    *,
+    blocks: Blocks | None = None,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Activations:
+    """Collect the statistics of every weight that AIM relaxes.
+
+    Args:
+        base: opened, a causal language model.
+        data: which texts; `blocks`: the same, where they were read already.
+        options: device, dtype, batch size.
+        progress: called with numbers of tokens as they are done.
+
+    Raises: InputError: no causal model, it cannot be loaded or run, out of memory, NaN in a statistic (names the module).
+    """
+    options = options or CalibrationOptions()
+    check_causal(base)
+    selection, _ = select(base, options.numerics)
+    blocks = blocks or read_blocks(base, data)
+    with quiet_transformers():
+        model = load(base, options)
+        if any(target.is_expert for target in selection.targets.values()):
+            model.set_experts_implementation("eager")  # expert by expert, so that each one's input shows up
+        watcher = (ReferenceWatcher if options.numerics == "reference" else Watcher)(model, selection.targets)
+        with watcher.watching(), torch.no_grad(), _out_of_memory():
+            for batch in blocks.tokens.split(options.batch_size):
+                model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
+                progress(batch.numel())
+        statistics, silent = watcher.results()
+    described = {
+        **data.as_json(),
+        "texts": blocks.texts,
+        "blocks": len(blocks.tokens),
+        "dtype": dtype_name(next(model.parameters()).dtype),
+        "batch_size": options.batch_size,
+        "numerics": options.numerics,
+        "transformers": metadata.version("transformers"),
+        "torch": metadata.version("torch"),
+    }
+    return Activations(statistics, fingerprint(base.weights), described, silent)
+
+
+def load(base: Model, options: CalibrationOptions) -> Any:
+    """The base as a transformers model, ready to run. Raises InputError where it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = "bfloat16" if options.numerics == "reference" else options.dtype
+    keywords: dict[str, Any] = {
+        "dtype": dtype if dtype == "auto" else FLOAT_DTYPES[dtype],
+        "attn_implementation": "sdpa",
+    }
+    if options.device is not None and options.device.type == "cuda":
+        keywords["device_map"] = {"": options.device}
+    elif options.device is None and torch.cuda.is_available():
+        keywords["device_map"] = "auto"
+    with _out_of_memory():
+        try:
+            return _from_pretrained(AutoModelForCausalLM, base, keywords)
+        except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"{base.label}: cannot be loaded as a causal language model: {reason:.300}") from error
+
+
+def _from_pretrained(auto: Any, base: Model, keywords: dict[str, Any]) -> Any:
+    """Load it; models without sdpa attention take what they have."""
+    folder, code = base.location.folder, base.trust_remote_code
+    try:
+        model = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=code, **keywords)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        rest = {key: value for key, value in keywords.items() if key != "attn_implementation"}
+        model = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=code, **rest)
+    return model.eval()
+
+
+@contextmanager
+def _out_of_memory() -> Iterator[None]:
+    """Turn running out of memory into one message that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"calibration: the GPU has too little memory. {LOWER}") from error
+    except MemoryError as error:
+        raise InputError(f"calibration: too little memory. {LOWER}") from error
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        raise InputError(f"calibration: too little memory. {LOWER}") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' warnings and bars, which speak of training and generation, off the terminal."""
+    from transformers.utils import logging as library
+
+    logger = library.get_logger("transformers")
+    level = logger.level
+    bars = library.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            library.enable_progress_bar()

@@ -1,0 +1,253 @@
+"""Calibration text -> blocks of tokens."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+
+from checkpoints.errors import ArgumentError, InputError
+
+PUBLISHED_DATASET = "mit-han-lab/pile-val-backup::validation"
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What the base model is run on. The defaults are the AIM paper's recipe.
+
+    Attributes:
+        source: a hub dataset, `NAME`, `NAME:CONFIG` or `NAME:CONFIG:SPLIT` (an empty CONFIG is the dataset's default, an absent
+            SPLIT `validation`, else `train`); or a local .txt (one text a line), .json, .jsonl or .parquet file, or .gz of one;
+            or a folder that `datasets` saved.
+        text_field: which field of a row holds the text.
+        n_samples: texts kept.
+        block_size: tokens of one forward pass, and of the longest text that is kept.
+        seed: of the shuffle before texts are picked.
+    """
+
+    source: str = PUBLISHED_DATASET
+    text_field: str = "text"
+    n_samples: int = 256
+    block_size: int = 512
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for flag, number in (("--n_samples", self.n_samples), ("--block_size", self.block_size)):
+            if number < 1:
+                raise ArgumentError(f"{flag}: expected at least 1, got {number}.")
+        if not 0 <= self.seed < 1 << 32:
+            raise ArgumentError(f"--calibration_seed: expected a whole number from 0 to 4294967295, got {self.seed}.")
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields, for recipes and activation files."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token blocks, and what became of the texts.
+
+    tokens: `[blocks, block_size]` int64; texts: how many were kept; too_long, empty: how many were passed over on the way;
+    dropped_tokens: the tail that filled no block.
+    """
+
+    tokens: torch.Tensor
+    texts: int
+    too_long: int
+    empty: int
+    dropped_tokens: int
+
+    def summary(self, data: CalibrationData) -> str:
+        """One line for people."""
+        passed = f"{self.too_long} passed over as longer than {data.block_size} tokens, {self.empty} as empty"
+        return (
+            f"calibration: {self.texts} texts of {data.source} ({passed}), {len(self.tokens)} blocks of "
+            f"{data.block_size} tokens, {self.dropped_tokens} tokens left over"
+        )
+
+
+def make_blocks(data: CalibrationData, encode: Callable[[str], list[int]]) -> Blocks:
+    """Shuffle, pick, encode and cut calibration texts, as the AIM authors' program does.
+
+    Texts are shuffled with `data.seed`; each is stripped and encoded with the tokenizer's own special tokens; the first
+    `n_samples` that are neither empty nor longer than `block_size` tokens are joined and cut into blocks, the tail dropped.
+
+    Args:
+        data: which texts.
+        encode: text -> token ids, special tokens included.
+
+    Raises: InputError: no such data; a row whose field is missing or no text; too little text for one block.
+    """
+    rows = open_texts(data)
+    kept: list[int] = []
+    texts = too_long = empty = 0
+    # The permutation that datasets.Dataset.shuffle(seed) applies.
+    for index in np.random.default_rng(data.seed).permutation(len(rows)):
+        tokens = encode(_text_of(rows[int(index)], int(index), data).strip())
+        if not tokens:
+            empty += 1
+        elif len(tokens) > data.block_size:
+            too_long += 1
+        else:
+            kept += tokens
+            texts += 1
+            if texts == data.n_samples:
+                break
+    blocks = len(kept) // data.block_size
+    if not blocks:
+        raise InputError(
+            f"{data.source}: expected text for at least one block of {data.block_size} tokens, got {texts} texts with {len(kept)} tokens "
+            f"({too_long} of {len(rows)} were longer than a block, {empty} empty). Use a smaller --block_size, or more text."
+        )
+    used = blocks * data.block_size
+    tokens_tensor = torch.tensor(kept[:used], dtype=torch.int64).view(blocks, data.block_size)
+    return Blocks(tokens_tensor, texts, too_long, empty, len(kept) - used)
+
+
+def _text_of(row: Any, index: int, data: CalibrationData) -> str:
+    if isinstance(row, str):
+        return row
+    text = row.get(data.text_field) if isinstance(row, dict) else None
+    if isinstance(text, str):
+        return text
+    fields = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+    raise InputError(
+        f"{data.source}: row {index}: expected text in the field '{data.text_field}', got {type(text).__name__ if text is not None else 'none'}. "
+        f"The row has: {fields}. Name another field with --text_field."
+    )
+
+
+def open_texts(data: CalibrationData) -> Sequence[Any]:
+    """The rows of a data source, each a string or a mapping with the text field. Raises InputError where there are none."""
+    path = Path(data.source).expanduser()
+    if path.is_file():
+        rows: Sequence[Any] = _read_file(path)
+    elif path.is_dir():
+        rows = _load_saved(path, data)
+    elif data.source.startswith((".", "/", "~")) or path.suffix in READERS or path.suffix == ".gz":
+        raise InputError(
+            f"--calibration_data {data.source}: no such file. Give a file of texts, or a hub dataset NAME:CONFIG:SPLIT."
+        )
+    else:
+        rows = _load_hub(data)
+    if not len(rows):
+        raise InputError(f"{data.source}: expected texts, got an empty file. Give another.")
+    return rows
+
+
+def _read_file(path: Path) -> list[Any]:
+    """Rows of a local file, by its suffix; .gz of any of them."""
+    inner = path.with_suffix("") if path.suffix == ".gz" else path
+    if inner.suffix not in READERS:
+        raise InputError(
+            f"{path}: expected {', '.join(READERS)}, or .gz of one, got '{inner.suffix}'. Rename or convert the file."
+        )
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return READERS[inner.suffix](cast(IO[bytes], file), path)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as {inner.suffix}: {error}.") from error
+
+
+def _read_lines(file: IO[bytes], path: Path) -> list[Any]:
+    return [line for line in io.TextIOWrapper(file, "utf-8").read().splitlines() if line.strip()]
+
+
+def _read_jsonl(file: IO[bytes], path: Path) -> list[Any]:
+    rows = []
+    for number, line in enumerate(io.TextIOWrapper(file, "utf-8"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{path}: line {number}: expected JSON, got {error}. Mend or remove the line."
+                ) from None
+    return rows
+
+
+def _read_json(file: IO[bytes], path: Path) -> list[Any]:
+    try:
+        content = json.load(io.TextIOWrapper(file, "utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got {error}.") from None
+    if isinstance(content, dict):  # {"data": [...]}, or columns {"text": [...]}
+        lists = {key: value for key, value in content.items() if isinstance(value, list)}
+        if len(lists) == 1 and lists and isinstance(next(iter(next(iter(lists.values()))), None), dict):
+            return next(iter(lists.values()))
+        if lists and len({len(column) for column in lists.values()}) == 1:
+            return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+    if not isinstance(content, list):
+        raise InputError(f"{path}: expected a list of texts or of objects, got {type(content).__name__}.")
+    return content
+
+
+def _read_parquet(file: IO[bytes], path: Path) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Any] = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}.") from None
+    return rows
+
+
+READERS: dict[str, Callable[[IO[bytes], Path], list[Any]]] = {
+    ".txt": _read_lines,
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _load_saved(path: Path, data: CalibrationData) -> Sequence[Any]:
+    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise InputError(
+            f"{path}: expected a folder saved by the datasets library, got {str(error).splitlines()[0]:.200}"
+        ) from None
+    return _pick_split(loaded, "", data) if isinstance(loaded, datasets.DatasetDict) else loaded
+
+
+def _load_hub(data: CalibrationData) -> Sequence[Any]:
+    """A hub dataset, downloaded or from the cache."""
+    import datasets
+
+    name, _, rest = data.source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        loaded = datasets.load_dataset(name, config or None, split=split or None)
+    except Exception as error:  # every kind: network, missing, builder scripts, broken files
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"--calibration_data {data.source}: is no local file, and the hub dataset cannot be loaded: {reason:.300} "
+            "Check the name and the network, or give a local file of texts."
+        ) from error
+    return loaded if split else _pick_split(loaded, split, data)
+
+
+def _pick_split(loaded: Any, split: str, data: CalibrationData) -> Sequence[Any]:
+    for candidate in (split, "validation", "train"):
+        if candidate in loaded:
+            rows: Sequence[Any] = loaded[candidate]
+            return rows
+    raise InputError(
+        f"{data.source}: expected a split 'validation' or 'train', got {', '.join(loaded)}. Name one: NAME:CONFIG:SPLIT."
+    )
+
+
+def iterate_batches(tokens: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
+    """`[blocks, block_size]` -> `[<= batch_size, block_size]` pieces in order; every block is full, so nothing is padded."""
+    yield from tokens.split(batch_size)

@@ -1,0 +1,121 @@
+"""The relaxation as a transform of the merge's stream: block by block, before the one rounding."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from aim.omegas import Omega
+from aim.relax import Control, Scaling, factors, normalise, relax_like_the_reference, without_channels
+from aim.statistics import Activations
+from aim.summary import kind_of
+from aim.targets import Selection
+from streaming.blocks import GRID_ELEMENTS, Region
+
+SAMPLE_EVERY = 16
+
+
+@dataclass(frozen=True)
+class ChannelFactors:
+    """How much of the task vector a tensor keeps per input channel.
+
+    values: `[in]` or `[experts, in]` float32; input_dim: the tensor's dimension that runs over them.
+    """
+
+    values: torch.Tensor
+    input_dim: int
+
+    def of(self, region: Region) -> torch.Tensor:
+        """The factors of a region, shaped to multiply `region.as_matrix(...)`."""
+        values = self.values[region.matrix] if self.values.ndim == 2 else self.values
+        if self.input_dim == len(region.tensor.shape) - 1:
+            first, last = region.column_range
+            return values[first:last]
+        first, last = region.row_range
+        return values[first:last, None]
+
+
+class Relaxation:
+    """Pulls merged weights back to the base; a `streaming.stream.Transform`.
+
+    Args:
+        channels: tensor -> its factors; a tensor that is not in it stays as merged.
+        device: where blocks are.
+        like_the_reference: round as the published program does.
+    """
+
+    def __init__(
+        self, channels: Mapping[str, ChannelFactors], device: torch.device, *, like_the_reference: bool = False
+    ):
+        self._channels = {name: ChannelFactors(one.values.to(device), one.input_dim) for name, one in channels.items()}
+        self._like_the_reference = like_the_reference
+        self._lock = threading.Lock()
+        self._changes: dict[str, tuple[float, int]] = {}
+
+    @property
+    def relaxed(self) -> int:
+        """Number of tensors it changes."""
+        return len(self._channels)
+
+    def applies_to(self, tensor: str) -> bool:
+        """See `Transform`."""
+        return tensor in self._channels
+
+    def __call__(self, region: Region, base: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+        """See `Transform`."""
+        factor = self._channels[region.tensor.name].of(region)
+        start, end = region.as_matrix(base), region.as_matrix(merged)
+        if self._like_the_reference:
+            relaxed = relax_like_the_reference(start, end, factor)
+        else:
+            relaxed = torch.lerp(start, end, factor.expand_as(start))
+        if (region.start // GRID_ELEMENTS) % SAMPLE_EVERY == 0:
+            self._note_change(region, float((relaxed - end).abs().sum()))
+        return relaxed.view(-1)
+
+    def _note_change(self, region: Region, total: float) -> None:
+        kind = kind_of(region.tensor.name)
+        with self._lock:
+            change, elements = self._changes.get(kind, (0.0, 0))
+            self._changes[kind] = (change + total, elements + region.numel)
+
+    def mean_changes(self) -> dict[str, float]:
+        """Mean |relaxed - merged| per kind of layer, over the blocks that were looked at (one in 16), to 4 digits."""
+        return {kind: float(f"{change / elements:.4g}") for kind, (change, elements) in sorted(self._changes.items())}
+
+
+def make_channels(
+    activations: Activations,
+    selection: Selection,
+    omega: Omega,
+    *,
+    scaling: Scaling = "identity",
+    control: Control = "none",
+    seed: int = 0,
+) -> dict[str, ChannelFactors]:
+    """Factors for every tensor that has statistics and whose omega is below 1.
+
+    Args:
+        activations: of the base; selection: what the base offers to be relaxed.
+        omega, scaling, control: see `aim.relax`; seed: of the permuted control.
+    """
+    channels = {}
+    for name, dim in selection.input_dims.items():
+        if name in activations.statistics and omega.of(name) < 1.0:
+            f = factors(importance_of(activations, name, scaling), omega.of(name))
+            channels[name] = ChannelFactors(without_channels(f, control, seed=seed, tensor=name), dim)
+    return channels
+
+
+def importance_of(activations: Activations, name: str, scaling: Scaling = "identity") -> torch.Tensor:
+    """s of one tensor, `[in]` or `[experts, in]`; zero for an expert that saw no token, which therefore stays as merged."""
+    mean_abs = activations.statistics[name].mean_abs
+    if mean_abs.ndim == 1:
+        return normalise(mean_abs, scaling)
+    active = mean_abs.amax(dim=-1) > 0
+    s = torch.zeros_like(mean_abs)
+    s[active] = normalise(mean_abs[active], scaling) if bool(active.any()) else s[active]
+    return s

@@ -1,0 +1,90 @@
+"""Activation statistics per input channel, and the file they are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.errors import InputError
+from checkpoints.safetensors_format import load_tensors, save_tensors
+
+SCHEMA = "aim-activations/1"
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """What the input of one weight looked like over the calibration text.
+
+    mean_abs: `[in]` float32 (`[experts, in]` for experts that are stored fused), mean |x| per input channel; the published
+        sums of block means under `--numerics reference`.
+    mean_sq: the same shape, mean x².
+    tokens: `[]` int64 (`[experts]`): rows of the input that were counted; a per-head norm sees tokens times heads.
+    """
+
+    mean_abs: torch.Tensor
+    mean_sq: torch.Tensor
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The statistics of a base model.
+
+    statistics: checkpoint tensor -> what its module's input looked like.
+    silent: checkpoint tensor -> why it has no statistics.
+    base: fingerprint of the base's weights; calibration: how they were taken (`CalibrationData`, dtype, numerics, versions).
+    """
+
+    statistics: Mapping[str, ChannelStatistics]
+    base: str
+    calibration: Mapping[str, Any]
+    silent: Mapping[str, str] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write them as safetensors: `NAME.mean_abs`, `NAME.mean_sq`, `NAME.tokens`; the rest as metadata. Raises InputError."""
+        tensors = {
+            f"{name}.{key}": getattr(statistics, key)
+            for name, statistics in self.statistics.items()
+            for key in ("mean_abs", "mean_sq", "tokens")
+        }
+        metadata = {
+            "schema": SCHEMA,
+            "base": self.base,
+            "calibration": json.dumps(dict(self.calibration), sort_keys=True),
+            "silent": json.dumps(dict(self.silent), sort_keys=True),
+        }
+        save_tensors(path, tensors, metadata)
+
+
+def load_activations(path: Path) -> Activations:
+    """Read what `Activations.save` wrote. Raises InputError: no such file, another kind of file, numbers that cannot be."""
+    tensors, metadata = load_tensors(path, "--activations")
+    if metadata.get("schema") != SCHEMA:
+        raise InputError(
+            f"--activations {path}: expected a file written by --save_activations ({SCHEMA}), got {metadata.get('schema', 'another')}."
+        )
+    try:
+        names = [key.removesuffix(".mean_abs") for key in tensors if key.endswith(".mean_abs")]
+        statistics = {
+            name: ChannelStatistics(tensors[f"{name}.mean_abs"], tensors[f"{name}.mean_sq"], tensors[f"{name}.tokens"])
+            for name in names
+        }
+        calibration, silent = json.loads(metadata["calibration"]), json.loads(metadata["silent"])
+        activations = Activations(statistics, metadata["base"], calibration, silent)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"--activations {path}: is damaged: {error}. Take the statistics again.") from None
+    for name, one in statistics.items():
+        if (
+            one.mean_abs.dtype != torch.float32
+            or not bool(one.mean_abs.isfinite().all())
+            or bool((one.mean_abs < 0).any())
+        ):
+            raise InputError(
+                f"--activations {path}: {name}: expected finite means >= 0 in float32. Take the statistics again."
+            )
+    return activations

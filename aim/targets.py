@@ -1,0 +1,97 @@
+"""Which tensors of a checkpoint are relaxed, and where their inputs show up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aim.activations import Target
+from checkpoints.architecture import Placement
+from checkpoints.errors import InputError
+from checkpoints.model import Model
+from checkpoints.reader import equal_tensors
+
+REASONS = {
+    "embedding": "an embedding",
+    "bias": "a bias",
+    "other": "no module multiplies its input with it",
+}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a model offers to be relaxed.
+
+    targets: checkpoint tensor -> where its input shows up.
+    input_dims: checkpoint tensor -> its dimension that runs over input channels.
+    skipped: every other tensor -> why it stays as merged.
+    """
+
+    targets: Mapping[str, Target]
+    input_dims: Mapping[str, int]
+    skipped: Mapping[str, str]
+
+
+def select_targets(base: Model) -> Selection:
+    """Every weight of the base that a module multiplies its input with: linear layers, an untied head, norms, experts."""
+    architecture, tensors = base.architecture, base.weights.tensors
+    # A head that is stored beside the embedding it is tied to is an embedding, unless the two differ.
+    tied = {
+        name
+        for name, twin in architecture.tied.items()
+        if name in tensors and twin in tensors and equal_tensors(base.weights, name, twin)
+    }
+    targets: dict[str, Target] = {}
+    input_dims: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    for name, info in tensors.items():
+        placement = architecture.placements.get(name)
+        if name in tied:
+            skipped[name] = "tied to an embedding"
+            continue
+        if placement is None or placement.input_dim is None:
+            skipped[name] = REASONS.get(placement.kind, REASONS["other"]) if placement else "no parameter of the model"
+            continue
+        targets[name] = _target(placement, info.shape)
+        input_dims[name] = placement.input_dim
+    return Selection(targets, input_dims, skipped)
+
+
+def _target(placement: Placement, shape: tuple[int, ...]) -> Target:
+    assert placement.input_dim is not None
+    leaf = placement.parameter.rpartition(".")[2]
+    experts = shape[0] if placement.kind == "experts" and placement.expert is None else None
+    return Target(placement.module, leaf, shape[placement.input_dim], placement.expert, experts)
+
+
+def select_like_the_reference(base: Model) -> tuple[Selection, list[str]]:
+    """What the published program relaxes: every module with a weight and without "embed" in its name, tied heads included.
+
+    Returns: the selection, and a warning for each way in which it differs from ours.
+    Raises: InputError: a model on which that program fails or computes nonsense.
+    """
+    ours = select_targets(base)
+    architecture, tensors = base.architecture, base.weights.tensors
+    targets, input_dims, skipped = {}, {}, dict(ours.skipped)
+    warnings = []
+    for name, placement in architecture.placements.items():
+        if name in tensors and placement.parameter.endswith(".weight"):
+            if "embed" in placement.module:
+                if placement.kind != "embedding":
+                    warnings.append(
+                        f"--numerics reference: {name} is not relaxed, as its module's name contains 'embed'."
+                    )
+                    skipped[name] = "the published program passes over names that contain 'embed'"
+                continue
+            if placement.kind not in ("linear", "norm"):
+                raise InputError(
+                    f"--numerics reference: {name}: the published program cannot relax it ({placement.kind}). Use --numerics float32."
+                )
+            targets[name], input_dims[name] = ours.targets[name], ours.input_dims[name]
+    for name, twin in architecture.tied.items():
+        module = name.removesuffix(".weight")
+        if "embed" not in module and twin in tensors and name == architecture.output_head:
+            warnings.append(f"--numerics reference: the embedding {twin} is relaxed too, as {name} is tied to it.")
+            targets[twin], input_dims[twin] = Target(module, "weight", tensors[twin].shape[1]), 1
+            skipped.pop(twin, None)
+    return Selection(targets, input_dims, skipped), warnings
