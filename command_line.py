@@ -56,7 +56,7 @@ class Parser(argparse.ArgumentParser):
                 joined.append(argument)
         parsed, rest = self.parse_known_args(joined)
         if rest and not rest[0].startswith("-"):
-            self.error(f"'{rest[0]}' belongs to no flag. Quote what has spaces in it: --models_to_merge 'A, B'.")
+            self.error(f"'{rest[0]}' belongs to no flag. Separate models by commas, and quote what has spaces in it.")
         if rest:
             flags = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             self.error(unknown("flag", rest[0].partition("=")[0], flags))
@@ -151,9 +151,16 @@ def add_output_flags(parser: Parser) -> None:
     running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
+def whole(text: str) -> int:
+    """A flag's whole number."""
+    if not re.fullmatch(r"-?\d{1,20}", text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, got '{text}'")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """A flag's whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
+    if not re.fullmatch(r"\d{1,20}", text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got '{text}'")
     return int(text)
 

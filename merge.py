@@ -52,7 +52,7 @@ def build_parser() -> command_line.Parser:
     how.add_argument("--widen_calibration", metavar="C", help="widen: score of the important ones (default 1.0)")
     how.add_argument(
         "--seed",
-        type=int,
+        type=command_line.whole,
         metavar="N",
         help="dare_linear, dare_ties, --control permuted: seed of what is drawn (default 0)",
     )

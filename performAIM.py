@@ -31,7 +31,7 @@ def build_parser() -> command_line.Parser:
         "--save_path", required=True, metavar="FOLDER", help="the relaxed checkpoint; appears when it is complete"
     )
     add_aim_flags(parser, omega_help="0 puts the most active channel back to the base, 1 changes nothing (default 0.4); also by filter, mlp=0.2,self_attn=0.6,0.4: the first that is part of a tensor's name counts, the last number is for the rest")  # fmt: skip
-    parser.add_argument("--seed", type=int, metavar="N", help="of --control permuted (default 0)")
+    parser.add_argument("--seed", type=command_line.whole, metavar="N", help="of --control permuted (default 0)")
     command_line.add_output_flags(parser)
     return parser
 

@@ -139,11 +139,20 @@ class Watcher:
         if x.shape[-1] == self._sums[key].abs.numel():
             self._sums[key].add(self._last[2], self._last[3], x.numel() // x.shape[-1])
 
+    def check_finite(self) -> None:
+        """Raise InputError where an input held NaN or an infinity, naming the first such module of the forward pass."""
+        for (module, _, _), sums in self._sums.items():  # in the order in which they were first seen
+            if not bool(sums.sq.isfinite().all()):
+                raise InputError(
+                    f"{module}: its input holds NaN or an infinity, the first to do so. Use --calibration_dtype float32, or check the base model."
+                )
+
     def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, str]]:
         """Statistics per checkpoint tensor, and for each tensor without any the reason.
 
         Raises: InputError: an input that holds NaN or an infinity, naming the module.
         """
+        self.check_finite()
         found: dict[str, ChannelStatistics] = {}
         silent: dict[str, str] = {}
         for tensor, target in self._targets.items():
@@ -161,10 +170,9 @@ class Watcher:
                 *(torch.stack([getattr(part, key) for part in parts]) for key in ("mean_abs", "mean_sq", "tokens"))
             )
             one = stacked if target.experts is not None else parts[0]
-            if not bool(one.mean_sq.isfinite().all()):
-                raise InputError(
-                    f"{target.module}: its input holds NaN or an infinity. Use --calibration_dtype float32, or check the base model."
-                )
+            if not bool(one.mean_abs.any()):
+                silent[tensor] = "its module's input is zero throughout"
+                continue
             found[tensor] = one
         return found, silent
 
@@ -188,17 +196,12 @@ class _ExpertWatch(TorchFunctionMode):
     def __init__(self, watcher: Watcher):
         super().__init__()
         self._watcher = watcher
-        self._module = ""
-        self._parameters: dict[int, tuple[str, torch.Tensor]] = {}
+        self._name = ""
+        self._module = torch.nn.Module()
 
     def entering(self, name: str) -> Any:
         def hook(module: torch.nn.Module, args: Any) -> None:
-            self._module = name
-            self._parameters = {
-                p.untyped_storage().data_ptr(): (key, p)
-                for key, p in module.named_parameters(recurse=False)
-                if p.ndim == 3
-            }
+            self._name, self._module = name, module
             self.__enter__()
 
         return hook
@@ -208,8 +211,10 @@ class _ExpertWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.PRODUCTS and len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].ndim == 2:
-            key, parameter = self._parameters.get(args[1].untyped_storage().data_ptr(), ("", None))
-            if parameter is not None:
-                expert = (args[1].storage_offset() - parameter.storage_offset()) // parameter.stride(0)
-                self._watcher.observe((self._module, key, expert), args[0])
+            storage = args[1].untyped_storage().data_ptr()
+            # Looked up here and not on entering: an offloaded module has no numbers before its forward.
+            for key, parameter in self._module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and parameter.untyped_storage().data_ptr() == storage:
+                    expert = (args[1].storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+                    self._watcher.observe((self._name, key, expert), args[0])
         return func(*args, **(kwargs or {}))

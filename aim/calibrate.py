@@ -16,13 +16,12 @@ from aim.calibration import Blocks, CalibrationData, make_blocks
 from aim.reference import ReferenceWatcher
 from aim.statistics import Activations
 from aim.targets import Selection, select_like_the_reference, select_targets
-from checkpoints.errors import ArgumentError, InputError
+from checkpoints.errors import ArgumentError, InputError, first_line
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
 from checkpoints.source import FLOAT_DTYPES, dtype_name
 
 Numerics = Literal["float32", "reference"]
-LOWER = "Lower --batch_size or --block_size, or use --device cpu."
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,32 @@ def check_causal(base: Model) -> None:
     )
 
 
+def check_block_size(base: Model, block_size: int) -> None:
+    """Raise InputError where blocks have more tokens than the base has positions: it would fail on them, or make no sense."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        base.location.folder, local_files_only=True, trust_remote_code=base.trust_remote_code
+    )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and block_size > positions:
+        raise InputError(
+            f"--block_size: expected at most the {positions} positions of {base.label}, got {block_size}. Lower it."
+        )
+
+
+def check_complete(base: Model) -> None:
+    """Raise InputError where weights are missing or do not fit config.json, and random numbers would take their place."""
+    architecture = base.architecture
+    if architecture.missing:
+        more = f" and for {len(architecture.missing) - 1} more" if len(architecture.missing) > 1 else ""
+        raise InputError(
+            f"{base.label}: expected a tensor for {architecture.missing[0]}{more}, got none. Use a complete base model."
+        )
+    for name, complaint in architecture.mismatched.items():
+        raise InputError(f"{base.label}: {name}: does not fit config.json: {complaint}. Use matching files.")
+
+
 def select(base: Model, numerics: Numerics) -> tuple[Selection, list[str]]:
     """What is relaxed under these numerics, and warnings. Raises InputError as the two selections do."""
     return select_like_the_reference(base) if numerics == "reference" else (select_targets(base), [])
@@ -96,9 +121,9 @@ def read_blocks(base: Model, data: CalibrationData) -> Blocks:
                 base.location.folder, local_files_only=True, trust_remote_code=base.trust_remote_code
             )
         except Exception as error:  # a tokenizer's own code fails in every way there is
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error) if base.vocabulary_digest else "there is none"
             raise InputError(
-                f"{base.label}: expected a tokenizer, which calibration needs, got none: {reason:.300}"
+                f"{base.label}: expected a tokenizer, which calibration needs: {reason}. Add its tokenizer files."
             ) from error
         blocks = make_blocks(data, lambda text: list(tokenizer.encode(text)) if text else [])
     rows = base.weights.tensors[base.architecture.stored_name(base.architecture.input_embedding or "")].shape[0]
@@ -123,12 +148,14 @@ def calibrate(
         base: opened, a causal language model.
         data: which texts; `blocks`: the same, where they were read already.
         options: device, dtype, batch size.
-        progress: called with numbers of tokens as they are done.
+        progress: called with numbers of tokens as they are done, the first time with 0, when the model is loaded.
 
     Raises: InputError: no causal model, it cannot be loaded or run, out of memory, NaN in a statistic (names the module).
     """
     options = options or CalibrationOptions()
     check_causal(base)
+    check_complete(base)
+    check_block_size(base, data.block_size)
     selection, _ = select(base, options.numerics)
     blocks = blocks or read_blocks(base, data)
     with quiet_transformers():
@@ -136,15 +163,20 @@ def calibrate(
         if any(target.is_expert for target in selection.targets.values()):
             model.set_experts_implementation("eager")  # expert by expert, so that each one's input shows up
         watcher = (ReferenceWatcher if options.numerics == "reference" else Watcher)(model, selection.targets)
-        with watcher.watching(), torch.no_grad(), _out_of_memory():
-            for batch in blocks.tokens.split(options.batch_size):
-                model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
+        device = model.get_input_embeddings().weight.device
+        tokens = blocks.tokens if device.type == "meta" else blocks.tokens.to(device)  # meta: accelerate moves both
+        advice = f"Lower --batch_size (now {options.batch_size}) or --block_size (now {data.block_size})"
+        progress(0)  # loaded
+        with watcher.watching(), torch.no_grad(), _out_of_memory("calibration", advice):
+            for index, batch in enumerate(tokens.split(options.batch_size)):
+                model(input_ids=batch, use_cache=False)
                 progress(batch.numel())
+                if index == 0:
+                    watcher.check_finite()  # what overflows mostly does so at once
         statistics, silent = watcher.results()
     described = {
         **data.as_json(),
-        "texts": blocks.texts,
-        "blocks": len(blocks.tokens),
+        **blocks.as_json(),
         "dtype": dtype_name(next(model.parameters()).dtype),
         "batch_size": options.batch_size,
         "numerics": options.numerics,
@@ -167,12 +199,20 @@ def load(base: Model, options: CalibrationOptions) -> Any:
         keywords["device_map"] = {"": options.device}
     elif options.device is None and torch.cuda.is_available():
         keywords["device_map"] = "auto"
-    with _out_of_memory():
+    with _out_of_memory(f"{base.label}: loading it", "Use --calibration_dtype bfloat16"):
         try:
-            return _from_pretrained(AutoModelForCausalLM, base, keywords)
-        except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(f"{base.label}: cannot be loaded as a causal language model: {reason:.300}") from error
+            model = _from_pretrained(AutoModelForCausalLM, base, keywords)
+        except Exception as error:  # a model class's own code fails in every way there is
+            if isinstance(error, MemoryError) or _is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{base.label}: cannot be loaded as a causal language model: {first_line(error)}. Use a base that transformers can load."
+            ) from error
+    # sdpa leaves out the cap on attention logits without a word, as it does in the published program.
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and options.numerics != "reference":
+        model.set_attn_implementation("eager")
+    return model
 
 
 def _from_pretrained(auto: Any, base: Model, keywords: dict[str, Any]) -> Any:
@@ -189,18 +229,22 @@ def _from_pretrained(auto: Any, base: Model, keywords: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _out_of_memory() -> Iterator[None]:
+def _out_of_memory(what: str, advice: str) -> Iterator[None]:
     """Turn running out of memory into one message that says what to lower."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise InputError(f"calibration: the GPU has too little memory. {LOWER}") from error
-    except MemoryError as error:
-        raise InputError(f"calibration: too little memory. {LOWER}") from error
-    except RuntimeError as error:
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        raise InputError(f"calibration: too little memory. {LOWER}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise InputError(f"{what}: the GPU has too little memory. {advice}, or use --device cpu.") from error
+        if isinstance(error, MemoryError) or _is_out_of_memory(error):
+            raise InputError(f"{what}: this machine has too little memory. {advice}.") from error
+        raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's for an allocation that failed, on a GPU or on the CPU, where it has no class of its own."""
+    words = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 @contextmanager

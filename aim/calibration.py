@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -13,9 +14,10 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
-from checkpoints.errors import ArgumentError, InputError
+from checkpoints.errors import ArgumentError, InputError, first_line
 
 PUBLISHED_DATASET = "mit-han-lab/pile-val-backup::validation"
+ENCODING = "utf-8-sig"  # UTF-8, and the byte order mark that some editors begin it with
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,22 @@ class Blocks:
     empty: int
     dropped_tokens: int
 
+    def as_json(self) -> dict[str, int]:
+        """The counts, for recipes and activation files."""
+        return {
+            "texts": self.texts,
+            "too_long": self.too_long,
+            "empty": self.empty,
+            "blocks": len(self.tokens),
+            "dropped_tokens": self.dropped_tokens,
+        }
+
     def summary(self, data: CalibrationData) -> str:
         """One line for people."""
         passed = f"{self.too_long} passed over as longer than {data.block_size} tokens, {self.empty} as empty"
+        asked = "" if self.texts == data.n_samples else f" (of the {data.n_samples} asked for)"
         return (
-            f"calibration: {self.texts} texts of {data.source} ({passed}), {len(self.tokens)} blocks of "
+            f"calibration: {self.texts} texts{asked} of {data.source} ({passed}), {len(self.tokens)} blocks of "
             f"{data.block_size} tokens, {self.dropped_tokens} tokens left over"
         )
 
@@ -117,10 +130,12 @@ def _text_of(row: Any, index: int, data: CalibrationData) -> str:
     text = row.get(data.text_field) if isinstance(row, dict) else None
     if isinstance(text, str):
         return text
-    fields = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+    if not isinstance(row, dict):
+        raise InputError(f"{data.source}: row {index}: expected a text or an object, got {type(row).__name__}.")
+    got = "no such field" if data.text_field not in row else type(text).__name__
     raise InputError(
-        f"{data.source}: row {index}: expected text in the field '{data.text_field}', got {type(text).__name__ if text is not None else 'none'}. "
-        f"The row has: {fields}. Name another field with --text_field."
+        f"{data.source}: row {index}: expected text in the field '{data.text_field}', got {got}. "
+        f"The row has: {', '.join(sorted(map(str, row)))}. Name another field with --text_field."
     )
 
 
@@ -131,7 +146,7 @@ def open_texts(data: CalibrationData) -> Sequence[Any]:
         rows: Sequence[Any] = _read_file(path)
     elif path.is_dir():
         rows = _load_saved(path, data)
-    elif data.source.startswith((".", "/", "~")) or path.suffix in READERS or path.suffix == ".gz":
+    elif is_local(data.source):
         raise InputError(
             f"--calibration_data {data.source}: no such file. Give a file of texts, or a hub dataset NAME:CONFIG:SPLIT."
         )
@@ -140,6 +155,12 @@ def open_texts(data: CalibrationData) -> Sequence[Any]:
     if not len(rows):
         raise InputError(f"{data.source}: expected texts, got an empty file. Give another.")
     return rows
+
+
+def is_local(source: str) -> bool:
+    """Whether a source means a file or folder, there or not, and no hub dataset."""
+    path = Path(source).expanduser()
+    return path.exists() or source.startswith((".", "/", "~")) or path.suffix in (*READERS, ".gz")
 
 
 def _read_file(path: Path) -> list[Any]:
@@ -152,17 +173,17 @@ def _read_file(path: Path) -> list[Any]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             return READERS[inner.suffix](cast(IO[bytes], file), path)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read as {inner.suffix}: {error}.") from error
 
 
 def _read_lines(file: IO[bytes], path: Path) -> list[Any]:
-    return [line for line in io.TextIOWrapper(file, "utf-8").read().splitlines() if line.strip()]
+    return [line for line in io.TextIOWrapper(file, ENCODING) if line.strip()]
 
 
 def _read_jsonl(file: IO[bytes], path: Path) -> list[Any]:
     rows = []
-    for number, line in enumerate(io.TextIOWrapper(file, "utf-8"), 1):
+    for number, line in enumerate(io.TextIOWrapper(file, ENCODING), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -175,7 +196,7 @@ def _read_jsonl(file: IO[bytes], path: Path) -> list[Any]:
 
 def _read_json(file: IO[bytes], path: Path) -> list[Any]:
     try:
-        content = json.load(io.TextIOWrapper(file, "utf-8"))
+        content = json.load(io.TextIOWrapper(file, ENCODING))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got {error}.") from None
     if isinstance(content, dict):  # {"data": [...]}, or columns {"text": [...]}
@@ -229,10 +250,11 @@ def _load_hub(data: CalibrationData) -> Sequence[Any]:
     config, _, split = rest.partition(":")
     try:
         loaded = datasets.load_dataset(name, config or None, split=split or None)
+    except ImportError as error:  # of what unpacks the dataset's files
+        raise InputError(f"--calibration_data {data.source}: cannot be read here: {first_line(error)}.") from error
     except Exception as error:  # every kind: network, missing, builder scripts, broken files
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"--calibration_data {data.source}: is no local file, and the hub dataset cannot be loaded: {reason:.300} "
+            f"--calibration_data {data.source}: is no local file, and the hub dataset cannot be loaded: {first_line(error)}. "
             "Check the name and the network, or give a local file of texts."
         ) from error
     return loaded if split else _pick_split(loaded, split, data)
@@ -246,8 +268,3 @@ def _pick_split(loaded: Any, split: str, data: CalibrationData) -> Sequence[Any]
     raise InputError(
         f"{data.source}: expected a split 'validation' or 'train', got {', '.join(loaded)}. Name one: NAME:CONFIG:SPLIT."
     )
-
-
-def iterate_batches(tokens: torch.Tensor, batch_size: int) -> Iterator[torch.Tensor]:
-    """`[blocks, block_size]` -> `[<= batch_size, block_size]` pieces in order; every block is full, so nothing is padded."""
-    yield from tokens.split(batch_size)

@@ -1,21 +1,29 @@
-"""What both commands do and say about AIM: calibrate or load, keep, summarise, draw."""
+"""What both commands do and say about AIM: check, calibrate or load, keep, summarise, draw."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from aim.calibrate import calibrate, check_causal, read_blocks, select
-from aim.flags import read_calibration, read_relaxing
-from aim.relaxing import Relaxations, group_kept, make_relaxations
+from aim.calibrate import calibrate, check_block_size, check_causal, check_complete, read_blocks, select
+from aim.calibration import Blocks, is_local
+from aim.flags import check_files, read_calibration, read_relaxing
+from aim.relaxing import Relaxations, check_activations, group_kept, make_relaxations, outputs_of, why_kept
 from aim.statistics import Activations, load_activations
-from aim.summary import format_summaries, kind_of
+from aim.summary import format_summaries
+from aim.targets import Selection
+from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model
+from streaming.blocks import kind_of
+from streaming.stream import PlannedTensor
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
@@ -36,76 +44,171 @@ class AimRequest:
     """AIM as the flags ask for it.
 
     Args:
-        arguments: with the flags of `add_aim_flags` and `--seed`.
+        arguments: with the flags of `add_aim_flags`, `--seed`, `--device`, `--save_path` and `--dry_run`.
         device: of the blocks, and of calibration where `--device` named one.
 
-    Raises: ArgumentError: flags that are wrong or exclude each other.
+    Raises: Refusals: flags that are wrong or exclude each other, and files that could not be written.
     """
 
     def __init__(self, arguments: argparse.Namespace, device: torch.device):
-        self.how = read_relaxing(arguments)
-        self.data, self.calibration = read_calibration(arguments, None if arguments.device == "auto" else device)
+        problems: list[str | InputError] = []
+        with collecting(problems):
+            self.how = read_relaxing(arguments)
+        with collecting(problems):
+            self.data, self.calibration = read_calibration(arguments, None if arguments.device == "auto" else device)
+        problems += check_files(arguments)
+        if problems:
+            raise Refusals(problems)
         self._device = device
-        self._file = arguments.activations
-        self._keep = arguments.save_activations
-        self._figures = arguments.figures
+        self._file = arguments.activations and Path(arguments.activations).expanduser()
+        self._keep = arguments.save_activations and Path(arguments.save_activations).expanduser()
+        self._figures = arguments.figures and Path(arguments.figures).expanduser()
+        self._dry_run = arguments.dry_run
+        self._loaded: Activations | None = None
+        self._blocks: Blocks | None = None
 
-    def check(self, base: Model) -> dict[str, object]:
-        """What would be done, known without running the base. Raises InputError where the base cannot be calibrated."""
-        selection, _ = select(base, self.how.numerics)
-        if self._file is None:
-            check_causal(base)
-        kinds: dict[str, int] = {}
-        for name in selection.targets:
-            kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + 1
-        kept = [
-            {"tensors": kind, "count": count, "why": why}
-            for (kind, why), count in group_kept(selection.skipped).items()
-        ]
-        return {
+    def check(self, base: Model) -> None:
+        """Find everything that is known without running the base, which can take an hour; reads the texts.
+
+        Raises: Refusals: a base that cannot be calibrated, texts or statistics that do not fit, filters that match nothing.
+        """
+        problems: list[str | InputError] = []
+        with collecting(problems):
+            selection, _ = select(base, self.how.numerics)
+            self._check_filters(selection)
+            if self._file:
+                self._loaded = self._loaded or load_activations(self._file)
+                if base.weights.is_here:
+                    check_activations(self._loaded, base, selection, self.how.numerics, self._source)
+        for check in () if self._file else (check_causal, check_complete, self._check_texts):
+            with collecting(problems):
+                check(base)
+        if problems:
+            raise Refusals(problems)
+
+    @property
+    def _source(self) -> str:
+        return f"--activations {self._file}" if self._file else "the statistics"
+
+    def _check_texts(self, base: Model) -> None:
+        check_block_size(base, self.data.block_size)
+        if self._blocks is None and (is_local(self.data.source) or not self._dry_run):
+            self._blocks = read_blocks(base, self.data)
+
+    def _check_filters(self, selection: Selection) -> None:
+        """Refuse a filter that no tensor is left for: a slip of the pen would otherwise relax with another omega."""
+        for omega in self.how.omegas:
+            first = Counter(omega.filter_of(name) for name in selection.targets)
+            for part, _ in omega.filters:
+                if not first[part]:
+                    shadowed = any(part in name for name in selection.targets)
+                    kinds = ", ".join(sorted({kind_of(name) for name in selection.targets}))
+                    raise ArgumentError(
+                        f"--omega: the filter '{part}' is "
+                        + (
+                            "in no name that an earlier filter leaves. Put it first."
+                            if shadowed
+                            else "in no name of what is relaxed."
+                        )
+                        + f" Those are: {kinds}."
+                    )
+
+    def describe(self, base: Model, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
+        """What would be done, known without running the base, as JSON.
+
+        Args:
+            base: that was checked; tensors: what would be written.
+        """
+        selection, warnings = select(base, self.how.numerics)
+        kept = why_kept(selection, outputs_of(tensors), self._loaded)
+        at_1 = [name for name in selection.targets if all(omega.of(name) == 1.0 for omega in self.how.omegas)]
+        kept |= {name: "omega 1" for name in at_1 if name not in kept}
+        relaxed = [tensor.spec.name for tensor in tensors if tensor.spec.name not in kept]
+        described: dict[str, Any] = {
             "omegas": [str(omega) for omega in self.how.omegas],
-            "statistics": self._file or self.data.source,
-            "relaxes": kinds,
-            "keeps": kept,
+            "scaling": self.how.scaling,
+            "control": self.how.control,
+            "numerics": self.how.numerics,
+            "statistics": str(self._file or self.data.source),
+            "relaxes": dict(Counter(kind_of(name) for name in relaxed)),
+            "keeps": [{"tensors": kind, "count": count, "why": why} for (kind, why), count in group_kept(kept).items()],
+            "warnings": warnings,
         }
+        if self._blocks:
+            described["calibration"] = self._blocks.as_json()
+        return described
 
-    def relaxations(self, base: Model, console: Console) -> Relaxations:
-        """Statistics and transforms, with a summary for the user. Raises InputError: see `calibrate` and `make_relaxations`."""
-        activations = self._activations(base, console)
+    def relaxations(self, base: Model, tensors: Sequence[PlannedTensor], console: Console) -> Relaxations:
+        """Statistics and transforms, with a summary for the user.
+
+        Args:
+            base: that was checked; tensors: what will be written.
+
+        Raises: InputError: see `calibrate` and `make_relaxations`.
+        """
+        activations = self._loaded or self._calibrate(base, console)
         if self._keep:
-            activations.save(Path(self._keep))
+            activations.save(self._keep)
             console.say(f"{self._keep}: statistics of {len(activations.statistics)} tensors")
-        source = f"--activations {self._file}" if self._file else "the statistics"
-        found = make_relaxations(base, activations, self.how, device=self._device, source=source)
+        outputs = outputs_of(tensors)
+        found = make_relaxations(base, activations, self.how, device=self._device, outputs=outputs, source=self._source)
         for warning in found.warnings:
             console.note(f"warning: {warning}")
+        console.say("")
         console.say(format_summaries(found.summaries))
         if self._figures:
             from aim.figures import draw_importance
 
-            for path in draw_importance(found.importance, Path(self._figures)):
+            for path in draw_importance(found.importance, self._figures, title=title_of(base, activations)):
                 console.say(f"{path}: written")
+        console.say("")
         return found
 
-    def _activations(self, base: Model, console: Console) -> Activations:
-        if self._file:
-            return load_activations(Path(self._file))
-        check_causal(base)
-        blocks = read_blocks(base, self.data)
+    def _calibrate(self, base: Model, console: Console) -> Activations:
+        blocks = self._blocks or read_blocks(base, self.data)
         console.say(blocks.summary(self.data))
-        with console.bar("calibrating", blocks.tokens.numel()) as advance:
-            return calibrate(base, self.data, self.calibration, blocks=blocks, progress=advance)
+        console.note(f"loading {base.label}")
+        tokens, started = blocks.tokens.numel(), 0.0
+        with ExitStack() as stack:
+            bar: list[Callable[[int], object]] = []
+
+            def progress(done: int) -> None:
+                """Count from when the model is loaded, so that the rate is that of the forward passes."""
+                nonlocal started
+                if not bar:
+                    bar.append(stack.enter_context(console.bar("calibrating", tokens)))
+                    started = time.monotonic()
+                bar[0](done)
+
+            activations = calibrate(base, self.data, self.calibration, blocks=blocks, progress=progress)
+        seconds = max(time.monotonic() - started, 1e-9)
+        console.say(
+            f"calibrated in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, in {activations.calibration['dtype']}"
+        )
+        return activations
 
 
-def format_check(checked: dict[str, object]) -> str:
-    """What `AimRequest.check` found, for people."""
-    relaxes = checked["relaxes"]
-    keeps = checked["keeps"]
-    assert isinstance(relaxes, dict)
-    assert isinstance(keeps, list)
-    omegas = checked["omegas"]
-    assert isinstance(omegas, list)
-    lines = [f"AIM: omega {' and '.join(omegas)}, statistics from {checked['statistics']}"]
-    lines += [f"  {count:5d} x {kind}: relax" for kind, count in relaxes.items()]
-    lines += [f"  {entry['count']:5d} x {entry['tensors']}: stays as merged ({entry['why']})" for entry in keeps]
+def title_of(base: Model, activations: Activations) -> str:
+    """What a figure is of: the base, and the text it was run on."""
+    calibration = activations.calibration
+    blocks = f"{calibration.get('blocks')} blocks of {calibration.get('block_size')} tokens"
+    return f"{Path(base.label).name}, {blocks} of {Path(str(calibration.get('source'))).name}"
+
+
+def format_check(described: dict[str, Any]) -> str:
+    """What `AimRequest.describe` found, for people."""
+    lines = [f"AIM: omega {' and '.join(described['omegas'])}, statistics from {described['statistics']}"]
+    lines += [
+        f"  {key} = {described[key]}"
+        for key, default in (("scaling", "identity"), ("control", "none"), ("numerics", "float32"))
+        if described[key] != default
+    ]
+    if "calibration" in described:
+        counts = described["calibration"]
+        lines.append(f"  {counts['texts']} texts, {counts['blocks']} blocks, {counts['too_long']} texts too long")
+    lines += [f"  {count:5d} x {kind}: relax" for kind, count in described["relaxes"].items()]
+    lines += [
+        f"  {entry['count']:5d} x {entry['tensors']}: stays as merged ({entry['why']})" for entry in described["keeps"]
+    ]
+    lines += [f"warning: {warning}" for warning in described["warnings"]]
     return "\n".join(lines)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import ArgumentError
+from checkpoints.errors import ArgumentError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +27,11 @@ CALIBRATION_FLAGS = (
 )
 
 
-def add_aim_flags(parser: argparse.ArgumentParser, *, omega_help: str) -> None:
-    """The flags of relaxing and of calibrating. Their defaults are None, so that it shows which were given."""
+def add_aim_flags(parser: argparse.ArgumentParser, *, omega_help: str) -> argparse._ArgumentGroup:
+    """The flags of relaxing and of calibrating. Their defaults are None, so that it shows which were given.
+
+    Returns: the group of the flags of relaxing.
+    """
     how = parser.add_argument_group("activation-informed merging (AIM)")
     how.add_argument("--omega", metavar="O", help=omega_help)
     how.add_argument("--omegas", metavar="O,O", help="a sweep, such as 0,0.2,0.4: one checkpoint each, in SAVE_PATH/omega_0.2 and so on, from one calibration and one reading of the weights")  # fmt: skip
@@ -44,15 +48,12 @@ def add_aim_flags(parser: argparse.ArgumentParser, *, omega_help: str) -> None:
     text = parser.add_argument_group("calibration of the base model")
     text.add_argument("--calibration_data", metavar="DATA", help="a hub dataset NAME:CONFIG:SPLIT; a .txt (one text a line), .json, .jsonl or .parquet file, or .gz of one; a saved dataset folder (default: mit-han-lab/pile-val-backup::validation, as published)")  # fmt: skip
     text.add_argument("--text_field", metavar="F", help="the field of a row that holds the text (default text)")
-    text.add_argument("--n_samples", type=int, metavar="N", help="texts (default 256)")
-    text.add_argument(
-        "--block_size", type=int, metavar="N", help="tokens of a block, and of the longest text (default 512)"
-    )
-    text.add_argument(
-        "--calibration_seed", type=int, metavar="N", help="of the shuffle that picks the texts (default 42)"
-    )
-    text.add_argument("--batch_size", type=int, metavar="N", help="blocks of a forward pass (default 1)")
+    text.add_argument("--n_samples", metavar="N", help="texts (default 256)")
+    text.add_argument("--block_size", metavar="N", help="tokens of a block, and of the longest text (default 512)")
+    text.add_argument("--calibration_seed", metavar="N", help="of the shuffle that picks the texts (default 42)")
+    text.add_argument("--batch_size", metavar="N", help="blocks of a forward pass (default 1)")
     text.add_argument("--calibration_dtype", metavar="DTYPE", help="of the forward pass: auto (the checkpoint's; default), float32, bfloat16 or float16")  # fmt: skip
+    return how
 
 
 def given_aim_flags(arguments: argparse.Namespace) -> list[str]:
@@ -71,14 +72,15 @@ def read_relaxing(arguments: argparse.Namespace, *, default_omega: str = "0.4") 
     omegas = (
         parse_omegas(arguments.omegas)
         if arguments.omegas is not None
-        else (parse_omega(arguments.omega or default_omega),)
+        else (parse_omega(default_omega if arguments.omega is None else arguments.omega),)
     )
     return Relaxing(
         omegas,
-        scaling=arguments.scaling or "identity",
-        control=arguments.control or "none",
+        scaling="identity" if arguments.scaling is None else arguments.scaling,
+        control="none" if arguments.control is None else arguments.control,
         seed=arguments.seed or 0,
-        numerics=arguments.numerics or "float32",
+        numerics="float32" if arguments.numerics is None else arguments.numerics,
+        sweep=arguments.omegas is not None,
     )
 
 
@@ -99,15 +101,67 @@ def read_calibration(
             raise ArgumentError(
                 f"--activations {arguments.activations}: no such file. Make one with --save_activations."
             )
-    renamed = {"calibration_data": "source", "calibration_seed": "seed"}
-    keys = ("calibration_data", "text_field", "n_samples", "block_size", "calibration_seed")
-    given: dict[str, Any] = {
-        renamed.get(key, key): getattr(arguments, key) for key in keys if getattr(arguments, key) is not None
-    }
+    given: dict[str, Any] = {"source": arguments.calibration_data, "text_field": arguments.text_field}
+    for flag, key in (("n_samples", "n_samples"), ("block_size", "block_size"), ("calibration_seed", "seed")):
+        given[key] = _whole(f"--{flag}", getattr(arguments, flag))
+    batch_size = _whole("--batch_size", arguments.batch_size)
     options = CalibrationOptions(
         device=device,
-        dtype=arguments.calibration_dtype or "auto",
-        batch_size=1 if arguments.batch_size is None else arguments.batch_size,
-        numerics=arguments.numerics or "float32",
+        dtype="auto" if arguments.calibration_dtype is None else arguments.calibration_dtype,
+        batch_size=1 if batch_size is None else batch_size,
+        numerics="float32" if arguments.numerics is None else arguments.numerics,
     )
-    return CalibrationData(**given), options
+    return CalibrationData(**{key: value for key, value in given.items() if value is not None}), options
+
+
+def _whole(flag: str, text: str | None) -> int | None:
+    """A flag's whole number, None where it was not given. Raises ArgumentError."""
+    if text is None or re.fullmatch(r"-?\d{1,18}", text):
+        return None if text is None else int(text)
+    raise ArgumentError(f"{flag}: expected a whole number, got {text!r}.")
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether an activations file may take the place of this one, which it may only if it is one."""
+    from aim.statistics import is_activations_file
+
+    try:
+        return is_activations_file(path, str(path))
+    except InputError:
+        return False
+
+
+def check_files(arguments: argparse.Namespace) -> list[InputError]:
+    """Everything that keeps --save_activations and --figures from being written, known before the base is run for them."""
+    from checkpoints.staging import existing_ancestor, is_writable, partial_folder
+
+    problems: list[InputError] = []
+    if arguments.save_activations is not None and arguments.activations is not None:
+        problems.append(
+            ArgumentError("--save_activations: --activations brings statistics that are kept already. Leave one out.")
+        )
+    out = Path(arguments.save_path).expanduser().resolve()
+    for flag, text in (("--save_activations", arguments.save_activations), ("--figures", arguments.figures)):
+        if text is None:
+            continue
+        path, is_file = Path(text).expanduser().resolve(), flag == "--save_activations"
+        kind = "file" if is_file else "folder"
+        if not text.strip():
+            problems.append(ArgumentError(f"{flag}: expected a {kind}, got nothing. Name one."))
+        elif path.exists() and path.is_dir() == is_file:
+            problems.append(
+                ArgumentError(
+                    f"{flag} {text}: expected a {kind}, got a {'folder' if is_file else 'file'}. Name another."
+                )
+            )
+        elif {out, partial_folder(out)} & {path, *path.parents}:
+            problems.append(
+                ArgumentError(f"{flag} {text}: lies in --save_path, which appears whole. Name a {kind} elsewhere.")
+            )
+        elif is_file and path.exists() and not _is_replaceable(path):
+            problems.append(
+                ArgumentError(f"{flag} {text}: is no activations file, and is not replaced by one. Name another.")
+            )
+        elif not is_writable(path if path.is_dir() else existing_ancestor(path)):
+            problems.append(InputError(f"{flag} {text}: cannot be written. Name another {kind} or change permissions."))
+    return problems

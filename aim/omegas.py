@@ -23,6 +23,10 @@ class Omega:
         """The omega of the tensor of this name."""
         return next((omega for part, omega in self.filters if part in tensor), self.rest)
 
+    def filter_of(self, tensor: str) -> str | None:
+        """The filter that gives it; None for the rest."""
+        return next((part for part, _ in self.filters if part in tensor), None)
+
     def __str__(self) -> str:
         return ",".join([*(f"{part}={omega:g}" for part, omega in self.filters), f"{self.rest:g}"])
 

@@ -89,14 +89,15 @@ def relax(base: torch.Tensor, merged: torch.Tensor, importance: torch.Tensor, om
 
 
 def relax_like_the_reference(base: torch.Tensor, merged: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """The published program's rounding: the delta in bfloat16, then base + delta * factor in float32.
+    """The published program's rounding: both models and the delta in bfloat16, then base + delta * factor in float32.
 
     Args:
-        base, merged: float32, whose values are bfloat16 numbers.
+        base, merged: float32.
         factor: broadcast to them, float32.
 
     Returns: float32, to be rounded to bfloat16 by the writer.
     Source: the AIM authors' program, commit e7eccd5.
     """
-    delta = (merged.bfloat16() - base.bfloat16()).float()
-    return base + delta * factor
+    start = base.bfloat16()
+    delta = merged.bfloat16() - start
+    return start.float() + delta.float() * factor

@@ -11,9 +11,8 @@ import torch
 from aim.omegas import Omega
 from aim.relax import Control, Scaling, factors, normalise, relax_like_the_reference, without_channels
 from aim.statistics import Activations
-from aim.summary import kind_of
 from aim.targets import Selection
-from streaming.blocks import GRID_ELEMENTS, Region
+from streaming.blocks import GRID_ELEMENTS, Region, kind_of
 
 SAMPLE_EVERY = 16
 
@@ -113,9 +112,7 @@ def make_channels(
 def importance_of(activations: Activations, name: str, scaling: Scaling = "identity") -> torch.Tensor:
     """s of one tensor, `[in]` or `[experts, in]`; zero for an expert that saw no token, which therefore stays as merged."""
     mean_abs = activations.statistics[name].mean_abs
-    if mean_abs.ndim == 1:
-        return normalise(mean_abs, scaling)
     active = mean_abs.amax(dim=-1) > 0
     s = torch.zeros_like(mean_abs)
-    s[active] = normalise(mean_abs[active], scaling) if bool(active.any()) else s[active]
+    s[active] = normalise(mean_abs[active], scaling)
     return s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +16,15 @@ from aim.omegas import Omega
 from aim.relax import SCALINGS, Control, Scaling
 from aim.relaxation import Relaxation, importance_of, make_channels
 from aim.statistics import Activations
-from aim.summary import KindSummary, as_json, kind_of, summarise
+from aim.summary import KindSummary, align, as_json, digits, summarise
 from aim.targets import Selection
 from checkpoints.errors import ArgumentError, InputError, unknown
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
+from checkpoints.staging import SWEEP_PREFIX
+from streaming.blocks import kind_of
 from streaming.output import Variant
+from streaming.stream import PlannedTensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Relaxing:
     """How merged weights are relaxed.
 
     Attributes:
-        omegas: one checkpoint for each.
+        omegas: one checkpoint for each; sweep: in folders of their own, `omega_0.2`, even where there is only one.
         scaling: of s: identity, sqrt or square.
         control: none, or one of the controls that carry no channel information.
         seed: of the permuted control.
@@ -39,6 +44,12 @@ class Relaxing:
     control: Control = "none"
     seed: int = 0
     numerics: Numerics = "float32"
+    sweep: bool = False
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether each omega gets a folder of its own."""
+        return self.sweep or len(self.omegas) > 1
 
     def __post_init__(self) -> None:
         allowed: list[tuple[str, str, Sequence[str]]] = [
@@ -51,11 +62,24 @@ class Relaxing:
                 raise ArgumentError(f"{flag}: {unknown('value', value, known)}")
 
 
+@dataclass(frozen=True)
+class Reach:
+    """How far one omega goes.
+
+    omega: which; tensors: that it changes; share_kept: of their task vectors, the mean factor over their weights.
+    """
+
+    omega: Omega
+    tensors: tuple[str, ...]
+    share_kept: float
+
+
 @dataclass
 class Relaxations:
     """The transforms of one base's statistics, ready for a stream, and what is to be said of them.
 
-    variants: one for each omega; summaries: see `summarise`; kept: tensor that stays as merged -> why.
+    variants, transforms, reaches: one for each omega; summaries: see `summarise`; importance: tensor -> s.
+    kept: output tensor that stays as merged, whatever the omega, or in part -> why; warnings: what a user should look at.
     """
 
     variants: list[Variant]
@@ -63,25 +87,41 @@ class Relaxations:
     kept: Mapping[str, str]
     importance: Mapping[str, torch.Tensor]
     transforms: list[Relaxation] = field(default_factory=list)
+    reaches: list[Reach] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """Lines for people: tensors relaxed and mean |change| per kind of layer, then what stays as merged, and why."""
+        """Lines for people, when the weights are written: mean |change| per kind of layer; for each omega how many tensors
+        were relaxed, how many copied and why."""
         changes = [transform.mean_changes() for transform in self.transforms]
-        names = [variant.folder or "mean |change|" for variant in self.variants]
-        kinds = Counter(kind_of(name) for name in self.importance)
-        width = max((len(kind) for kind in kinds), default=0)
-        lines = [f"{'relaxed'.ljust(width)}  tensors  " + "  ".join(name.rjust(13) for name in names)]
+        counts = [Counter(kind_of(name) for name in reach.tensors) for reach in self.reaches]
+        kinds: Counter[str] = functools.reduce(operator.or_, counts)
+        rows = [("layer", "tensors", *(f"omega {reach.omega}" for reach in self.reaches))]
         for kind, count in sorted(kinds.items()):
-            cells = (f"{change[kind]:13.3g}" if kind in change else "-".rjust(13) for change in changes)
-            lines.append(f"{kind.ljust(width)}  {count:7d}  " + "  ".join(cells))
-        total = sum(kinds.values())
-        lines.append(
-            f"{total} tensors with statistics; relaxed: "
-            + ", ".join(str(transform.relaxed) for transform in self.transforms)
-        )
-        lines += [f"stays as merged: {count} x {kind} ({why})" for (kind, why), count in group_kept(self.kept).items()]
+            cells = (f"{change[kind]:.3g}" if kind in change else "-" for change in changes)
+            rows.append((kind.removesuffix(".weight"), str(count), *cells))
+        lines = ["Mean |change| of a weight, relaxed minus merged:", *align(rows)] if kinds else []
+        copied = [self.copied(reach) for reach in self.reaches]
+        mean_s = f"mean s {self.summaries['all'].mean:.3f}, " if self.summaries else ""
+        for reach, names in zip(self.reaches, copied, strict=True):
+            kept = f"; {mean_s}{100 * reach.share_kept:.1f} % of their task vectors kept" if reach.tensors else ""
+            lines.append(f"omega {reach.omega}: {len(reach.tensors)} tensors relaxed, {len(names)} copied{kept}")
+        for index, names in enumerate(copied):
+            if names and names not in copied[:index]:
+                same = [str(reach.omega) for reach, other in zip(self.reaches, copied, strict=True) if other == names]
+                where = "" if len(same) == len(copied) else f" with omega {' and '.join(same)}"
+                lines.append(f"copied as merged{where}:")
+                lines += [f"  {count:5d} x {kind} ({why})" for (kind, why), count in group_kept(names).items()]
+        relaxed = {name for reach in self.reaches for name in reach.tensors}
+        partly = {name: why for name, why in self.kept.items() if name in relaxed}
+        lines += [f"relaxed but for {why}: {count} x {kind}" for (kind, why), count in group_kept(partly).items()]
         return "\n".join(lines)
+
+    def copied(self, reach: Reach) -> dict[str, str]:
+        """The output tensors that an omega leaves as merged -> why."""
+        names = set(reach.tensors)
+        omega_1 = {name: "omega 1" for name in self.importance if name not in names and name not in self.kept}
+        return {name: why for name, why in {**self.kept, **omega_1}.items() if name not in names}
 
 
 def group_kept(kept: Mapping[str, str]) -> Counter[tuple[str, str]]:
@@ -89,23 +129,36 @@ def group_kept(kept: Mapping[str, str]) -> Counter[tuple[str, str]]:
     return Counter((kind_of(name), why) for name, why in kept.items())
 
 
-def check_activations(activations: Activations, base: Model, selection: Selection, source: str) -> None:
-    """Raise InputError where statistics belong to another base, or do not fit its shapes."""
+def check_activations(
+    activations: Activations, base: Model, selection: Selection, numerics: Numerics, source: str
+) -> None:
+    """Raise InputError where statistics belong to another base, do not fit its shapes, or were taken otherwise."""
     if activations.base != fingerprint(base.weights):
         raise InputError(
             f"{source}: were taken with another base model than {base.label}. Calibrate with this one, or name that one."
         )
+    taken = activations.calibration.get("numerics")
+    if (taken == "reference") != (numerics == "reference"):
+        raise InputError(f"{source}: were taken with --numerics {taken}. Use the same here.")
     for name, statistics in activations.statistics.items():
         target = selection.targets.get(name)
-        width = None if target is None else target.width
-        if statistics.mean_abs.shape[-1] != width:
+        experts = [] if target is None or target.experts is None else [target.experts]
+        expected = None if target is None else [*experts, target.width]
+        if list(statistics.mean_abs.shape) != expected:
             raise InputError(
-                f"{source}: {name}: expected {width or 'no'} channels as in {base.label}, got {statistics.mean_abs.shape[-1]}. Calibrate again."
+                f"{source}: {name}: expected {f'shape {expected}' if expected else 'no statistics'} as in {base.label}, "
+                f"got {list(statistics.mean_abs.shape)}. Calibrate again."
             )
 
 
 def make_relaxations(
-    base: Model, activations: Activations, how: Relaxing, *, device: torch.device, source: str = "the statistics"
+    base: Model,
+    activations: Activations,
+    how: Relaxing,
+    *,
+    device: torch.device,
+    outputs: Mapping[str, str] | None = None,
+    source: str = "the statistics",
 ) -> Relaxations:
     """Turn statistics into one transform for each omega.
 
@@ -113,50 +166,82 @@ def make_relaxations(
         base: the model that the statistics are of; outputs have its tensor names.
         activations: from `calibrate` or a file; source: how messages name them.
         how: omegas and the rest; device: where blocks will be.
+        outputs: output tensor -> why it is copied instead of merged, empty for most; None for the base's tensors.
 
     Raises: InputError: statistics of another base or other shapes; numerics that differ from the statistics'.
     """
     selection, warnings = select(base, how.numerics)
-    check_activations(activations, base, selection, source)
-    if (activations.calibration.get("numerics") == "reference") != (how.numerics == "reference"):
-        raise InputError(
-            f"{source}: were taken with --numerics {activations.calibration.get('numerics')}. Use the same here."
-        )
+    check_activations(activations, base, selection, how.numerics, source)
     importance = {
         name: importance_of(activations, name, how.scaling)
         for name in selection.targets
         if name in activations.statistics
     }
-    kept = {
-        **selection.skipped,
-        **{name: activations.silent.get(name, "no statistics") for name in selection.targets if name not in importance},
-    }
-    summaries = summarise(importance)
-    found = Relaxations([], summaries, kept, importance, warnings=warnings)
+    if outputs is None:
+        outputs = dict.fromkeys(base.weights.tensors, "")
+    kept = {**why_kept(selection, outputs, activations), **idle_experts(importance)}
+    found = Relaxations([], summarise(importance), kept, importance, warnings=warnings)
     for omega in how.omegas:
         channels = make_channels(activations, selection, omega, scaling=how.scaling, control=how.control, seed=how.seed)
+        channels = {name: one for name, one in channels.items() if outputs.get(name) == ""}
         transform = Relaxation(channels, device, like_the_reference=how.numerics == "reference")
+        weights = {name: base.weights.tensors[name].numel for name in channels}
+        share = sum(float(one.values.double().mean()) * weights[name] for name, one in channels.items())
         found.transforms.append(transform)
+        found.reaches.append(Reach(omega, tuple(channels), share / max(1, sum(weights.values()))))
         found.variants.append(
             Variant(
-                folder=f"omega_{omega}" if len(how.omegas) > 1 else "",
+                folder=f"{SWEEP_PREFIX}{omega}" if how.is_sweep else "",
                 transform=transform,
-                details=_details(activations, how, omega, transform, found),
-                card=_card(how, omega, activations),
+                details=_details(activations, how, len(found.reaches) - 1, found),
+                card=_card(how, activations, found.reaches[-1], found),
             )
         )
     return found
 
 
-def _details(
-    activations: Activations, how: Relaxing, omega: Omega, transform: Relaxation, found: Relaxations
-) -> Callable[[], dict[str, Any]]:
+def outputs_of(tensors: Sequence[PlannedTensor]) -> dict[str, str]:
+    """Planned tensor -> why it is copied instead of merged, empty for those that are merged."""
+    return {one.spec.name: "" if one.method is not None else one.note or "copied" for one in tensors}
+
+
+def why_kept(selection: Selection, outputs: Mapping[str, str], activations: Activations | None) -> dict[str, str]:
+    """Output tensor that stays as merged, whatever the omega -> why.
+
+    Args:
+        selection: what the base offers; outputs: see `make_relaxations`.
+        activations: its statistics; None before they are taken.
+    """
+    kept = {}
+    for name, copied in outputs.items():
+        if copied:
+            kept[name] = copied
+        elif name not in selection.targets:
+            kept[name] = selection.skipped.get(name, "not stored in the base")
+        elif activations is not None and name not in activations.statistics:
+            kept[name] = activations.silent.get(name, "no statistics")
+    return kept
+
+
+def idle_experts(importance: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Tensor with the weights of several experts of which some saw no token, and stay as merged -> which part of it."""
+    idle = {name: int((s.amax(dim=-1) == 0).sum()) for name, s in importance.items() if s.ndim > 1}
+    return {
+        name: f"{count} of its {len(importance[name])} experts, which saw no token"
+        for name, count in idle.items()
+        if count
+    }
+
+
+def _details(activations: Activations, how: Relaxing, index: int, found: Relaxations) -> Callable[[], dict[str, Any]]:
     """The `aim:` block of merge_recipe.json, complete once the weights are written."""
 
     def details() -> dict[str, Any]:
+        reach = found.reaches[index]
+        kept = {**found.kept, **found.copied(reach)}
         return {
             "aim": {
-                "omega": omega.rest if not omega.filters else str(omega),
+                "omega": str(reach.omega) if reach.omega.filters else reach.omega.rest,
                 "scaling": how.scaling,
                 "control": how.control,
                 "seed": how.seed if how.control == "permuted" else None,
@@ -164,25 +249,28 @@ def _details(
                 "calibration": dict(activations.calibration),
                 "base_fingerprint": activations.base,
                 "statistics": as_json(found.summaries),
-                "relaxed": transform.relaxed,
+                "relaxed": len(reach.tensors),
+                "share_kept": digits(reach.share_kept),
                 "kept": [
-                    {"tensors": kind, "count": count, "why": why}
-                    for (kind, why), count in group_kept(found.kept).items()
+                    {"tensors": kind, "count": count, "why": why} for (kind, why), count in group_kept(kept).items()
                 ],
-                "mean_change": transform.mean_changes(),
+                "mean_change": found.transforms[index].mean_changes(),
             }
         }
 
     return details
 
 
-def _card(how: Relaxing, omega: Omega, activations: Activations) -> str:
+def _card(how: Relaxing, activations: Activations, reach: Reach, found: Relaxations) -> str:
     calibration = activations.calibration
+    dataset = str(calibration.get("source"))
     control = (
         "" if how.control == "none" else f" This is the `{how.control}` control, which knows nothing of the channels."
     )
+    mean_s = f", mean s {found.summaries['all'].mean:.3f}" if found.summaries else ""
     return (
-        f"Relaxed by activation-informed merging ([arXiv:2502.02421](https://arxiv.org/abs/2502.02421)), omega {omega}, "
-        f"scaling {how.scaling}: W = W_base + (W_merged - W_base) * (1 - s * (1 - omega)), s from {calibration.get('blocks')} blocks of "
-        f"{calibration.get('block_size')} tokens of {calibration.get('source')}.{control}"
+        f"Relaxed by activation-informed merging (AIM, [arXiv:2502.02421](https://arxiv.org/abs/2502.02421)) with omega {reach.omega}, "
+        f"scaling {how.scaling}: `W = W_base + (W_merged - W_base) * (1 - s * (1 - omega))`, where s is the mean absolute activation "
+        f"of an input channel in the base model over that of the tensor's most active one, from {calibration.get('blocks')} blocks of "
+        f"{calibration.get('block_size')} tokens of `{dataset}`.{control} {len(reach.tensors)} tensors were relaxed{mean_s}."
     )

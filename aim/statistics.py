@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from checkpoints.errors import InputError
-from checkpoints.safetensors_format import load_tensors, save_tensors
+from checkpoints.safetensors_format import load_tensors, read_metadata, save_tensors
 
 SCHEMA = "aim-activations/1"
 
@@ -61,30 +61,44 @@ class Activations:
         save_tensors(path, tensors, metadata)
 
 
+def is_activations_file(path: Path, label: str) -> bool:
+    """Whether `Activations.save` wrote a safetensors file, by its header. Raises InputError: not one; it cannot be read."""
+    try:
+        return read_metadata(path, label).get("schema") == SCHEMA
+    except OSError as error:
+        raise InputError(f"{label} {path}: cannot be read: {error.strerror}. Check the path.") from None
+
+
 def load_activations(path: Path) -> Activations:
     """Read what `Activations.save` wrote. Raises InputError: no such file, another kind of file, numbers that cannot be."""
-    tensors, metadata = load_tensors(path, "--activations")
-    if metadata.get("schema") != SCHEMA:
+    if not is_activations_file(path, "--activations"):
         raise InputError(
-            f"--activations {path}: expected a file written by --save_activations ({SCHEMA}), got {metadata.get('schema', 'another')}."
+            f"--activations {path}: expected a file written by --save_activations ({SCHEMA}), got another."
         )
+    tensors, metadata = load_tensors(path, "--activations")
     try:
         names = [key.removesuffix(".mean_abs") for key in tensors if key.endswith(".mean_abs")]
         statistics = {
             name: ChannelStatistics(tensors[f"{name}.mean_abs"], tensors[f"{name}.mean_sq"], tensors[f"{name}.tokens"])
             for name in names
         }
-        calibration, silent = json.loads(metadata["calibration"]), json.loads(metadata["silent"])
+        calibration, silent = dict(json.loads(metadata["calibration"])), dict(json.loads(metadata["silent"]))
         activations = Activations(statistics, metadata["base"], calibration, silent)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"--activations {path}: is damaged: {error}. Take the statistics again.") from None
     for name, one in statistics.items():
-        if (
-            one.mean_abs.dtype != torch.float32
-            or not bool(one.mean_abs.isfinite().all())
-            or bool((one.mean_abs < 0).any())
-        ):
+        if not _is_plausible(one):
             raise InputError(
                 f"--activations {path}: {name}: expected finite means >= 0 in float32. Take the statistics again."
             )
     return activations
+
+
+def _is_plausible(one: ChannelStatistics) -> bool:
+    means = (one.mean_abs, one.mean_sq)
+    return (
+        all(mean.dtype == torch.float32 and bool(((mean >= 0) & mean.isfinite()).all()) for mean in means)
+        and one.mean_sq.shape == one.mean_abs.shape
+        and one.mean_abs.ndim in (1, 2)
+        and bool(one.mean_abs.any())
+    )

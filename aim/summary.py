@@ -1,24 +1,38 @@
-"""What the statistics look like per kind of layer, so that omegas can be compared between models."""
+"""What the statistics look like per kind of layer, so that omegas can be compared between models; and what came of them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from streaming.blocks import kind_of
+
 OUTLIER = 10.0
-"""A channel is named as an outlier where its s is this many times the median of its tensor."""
+"""A channel is an outlier where its s is this many times the median of its tensor."""
+NAMED = 3
+"""Outlier channels named for a kind of layer; the others are counted."""
+
+
+@dataclass(frozen=True)
+class Outlier:
+    """A channel that stands out: in how many tensors of its kind, and how many times the median s it has at most."""
+
+    channel: int
+    tensors: int
+    times: float
 
 
 @dataclass(frozen=True)
 class KindSummary:
     """s over the channels of all tensors of one kind.
 
+    tensors: how many.
     mean, median: of s; active: share of channels with s > 0.5.
-    outlier: the largest channel against the median s, in the tensor where that is largest; outlier_tensor, outlier_channel.
+    outlier: the largest channel against the median s, in the tensor where that is largest; infinite where the median is 0.
+    outliers: channels of at least `OUTLIER` times the median of a tensor, the largest first.
     """
 
     tensors: int
@@ -26,70 +40,112 @@ class KindSummary:
     median: float
     active: float
     outlier: float
-    outlier_tensor: str
-    outlier_channel: int
-
-
-def kind_of(tensor: str) -> str:
-    """A tensor's name with every number replaced by `*`."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", tensor)
+    outliers: tuple[Outlier, ...] = ()
 
 
 def summarise(importance: Mapping[str, torch.Tensor]) -> dict[str, KindSummary]:
     """Summaries by kind of layer, `all` last.
 
     Args:
-        importance: checkpoint tensor -> s, `[in]` or `[experts, in]` float32 in [0, 1].
+        importance: checkpoint tensor -> s, `[in]` or `[experts, in]` float32 in [0, 1]; an expert of zeros saw no token
+            and is left out.
     """
-    by_kind: dict[str, dict[str, torch.Tensor]] = {}
+    by_kind: dict[str, list[torch.Tensor]] = {}
     for name, s in importance.items():
-        by_kind.setdefault(kind_of(name), {})[name] = s
+        rows = s.reshape(-1, s.shape[-1])
+        by_kind.setdefault(kind_of(name), []).append(rows[rows.amax(dim=-1) > 0])
     summaries = {kind: _summarise_kind(tensors) for kind, tensors in sorted(by_kind.items())}
-    if importance:
-        summaries["all"] = _summarise_kind(importance)
+    if summaries:
+        together = _summarise_kind([rows for tensors in by_kind.values() for rows in tensors], name_outliers=False)
+        summaries["all"] = together
     return summaries
 
 
-def _summarise_kind(tensors: Mapping[str, torch.Tensor]) -> KindSummary:
-    values = torch.cat([s.flatten() for s in tensors.values()])
-    ratios = {name: (s.max() / s.median()).item() if s.median() > 0 else float("inf") for name, s in tensors.items()}
-    widest = max(ratios, key=lambda name: ratios[name])
+def _summarise_kind(tensors: Sequence[torch.Tensor], *, name_outliers: bool = True) -> KindSummary:
+    """Summarise s of several tensors, `[experts or 1, in]` each."""
+    values = torch.cat([s.flatten() for s in tensors])
+    # Infinite (0 where s is 0 as well) in a tensor that is mostly silent; the largest of its experts' for each channel.
+    times = [
+        (s / s.median(dim=-1, keepdim=True).values).nan_to_num(0.0, posinf=float("inf")).amax(dim=0) for s in tensors
+    ]
+    found: dict[int, Outlier] = {}
+    for ratio in times if name_outliers else ():
+        for channel in (ratio >= OUTLIER).nonzero().flatten().tolist():
+            one = found.get(channel, Outlier(channel, 0, 0.0))
+            found[channel] = Outlier(channel, one.tensors + 1, max(one.times, float(ratio[channel])))
     return KindSummary(
         len(tensors),
         values.double().mean().item(),
         values.median().item(),
         (values > 0.5).double().mean().item(),
-        ratios[widest],
-        widest,
-        int(tensors[widest].flatten().argmax()),
+        max(float(ratio.max()) for ratio in times),
+        tuple(sorted(found.values(), key=lambda one: (-one.tensors, -one.times))),
     )
 
 
 def as_json(summaries: Mapping[str, KindSummary]) -> dict[str, Any]:
-    """The summaries for merge_recipe.json, numbers to 4 digits."""
+    """The summaries for merge_recipe.json, numbers to 4 digits; of the outlier channels those that are named to people."""
     return {
         kind: {
             "tensors": one.tensors,
-            "mean_s": float(f"{one.mean:.4g}"),
-            "median_s": float(f"{one.median:.4g}"),
-            "share_above_half": float(f"{one.active:.4g}"),
-            "largest_against_median": float(f"{one.outlier:.4g}") if one.outlier < float("inf") else None,
+            "mean_s": digits(one.mean),
+            "median_s": digits(one.median),
+            "share_above_half": digits(one.active),
+            "largest_against_median": digits(one.outlier),
+            "outlier_channels": [
+                {
+                    "channel": outlier.channel,
+                    "tensors": outlier.tensors,
+                    "largest_against_median": digits(outlier.times),
+                }
+                for outlier in one.outliers[:NAMED]
+            ],
         }
         for kind, one in summaries.items()
     }
 
 
+def digits(number: float) -> float | None:
+    """4 significant digits; None for an infinity, which JSON cannot say."""
+    return float(f"{number:.4g}") if abs(number) < float("inf") else None
+
+
 def format_summaries(summaries: Mapping[str, KindSummary]) -> str:
-    """A table for people, and a line for each kind with an outlier channel."""
-    width = max(len(kind) for kind in summaries)
-    lines = [f"{'layer'.ljust(width)}  tensors  mean s  median s  s > 0.5  largest/median"]
+    """A table for people, and the outlier channels of each kind."""
+    rows = [("layer", "tensors", "mean s", "median s", "s > 0.5", "largest/median")]
     for kind, one in summaries.items():
-        lines.append(
-            f"{kind.ljust(width)}  {one.tensors:7d}  {one.mean:6.3f}  {one.median:8.3f}  {one.active:7.3f}  {one.outlier:14.1f}"
+        numbers = (f"{one.mean:.3f}", f"{one.median:.3f}", f"{100 * one.active:.1f} %", f"{one.outlier:.1f}")
+        rows.append((kind.removesuffix(".weight"), str(one.tensors), *numbers))
+    lines = ["Channel importance s = mean |x| of an input channel / the largest of its tensor:", *align(rows)]
+    return "\n".join([*lines, *_format_outliers(summaries)])
+
+
+def _format_outliers(summaries: Mapping[str, KindSummary]) -> list[str]:
+    """Lines that name outlier channels; kinds that share an input (q, k and v) share a line."""
+    by_text: dict[str, list[str]] = {}
+    for kind, one in summaries.items():
+        if one.outliers:
+            named = [
+                f"{outlier.channel} ({outlier.times:.0f} times the median"
+                + (f", in {outlier.tensors} of them)" if one.tensors > 1 else ")")
+                for outlier in one.outliers[:NAMED]
+            ]
+            more = len(one.outliers) - NAMED
+            by_text.setdefault(", ".join(named) + (f" and {more} more" if more > 0 else ""), []).append(
+                kind.removesuffix(".weight")
+            )
+    if not by_text:
+        return [f"outlier channels: none has {OUTLIER:g} times the median s of its tensor"]
+    return [f"outlier channels of {', '.join(kinds)}: {text}" for text, kinds in by_text.items()]
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-    outliers = [one for kind, one in summaries.items() if kind != "all" and one.outlier >= OUTLIER]
-    lines += [
-        f"outlier channel: {one.outlier_tensor}[{one.outlier_channel}], {one.outlier:.0f} times the median"
-        for one in outliers
+        for row in rows
     ]
-    return "Channel importance s (activation against the largest of its tensor):\n" + "\n".join(lines)

@@ -68,30 +68,39 @@ def select_like_the_reference(base: Model) -> tuple[Selection, list[str]]:
     """What the published program relaxes: every module with a weight and without "embed" in its name, tied heads included.
 
     Returns: the selection, and a warning for each way in which it differs from ours.
-    Raises: InputError: a model on which that program fails or computes nonsense.
+    Raises: InputError: a model on which that program fails or computes nonsense, or that no longer has the modules it had.
     """
     ours = select_targets(base)
     architecture, tensors = base.architecture, base.weights.tensors
     targets, input_dims, skipped = {}, {}, dict(ours.skipped)
     warnings = []
     for name, placement in architecture.placements.items():
-        if name in tensors and placement.parameter.endswith(".weight"):
-            if "embed" in placement.module:
-                if placement.kind != "embedding":
-                    warnings.append(
-                        f"--numerics reference: {name} is not relaxed, as its module's name contains 'embed'."
-                    )
-                    skipped[name] = "the published program passes over names that contain 'embed'"
-                continue
-            if placement.kind not in ("linear", "norm"):
-                raise InputError(
-                    f"--numerics reference: {name}: the published program cannot relax it ({placement.kind}). Use --numerics float32."
-                )
+        if placement.kind == "experts":
+            raise InputError(
+                f"--numerics reference: {name}: the published program had a module for each expert; here all experts of a layer are one. Use --numerics float32."
+            )
+        if not placement.parameter.endswith(".weight"):
+            if name in ours.targets:
+                skipped[name] = "the published program looks at no parameter but `weight`"
+            continue
+        # The name on disk, which modules had in that program's transformers: a head `embed_out` is `lm_head` today.
+        if "embed" in name.removesuffix(".weight"):
+            if placement.kind != "embedding":
+                warnings.append(f"--numerics reference: {name} is not relaxed, as its module's name contains 'embed'.")
+                skipped[name] = "the published program passes over names that contain 'embed'"
+            continue
+        if placement.kind not in ("linear", "norm"):
+            raise InputError(
+                f"--numerics reference: {name}: the published program cannot relax it ({placement.kind}). Use --numerics float32."
+            )
+        if name in ours.targets:
             targets[name], input_dims[name] = ours.targets[name], ours.input_dims[name]
     for name, twin in architecture.tied.items():
         module = name.removesuffix(".weight")
-        if "embed" not in module and twin in tensors and name == architecture.output_head:
+        is_tied = twin in tensors and name not in ours.targets  # a head that is stored with numbers of its own is not
+        if is_tied and "embed" not in module and name == architecture.output_head:
             warnings.append(f"--numerics reference: the embedding {twin} is relaxed too, as {name} is tied to it.")
-            targets[twin], input_dims[twin] = Target(module, "weight", tensors[twin].shape[1]), 1
-            skipped.pop(twin, None)
+            for stored in [twin, name] if name in tensors else [twin]:
+                targets[stored], input_dims[stored] = Target(module, "weight", tensors[twin].shape[1]), 1
+                skipped.pop(stored, None)
     return Selection(targets, input_dims, skipped), warnings

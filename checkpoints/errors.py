@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(Exception):
@@ -36,6 +37,23 @@ class Refusals(InputError):
         super().__init__(
             lines[0] if len(lines) == 1 else f"{len(lines)} problems:\n" + "\n".join(f"- {line}" for line in lines)
         )
+
+
+@contextmanager
+def collecting(problems: list[str | InputError]) -> Iterator[None]:
+    """Add what the block refuses to `problems` instead of raising it; what stands there already is not added twice."""
+    try:
+        yield
+    except InputError as error:
+        there = {str(problem) for problem in problems}
+        found = error.problems if isinstance(error, Refusals) else [error]
+        problems += [problem for problem in found if str(problem) not in there]
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line that can stand inside a sentence."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return f"{line.strip().rstrip('.'):.300}"
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

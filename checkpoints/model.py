@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from checkpoints.errors import InputError, Refusals
+from checkpoints.errors import InputError, Refusals, collecting
 from checkpoints.location import Location, ModelName, locate, remote_headers
 from checkpoints.reader import Checkpoint, RemoteFile, open_checkpoint
 from checkpoints.sidecars import licence_of, read_config
@@ -68,6 +68,7 @@ def open_and_plan(
     names: Sequence[ModelName],
     plan: Callable[[list[Model]], Planned],
     *,
+    check: Callable[[Model], object] | None = None,
     download: bool = True,
     quiet: bool = False,
     trust_remote_code: bool = False,
@@ -76,15 +77,16 @@ def open_and_plan(
     gigabytes are fetched, then, where weights were left on the hub, once more with everything here.
 
     Args:
-        names: the inputs; plan: makes of the opened models what is wanted, and raises what does not fit.
+        names: the inputs, the base first; plan: makes of the opened models what is wanted, and raises what does not fit.
+        check: looks at the base, and raises what else does not fit.
         download: False stops at the headers (a dry run).
 
-    Raises: Refusals: as `open_models`, and whatever `plan` raises; the models are closed then.
+    Raises: Refusals: as `open_models`, and whatever `plan` and `check` raise; the models are closed then.
     """
     for weights in (False, True):
         opened = open_models(names, weights=weights, quiet=quiet, trust_remote_code=trust_remote_code)
         try:
-            planned = plan(opened)
+            planned = _plan_and_check(opened, plan, check)
         except BaseException:
             close_all(opened)
             raise
@@ -92,6 +94,22 @@ def open_and_plan(
             break
         close_all(opened)
     return planned
+
+
+def _plan_and_check(
+    opened: list[Model], plan: Callable[[list[Model]], Planned], check: Callable[[Model], object] | None
+) -> Planned:
+    """What `plan` makes of the models. Raises Refusals: what it refuses, and what `check` does."""
+    planned: list[Planned] = []
+    problems: list[str | InputError] = []
+    with collecting(problems):
+        planned.append(plan(opened))
+    if check is not None:
+        with collecting(problems):
+            check(opened[0])
+    if problems:
+        raise Refusals(problems)
+    return planned[0]
 
 
 def close_all(models: Iterable[Model]) -> None:

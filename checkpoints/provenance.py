@@ -89,12 +89,12 @@ def common_licence(models: Sequence[Model]) -> str | None:
 
 
 def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, command: Sequence[str] | None) -> str:
-    """README.md of a merged model: YAML front matter for the hub, what was merged, the command that did it.
+    """README.md of a model that was made of others: YAML front matter for the hub, what was made, the command that did it.
 
     Args:
         title: the model's name.
         base, models: the inputs; the front matter names them as the user did, a hub model without its revision.
-        text: Markdown between the list of models and the command.
+        text: Markdown between the title and the command: what was made of which models, and how.
         command: argument list as run; None where it was called from Python.
     """
     names = dict.fromkeys(model.location.name.path_or_id for model in (base, *models))
@@ -104,18 +104,7 @@ def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, c
     if licence:
         front.append(f"license: {json.dumps(licence)}")
     front.append("---")
-    listed = "\n".join(f"- `{model.label}`" for model in models)
-    parts = [
-        *front,
-        "",
-        f"# {title}",
-        "",
-        f"A merge of these models, fine-tuned from `{base.label}`:",
-        "",
-        listed,
-        "",
-        text.strip(),
-    ]
+    parts = [*front, "", f"# {title}", "", text.strip()]
     if command:
         parts += ["", "Made by", "", "```sh", shlex.join(command), "```"]
     parts += ["", f"`{RECIPE_FILE}` has every parameter, and what identifies each file that was read or written.", ""]

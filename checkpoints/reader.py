@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, first_line
 from checkpoints.safetensors_format import StoredTensor, pread_exactly, read_header
-from checkpoints.source import SAFETENSORS_NAMES, Source, TensorInfo, TensorRef
+from checkpoints.source import READ_ELEMENTS, SAFETENSORS_NAMES, Source, TensorInfo, TensorRef
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -97,7 +98,7 @@ def _check_index(weight_map: Mapping[str, str], in_files: Mapping[str, str], lab
         if weight_map.get(name) != in_files.get(name):
             raise InputError(
                 f"{label}: {name}: the index puts it in {weight_map.get(name, 'no file')}, "
-                f"the files' headers in {in_files.get(name, 'none')}. Download the index and the files again."
+                f"the files' headers in {in_files.get(name, 'no file')}. Download the index and the files again."
             )
 
 
@@ -206,33 +207,30 @@ class PickleFile(WeightFile):
     def _load(self) -> dict[str, torch.Tensor]:
         advice = "Nothing in it was executed. Ask its author for safetensors."
         try:
-            # Files of torch before 1.6 are no zip archives and cannot be mapped: they are read whole.
-            state: Any = torch.load(
-                self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
-            )
+            with warnings.catch_warnings(action="ignore"):
+                # Files of torch before 1.6 are no zip archives and cannot be mapped: they are read whole.
+                state: Any = torch.load(
+                    self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
+                )
         except pickle.UnpicklingError as error:
-            reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]
+            # The error's own text advises to load the file with all it can execute; its context says what is wrong.
             raise InputError(
-                f"{self.where}: expected a pickle of plain tensors, got more: {reason:.300}. {advice}"
+                f"{self.where}: expected a pickle of plain tensors, got something else: {first_line(error.__context__ or error)}. {advice}"
             ) from None
         except Exception as error:  # a damaged pickle fails in every way there is
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise InputError(
-                f"{self.where}: cannot be read as a torch checkpoint: {reason:.300}. Download it again."
+                f"{self.where}: cannot be read as a torch checkpoint: {first_line(error)}. Download it again."
             ) from None
-        if not isinstance(state, dict) or not state:
-            raise InputError(f"{self.where}: expected a dictionary of tensors, got {type(state).__name__}. {advice}")
+        if not isinstance(state, dict):
+            raise InputError(f"{self.where}: expected tensors by name, got {type(state).__name__}. {advice}")
         for name, value in state.items():
-            if (
-                not isinstance(name, str)
-                or type(value) not in (torch.Tensor, torch.nn.Parameter)
-                or value.layout != torch.strided
-            ):
-                raise InputError(
-                    f"{self.where}: {name!r:.100}: expected a dense tensor, got {type(value).__name__}. {advice}"
-                )
-            if value.dtype not in SAFETENSORS_NAMES:
-                raise InputError(f"{self.where}: {name}: {value.dtype} is not supported. Use the unquantised model.")
+            if not isinstance(name, str):
+                raise InputError(f"{self.where}: expected tensors by name, got the name {name!r:.100}. {advice}")
+            if type(value) not in (torch.Tensor, torch.nn.Parameter):
+                raise InputError(f"{self.where}: {name}: expected a tensor, got {type(value).__name__}. {advice}")
+            if value.layout != torch.strided or value.dtype not in SAFETENSORS_NAMES:
+                kind = f"{value.layout}, {value.dtype}".replace("torch.", "")
+                raise InputError(f"{self.where}: {name}: expected a dense tensor of numbers, got {kind}. {advice}")
         return {name: value.detach() for name, value in state.items()}
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
@@ -290,10 +288,9 @@ def same_values(first: TensorRef, second: TensorRef) -> bool:
         return False
     if any(isinstance(ref.source, Checkpoint) and not ref.source.is_here for ref in (first, second)):
         return True  # a plan from headers alone hopes for the best; the numbers are compared before anything is written
-    size = 1 << 17
-    buffers = [torch.empty(size * 8, dtype=torch.uint8) for _ in range(2)]
-    for start in range(0, first.info.numel, size):
-        stop = min(start + size, first.info.numel)
+    buffers = [torch.empty(READ_ELEMENTS * 8, dtype=torch.uint8) for _ in range(2)]
+    for start in range(0, first.info.numel, READ_ELEMENTS):
+        stop = min(start + READ_ELEMENTS, first.info.numel)
         one, other = (ref.read(start, stop, buffer) for ref, buffer in zip((first, second), buffers, strict=True))
         if not torch.equal(one.double(), other.double()):
             return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def _entry(entry: Any, where: str) -> tuple[TensorInfo, int, int]:
     if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
         raise InputError(f"{where}: expected whole numbers, got {entry!r:.200}. The header is damaged.")
     if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
-        raise InputError(f"{where}: the dtype {dtype!r} is not supported. Known: {', '.join(SAFETENSORS_DTYPES)}.")
+        raise InputError(
+            f"{where}: the dtype {dtype!r} is not supported. Known: {', '.join(SAFETENSORS_DTYPES)}. Use the unquantised model."
+        )
     return TensorInfo(SAFETENSORS_DTYPES[dtype], tuple(shape)), begin, end
 
 
@@ -159,6 +162,18 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
         work.rename(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another path.") from error
+    finally:
+        with suppress(OSError):
+            work.unlink()
+
+
+def read_metadata(path: Path, label: str) -> dict[str, str]:
+    """What a file's header says besides its tensors. Raises InputError as `read_header`, OSError where it cannot be read."""
+    read_header(path, label)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        metadata = json.loads(file.read(length)).get("__metadata__")
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def load_tensors(path: Path, label: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -167,12 +182,10 @@ def load_tensors(path: Path, label: str) -> tuple[dict[str, torch.Tensor], dict[
     Raises: InputError: no such file, or as `read_header`.
     """
     try:
-        stored = read_header(path, label)
+        metadata, stored = read_metadata(path, label), read_header(path, label)
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{label} {path}: cannot be read: {error.strerror}. Check the path.") from None
-    length = int.from_bytes(content[:LENGTH_BYTES], "little")
-    metadata = json.loads(content[LENGTH_BYTES : LENGTH_BYTES + length]).get("__metadata__", {})
     tensors = {}
     for name, place in stored.items():
         raw = (

@@ -77,7 +77,7 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputError(
-            f"{label}: expected {path.name} in {path.parent}, got none. Is this a Hugging Face checkpoint folder?"
+            f"{label}: expected {path.name} in {path.parent}, got none. Give the folder of a Hugging Face checkpoint."
         ) from None
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{label}: {path.name}: expected JSON, got {error}. Download it again.") from None

@@ -42,6 +42,9 @@ FLOAT_DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
 }
 
+READ_ELEMENTS = 1 << 17
+"""Elements read at a time where tensors are compared or summed before the merge."""
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for `torch.bfloat16`: the way config files and users write it."""

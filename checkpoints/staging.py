@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 from checkpoints.errors import ArgumentError, InputError
 
 RECIPE_FILE = "merge_recipe.json"
+SWEEP_PREFIX = "omega_"
+"""What the folders of a sweep are called, one checkpoint each: `omega_0.2`."""
 
 
 def partial_folder(save_path: Path) -> Path:
@@ -81,33 +84,49 @@ def _check_existing(save_path: Path, *, overwrite: bool) -> InputError | None:
         return None
     if not overwrite:
         return ArgumentError(f"--save_path {save_path}: the folder is not empty. Choose another, or add --overwrite.")
-    if not (save_path / RECIPE_FILE).is_file():
+    if not _is_result(save_path):
         return ArgumentError(
-            f"--save_path {save_path}: --overwrite replaces only a folder that holds a {RECIPE_FILE}. Choose another folder."
+            f"--save_path {save_path}: --overwrite replaces only a folder that holds a {RECIPE_FILE}, or nothing but the folders of a sweep that do. Choose another folder."
         )
     return None
 
 
+def _is_result(folder: Path) -> bool:
+    """Whether a run wrote the folder: one checkpoint, or a sweep of them and nothing beside it."""
+    if (folder / RECIPE_FILE).is_file():
+        return True
+    return all(entry.name.startswith(SWEEP_PREFIX) and (entry / RECIPE_FILE).is_file() for entry in folder.iterdir())
+
+
 def _check_parent(save_path: Path) -> InputError | None:
     """A refusal where the folder above `save_path` cannot be made or written to."""
-    ancestor = _existing_ancestor(save_path)
+    ancestor = existing_ancestor(save_path)
     if not ancestor.is_dir():
         return ArgumentError(f"--save_path {save_path}: {ancestor} is a file, no folder. Choose another path.")
-    if not os.access(ancestor, os.W_OK | os.X_OK):
+    if not is_writable(ancestor):
         return InputError(
             f"--save_path {save_path}: {ancestor} cannot be written to. Choose another folder or change its permissions."
         )
     return None
 
 
-def _existing_ancestor(save_path: Path) -> Path:
+def is_writable(folder: Path) -> bool:
+    """Whether a file can be made in a folder, found by trying: permissions do not tell of read-only and virtual disks."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False
+
+
+def existing_ancestor(save_path: Path) -> Path:
     """The nearest folder above `save_path` that is there."""
     return next(parent for parent in save_path.resolve().parents if parent.exists())
 
 
 def check_space(save_path: Path, needed: int) -> list[InputError]:
     """A refusal where the disk of `save_path` has fewer than `needed` bytes free."""
-    ancestor = _existing_ancestor(save_path)
+    ancestor = existing_ancestor(save_path)
     free = shutil.disk_usage(ancestor).free
     if needed <= free:
         return []

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from checkpoints.errors import InputError
-from checkpoints.source import Source, TensorInfo
+from checkpoints.errors import InputError, first_line
+from checkpoints.sidecars import read_json
+from checkpoints.source import READ_ELEMENTS, Source, TensorInfo
 
 MISSING = -1
-READ_ELEMENTS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,17 @@ def read_vocabulary(folder: Path, label: str, *, trust_remote_code: bool = False
     """
     path = folder / "tokenizer.json"
     if path.is_file():
+        content = read_json(path, label)
         try:
-            content = json.loads(path.read_bytes())
             model = content["model"]["vocab"]
             # Unigram models list [token, score] pairs, all others map tokens to ids.
             ids = dict(model) if isinstance(model, dict) else {pair[0]: index for index, pair in enumerate(model)}
             ids.update({token["content"]: token["id"] for token in content.get("added_tokens") or ()})
             if not all(isinstance(token, str) and type(index) is int and index >= 0 for token, index in ids.items()):
-                raise ValueError("ids that are no whole numbers")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise InputError(
-                f"{label}: tokenizer.json: expected a tokenizer of the tokenizers library, got {error!r:.200}. Download it again."
+                f"{label}: tokenizer.json: expected model.vocab and added_tokens, tokens with whole numbers as ids, got something else. Download it again."
             ) from None
     elif vocabulary_digest(folder) is None:
         return None
@@ -91,7 +90,7 @@ def _ask_transformers(folder: Path, label: str, trust_remote_code: bool) -> dict
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         return dict(tokenizer.get_vocab())
     except Exception as error:  # a tokenizer's own code fails in every way there is
-        raise InputError(f"{label}: the tokenizer cannot be read: {str(error).splitlines()[0]:.300}") from error
+        raise InputError(f"{label}: the tokenizer cannot be read: {first_line(error)}. Download it again.") from error
 
 
 def match_rows(out_tokens: Vocabulary, out_rows: int, tokens: Vocabulary, rows: int) -> torch.Tensor:
@@ -148,8 +147,9 @@ class AlignedRows:
         return TensorInfo(dtype, (rows, *info.shape[1:]))
 
     def renamed(self, names: Mapping[str, str]) -> AlignedRows:
-        """The same rows of the same sources, for other tables."""
-        return AlignedRows(self._inner, self._fallback, self._row_of, names)
+        """The same rows of the same sources, for other tables; one that `fallback` lacks is filled from what `inner` has."""
+        there = {inner: outer if outer in self._fallback.tensors else inner for inner, outer in names.items()}
+        return AlignedRows(self._inner, self._fallback, self._row_of, there)
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """See `Source.read`; one read of the inner source for each run of rows that lie together there."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 
 from checkpoints.errors import ArgumentError, InputError, Refusals
 from checkpoints.model import Model
-from checkpoints.reader import equal_tensors
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, TensorRef, dtype_name
 from checkpoints.writer import Shard, plan_shards
 from merging.methods import get_method
 from merging.recipe import Recipe
 from streaming.blocks import TensorSpec, kind_of
-from streaming.matching import Matched, match_model
+from streaming.matching import Matched, check_plain, left_out, list_kinds, match_model
 from streaming.output import bytes_read
 from streaming.stream import PlannedTensor
 
@@ -89,7 +87,7 @@ class Plan:
         recipe = self.recipe.as_json()
         lines = [f"method {recipe['merge_method']}, base {recipe['base_model']}"]
         lines += [
-            f"  {key} = {value}"
+            f"  {key} = {str(value).lower() if isinstance(value, bool) else value}"
             for key, value in {**recipe["parameters"], "seed": recipe["seed"]}.items()
             if value is not None
         ]
@@ -138,14 +136,14 @@ def make_plan(recipe: Recipe, base: Model, models: Sequence[Model], *, max_shard
     Raises: Refusals: everything that does not fit, in one message.
     """
     problems: list[str | InputError] = []
-    notes: list[str] = []
+    notes = [model.location.note for model in (base, *models) if model.location.note]
     for model in (base, *models):
-        problems += _check_plain(model)
+        problems += check_plain(model)
     if problems:
         raise Refusals(problems)
-    dropped = _left_out_of_base(base)
+    dropped = left_out(base)
     if dropped:
-        notes.append(f"{base.label}: left out, as loading ignores or recomputes them: {_some(dropped)}.")
+        notes.append(f"{base.label}: left out, as loading ignores or recomputes them: {list_kinds(dropped)}.")
     names = [name for name in base.weights.tensors if name not in dropped]
     matches = [match_model(base, model, names) for model in models]
     for match in matches:
@@ -160,7 +158,7 @@ def make_plan(recipe: Recipe, base: Model, models: Sequence[Model], *, max_shard
         raise Refusals(problems)
     wide = [name for name in names if base.weights.tensors[name].dtype == torch.float64]
     if wide and recipe.out_dtype == "auto":
-        notes.append(f"{base.label}: float64, in which nothing is computed, is written as float32: {_some(wide)}.")
+        notes.append(f"{base.label}: float64, in which nothing is computed, is written as float32: {list_kinds(wide)}.")
     embeddings = _embeddings(recipe, base)
     planned = tuple(_plan_tensor(recipe, base, matches, name, name in excluded, name in embeddings) for name in names)
     shards = plan_shards(
@@ -169,52 +167,6 @@ def make_plan(recipe: Recipe, base: Model, models: Sequence[Model], *, max_shard
     by_name = {tensor.spec.name: tensor for tensor in planned}
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
     return Plan(recipe, tuple(model.label for model in models), ordered, shards, notes)
-
-
-def _check_plain(model: Model) -> list[InputError]:
-    """Refuse weights that are no plain floating-point numbers: quantised ones cannot be merged by arithmetic."""
-    quantisation = model.config.get("quantization_config")
-    if quantisation:
-        kind = quantisation.get("quant_method", "an unnamed method") if isinstance(quantisation, dict) else quantisation
-        return [
-            InputError(
-                f"{model.label}: its weights are quantised ({kind}), which cannot be merged. Use the unquantised model."
-            )
-        ]
-    tensors = model.weights.tensors
-    packed = [
-        name
-        for name in tensors
-        if re.search(r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\..*|weight_format)$", name)
-    ]
-    if packed:
-        return [
-            InputError(
-                f"{model.label}: {packed[0]}: its weights are quantised (as GPTQ, AWQ or bitsandbytes store them), which cannot be merged. Use the unquantised model."
-            )
-        ]
-    return [
-        InputError(
-            f"{model.label}: {name}: expected one of {', '.join(FLOAT_DTYPES)}, got {dtype_name(info.dtype)}. Use the unquantised model."
-        )
-        for name, info in tensors.items()
-        if info.dtype not in FLOAT_DTYPES.values() and (name.endswith("weight") or info.dtype.is_floating_point)
-    ][:1]
-
-
-def _left_out_of_base(base: Model) -> list[str]:
-    """Tensors of the base that loading ignores or recomputes, and a head stored although it is tied: not written."""
-    # Most checkpoints hold nothing of the kind, and building the model class to find out takes seconds.
-    tensors = base.weights.tensors
-    suspects = [name for name in tensors if not name.endswith(("weight", "bias"))]
-    dropped = [name for name in suspects if name in base.architecture.ignored]
-    tables = [name for name, info in tensors.items() if info.shape[:1] == (base.config.get("vocab_size"),)]
-    if len(tables) > 1 and base.config.get("tie_word_embeddings") is not False:
-        tied = base.architecture.tied
-        dropped += [
-            name for name in tables if tied.get(name) in tensors and equal_tensors(base.weights, name, tied[name])
-        ]
-    return dropped
 
 
 def _embeddings(recipe: Recipe, base: Model) -> set[str]:
@@ -243,9 +195,3 @@ def _plan_tensor(
         dtype = torch.float32 if info.dtype == torch.float64 else info.dtype
         dtype = FLOAT_DTYPES.get(recipe.out_dtype, dtype)
     return PlannedTensor(spec, dtype, reference, () if note else inputs, None if note else recipe.method(name), note)
-
-
-def _some(names: Sequence[str]) -> str:
-    """The names, or their kinds with a count where there are many."""
-    kinds = Counter(kind_of(name) for name in names)
-    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())

@@ -74,6 +74,7 @@ def drop_(values: torch.Tensor, density: float, *, seed: int, tensor: str, model
         high = position >> 32
         end = min(start + values.numel(), (high + 1) << 32)
         hashed = hash_indices(position, end - position, keys(seed, tensor, model, high), values.device)
-        values[position - start : end - start].masked_fill_(hashed >= threshold + TOP_BIT, 0.0)
+        kept = torch.lt(hashed, threshold + TOP_BIT, out=hashed).neg_()  # all bits set where kept, none where dropped
+        values[position - start : end - start].view(torch.int32).bitwise_and_(kept)
         position = end
     return values

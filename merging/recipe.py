@@ -229,8 +229,9 @@ def _read_values(
 ) -> Any:
     """One parameter's value, a tuple for a per-model one, from what was given or its default."""
     default = field.metadata["default"]
+    fallback = (default,) * models if field.metadata["per_model"] else default
     if text is None:
-        return (default,) * models if field.metadata["per_model"] else default
+        return fallback
     if isinstance(default, bool):
         return text
     try:
@@ -241,7 +242,7 @@ def _read_values(
                 f"{flag_of(key)}: expected {'numbers separated by commas' if field.metadata['per_model'] else 'a number'}, got {text!r}."
             )
         )
-        return (default,) * models
+        return fallback
     if not field.metadata["per_model"]:
         if len(numbers) != 1:
             problems.append(ArgumentError(f"{flag_of(key)}: expected one number, got {text!r}."))
@@ -252,7 +253,7 @@ def _read_values(
                 f"{flag_of(key)}: expected one number or {models}, one for each model, got {len(numbers)}: {text}."
             )
         )
-        return (default,) * models
+        return fallback
     return tuple(numbers * models if len(numbers) == 1 else numbers)
 
 

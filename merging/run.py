@@ -87,6 +87,11 @@ class Job:
             for index in sorted(self._compared_equal | unchanged)
         ]
 
+    def _card_head(self) -> str:
+        """The model card's list of what was merged."""
+        listed = "\n".join(f"- `{model.label}`" for model in self.models)
+        return f"A merge of these models, fine-tuned from `{self.base.label}`:\n\n{listed}"
+
     def _describe(
         self,
         report: DeltaReport,
@@ -103,7 +108,7 @@ class Job:
             primary=self.base,
             inputs=(self.base, *self.models),
             out_dtype=self.plan.recipe.out_dtype,
-            card=f"{card_text(self.plan.recipe)}\n\n{variant.card}",
+            card=f"{self._card_head()}\n\n{card_text(self.plan.recipe)}\n\n{variant.card}",
             recipe={
                 **recipe,
                 **variant.details(),
@@ -133,7 +138,15 @@ def card_text(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def prepare(recipe: Recipe, save_path: Path, options: RunOptions, *, variants: int = 1, download: bool = True) -> Job:
+def prepare(
+    recipe: Recipe,
+    save_path: Path,
+    options: RunOptions,
+    *,
+    variants: int = 1,
+    check: Callable[[Model], object] | None = None,
+    download: bool = True,
+) -> Job:
     """Open the inputs and plan; nothing is written.
 
     Hub models are planned from their headers first, so that what does not fit is said before gigabytes are fetched.
@@ -141,6 +154,7 @@ def prepare(recipe: Recipe, save_path: Path, options: RunOptions, *, variants: i
     Args:
         recipe, save_path, options: see `merge`.
         variants: checkpoints that will be written, for the disk space.
+        check: looks at the base, and raises what else does not fit (AIM's calibration).
         download: False leaves the weights of hub models where they are (a dry run).
 
     Raises: Refusals: everything that keeps the merge from working.
@@ -151,7 +165,7 @@ def prepare(recipe: Recipe, save_path: Path, options: RunOptions, *, variants: i
 
     names = [recipe.base_model, *(model.name for model in recipe.models)]
     return open_and_plan(
-        names, plan, download=download, quiet=options.quiet, trust_remote_code=options.trust_remote_code
+        names, plan, check=check, download=download, quiet=options.quiet, trust_remote_code=options.trust_remote_code
     )
 
 

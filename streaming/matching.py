@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,9 +13,11 @@ import torch
 from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.reader import equal_tensors
-from checkpoints.source import Source, TensorRef, dtype_name
+from checkpoints.source import FLOAT_DTYPES, Source, TensorRef, dtype_name
 from checkpoints.vocabulary import MISSING, AlignedRows, MeanRows, match_rows
 from streaming.blocks import kind_of
+
+MODELS_OF_THIS_BASE = "Give models fine-tuned from this base."
 
 
 @dataclass
@@ -21,13 +25,14 @@ class Matched:
     """One model against the base.
 
     tensors: output tensor -> the model's tensor of equal shape; a buffer that the model does not store is not in it.
-    refused: kind of tensor and what is wrong -> the tensors, in order.
+    refused: kind of tensor and what is wrong -> the tensors, in order; advice: what to do about it.
     """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     problems: list[str | InputError] = field(default_factory=list)
     refused: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    advice: str = MODELS_OF_THIS_BASE
 
     def refuse(self, name: str, problem: str) -> None:
         """Note what is wrong with a tensor; what is wrong with forty layers alike becomes one problem."""
@@ -41,7 +46,12 @@ class Matched:
 
 
 def match_model(
-    base: Model, model: Model, names: Sequence[str], *, new_rows: Literal["base", "mean"] = "base"
+    base: Model,
+    model: Model,
+    names: Sequence[str],
+    *,
+    new_rows: Literal["base", "mean"] = "base",
+    advice: str = MODELS_OF_THIS_BASE,
 ) -> Matched:
     """Find each tensor of `names`, the base's, in a model.
 
@@ -52,8 +62,9 @@ def match_model(
     Args:
         base: decides names, shapes and vocabulary; model: is matched with it; names: the base's tensors to be found.
         new_rows: `mean` gives a token that the model lacks the mean of the model's own rows instead.
+        advice: the last sentence of a refusal.
     """
-    match = Matched()
+    match = Matched(advice=advice)
     source, tables = _align_vocabulary(base, model, names, match, new_rows)
     ours, theirs = base.weights.tensors, source.tensors
     missing = [name for name in names if name not in theirs]
@@ -71,14 +82,13 @@ def match_model(
                 continue
             match.refuse(
                 name,
-                f"expected shape {list(ours[name].shape)} as in {base.label}, got {list(theirs[name].shape)}. "
-                "Give models fine-tuned from this base.",
+                f"expected shape {list(ours[name].shape)} as in {base.label}, got {list(theirs[name].shape)}. {advice}",
             )
         elif theirs[name].dtype.is_floating_point != ours[name].dtype.is_floating_point:
             match.refuse(
                 name,
                 f"expected {dtype_name(ours[name].dtype)} as in {base.label}, got {dtype_name(theirs[name].dtype)}. "
-                "Give models fine-tuned from this base.",
+                f"{advice}",
             )
         else:
             match.tensors[name] = TensorRef(source, name)
@@ -97,7 +107,7 @@ def _explain_missing(base: Model, model: Model, source: Source, name: str, match
     elif name in base.architecture.buffers or not base.weights.tensors[name].dtype.is_floating_point:
         match.notes.append(f"{model.label}: the buffer {name} is not stored there; the base's is kept.")
     else:
-        match.refuse(name, f"expected as in {base.label}, got no such tensor. Give models fine-tuned from this base.")
+        match.refuse(name, f"expected as in {base.label}, got no such tensor. {match.advice}")
 
 
 def _explain_extra(base: Model, model: Model, name: str, match: Matched) -> None:
@@ -117,9 +127,7 @@ def _explain_extra(base: Model, model: Model, name: str, match: Matched) -> None
                 f"expected equal to {twin}, to which {base.label} ties it, got other numbers. Merge models whose heads are tied alike.",
             )
         return
-    match.refuse(
-        name, f"expected no such tensor, as {base.label} has none, got one. Give models fine-tuned from this base."
-    )
+    match.refuse(name, f"expected no such tensor, as {base.label} has none, got one. {match.advice}")
 
 
 def _align_vocabulary(
@@ -159,9 +167,7 @@ def _align_vocabulary(
     if used == out_rows and unused == 0 and torch.equal(row_of, torch.arange(out_rows)):
         return model.weights, set()
     if not used:
-        match.problems.append(
-            f"{model.label}: its tokenizer shares no token with that of {base.label}. Give models fine-tuned from this base."
-        )
+        match.problems.append(f"{model.label}: its tokenizer shares no token with that of {base.label}. {match.advice}")
         return model.weights, set(tables)
     match.notes.append(
         f"{model.label}: vocabulary rows are matched by token: {used} matched, {unused} of the model left out, "
@@ -186,3 +192,55 @@ def vocabulary_tables(model: Model) -> list[str]:
         if placement.module in modules and name not in stored and model.weights.tensors[name].shape[:1] == (rows,)
     ]
     return stored + beside
+
+
+def check_plain(model: Model) -> list[InputError]:
+    """Refuse weights that are no plain floating-point numbers: quantised ones cannot be merged by arithmetic."""
+    quantisation = model.config.get("quantization_config")
+    if quantisation:
+        kind = quantisation.get("quant_method", "an unnamed method") if isinstance(quantisation, dict) else quantisation
+        return [
+            InputError(
+                f"{model.label}: its weights are quantised ({kind}), which cannot be merged. Use the unquantised model."
+            )
+        ]
+    tensors = model.weights.tensors
+    packed = [
+        name
+        for name in tensors
+        if re.search(r"\.(qweight|qzeros|g_idx|absmax|quant_map|quant_state\..*|weight_format)$", name)
+    ]
+    if packed:
+        return [
+            InputError(
+                f"{model.label}: {packed[0]}: its weights are quantised (as GPTQ, AWQ or bitsandbytes store them), which cannot be merged. Use the unquantised model."
+            )
+        ]
+    return [
+        InputError(
+            f"{model.label}: {name}: expected one of {', '.join(FLOAT_DTYPES)}, got {dtype_name(info.dtype)}. Use the unquantised model."
+        )
+        for name, info in tensors.items()
+        if info.dtype not in FLOAT_DTYPES.values() and (name.endswith("weight") or info.dtype.is_floating_point)
+    ][:1]
+
+
+def left_out(model: Model) -> list[str]:
+    """Tensors of a model that loading ignores or recomputes, and a head stored although it is tied: not written."""
+    # Most checkpoints hold nothing of the kind, and building the model class to find out takes seconds.
+    tensors = model.weights.tensors
+    suspects = [name for name in tensors if not name.endswith(("weight", "bias"))]
+    dropped = [name for name in suspects if name in model.architecture.ignored]
+    tables = [name for name, info in tensors.items() if info.shape[:1] == (model.config.get("vocab_size"),)]
+    if len(tables) > 1 and model.config.get("tie_word_embeddings") is not False:
+        tied = model.architecture.tied
+        dropped += [
+            name for name in tables if tied.get(name) in tensors and equal_tensors(model.weights, name, tied[name])
+        ]
+    return dropped
+
+
+def list_kinds(names: Sequence[str]) -> str:
+    """The names, or their kinds with a count where there are many."""
+    kinds = Counter(kind_of(name) for name in names)
+    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())

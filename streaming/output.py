@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -109,7 +110,9 @@ def write_checkpoints(
     Raises: InputError: as `stream` and `staged`; nothing is left behind.
     """
     started = time.monotonic()
-    with staged(save_path, overwrite=options.overwrite) as work:
+    with ExitStack() as end:
+        end.callback(close_all, inputs)
+        work = end.enter_context(staged(save_path, overwrite=options.overwrite))
         folders = [work / variant.folder for variant in variants]
         writers: list[CheckpointWriter] = []
         try:
@@ -126,7 +129,6 @@ def write_checkpoints(
             model.weights.check_unchanged()
         for folder, variant, digest in zip(folders, variants, digests, strict=True):
             describe(folder, variant, digest, unchanged)
-    close_all(inputs)
     return Written(
         bytes_read(tensors, [variant.transform for variant in variants]),
         sum(shard.size for shard in shards) * len(variants),
@@ -160,7 +162,7 @@ def write_description(
         primary: gives config, tokenizer and the rest; its config changes in its dtype only, where `out_dtype` says so.
         inputs: every model, the base first.
         out_dtype: `auto`, or the dtype asked for.
-        card: Markdown of the card's middle.
+        card: Markdown of the card: what was made of which models, and how.
         recipe: keys of merge_recipe.json, to which inputs, versions and the command are added.
     """
     dtype = None if out_dtype == "auto" else out_dtype

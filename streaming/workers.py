@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections import deque
@@ -11,12 +12,25 @@ from typing import TypeVar
 
 import torch
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BYTES = 16 << 20
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Cancelled(Exception):
     """Raised in the other threads once one has failed, so that all of them end."""
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed blocks: handing it back costs a page fault for each page of the next one."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library, which has its own ways
+        return
+    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 class Workers:
@@ -30,6 +44,7 @@ class Workers:
         self.count = (
             count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
         )
+        _keep_freed_memory()
         self._cancelled = threading.Event()
         self._pool = ThreadPoolExecutor(
             self.count, thread_name_prefix="block", initializer=torch.set_num_threads, initargs=(1,)

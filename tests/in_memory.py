@@ -83,8 +83,9 @@ class InMemory:
 def patch_grid(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     """Make the grid that is measured `elements` wide, so that small tensors have many blocks."""
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in ("merging", "streaming") and hasattr(module, "GRID_ELEMENTS"):
-            monkeypatch.setattr(module, "GRID_ELEMENTS", elements)
+        for constant in ("GRID_ELEMENTS", "READ_ELEMENTS"):
+            if name.split(".")[0] in ("checkpoints", "merging", "streaming") and hasattr(module, constant):
+                monkeypatch.setattr(module, constant, elements)
 
 
 def make_method(name: str, models: int, *, seed: int = 0, **arguments: Any) -> Method:

@@ -100,6 +100,8 @@ def _expectation(meta: Any) -> str:
         return "true or false"
     if meta["above"] > -math.inf:
         return f"a number above {meta['above']:g}"
+    if meta["low"] > -math.inf and meta["high"] == math.inf:
+        return f"a finite number, {meta['low']:g} or above"
     if meta["low"] > -math.inf:
         return f"a number in [{meta['low']:g}, {meta['high']:g}]"
     return "a finite number"

@@ -33,8 +33,8 @@ def elect_and_sum(task_vectors: Sequence[torch.Tensor], weights: Sequence[float]
         task_vector.mul_(sign).clamp_(min=0.0)  # exact: the sign turned to +, what disagrees gone
         agreed.add_(task_vector)
         if divisor is not None:
-            divisor.add_(task_vector.gt_(0.0).mul_(weight))
+            divisor.add_(task_vector.gt_(0.0), alpha=weight)  # exact: a product with 0 or 1
     agreed.mul_(sign)
     if divisor is not None:
-        agreed.div_(divisor.masked_fill_(divisor == 0.0, 1.0))
+        agreed.div_(divisor.add_(torch.eq(divisor, 0.0, out=sign)))
     return agreed

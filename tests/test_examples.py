@@ -1,0 +1,206 @@
+"""The examples run and the pages tell the truth: demo, API example, README, docs/adding-a-method.md."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from examples import demo, merge_api
+from merging import make_recipe
+from merging.methods import METHODS, get_method
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+METHOD_PAGE = (ROOT / "docs/adding-a-method.md").read_text()
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    """The text of the fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python where imports start in `cwd`, and nothing from this checkout is found by chance."""
+    environment = os.environ | {"PYTHONPATH": str(cwd), "COLUMNS": "80"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree as an archive has it: no .git, no environment, no caches."""
+    target = tmp_path_factory.mktemp("archive")
+    for name in {path.parts[0] for path in tree()}:  # and nothing else that lies here, such as merges of 26 GB
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def demo_run(unpacked: Path) -> subprocess.CompletedProcess[str]:
+    """The demo, run once in the unpacked archive."""
+    return run_python("examples/demo.py", cwd=unpacked)
+
+
+# ------------------------------------------------------------------------------------------------------- examples
+
+
+def test_demo_merges_with_every_method(demo_run: subprocess.CompletedProcess[str], unpacked: Path):
+    assert demo_run.returncode == 0, demo_run.stderr
+    printed = demo_run.stdout
+    assert printed.isascii()
+    assert "They have no skills." in printed
+    table = dict(re.findall(r"^(\w+) +\d+\.\d\d +(\d+\.\d{4})$", printed, re.MULTILINE))
+    assert list(table) == list(METHODS)
+    assert all(float(distance) > 0 for distance in table.values())
+    assert {path.name for path in (unpacked / "demo" / f"merged_{demo.SHOWN}").iterdir()} == {
+        *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
+        *("README.md", "merge_recipe.json"),
+    }
+
+
+def test_demo_overwrites_only_its_own_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit):
+        demo.main(["--folder", str(tmp_path)])
+    assert "holds something else" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_api_example_goes_half_the_way(
+    demo_run: subprocess.CompletedProcess[str], unpacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    base, model, out = unpacked / "demo/base", unpacked / "demo/code", tmp_path / "halfway"
+    assert merge_api.main([str(base), str(model), "--save_path", str(out)]) == 0
+    assert re.search(r"\|merged - base\| / \|base\| = 0\.0\d+$", capsys.readouterr().out)
+    start, end, half = (load_file(folder / "model.safetensors") for folder in (base, model, out))
+    assert half.keys() == start.keys()
+    for name, tensor in half.items():
+        middle = (start[name].float() + 0.5 * (end[name].float() - start[name].float())).bfloat16()
+        assert torch.equal(tensor, middle), name
+
+
+def test_api_example_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    missing = str(tmp_path / "nowhere")
+    assert merge_api.main([missing, missing, "--save_path", str(tmp_path / "out")]) == 1
+    assert f"{missing}: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- the README
+
+
+def commands() -> list[list[str]]:
+    """The command lines of this toolkit in the README, as argument lists: `["merge.py", "--method", ...]`."""
+    lines = "\n".join(code_blocks(README, "sh")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[1:] for line in lines if re.match(r"python \w+\.py ", line)]
+
+
+def test_readme_has_the_published_commands():
+    assert [command[0] for command in commands()].count("merge.py") >= 4
+    assert "WizardLMTeam/WizardLM-13B-V1.2,vanillaOVO/WizardMath-13B-V1.0,layoric/llama-2-13b-code-alpaca" in README
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_readme_commands_parse(command: list[str]):
+    name, *arguments = command
+    parser = importlib.import_module(name.removesuffix(".py")).build_parser()
+    parsed = parser.parse(arguments)  # exits where a flag is unknown or missing
+    if name == "merge.py":
+        keys = {key for method in METHODS for key in get_method(method).parameters()}
+        given = {key: getattr(parsed, {"weight": "weights", "lambda": "lambda_"}.get(key, key)) for key in keys}
+        # Refuses parameters that the method does not use, and values out of range.
+        make_recipe(parsed.method, parsed.base_model, parsed.models_to_merge, parameters=given, seed=parsed.seed)
+
+
+def test_readme_lists_every_flag_of_merge():
+    """Those of AIM are left to --help."""
+    import merge
+
+    groups = [group for group in merge.build_parser()._action_groups if not re.search("AIM|calibration", group.title)]
+    flags = {option for group in groups for action in group._group_actions for option in action.option_strings}
+    rows = re.findall(r"^\| (`--.*?) \|", README, re.MULTILINE)
+    assert {flag for row in rows for flag in re.findall(r"--\w+(?:-\w+)*", row)} == flags - {"-h"}
+
+
+def tree() -> Iterator[Path]:
+    """Every path that the README's tree names, relative to the root; a folder's name ends in a slash there."""
+    block = next(block for block in code_blocks(README, "text") if block.startswith("merge.py "))
+    parents: list[Path] = []
+    for line in block.splitlines():
+        found = re.fullmatch(r"((?:  )*)(\S+) +\S.*", line)
+        assert found, f"expected a name and what it is, got {line!r}"
+        depth = len(found[1]) // 2
+        path = Path(*parents[depth - 1 : depth], found[2])
+        parents[depth:] = [path]
+        yield path
+
+
+def test_readme_tree_names_only_what_exists():
+    assert [str(path) for path in tree() if not (ROOT / path).exists()] == []
+
+
+def test_readme_tree_names_every_file_of_the_folders_it_opens():
+    named = set(tree())
+    opened = {path.parent for path in named} - {Path()}
+    there = {path.relative_to(ROOT) for folder in opened for path in (ROOT / folder).glob("*.py")}
+    assert sorted(there - named) == []
+
+
+def test_readme_tree_names_every_top_level_entry():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("no git checkout, so nobody knows which files belong to it")
+    top = {name.split("/")[0] for name in listed.stdout.split("\0") if name} - {".gitignore"}
+    assert sorted(top - {path.parts[0] for path in tree()}) == []
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_between_pages_lead_somewhere(page: str):
+    text = (ROOT / page).read_text()
+    headings = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        assert not file or (ROOT / page).parent.joinpath(file).exists(), target
+        assert file or anchor in headings, target
+
+
+# ----------------------------------------------------------------------------------------- docs/adding-a-method.md
+
+
+def test_the_method_of_the_page_works(unpacked: Path, tmp_path: Path):
+    """Do what the page says in a copy of the tree, and run the test that it gives."""
+    copy = tmp_path / "toolkit"
+    shutil.copytree(unpacked, copy, ignore=shutil.ignore_patterns("demo", "goldens"))
+    shutil.copytree(unpacked / "tests/goldens/inputs/base", copy / "tests/goldens/inputs/base")
+    for block in code_blocks(METHOD_PAGE, "python"):
+        first, _, rest = block.partition("\n")
+        if first.startswith("# "):
+            (copy / first.removeprefix("# ")).write_text(rest)
+        else:
+            page = copy / "merging/methods/__init__.py"
+            page.write_text(re.sub(r"^METHODS = \{\n", rf"\g<0>{block}", page.read_text(), flags=re.MULTILINE))
+    with (copy / "docs/methods.md").open("a") as page_of_cards:
+        page_of_cards.write("\n" + "\n".join(code_blocks(METHOD_PAGE, "markdown")))
+    done = run_python(
+        *("-m", "pytest", "-p", "no:cacheprovider", "tests/test_method_equal_norm.py"),
+        *("tests/test_repository.py::test_every_method_has_file_card_and_test",),
+        cwd=copy,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+    assert "equal_norm" in run_python("merge.py", "--help", cwd=copy).stdout
