@@ -113,14 +113,14 @@ def command(parser: Parser, argv: Sequence[str] | None) -> list[str]:
     return ["python", parser.prog, *(sys.argv[1:] if argv is None else argv)]
 
 
-def add_output_flags(parser: Parser) -> None:
-    """The flags of every command that writes a checkpoint."""
+def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
+    """The flags of every command that writes a checkpoint, by default in the dtype of a model that `dtype_of` names."""
     output = parser.add_argument_group("output")
     output.add_argument(
         "--dtype",
         default="auto",
         metavar="DTYPE",
-        help="auto (as stored in the base; default), float32, bfloat16 or float16",
+        help=f"auto (as stored in {dtype_of}; default), float32, bfloat16 or float16",
     )
     output.add_argument(
         "--max_shard_size",

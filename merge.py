@@ -14,17 +14,21 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import command_line
 from aim.flags import add_aim_flags, given_aim_flags
-from checkpoints.errors import ArgumentError
+from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from merging.methods import METHODS, get_method
 
 if TYPE_CHECKING:
+    import torch
+
     from aim.console import AimRequest
     from merging.recipe import Recipe
     from merging.run import Job
+    from streaming.output import RunOptions
 
 
 def build_parser() -> command_line.Parser:
@@ -78,29 +82,51 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace, command: list[str]) -> None:
     """Flags -> recipe and options -> plan -> merge, relaxed by AIM where asked."""
     with command_line.refusals_as_json(arguments):
-        wants_aim = arguments.omega is not None or arguments.omegas is not None
-        if not wants_aim and given_aim_flags(arguments):
+        from merging.run import prepare
+
+        recipe, options, save_path, request = read_flags(arguments, command)
+        count = len(request.how.omegas) if request else 1
+        check = request.check if request else None
+        download = not arguments.dry_run
+        with closing(prepare(recipe, save_path, options, variants=count, check=check, download=download)) as job:
+            if arguments.dry_run:
+                show_plan(job, request, as_json=arguments.json)
+            else:
+                merge(job, request)
+
+
+def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[Recipe, RunOptions, Path, AimRequest | None]:
+    """What to merge, how to run, where to, and AIM's part where it has one. Raises Refusals: every flag that is wrong."""
+    device = command_line.parse_device("cpu")
+    found: list[Any] = []
+    problems: list[str | InputError] = []
+    with collecting(problems):
+        device = command_line.parse_device(arguments.device)
+    for read in (
+        lambda: read_recipe(arguments),
+        lambda: replace(command_line.run_options(arguments, device, command), report=read_report(arguments)),
+        lambda: command_line.parse_save_path(arguments.save_path),
+        lambda: read_aim(arguments, device),
+    ):
+        with collecting(problems):
+            found.append(read())
+    if problems:
+        raise Refusals(problems)
+    recipe, options, save_path, request = found
+    return recipe, options, save_path, request
+
+
+def read_aim(arguments: argparse.Namespace, device: torch.device) -> AimRequest | None:
+    """AIM as the flags ask for it, None where they do not. Raises InputError where a flag is wrong or stands alone."""
+    if arguments.omega is None and arguments.omegas is None:
+        if given_aim_flags(arguments):
             raise ArgumentError(
                 f"{given_aim_flags(arguments)[0]}: belongs to AIM. Add --omega, such as --omega 0.4, or leave it out."
             )
-        from merging.run import prepare
+        return None
+    from aim.console import AimRequest
 
-        device = command_line.parse_device(arguments.device)
-        recipe = read_recipe(arguments)
-        options = replace(command_line.run_options(arguments, device, command), report=read_report(arguments))
-        save_path = command_line.parse_save_path(arguments.save_path)
-        request = None
-        if wants_aim:
-            from aim.console import AimRequest
-
-            request = AimRequest(arguments, device)
-        count = len(request.how.omegas) if request else 1
-        with closing(prepare(recipe, save_path, options, variants=count, download=not arguments.dry_run)) as job:
-            checked = request.check(job.base) if request else None
-            if arguments.dry_run:
-                show_plan(job, checked, as_json=arguments.json)
-            else:
-                merge(job, request)
+    return AimRequest(arguments, device)
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -131,31 +157,34 @@ def read_report(arguments: argparse.Namespace) -> Literal["none", "sample", "ful
     return command_line.parse_choice("--report", arguments.report, ("none", "sample", "full"))  # type: ignore[return-value]
 
 
-def show_plan(job: Job, checked: dict[str, Any] | None, *, as_json: bool) -> None:
+def show_plan(job: Job, request: AimRequest | None, *, as_json: bool) -> None:
     """Print the plan, and AIM's where it takes part."""
+    described = request.describe(job.base, job.plan.tensors) if request else None
     if as_json:
-        plan = job.plan.as_json() if checked is None else {**job.plan.as_json(), "aim": checked}
+        plan = job.plan.as_json() if described is None else {**job.plan.as_json(), "aim": described}
         print(json.dumps(plan, indent=2, ensure_ascii=False))
         return
-    if checked is not None:
+    if described is not None:
         from aim.console import format_check
 
-        print(format_check(checked))
+        print(format_check(described))
     print(job.plan.as_text())
 
 
 def merge(job: Job, request: AimRequest | None) -> None:
     """Merge, and say what came of it."""
     from merging.report import format_report
-    from streaming.output import Variant
+    from streaming.output import Variant, bytes_read
 
     quiet = job.options.quiet
     if not quiet:
         for note in job.plan.notes:
             print(f"note: {note}", file=sys.stderr)
-    relaxations = request.relaxations(job.base, command_line.console(quiet)) if request else None
+    console = command_line.console(quiet)
+    relaxations = request.relaxations(job.base, job.plan.tensors, console) if request else None
     variants = relaxations.variants if relaxations else [Variant()]
-    moved = job.plan.bytes_to_read + job.plan.bytes_to_write * len(variants)
+    read = bytes_read(job.plan.tensors, [variant.transform for variant in variants])
+    moved = read + job.plan.bytes_to_write * len(variants)
     with command_line.progress_bar("merging", moved, quiet=quiet) as advance:
         result = job.run(advance, variants)
     for warning in result.warnings:

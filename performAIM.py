@@ -13,10 +13,17 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import command_line
 from aim.flags import add_aim_flags
-from checkpoints.errors import ArgumentError
+from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
+
+if TYPE_CHECKING:
+    from aim.console import AimRequest
+    from aim.run import AimJob
+    from streaming.output import RunOptions
 
 
 def build_parser() -> command_line.Parser:
@@ -30,9 +37,9 @@ def build_parser() -> command_line.Parser:
     what.add_argument(
         "--save_path", required=True, metavar="FOLDER", help="the relaxed checkpoint; appears when it is complete"
     )
-    add_aim_flags(parser, omega_help="0 puts the most active channel back to the base, 1 changes nothing (default 0.4); also by filter, mlp=0.2,self_attn=0.6,0.4: the first that is part of a tensor's name counts, the last number is for the rest")  # fmt: skip
-    parser.add_argument("--seed", type=command_line.whole, metavar="N", help="of --control permuted (default 0)")
-    command_line.add_output_flags(parser)
+    how = add_aim_flags(parser, omega_help="0 puts the most active channel back to the base, 1 changes nothing (default 0.4); also by filter, mlp=0.2,self_attn=0.6,0.4: the first that is part of a tensor's name counts, the last number is for the rest")  # fmt: skip
+    how.add_argument("--seed", type=command_line.whole, metavar="N", help="of --control permuted (default 0)")
+    command_line.add_output_flags(parser, dtype_of="the merged model")
     return parser
 
 
@@ -44,39 +51,65 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, command: list[str]) -> None:
     """Flags -> request -> matched models -> statistics -> relaxed checkpoints."""
-    if arguments.seed is not None and arguments.control != "permuted":
-        raise ArgumentError("--seed: nothing is drawn but by --control permuted. Leave it out.")
     with command_line.refusals_as_json(arguments):
-        from aim.console import AimRequest, format_check
         from aim.run import open_job
 
-        device = command_line.parse_device(arguments.device)
-        request = AimRequest(arguments, device)
-        options = command_line.run_options(arguments, device, command)
-        save_path = command_line.parse_save_path(arguments.save_path)
+        request, options, save_path = read_flags(arguments, command)
         names = (arguments.pretrained_model_name, arguments.merged_model)
-        job = open_job(
-            *names, save_path, request.how, options, out_dtype=arguments.dtype, download=not arguments.dry_run
-        )
-        with closing(job):
-            checked = request.check(job.base)
+        keywords = {"out_dtype": arguments.dtype, "check": request.check, "download": not arguments.dry_run}
+        with closing(open_job(*names, save_path, request.how, options, **keywords)) as job:
             if arguments.dry_run:
-                plan = {"aim": checked, **job.as_json()}
-                print(
-                    json.dumps(plan, indent=2, ensure_ascii=False)
-                    if arguments.json
-                    else f"{format_check(checked)}\n{job.as_text()}"
-                )
-                return
-            console = command_line.console(options.quiet)
-            for note in job.notes:
-                console.note(f"note: {note}")
-            relaxations = request.relaxations(job.base, console)
-            moved = job.bytes_to_read + job.bytes_to_write * len(relaxations.variants)
-            with command_line.progress_bar("relaxing", moved, quiet=options.quiet) as advance:
-                written = job.run(relaxations, advance)
-            console.say(relaxations.summary())
-            console.say(command_line.summary(save_path, written))
+                show_plan(job, request, as_json=arguments.json)
+            else:
+                relax(job, request)
+
+
+def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[AimRequest, RunOptions, Path]:
+    """What is asked for, how to run and where to. Raises Refusals: every flag that is wrong."""
+    from aim.console import AimRequest
+
+    device = command_line.parse_device("cpu")
+    found: list[Any] = []
+    problems: list[str | InputError] = []
+    with collecting(problems):
+        device = command_line.parse_device(arguments.device)
+    if arguments.seed is not None and arguments.control != "permuted":
+        problems.append(ArgumentError("--seed: nothing is drawn but by --control permuted. Leave it out."))
+    for read in (
+        lambda: AimRequest(arguments, device),
+        lambda: command_line.run_options(arguments, device, command),
+        lambda: command_line.parse_save_path(arguments.save_path),
+    ):
+        with collecting(problems):
+            found.append(read())
+    if problems:
+        raise Refusals(problems)
+    request, options, save_path = found
+    return request, options, save_path
+
+
+def show_plan(job: AimJob, request: AimRequest, *, as_json: bool) -> None:
+    """Print what would be done."""
+    from aim.console import format_check
+
+    described = request.describe(job.base, job.tensors)
+    if as_json:
+        print(json.dumps({**job.as_json(), "aim": described}, indent=2, ensure_ascii=False))
+    else:
+        print(f"{format_check(described)}\n{job.as_text()}")
+
+
+def relax(job: AimJob, request: AimRequest) -> None:
+    """Calibrate and relax, and say what came of it."""
+    quiet = job.options.quiet
+    console = command_line.console(quiet)
+    for note in job.notes:
+        console.note(f"note: {note}")
+    relaxations = request.relaxations(job.base, job.tensors, console)
+    with command_line.progress_bar("relaxing", job.bytes_to_move(relaxations), quiet=quiet) as advance:
+        written = job.run(relaxations, advance)
+    console.say(relaxations.summary())
+    console.say(command_line.summary(job.save_path, written))
 
 
 if __name__ == "__main__":

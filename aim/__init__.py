@@ -1,9 +1,12 @@
 """Activation-informed merging: pull merged weights back to the base on the input channels that the base relies on.
 
-from aim import CalibrationData, calibrate, relax_checkpoint
+from aim import CalibrationData, Omega, Relaxing, relax_checkpoint
+from aim.calibrate import calibrate
+from checkpoints.model import open_model
 
-activations = calibrate("BASE", CalibrationData("texts.jsonl"))
-relax_checkpoint("MERGED", "BASE", activations, "OUT", omegas=[0.4])
+base, merged = open_model("BASE"), open_model("MERGED")
+activations = calibrate(base, CalibrationData("texts.jsonl"))
+relax_checkpoint(merged, base, activations, "OUT", Relaxing((Omega(0.4),)))
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from typing import Any
 _EXPORTS = {
     "Activations": "aim.statistics",
     "CalibrationData": "aim.calibration",
-    "calibrate": "aim.calibrate",
-    "relax": "aim.relax",
+    "Omega": "aim.omegas",
+    "Relaxing": "aim.relaxing",
+    "load_activations": "aim.statistics",
     "relax_checkpoint": "aim.run",
 }
-__all__ = ["Activations", "CalibrationData", "calibrate", "relax", "relax_checkpoint"]
+__all__ = ["Activations", "CalibrationData", "Omega", "Relaxing", "load_activations", "relax_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

@@ -111,7 +111,7 @@ def select(base: Model, numerics: Numerics) -> tuple[Selection, list[str]]:
     return select_like_the_reference(base) if numerics == "reference" else (select_targets(base), [])
 
 
-def read_blocks(base: Model, data: CalibrationData) -> Blocks:
+def read_blocks(base: Model, data: CalibrationData, *, quiet: bool = False) -> Blocks:
     """The calibration texts as tokens of the base. Raises InputError: no tokenizer; as `make_blocks`."""
     from transformers import AutoTokenizer
 
@@ -125,7 +125,7 @@ def read_blocks(base: Model, data: CalibrationData) -> Blocks:
             raise InputError(
                 f"{base.label}: expected a tokenizer, which calibration needs: {reason}. Add its tokenizer files."
             ) from error
-        blocks = make_blocks(data, lambda text: list(tokenizer.encode(text)) if text else [])
+        blocks = make_blocks(data, lambda text: list(tokenizer.encode(text)) if text else [], quiet=quiet)
     rows = base.weights.tensors[base.architecture.stored_name(base.architecture.input_embedding or "")].shape[0]
     if int(blocks.tokens.max()) >= rows:
         raise InputError(

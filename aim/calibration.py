@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -86,7 +88,7 @@ class Blocks:
         )
 
 
-def make_blocks(data: CalibrationData, encode: Callable[[str], list[int]]) -> Blocks:
+def make_blocks(data: CalibrationData, encode: Callable[[str], list[int]], *, quiet: bool = False) -> Blocks:
     """Shuffle, pick, encode and cut calibration texts, as the AIM authors' program does.
 
     Texts are shuffled with `data.seed`; each is stripped and encoded with the tokenizer's own special tokens; the first
@@ -95,10 +97,11 @@ def make_blocks(data: CalibrationData, encode: Callable[[str], list[int]]) -> Bl
     Args:
         data: which texts.
         encode: text -> token ids, special tokens included.
+        quiet: no progress bars of a download.
 
     Raises: InputError: no such data; a row whose field is missing or no text; too little text for one block.
     """
-    rows = open_texts(data)
+    rows = open_texts(data, quiet=quiet)
     kept: list[int] = []
     texts = too_long = empty = 0
     # The permutation that datasets.Dataset.shuffle(seed) applies.
@@ -131,7 +134,9 @@ def _text_of(row: Any, index: int, data: CalibrationData) -> str:
     if isinstance(text, str):
         return text
     if not isinstance(row, dict):
-        raise InputError(f"{data.source}: row {index}: expected a text or an object, got {type(row).__name__}.")
+        raise InputError(
+            f"{data.source}: row {index}: expected a text or an object, got {type(row).__name__}. Mend or remove it."
+        )
     got = "no such field" if data.text_field not in row else type(text).__name__
     raise InputError(
         f"{data.source}: row {index}: expected text in the field '{data.text_field}', got {got}. "
@@ -139,7 +144,7 @@ def _text_of(row: Any, index: int, data: CalibrationData) -> str:
     )
 
 
-def open_texts(data: CalibrationData) -> Sequence[Any]:
+def open_texts(data: CalibrationData, *, quiet: bool = False) -> Sequence[Any]:
     """The rows of a data source, each a string or a mapping with the text field. Raises InputError where there are none."""
     path = Path(data.source).expanduser()
     if path.is_file():
@@ -151,7 +156,7 @@ def open_texts(data: CalibrationData) -> Sequence[Any]:
             f"--calibration_data {data.source}: no such file. Give a file of texts, or a hub dataset NAME:CONFIG:SPLIT."
         )
     else:
-        rows = _load_hub(data)
+        rows = _load_hub(data, quiet)
     if not len(rows):
         raise InputError(f"{data.source}: expected texts, got an empty file. Give another.")
     return rows
@@ -174,7 +179,9 @@ def _read_file(path: Path) -> list[Any]:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             return READERS[inner.suffix](cast(IO[bytes], file), path)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read as {inner.suffix}: {error}.") from error
+        raise InputError(
+            f"{path}: cannot be read as {inner.suffix}: {first_line(error)}. Make or download it again."
+        ) from error
 
 
 def _read_lines(file: IO[bytes], path: Path) -> list[Any]:
@@ -217,7 +224,9 @@ def _read_parquet(file: IO[bytes], path: Path) -> list[Any]:
     try:
         rows: list[Any] = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
     except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}.") from None
+        raise InputError(
+            f"{path}: cannot be read as parquet: {first_line(error)}. Make or download it again."
+        ) from None
     return rows
 
 
@@ -237,27 +246,48 @@ def _load_saved(path: Path, data: CalibrationData) -> Sequence[Any]:
         loaded = datasets.load_from_disk(str(path))
     except (FileNotFoundError, ValueError, OSError) as error:
         raise InputError(
-            f"{path}: expected a folder saved by the datasets library, got {str(error).splitlines()[0]:.200}"
+            f"{path}: expected a folder saved by the datasets library, got {first_line(error)}. Give a folder that it saved, or a file of texts."
         ) from None
     return _pick_split(loaded, "", data) if isinstance(loaded, datasets.DatasetDict) else loaded
 
 
-def _load_hub(data: CalibrationData) -> Sequence[Any]:
+def _load_hub(data: CalibrationData, quiet: bool) -> Sequence[Any]:
     """A hub dataset, downloaded or from the cache."""
     import datasets
 
     name, _, rest = data.source.partition(":")
     config, _, split = rest.partition(":")
     try:
-        loaded = datasets.load_dataset(name, config or None, split=split or None)
-    except ImportError as error:  # of what unpacks the dataset's files
-        raise InputError(f"--calibration_data {data.source}: cannot be read here: {first_line(error)}.") from error
+        with _datasets_bars(shown=not quiet and sys.stderr.isatty()):
+            loaded = datasets.load_dataset(name, config or None, split=split or None)
     except Exception as error:  # every kind: network, missing, builder scripts, broken files
+        if "zst" in str(error):
+            raise InputError(
+                f"--calibration_data {data.source}: is compressed with zstd, which takes the package zstandard. Run `pip install zstandard`."
+            ) from error
         raise InputError(
             f"--calibration_data {data.source}: is no local file, and the hub dataset cannot be loaded: {first_line(error)}. "
             "Check the name and the network, or give a local file of texts."
         ) from error
     return loaded if split else _pick_split(loaded, split, data)
+
+
+@contextmanager
+def _datasets_bars(*, shown: bool) -> Iterator[None]:
+    """Show or hide the progress bars of the datasets library, which draws them without a terminal too."""
+    import datasets
+
+    enabled = not datasets.are_progress_bars_disabled()
+    level = datasets.logging.get_verbosity()
+    if not shown:
+        datasets.disable_progress_bars()
+        datasets.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if enabled:
+            datasets.enable_progress_bars()
 
 
 def _pick_split(loaded: Any, split: str, data: CalibrationData) -> Sequence[Any]:

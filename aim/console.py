@@ -44,7 +44,7 @@ class AimRequest:
     """AIM as the flags ask for it.
 
     Args:
-        arguments: with the flags of `add_aim_flags`, `--seed`, `--device`, `--save_path` and `--dry_run`.
+        arguments: with the flags of `add_aim_flags`, `--seed`, `--device`, `--save_path`, `--dry_run` and `--quiet`.
         device: of the blocks, and of calibration where `--device` named one.
 
     Raises: Refusals: flags that are wrong or exclude each other, and files that could not be written.
@@ -63,7 +63,7 @@ class AimRequest:
         self._file = arguments.activations and Path(arguments.activations).expanduser()
         self._keep = arguments.save_activations and Path(arguments.save_activations).expanduser()
         self._figures = arguments.figures and Path(arguments.figures).expanduser()
-        self._dry_run = arguments.dry_run
+        self._dry_run, self._quiet = arguments.dry_run, arguments.quiet
         self._loaded: Activations | None = None
         self._blocks: Blocks | None = None
 
@@ -72,6 +72,7 @@ class AimRequest:
 
         Raises: Refusals: a base that cannot be calibrated, texts or statistics that do not fit, filters that match nothing.
         """
+        _ = base.architecture  # without it, nothing else can be looked at
         problems: list[str | InputError] = []
         with collecting(problems):
             selection, _ = select(base, self.how.numerics)
@@ -93,7 +94,7 @@ class AimRequest:
     def _check_texts(self, base: Model) -> None:
         check_block_size(base, self.data.block_size)
         if self._blocks is None and (is_local(self.data.source) or not self._dry_run):
-            self._blocks = read_blocks(base, self.data)
+            self._blocks = read_blocks(base, self.data, quiet=self._quiet)
 
     def _check_filters(self, selection: Selection) -> None:
         """Refuse a filter that no tensor is left for: a slip of the pen would otherwise relax with another omega."""
@@ -165,7 +166,7 @@ class AimRequest:
         return found
 
     def _calibrate(self, base: Model, console: Console) -> Activations:
-        blocks = self._blocks or read_blocks(base, self.data)
+        blocks = self._blocks or read_blocks(base, self.data, quiet=self._quiet)
         console.say(blocks.summary(self.data))
         console.note(f"loading {base.label}")
         tokens, started = blocks.tokens.numel(), 0.0
@@ -183,7 +184,7 @@ class AimRequest:
             activations = calibrate(base, self.data, self.calibration, blocks=blocks, progress=progress)
         seconds = max(time.monotonic() - started, 1e-9)
         console.say(
-            f"calibrated in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, in {activations.calibration['dtype']}"
+            f"calibrated in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s, in {activations.calibration['dtype']}"
         )
         return activations
 

@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from aim.summary import kind_of
 from checkpoints.errors import InputError
+from streaming.blocks import kind_of
 
 
-def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path) -> list[Path]:
+def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path, *, title: str = "") -> list[Path]:
     """Draw s, sorted, per kind of layer, and a heat map over layers, as PNG and SVG.
 
     Args:
         importance: tensor -> s, `[in]` or `[experts, in]`.
         folder: made where it is missing.
+        title: of what; a second line of each figure's title.
 
     Returns: the files written. Raises: InputError: the folder cannot be written to.
     """
@@ -28,7 +29,7 @@ def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path) -> lis
     matplotlib.rcParams["svg.hashsalt"] = "aim"  # the same picture gives the same bytes
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return [*_draw_sorted(importance, folder), *_draw_layers(importance, folder)]
+        return [*_draw_sorted(importance, folder, title), *_draw_layers(importance, folder, title)]
     except OSError as error:
         raise InputError(f"--figures {folder}: cannot be written: {error.strerror}. Choose another folder.") from error
 
@@ -41,7 +42,9 @@ def _by_kind(importance: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torc
 
 
 def _short(kind: str) -> str:
-    return kind.removesuffix(".weight").rpartition("*.")[2]
+    """Without what all layers share: `self_attn.q_proj` of `model.layers.*.self_attn.q_proj.weight`."""
+    name = kind.removesuffix(".weight")
+    return name.partition("*.")[2] or name
 
 
 def _save(figure: object, folder: Path, name: str) -> list[Path]:
@@ -52,7 +55,7 @@ def _save(figure: object, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _draw_sorted(importance: Mapping[str, torch.Tensor], folder: Path) -> list[Path]:
+def _draw_sorted(importance: Mapping[str, torch.Tensor], folder: Path, title: str) -> list[Path]:
     """One line per kind: s of all its channels, largest first, against the share of channels."""
     from matplotlib import pyplot
 
@@ -74,14 +77,14 @@ def _draw_sorted(importance: Mapping[str, torch.Tensor], folder: Path) -> list[P
         ylim=(0, 1.02),
         xlim=(0, 100),
     )
-    axes.set_title("Channel importance by kind of layer")
+    axes.set_title("\n".join(filter(None, ("Channel importance by kind of layer", title))))
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     paths = _save(figure, folder, "importance_sorted")
     pyplot.close(figure)
     return paths
 
 
-def _draw_layers(importance: Mapping[str, torch.Tensor], folder: Path) -> list[Path]:
+def _draw_layers(importance: Mapping[str, torch.Tensor], folder: Path, title: str) -> list[Path]:
     """Heat map: mean s of each kind in each layer; tensors outside the layers are left out."""
     from matplotlib import pyplot
 
@@ -99,7 +102,7 @@ def _draw_layers(importance: Mapping[str, torch.Tensor], folder: Path) -> list[P
     image = axes.imshow(means, aspect="auto", cmap="viridis", vmin=0, vmax=max(0.1, float(np.nanmax(means))))
     axes.set_yticks(range(len(kinds)), [_short(kind) for kind in kinds], fontsize=8)
     axes.set_xticks(range(0, layers, max(1, layers // 16)))
-    axes.set(xlabel="layer", title="Mean channel importance s")
+    axes.set(xlabel="layer", title="\n".join(filter(None, ("Mean channel importance s", title))))
     figure.colorbar(image, ax=axes, label="mean s")
     paths = _save(figure, folder, "importance_layers")
     pyplot.close(figure)

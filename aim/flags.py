@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import ArgumentError, InputError
+from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 
 if TYPE_CHECKING:
     import torch
@@ -64,24 +64,30 @@ def given_aim_flags(arguments: argparse.Namespace) -> list[str]:
 
 def read_relaxing(arguments: argparse.Namespace, *, default_omega: str = "0.4") -> Relaxing:
     """How to relax, from flags. Raises ArgumentError."""
-    from aim.omegas import parse_omega, parse_omegas
+    from aim.omegas import Omega, parse_omega, parse_omegas
     from aim.relaxing import Relaxing
 
-    if arguments.omega is not None and arguments.omegas is not None:
-        raise ArgumentError("--omegas: excludes --omega. Give one of the two.")
-    omegas = (
-        parse_omegas(arguments.omegas)
-        if arguments.omegas is not None
-        else (parse_omega(default_omega if arguments.omega is None else arguments.omega),)
-    )
-    return Relaxing(
-        omegas,
-        scaling="identity" if arguments.scaling is None else arguments.scaling,
-        control="none" if arguments.control is None else arguments.control,
-        seed=arguments.seed or 0,
-        numerics="float32" if arguments.numerics is None else arguments.numerics,
-        sweep=arguments.omegas is not None,
-    )
+    problems: list[str | InputError] = []
+    omegas: tuple[Omega, ...] = (parse_omega(default_omega),)
+    with collecting(problems):
+        if arguments.omega is not None and arguments.omegas is not None:
+            raise ArgumentError("--omegas: excludes --omega. Give one of the two.")
+        if arguments.omegas is not None:
+            omegas = parse_omegas(arguments.omegas)
+        elif arguments.omega is not None:
+            omegas = (parse_omega(arguments.omega),)
+    with collecting(problems):
+        how = Relaxing(
+            omegas,
+            scaling="identity" if arguments.scaling is None else arguments.scaling,
+            control="none" if arguments.control is None else arguments.control,
+            seed=arguments.seed or 0,
+            numerics="float32" if arguments.numerics is None else arguments.numerics,
+            sweep=arguments.omegas is not None,
+        )
+    if problems:
+        raise Refusals(problems)
+    return how
 
 
 def read_calibration(

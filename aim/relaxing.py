@@ -18,7 +18,7 @@ from aim.relaxation import Relaxation, importance_of, make_channels
 from aim.statistics import Activations
 from aim.summary import KindSummary, align, as_json, digits, summarise
 from aim.targets import Selection
-from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
 from checkpoints.staging import SWEEP_PREFIX
@@ -57,19 +57,25 @@ class Relaxing:
             ("--control", self.control, ["none", "uniform", "permuted"]),
             ("--numerics", self.numerics, ["float32", "reference"]),
         ]
-        for flag, value, known in allowed:
-            if value not in known:
-                raise ArgumentError(f"{flag}: {unknown('value', value, known)}")
+        problems = [
+            ArgumentError(f"{flag}: {unknown('value', value, known)}")
+            for flag, value, known in allowed
+            if value not in known
+        ]
+        if problems:
+            raise Refusals(problems)
 
 
 @dataclass(frozen=True)
 class Reach:
     """How far one omega goes.
 
-    omega: which; tensors: that it changes; share_kept: of their task vectors, the mean factor over their weights.
+    omega: which; label: how people know it; tensors: that it changes; share_kept: of their task vectors, the mean factor
+    over their weights.
     """
 
     omega: Omega
+    label: str
     tensors: tuple[str, ...]
     share_kept: float
 
@@ -96,7 +102,8 @@ class Relaxations:
         changes = [transform.mean_changes() for transform in self.transforms]
         counts = [Counter(kind_of(name) for name in reach.tensors) for reach in self.reaches]
         kinds: Counter[str] = functools.reduce(operator.or_, counts)
-        rows = [("layer", "tensors", *(f"omega {reach.omega}" for reach in self.reaches))]
+        columns = [f"omega {reach.omega}" for reach in self.reaches] if len(self.reaches) > 1 else ["mean |change|"]
+        rows = [("layer", "tensors", *columns)]
         for kind, count in sorted(kinds.items()):
             cells = (f"{change[kind]:.3g}" if kind in change else "-" for change in changes)
             rows.append((kind.removesuffix(".weight"), str(count), *cells))
@@ -104,14 +111,14 @@ class Relaxations:
         copied = [self.copied(reach) for reach in self.reaches]
         mean_s = f"mean s {self.summaries['all'].mean:.3f}, " if self.summaries else ""
         for reach, names in zip(self.reaches, copied, strict=True):
-            kept = f"; {mean_s}{100 * reach.share_kept:.1f} % of their task vectors kept" if reach.tensors else ""
-            lines.append(f"omega {reach.omega}: {len(reach.tensors)} tensors relaxed, {len(names)} copied{kept}")
-        for index, names in enumerate(copied):
-            if names and names not in copied[:index]:
-                same = [str(reach.omega) for reach, other in zip(self.reaches, copied, strict=True) if other == names]
-                where = "" if len(same) == len(copied) else f" with omega {' and '.join(same)}"
-                lines.append(f"copied as merged{where}:")
-                lines += [f"  {count:5d} x {kind} ({why})" for (kind, why), count in group_kept(names).items()]
+            kept = (
+                f"{mean_s}{100 * reach.share_kept:.1f} % of their task vectors kept" if reach.tensors else "as merged"
+            )
+            lines.append(f"{reach.label}: {len(reach.tensors)} tensors relaxed, {len(names)} copied; {kept}")
+        # An omega of 1 for all says enough in its line above; the others of a sweep copy the same.
+        told = next((names for reach, names in zip(self.reaches, copied, strict=True) if reach.tensors), self.kept)
+        lines += ["copied as merged:"] if told else []
+        lines += [f"  {count:5d} x {kind} ({why})" for (kind, why), count in group_kept(told).items()]
         relaxed = {name for reach in self.reaches for name in reach.tensors}
         partly = {name: why for name, why in self.kept.items() if name in relaxed}
         lines += [f"relaxed but for {why}: {count} x {kind}" for (kind, why), count in group_kept(partly).items()]
@@ -188,7 +195,9 @@ def make_relaxations(
         weights = {name: base.weights.tensors[name].numel for name in channels}
         share = sum(float(one.values.double().mean()) * weights[name] for name, one in channels.items())
         found.transforms.append(transform)
-        found.reaches.append(Reach(omega, tuple(channels), share / max(1, sum(weights.values()))))
+        label = f"omega {omega}" + ("" if how.control == "none" else f", {how.control} control")
+        share_kept = share / sum(weights.values()) if channels else 1.0
+        found.reaches.append(Reach(omega, label, tuple(channels), share_kept))
         found.variants.append(
             Variant(
                 folder=f"{SWEEP_PREFIX}{omega}" if how.is_sweep else "",

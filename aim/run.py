@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from aim.calibrate import Numerics
-from aim.relaxing import Relaxations, Relaxing, make_relaxations
+from aim.relaxing import Relaxations, Relaxing, make_relaxations, outputs_of
 from aim.statistics import Activations
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_name
@@ -21,9 +21,12 @@ from checkpoints.source import FLOAT_DTYPES, TensorInfo, TensorRef
 from checkpoints.staging import check_save_path, check_space
 from checkpoints.writer import plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
-from streaming.matching import match_model
-from streaming.output import RunOptions, Variant, Written, write_checkpoints, write_description
+from streaming.matching import check_plain, left_out, list_kinds, match_model
+from streaming.output import RunOptions, Variant, Written, bytes_read, write_checkpoints, write_description
 from streaming.stream import PlannedTensor
+
+OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+ITS_BASE = "Name the base that the merged model was made from."
 
 
 class Keep:
@@ -57,7 +60,7 @@ class AimJob:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of all inputs, each counted once."""
+        """Bytes of all inputs, each counted once, where every tensor is relaxed; see `bytes_to_move`."""
         return sum(ref.info.nbytes for tensor in self.tensors for ref in {tensor.base, *tensor.inputs})
 
     @property
@@ -65,9 +68,15 @@ class AimJob:
         """Bytes of one output's tensors."""
         return sum(tensor.spec.numel * tensor.dtype.itemsize for tensor in self.tensors)
 
+    def bytes_to_move(self, relaxations: Relaxations) -> int:
+        """Bytes that `run` reads and writes; of a tensor that no omega relaxes, the base's is not read."""
+        transforms = [variant.transform for variant in relaxations.variants]
+        return bytes_read(self.tensors, transforms) + self.bytes_to_write * len(transforms)
+
     def as_json(self) -> dict[str, Any]:
         """The plan for programs."""
         return {
+            "refusals": [],
             "merged_model": self.merged.label,
             "base_model": self.base.label,
             "tensors": len(self.tensors),
@@ -78,7 +87,8 @@ class AimJob:
 
     def as_text(self) -> str:
         """The plan for people."""
-        lines = [f"note: {note}" for note in self.notes]
+        lines = [f"merged model {self.merged.label}, base {self.base.label}"]
+        lines += [f"note: {note}" for note in self.notes]
         lines.append(
             f"reads {self.bytes_to_read:,} bytes; writes {self.bytes_to_write:,} bytes an omega. Nothing was written."
         )
@@ -99,11 +109,11 @@ class AimJob:
             details["aim"] = {**details["aim"], "merged_fingerprint": merged_fingerprint}
             write_description(
                 folder,
-                title=" ".join(filter(None, (self.save_path.name, variant.folder))),
+                title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
                 primary=self.merged,
                 inputs=(self.base, self.merged),
                 out_dtype=self.out_dtype,
-                card=variant.card,
+                card=f"`{self.merged.label}`, a model merged from fine-tunes of `{self.base.label}`, relaxed towards it.\n\n{variant.card}",
                 recipe={
                     "merge_method": "passthrough",
                     "base_model": self.base.label,
@@ -154,15 +164,26 @@ def prepare(
     """
     folders = [base.location.folder, merged.location.folder]
     problems: list[str | InputError] = list(check_save_path(save_path, folders, overwrite=options.overwrite))
-    if out_dtype != "auto" and out_dtype not in FLOAT_DTYPES:
-        problems.append(ArgumentError(f"--dtype: {unknown('dtype', out_dtype, ['auto', *FLOAT_DTYPES])}"))
-    names = list(merged.weights.tensors)
-    matched = match_model(merged, base, names, new_rows="mean" if numerics == "reference" else "base")
+    for model in (base, merged):
+        problems += check_plain(model)
+    if out_dtype not in OUT_DTYPES:
+        problems.append(ArgumentError(f"--dtype: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
+    if problems:
+        raise Refusals(problems)
+    dropped = left_out(merged)
+    names = [name for name in merged.weights.tensors if name not in dropped]
+    new_rows: Literal["base", "mean"] = "mean" if numerics == "reference" else "base"
+    matched = match_model(merged, base, names, new_rows=new_rows, advice=ITS_BASE)
     problems += matched.problems
     if problems:
         raise Refusals(problems)
+    notes = list(matched.notes)
+    if dropped:
+        notes.insert(0, f"{merged.label}: left out, as loading ignores or recomputes them: {list_kinds(dropped)}.")
+    if base.location.folder == merged.location.folder:
+        notes.append(f"{merged.label}: is the base itself, so that relaxing changes nothing.")
     tensors = tuple(_plan_tensor(merged, name, matched.tensors.get(name), out_dtype) for name in names)
-    job = AimJob(base, merged, tensors, matched.notes, save_path, options, out_dtype)
+    job = AimJob(base, merged, tensors, notes, save_path, options, out_dtype)
     problems += check_space(save_path, omegas * (job.bytes_to_write + side_file_bytes(merged.location.folder)))
     if problems:
         raise Refusals(problems)
@@ -177,6 +198,7 @@ def open_job(
     options: RunOptions,
     *,
     out_dtype: str = "auto",
+    check: Callable[[Model], object] | None = None,
     download: bool = True,
 ) -> AimJob:
     """Open two models by name and prepare; see `prepare` and `open_and_plan`. Raises Refusals."""
@@ -187,7 +209,7 @@ def open_job(
 
     names = [_parse("--pretrained_model_name", base), _parse("--merged_model", merged)]
     return open_and_plan(
-        names, plan, download=download, quiet=options.quiet, trust_remote_code=options.trust_remote_code
+        names, plan, check=check, download=download, quiet=options.quiet, trust_remote_code=options.trust_remote_code
     )
 
 
@@ -201,7 +223,9 @@ def _parse(flag: str, text: str) -> ModelName:
 def _plan_tensor(merged: Model, name: str, base: TensorRef | None, out_dtype: str) -> PlannedTensor:
     own = TensorRef(merged.weights, name)
     spec = TensorSpec(name, own.info.shape)
-    dtype = FLOAT_DTYPES.get(out_dtype, own.info.dtype) if own.info.dtype.is_floating_point else own.info.dtype
+    dtype = own.info.dtype
+    if dtype.is_floating_point:  # float64, in which nothing is computed, is written as float32
+        dtype = FLOAT_DTYPES.get(out_dtype, torch.float32 if dtype == torch.float64 else dtype)
     if base is None or not own.info.dtype.is_floating_point:
         return PlannedTensor(spec, dtype, own, (), None, "not in the base" if base is None else "not a weight")
     return PlannedTensor(spec, dtype, base, (own,), Keep())
@@ -228,8 +252,8 @@ def relax_checkpoint(
     Raises: InputError: anything does not fit; nothing is left behind.
     """
     how, options = how or Relaxing(), options or RunOptions()
-    relaxations = make_relaxations(base, activations, how, device=options.stream.device)
     job = prepare(
         base, merged, Path(save_path), options, out_dtype=out_dtype, omegas=len(how.omegas), numerics=how.numerics
     )
-    return job.run(relaxations)
+    outputs = outputs_of(job.tensors)
+    return job.run(make_relaxations(base, activations, how, device=options.stream.device, outputs=outputs))

@@ -127,7 +127,7 @@ def _format_outliers(summaries: Mapping[str, KindSummary]) -> list[str]:
         if one.outliers:
             named = [
                 f"{outlier.channel} ({outlier.times:.0f} times the median"
-                + (f", in {outlier.tensors} of them)" if one.tensors > 1 else ")")
+                + (f", in {outlier.tensors} of {one.tensors} tensors)" if one.tensors > 1 else ")")
                 for outlier in one.outliers[:NAMED]
             ]
             more = len(one.outliers) - NAMED

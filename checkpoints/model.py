@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from checkpoints.errors import InputError, Refusals, collecting
-from checkpoints.location import Location, ModelName, locate, remote_headers
+from checkpoints.location import Location, ModelName, locate, parse_name, remote_headers
 from checkpoints.reader import Checkpoint, RemoteFile, open_checkpoint
 from checkpoints.sidecars import licence_of, read_config
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
@@ -137,16 +137,19 @@ def open_models(
     return opened
 
 
-def open_model(name: ModelName, *, weights: bool = True, quiet: bool = False, trust_remote_code: bool = False) -> Model:
+def open_model(
+    name: ModelName | str, *, weights: bool = True, quiet: bool = False, trust_remote_code: bool = False
+) -> Model:
     """Find a model and open its weights; reads headers only.
 
     Args:
-        name: a folder or a hub name.
+        name: a folder or a hub name, as text or parsed.
         weights: download the weights of a hub model; without, its headers are read over the network and its numbers cannot
             be (`weights.is_here` is False). A model that stores pickles, which have no headers, is downloaded in any case.
 
     Raises: InputError: as `locate` and `open_checkpoint`.
     """
+    name = parse_name(name) if isinstance(name, str) else name
     location = locate(name, weights=weights, quiet=quiet, trust_remote_code=trust_remote_code)
     if not location.weights_here:
         headers = remote_headers(ModelName(name.path_or_id, location.revision))

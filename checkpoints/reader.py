@@ -35,10 +35,12 @@ def find_weight_files(folder: Path, label: str) -> tuple[list[Path], Mapping[str
     Raises: InputError: no weights in the folder; an index that is damaged, or names a file that is missing or lies outside.
     """
     found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if found is None and (folder / "adapter_config.json").is_file():
+        raise InputError(f"{label}: expected a whole model, got a LoRA adapter. Merge it into its base model first.")
     if found is None:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise InputError(
-            f"{label}: expected {WEIGHT_FILES[0]}, {WEIGHT_FILES[2]} or an index of shards in {folder}, got {there}."
+            f"{label}: expected {WEIGHT_FILES[0]}, {WEIGHT_FILES[2]} or an index of shards in {folder}, got {there}. Give the folder of the weights."
         )
     if found.suffix != ".json":
         return [found], None

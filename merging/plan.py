@@ -112,14 +112,14 @@ def coefficients(recipe: Recipe) -> list[dict[str, Any]]:
     """Per model the parameters in force, and what its task vector (or weight) is multiplied with where no sign is elected."""
     weights = [model.parameters.get("weight") for model in recipe.models]
     scale = float(recipe.parameters.get("lambda", 1.0))
-    fixed = recipe.merge_method in ("linear", "task_arithmetic", "dare_linear")
-    if recipe.parameters.get("normalize") and fixed:
+    additive = get_method(recipe.merge_method).additive
+    if recipe.parameters.get("normalize") and additive:
         scale /= sum(weight for weight in weights if weight is not None)
     return [
         {
             "model": str(model.name),
             **model.parameters,
-            **({"coefficient": weight * scale} if fixed and weight is not None else {}),
+            **({"coefficient": weight * scale} if additive and weight is not None else {}),
         }
         for model, weight in zip(recipe.models, weights, strict=True)
     ]

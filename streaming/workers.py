@@ -33,6 +33,11 @@ def _keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Workers:
     """A pool of threads for blocks. torch lets go of the interpreter while it computes, so threads scale, in one memory.
 
@@ -41,9 +46,7 @@ class Workers:
     """
 
     def __init__(self, count: int | None = None):
-        self.count = (
-            count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
-        )
+        self.count = count or available_cores()
         _keep_freed_memory()
         self._cancelled = threading.Event()
         self._pool = ThreadPoolExecutor(

@@ -9,6 +9,7 @@ import random
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,19 +85,26 @@ def calibrate_on(folder: Path, tokens: Tensor, **options: object) -> Activations
     return calibrate(open_folder(folder), data, chosen, blocks=Blocks(tokens, len(tokens), 0, 0, 0))
 
 
-def perform(base: Path, merged: Path, out: Path, *flags: object, texts: Path | None = None) -> dict[str, Tensor]:
-    """performAIM.py, which must succeed; the tensors it wrote (of one omega).
+def attempt(
+    base: Path, merged: Path, out: Path, *flags: object, texts: Path | None = None, dtype: str | None = "float32"
+) -> int:
+    """performAIM.py; the exit code.
 
     Args:
-        flags: further flags; out: the save path.
-        texts: from `write_texts`; without, `--activations` must be among the flags.
+        out: the save path; flags: further flags.
+        texts: from `write_texts`; without, the flags say where statistics come from.
+        dtype: of the forward pass, where there are texts; None leaves the flag out.
     """
-    calibration = [
-        *("--calibration_data", texts, "--n_samples", SAMPLES, "--block_size", BLOCK_SIZE),
-        *("--calibration_seed", SEED, "--calibration_dtype", "float32"),
-    ]
     command = ["--merged_model", merged, "--pretrained_model_name", base, "--save_path", out, "--quiet", *flags]
-    assert performAIM.main([str(part) for part in (*command, *(calibration if texts else []))]) == 0
+    if texts:
+        command += ["--calibration_data", texts, "--n_samples", SAMPLES, "--block_size", BLOCK_SIZE]
+        command += ["--calibration_seed", SEED, *(["--calibration_dtype", dtype] if dtype else [])]
+    return performAIM.main([str(part) for part in command])
+
+
+def perform(base: Path, merged: Path, out: Path, *flags: object, **keywords: Any) -> dict[str, Tensor]:
+    """performAIM.py, which must succeed; the tensors it wrote (none for a sweep). Arguments as `attempt`."""
+    assert attempt(base, merged, out, *flags, **keywords) == 0
     return load(out) if (out / "model.safetensors").exists() else {}
 
 

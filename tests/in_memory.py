@@ -89,7 +89,7 @@ def patch_grid(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
 
 
 def make_method(name: str, models: int, *, seed: int = 0, **arguments: Any) -> Method:
-    """A method by name, with the arguments of `tests.reference` (weights, density, lambda_ ...); defaults are its own."""
+    """A method by name, with the arguments of `tests.reference` (weights, density ...); defaults are its own."""
     cls = get_method(name)
     given = {"densities" if key == "density" else key: value for key, value in arguments.items()}
     values: dict[str, Any] = {"seed": seed} if cls.draws else {}
@@ -107,8 +107,9 @@ def reference_arguments(method: Method, tensor: TensorSpec) -> dict[str, Any]:
     names |= {"ratio": "ratio", "calibration": "calibration"}
     arguments = {theirs: getattr(method, ours) for ours, theirs in names.items() if hasattr(method, ours)}
     if method.draws:
+        seed: int = vars(method)["seed"]
         densities = enumerate(arguments["density"])
-        arguments["masks"] = [keep_mask(method.seed, tensor.name, i, tensor.shape, rho) for i, rho in densities]  # type: ignore[attr-defined]
+        arguments["masks"] = [keep_mask(seed, tensor.name, i, tensor.shape, rho) for i, rho in densities]
         arguments["rescale"] = "density"
     return arguments
 
@@ -171,8 +172,8 @@ def assert_rounds_to(
         error = ((actual.double() - expected).abs() * wrong).flatten()
         worst = int(error.argmax())
         raise AssertionError(
-            f"{where}: {int(wrong.sum())} of {wrong.numel()} elements are not the rounded reference; the worst, element "
-            f"{worst}: expected {expected.flatten()[worst]:.9g}, got {actual.flatten()[worst]:.9g}"
+            f"{where}: {int(wrong.sum())} of {wrong.numel()} elements are not the rounded reference; the worst, "
+            f"element {worst}: expected {expected.flatten()[worst]:.9g}, got {actual.flatten()[worst]:.9g}"
         )
 
 

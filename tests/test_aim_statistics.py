@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -50,7 +51,7 @@ def seen_of(base_of: Callable[[str], Path]) -> Callable[[str], dict[str, Seen]]:
     return cache(lambda name: reference.watch_inputs(base_of(name), TOKENS))
 
 
-def check_statistics(ours: ChannelStatistics, input_dim: int, seen: Seen, shape: torch.Size) -> None:
+def check_statistics(ours: ChannelStatistics, input_dim: int, seen: Seen, shape: Sequence[int]) -> None:
     """Raise AssertionError where the statistics of a tensor of `shape` are not those of the inputs that were seen."""
     assert input_dim == seen.input_dim
     mean_abs, mean_sq, tokens = seen.statistics(shape)
@@ -74,9 +75,7 @@ def test_statistics_are_those_of_what_is_multiplied(
     base, ours, seen = open_folder(base_of(architecture)), ours_of(architecture), seen_of(architecture)
     selection = select_targets(base)
     # Everything that has an input has statistics; a head that is the embedding stays out.
-    assert set(seen) - set(ours.statistics) == (
-        {base.architecture.input_embedding} if architecture in TIED else set()
-    )
+    assert set(seen) - set(ours.statistics) == ({base.architecture.input_embedding} if architecture in TIED else set())
     assert set(ours.statistics) == set(selection.targets) == set(seen) - set(embeddings(seen))
     assert not ours.silent
     for name, statistics in ours.statistics.items():
@@ -169,7 +168,7 @@ def test_statistics_do_not_depend_on_batches_or_on_the_order_of_blocks(
             assert torch.equal(other.statistics[name].tokens, statistics.tokens)
             for key in ("mean_abs", "mean_sq"):
                 got, wanted = getattr(other.statistics[name], key), getattr(statistics, key)
-                torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+                assert (got - wanted).abs().max() <= 1e-6 * wanted.max()  # s is measured against the largest
 
 
 def test_an_expert_that_no_token_was_sent_to_has_no_statistics(base_of: Callable[[str], Path]) -> None:
@@ -190,9 +189,7 @@ def test_offloaded_weights_are_watched_too(
 ) -> None:
     load = aim.calibrate.load
     here = torch.device("cpu")
-    monkeypatch.setattr(
-        aim.calibrate, "load", lambda *args: accelerate.cpu_offload(load(*args), execution_device=here)
-    )
+    monkeypatch.setattr(aim.calibrate, "load", lambda *args: accelerate.cpu_offload(load(*args), execution_device=here))
     for architecture in ("llama", "mixtral"):
         offloaded, expected = calibrate_on(base_of(architecture), TOKENS, batch_size=3), ours_of(architecture)
         assert not offloaded.silent
@@ -202,7 +199,7 @@ def test_offloaded_weights_are_watched_too(
 # Bad numbers
 
 
-def edited(folder: Path, out: Path, name: str, change: Callable[[Tensor], None]) -> Path:
+def edited(folder: Path, out: Path, name: str, change: Callable[[Tensor], Any]) -> Path:
     """A copy of a checkpoint with one tensor changed in place."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors[name])
@@ -263,7 +260,7 @@ def mean_abs(rows: list[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1, 4) for x in rows]).abs().mean(0)
 
 
-@pytest.fixture()
+@pytest.fixture
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of all inputs that are summed."""
     seen = []
@@ -381,7 +378,7 @@ def test_the_file_has_the_documented_keys_and_comes_back_the_same(
         assert file.get_tensor("model.norm.weight.tokens").shape == ()
     back = load_activations(tmp_path / "a")
     assert (back.base, back.silent, back.calibration) == (ours.base, ours.silent, ours.calibration)
-    assert list(back.statistics) == sorted(ours.statistics) or set(back.statistics) == set(ours.statistics)
+    assert set(back.statistics) == set(ours.statistics)
     for name, statistics in ours.statistics.items():
         for key in ("mean_abs", "mean_sq", "tokens"):
             assert torch.equal(getattr(back.statistics[name], key), getattr(statistics, key))

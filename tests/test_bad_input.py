@@ -166,6 +166,10 @@ FILE = "model.safetensors"
 SECOND = "model-00002-of-00003.safetensors"
 SPOILT_WEIGHTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "no weights": (lambda m: weights(m).unlink(), (FILE, "pytorch_model.bin", "got config.json, tokenizer.json")),
+    "adapter": (
+        lambda m: (weights(m).unlink(), (m / "adapter_config.json").touch()),
+        ("LoRA adapter", "Merge it into its base"),
+    ),
     "empty": (lambda m: weights(m).write_bytes(b""), (FILE, "0 bytes", "download it again")),
     "truncated": (lambda m: os.truncate(weights(m), 100_000), (FILE, "expected 227056 bytes, got 100000", "download")),
     "one byte short": (lambda m: os.truncate(weights(m), 227_055), (FILE, "expected 227056 bytes, got 227055")),

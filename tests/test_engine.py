@@ -1,4 +1,4 @@
-"""Whole merges: files in, files out, compared with tests/reference; the same bytes however the work is cut and shared."""
+"""Whole merges: files in, files out, compared with tests/reference; the same bytes however the work is shared."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def run(
         for key, value in (arguments or {}).items()
     }
     recipe = make_recipe(
-        method, str(base), ",".join(map(str, models)), parameters=parameters, seed=seed, out_dtype=out_dtype, exclude=exclude
+        method, str(base), ",".join(map(str, models)), parameters=parameters, seed=seed, out_dtype=out_dtype,
+        exclude=exclude,
     )  # fmt: skip
     how = StreamOptions(workers=workers, block_elements=block_elements)
     return merge(recipe, out, RunOptions(stream=how, quiet=True, **options))
@@ -255,7 +256,8 @@ TINY = {
 }  # fmt: skip
 ODD_SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (30, 16), "a.weight": (13, 37), "experts.weight": (3, 5, 11), "vector.weight": (629,),
-    "scalar.weight": (), "wide.weight": (2, 1201), "tall.weight": (301, 1), "nothing.weight": (0, 4), "none.weight": (0,),
+    "scalar.weight": (), "wide.weight": (2, 1201), "tall.weight": (301, 1), "nothing.weight": (0, 4),
+    "none.weight": (0,),
 }  # fmt: skip
 
 
@@ -267,7 +269,7 @@ def write_family(
     config: Mapping[str, Any] = TINY,
     **layout: Any,
 ) -> Family:
-    """A base and fine-tunes of arbitrary tensors, one dtype each. Matrices of one row are whole numbers, see widen's tests."""
+    """Base and fine-tunes of any tensors, one dtype each. Matrices of one row are whole numbers, see widen's tests."""
     tensors: list[dict[str, Tensor]] = [{} for _ in dtypes]
     for position, (name, shape) in enumerate(shapes.items()):
         whole = len(shape) > 1 and shape[-2] == 1
@@ -405,7 +407,7 @@ def load_all(folder: Path, weights: str) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.bin") for name, tensor in torch.load(file).items()}
 
 
-# ------------------------------------------------------------------------------------------- memory: one block at a time
+# ----------------------------------------------------------------------------------- memory: one block at a time
 
 
 class Sizes:
@@ -494,7 +496,7 @@ def test_no_read_and_no_combine_exceeds_the_block_as_it_is(
     sizes.check(shapes, GRID_ELEMENTS, models=1)
 
 
-# ------------------------------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------------------- the report
 
 
 def direct_report(base: Tensor, models: Sequence[Tensor], merged: Tensor) -> dict[str, Any]:
@@ -809,8 +811,8 @@ def test_rows_are_matched_by_token_and_the_bases_vocabulary_is_kept(tmp_path: Pa
     assert load_model(tmp_path / "out").config.vocab_size == 300
 
 
-def test_the_order_of_models_with_other_vocabularies_is_the_recipes(tmp_path: Path):
-    """The longer table first, and the model with it as the base: its own vocabulary is kept then, the base of two fills a row."""
+def test_a_base_with_the_longest_vocabulary_keeps_it(tmp_path: Path):
+    """`instruct_pad` as the base: the others lack its last token, whose row stays."""
     base, models = INPUTS / "instruct_pad", [INPUTS / "math", INPUTS / "code"]
     run(tmp_path / "out", "task_arithmetic", base, models, {"weights": [0.6, 0.9]})
     tensors = [load_tensors(folder) for folder in (base, *models)]
@@ -837,7 +839,7 @@ def test_a_permuted_vocabulary_changes_no_byte(tmp_path: Path, method: str, bloc
 
 
 def test_a_token_that_a_model_lacks_takes_the_bases_row(tmp_path: Path):
-    """Three tokens fewer, so all later ones have lower ids; in base and model of different dtypes nothing is rounded."""
+    """Three tokens fewer, so later ones have lower ids; a base of a finer dtype is not rounded on the way."""
     gone = (7, 100, 299)
     ids = {old: new for new, old in enumerate(sorted(set(range(300)) - set(gone)))}
     small = renumber(INPUTS / "code", tmp_path / "small", ids.get, 297)
@@ -856,7 +858,7 @@ def test_a_token_that_a_model_lacks_takes_the_bases_row(tmp_path: Path):
 
 
 def test_padding_of_the_tables_is_no_token(tmp_path: Path):
-    """A table longer than its tokenizer: left out where the base has none, matched from the tokenizer's end where it has."""
+    """A table longer than its tokenizer: left out, or matched from the tokenizer's end where the base has it too."""
     padded = renumber(INPUTS / "code", tmp_path / "padded", lambda row: row, 320)
     run(tmp_path / "plain", "ties", INPUTS / "base", [INPUTS / "math", INPUTS / "code"], {"density": 0.5})
     run(tmp_path / "out", "ties", INPUTS / "base", [INPUTS / "math", padded], {"density": 0.5})

@@ -723,7 +723,7 @@ def test_output_through_a_link(run):
 
 def test_from_another_folder(models, tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "merge.py", "--method", "WIDEN", "--base_model", "base", "--models_to_merge=math,code",
+        [sys.executable, ROOT / "merge.py", "--method", "TIES", "--base_model", "base", "--models_to_merge=math,code",
          "--save_path", tmp_path / "out"],
         cwd=models, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip

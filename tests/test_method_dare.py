@@ -35,7 +35,8 @@ def test_dare_linear_by_hand():
     # the two of KEPT added up: [[8, -14, 2], [-12, 8, 4]]
     assert merge("dare_linear") == [[18.0, 6.0, 32.0], [28.0, 58.0, 64.0]]
     assert merge("dare_linear", lambda_=0.5) == [[14.0, 13.0, 31.0], [34.0, 54.0, 62.0]]
-    # once the first and three times the second: [[8, -34, 2], [-12, 12, 12]];  a quarter of it: [[2, -8.5, 0.5], [-3, 3, 3]]
+    # once the first and three times the second: [[8, -34, 2], [-12, 12, 12]]
+    # a quarter of it: [[2, -8.5, 0.5], [-3, 3, 3]]
     assert merge("dare_linear", weights=[1, 3]) == [[18.0, -14.0, 32.0], [28.0, 62.0, 72.0]]
     assert merge("dare_linear", weights=[1, 3], normalize=True) == [[12.0, 11.5, 30.5], [37.0, 53.0, 63.0]]
 

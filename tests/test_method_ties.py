@@ -1,4 +1,4 @@
-"""`ties`: trim, elect signs, average what agrees; and the trimming itself, which has to be exact however it is streamed."""
+"""`ties`: trim, elect signs, average what agrees; and the trimming itself, exact however it is streamed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def merge(*vectors: torch.Tensor, block_elements: int = 4, **arguments: object) 
 
 
 def test_by_hand():
-    # density 0.5 keeps 3 of 6:  d_1 its 6, 4 and 3: [[4, 0, 0], [-6, 3, 0]];  d_2 its 5, 4 and 3: [[-4, -5, 0], [3, 0, 0]]
+    # density 0.5 keeps 3 of 6, of d_1 the 6, 4 and 3: [[4, 0, 0], [-6, 3, 0]]
+    #                        of d_2 the 5, 4 and 3: [[-4, -5, 0], [3, 0, 0]]
     # sums [[0, -5, 0], [-3, 3, 0]]; signs + - + - + +, the first because a sum of 0 counts as +
     # (0, 0) only d_1 is +: 4;  (0, 1) only d_2: -5;  (1, 0) only d_1 is -: -6;  (1, 1) only d_1: 3
     assert merge(density=0.5) == [[14.0, 15.0, 30.0], [34.0, 53.0, 60.0]]
@@ -167,7 +168,7 @@ def test_a_density_outside_its_range_is_refused():
 
 
 def check_trim(vectors: Sequence[torch.Tensor], densities: Sequence[float], cut: int) -> InMemory:
-    """Trim as the engine does, applied in pieces of `cut` elements: exactly what a stable sort keeps. Returns what was read."""
+    """Trim as the engine does, applied in pieces of `cut` elements: what a stable sort keeps. Returns what was read."""
     memory = InMemory(torch.zeros_like(vectors[0]), vectors)
     trims = measure_trims(memory.tensor, memory.scan, densities)
     assert len(trims) == len(vectors)
@@ -184,7 +185,7 @@ def check_trim(vectors: Sequence[torch.Tensor], densities: Sequence[float], cut:
 
 
 def poor_sample(monkeypatch: pytest.MonkeyPatch, sampled: int, sigmas: float = 6.0) -> None:
-    """Let the first guess at a threshold rest on less, where it rests on a sample at all: the result is exact anyway."""
+    """Let the first guess at a threshold rest on less, where it rests on a sample: the result is exact anyway."""
     monkeypatch.setattr(trim, "SAMPLED_PER_BLOCK", sampled, raising=False)
     monkeypatch.setattr(trim, "SIGMAS", sigmas, raising=False)
 

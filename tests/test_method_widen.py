@@ -131,7 +131,7 @@ def test_untouched_channels_stay(is_embedding: bool):
 
 
 def test_zero_columns_are_finite():
-    """Nothing there at all; only in the base; only in a model; only in all models. The differences of directions are 0."""
+    """Nothing there; only in the models; in the base and not in one model, not in any: directions differ by 0 then."""
     base, models = random_inputs((8, 6))
     base[:, 0] = 0
     for model in models:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from merging import randomness
 from merging.randomness import drop_, hash_indices, keys
 from tests.reference import random_mask
 
@@ -65,6 +66,16 @@ def test_masks_do_not_depend_on_how_a_tensor_is_cut(start, cuts, density, seed, 
     edges = sorted({0, 300, *cuts})
     pieces = [drawn(start + a, b - a, density, seed, tensor, model) for a, b in itertools.pairwise(edges)]
     assert torch.equal(torch.cat(pieces), expected)
+
+
+@pytest.mark.parametrize("density", [*DENSITIES[1:-1], 1 / 3, 0.7])
+def test_the_threshold_is_exact_to_the_last_of_32_bits(density: float, monkeypatch: pytest.MonkeyPatch):
+    """No mask of a tensor that fits into memory shows it: hashes right at the threshold, in place of drawn ones."""
+    threshold = round(density * (1 << 32))
+    words = [word for word in (0, threshold - 1, threshold, threshold + 1, (1 << 32) - 1) if 0 <= word < 1 << 32]
+    hashed = torch.tensor([word - (1 << 31) for word in words], dtype=torch.int32)
+    monkeypatch.setattr(randomness, "hash_indices", lambda *arguments: hashed)
+    assert drawn(0, len(words), density).tolist() == [word < threshold for word in words]
 
 
 def test_a_view_is_changed_in_place_and_nothing_beside_it():

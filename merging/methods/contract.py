@@ -49,6 +49,8 @@ class Method(ABC):
     """What `Block` holds: fine-tuned minus base, or the fine-tuned weights themselves."""
     draws: ClassVar[bool] = False
     """Whether it draws random numbers, from the field `seed`."""
+    additive: ClassVar[bool] = False
+    """Whether each task vector is multiplied with a number of its own, which a plan can name."""
     needs_embeddings: ClassVar[bool] = False
     """Whether it must know which tensors are embeddings, for which the model class is built."""
 

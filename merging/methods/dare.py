@@ -49,6 +49,8 @@ class DareLinear(_Dare):
     where mergekit rescales by the ratio of the l1 norms; masks from `merging/randomness.py` instead of a global generator.
     """
 
+    additive: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weight_sum(self.weights, self.normalize)

@@ -24,6 +24,7 @@ class Linear(Method):
     """
 
     space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
+    additive: ClassVar[bool] = True
 
     weights: tuple[float, ...] = parameter(key="weight", default=1.0, per_model=True)
     normalize: bool = parameter(key="normalize", default=True)

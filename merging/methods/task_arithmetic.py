@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,6 +34,8 @@ class TaskArithmetic(Method):
 
     Source: arXiv:2212.04089, equation 1; mergekit's `task_arithmetic`. Deviation: float32 inside.
     """
+
+    additive: ClassVar[bool] = True
 
     weights: tuple[float, ...] = parameter(key="weight", default=1.0, per_model=True)
     lambda_: float = parameter(key="lambda", default=1.0)
