@@ -87,8 +87,9 @@ def _column_sums(values: torch.Tensor) -> torch.Tensor:
     groups = len(values) // SUMMED_AT_ONCE
     whole = values[: groups * SUMMED_AT_ONCE].view(SUMMED_AT_ONCE, groups * values.shape[1])
     partial = (values.new_ones(1, SUMMED_AT_ONCE) @ whole).view(groups, values.shape[1])
+    total = partial.sum(dim=0, dtype=torch.float64)
     rest = values[groups * SUMMED_AT_ONCE :]
-    return partial.sum(dim=0, dtype=torch.float64) + rest.sum(dim=0, dtype=torch.float64)
+    return total + rest.sum(dim=0, dtype=torch.float64) if len(rest) else total
 
 
 class Watcher:

@@ -28,13 +28,11 @@ class ChannelFactors:
     input_dim: int
 
     def of(self, region: Region) -> torch.Tensor:
-        """The factors of a region, shaped to multiply `region.as_matrix(...)`."""
-        values = self.values[region.matrix] if self.values.ndim == 2 else self.values
+        """The factors of a region, shaped to multiply `region.as_stack(...)`: `[matrices or 1, rows or 1, columns or 1]`."""
+        values = self.values[slice(*region.matrix_range)] if self.values.ndim == 2 else self.values[None]
         if self.input_dim == len(region.tensor.shape) - 1:
-            first, last = region.column_range
-            return values[first:last]
-        first, last = region.row_range
-        return values[first:last, None]
+            return values[:, None, slice(*region.column_range)]
+        return values[:, slice(*region.row_range), None]
 
 
 class Relaxation:
@@ -66,7 +64,7 @@ class Relaxation:
     def __call__(self, region: Region, base: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
         """See `Transform`."""
         factor = self._channels[region.tensor.name].of(region)
-        start, end = region.as_matrix(base), region.as_matrix(merged)
+        start, end = region.as_stack(base), region.as_stack(merged)
         if self._like_the_reference:
             relaxed = relax_like_the_reference(start, end, factor)
         else:

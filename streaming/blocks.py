@@ -61,7 +61,10 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """The elements `start` to `stop` of a flattened tensor: whole rows of one matrix, or a piece of one row."""
+    """The elements `start` to `stop` of a flattened tensor: whole matrices of a stack, whole rows of one, or a piece of a row.
+
+    A region that is only counted or sampled may be any run of elements; the ranges below mean nothing then.
+    """
 
     tensor: TensorSpec
     start: int
@@ -73,42 +76,57 @@ class Region:
         return self.stop - self.start
 
     @property
-    def matrix(self) -> int:
-        """Which of the stacked matrices it lies in."""
-        return self.start // (self.tensor.rows * self.tensor.columns)
+    def shape(self) -> tuple[int, int, int]:
+        """Matrices, rows of each, columns of each."""
+        rows, columns = self.tensor.rows, self.tensor.columns
+        if self.numel >= rows * columns:
+            return self.numel // (rows * columns), rows, columns
+        return (1, self.numel // columns, columns) if self.numel >= columns else (1, 1, self.numel)
+
+    @property
+    def matrix_range(self) -> tuple[int, int]:
+        """First of the stacked matrices, and the one after the last."""
+        first = self.start // (self.tensor.rows * self.tensor.columns)
+        return first, first + self.shape[0]
 
     @property
     def row_range(self) -> tuple[int, int]:
-        """First row, and the row after the last, within the matrix."""
-        first = self.start // self.tensor.columns - self.matrix * self.tensor.rows
-        return first, first + max(1, self.numel // self.tensor.columns)
+        """First row within a matrix, and the row after the last."""
+        first = self.start // self.tensor.columns % self.tensor.rows
+        return first, first + self.shape[1]
 
     @property
     def column_range(self) -> tuple[int, int]:
         """First column, and the column after the last."""
         first = self.start % self.tensor.columns
-        return first, first + min(self.numel, self.tensor.columns)
+        return first, first + self.shape[2]
 
-    def as_matrix(self, values: torch.Tensor) -> torch.Tensor:
-        """View the region's elements `[numel]` as `[rows, columns]`."""
-        return values.view(-1, min(self.numel, self.tensor.columns))
+    def as_stack(self, values: torch.Tensor) -> torch.Tensor:
+        """View the region's elements `[numel]` as `[matrices, rows, columns]`."""
+        return values.view(self.shape)
 
 
 def tile(tensor: TensorSpec, max_elements: int) -> Iterator[Region]:
-    """Cut a tensor into regions of at most `max_elements` >= 1, in order: as many whole rows as fit, else pieces of a row."""
-    rows_each = max(1, max_elements // max(1, tensor.columns))
-    width = min(tensor.columns, max_elements)
-    for matrix in range(tensor.matrices):
-        origin = matrix * tensor.rows * tensor.columns
-        for row in range(0, tensor.rows, rows_each):
-            last = min(row + rows_each, tensor.rows)
-            if width == tensor.columns:
-                if width:
-                    yield Region(tensor, origin + row * width, origin + last * width)
-                continue
-            begin, end = origin + row * tensor.columns, origin + last * tensor.columns
-            for start in range(begin, end, width):
-                yield Region(tensor, start, min(start + width, end))
+    """Cut a tensor into regions of at most `max_elements` >= 1, in order: as many whole matrices as fit, else as many whole
+    rows, else pieces of a row."""
+    rows, columns = tensor.rows, tensor.columns
+    if not tensor.numel:
+        return
+    per_matrix = rows * columns
+    if per_matrix <= max_elements:
+        yield from _cut(tensor, 0, tensor.numel, max_elements // per_matrix * per_matrix)
+        return
+    for origin in range(0, tensor.numel, per_matrix):
+        if columns <= max_elements:
+            yield from _cut(tensor, origin, origin + per_matrix, max_elements // columns * columns)
+            continue
+        for row in range(origin, origin + per_matrix, columns):
+            yield from _cut(tensor, row, row + columns, max_elements)
+
+
+def _cut(tensor: TensorSpec, begin: int, end: int, elements: int) -> Iterator[Region]:
+    for start in range(begin, end, elements):
+        yield Region(tensor, start, min(start + elements, end))
 
 
 @dataclass(slots=True)

@@ -216,6 +216,8 @@ class _Stream:
 
     def _copy(self, tensor: PlannedTensor, region: Region) -> None:
         raw = tensor.base.read(region.start, region.stop, self._buffer(0, region.numel * 8))
+        if raw.dtype.is_floating_point:
+            check_finite(raw.to(torch.float32), tensor.base, region)
         for output in self._outputs:
             if raw.dtype == tensor.dtype:
                 output.writer.write(tensor.spec.name, region.start, raw)
@@ -243,12 +245,7 @@ class _Stream:
         raw = ref.read(region.start, region.stop, self._buffer(2 * slot, region.numel * 8, pinned=True))
         values = self._buffer(2 * slot + 1, region.numel * 4, self._options.device).view(torch.float32)
         values.copy_(raw, non_blocking=False)
-        if not all_finite(values):
-            position = region.start + int((~values.isfinite()).nonzero()[0])
-            raise InputError(
-                f"{ref.source.label}: {ref.name}: element {position} is {float(values[position - region.start])}. "
-                "The checkpoint is damaged; use another one."
-            )
+        check_finite(values, ref, region)
         return values
 
     def _buffer(
@@ -260,6 +257,16 @@ class _Stream:
             pin = pinned and self._options.device.type == "cuda"
             buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
         return buffers[key][:nbytes]
+
+
+def check_finite(values: torch.Tensor, ref: TensorRef, region: Region) -> None:
+    """Raise InputError, naming model, tensor and element, where a region's values `[region.numel]` hold a NaN or an infinity."""
+    if not all_finite(values):
+        index = int((~values.isfinite()).nonzero()[0])
+        raise InputError(
+            f"{ref.source.label}: {ref.name}: element {region.start + index} is {float(values[index])}. "
+            "The checkpoint is damaged; use another one."
+        )
 
 
 def all_finite(values: torch.Tensor) -> bool:

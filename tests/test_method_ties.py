@@ -186,8 +186,10 @@ def check_trim(vectors: Sequence[torch.Tensor], densities: Sequence[float], cut:
 
 def poor_sample(monkeypatch: pytest.MonkeyPatch, sampled: int, sigmas: float = 6.0) -> None:
     """Let the first guess at a threshold rest on less, where it rests on a sample: the result is exact anyway."""
-    monkeypatch.setattr(trim, "SAMPLED_PER_BLOCK", sampled, raising=False)
-    monkeypatch.setattr(trim, "SIGMAS", sigmas, raising=False)
+    monkeypatch.setattr(trim, "PIECE_ELEMENTS", sampled)
+    monkeypatch.setattr(trim, "MIN_PIECES", 2)
+    monkeypatch.setattr(trim, "WHOLE_ELEMENTS", 0)
+    monkeypatch.setattr(trim, "SIGMAS", sigmas)
 
 
 def full_readings(memory: InMemory) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ from streaming.blocks import GRID_ELEMENTS, Block, Region, Scan, TensorSpec, til
 MAGNITUDE_BITS = 0x7FFFFFFF
 INFINITY_BITS = 0x7F800000
 ABOVE_ALL = INFINITY_BITS + 1
-SAMPLED_PER_BLOCK = 1024
+PIECE_ELEMENTS = 1024
+MIN_PIECES = 64
+WHOLE_ELEMENTS = 4 * MIN_PIECES * PIECE_ELEMENTS
 SIGMAS = 6.0
 
 
@@ -92,13 +94,14 @@ class _Tally:
         self._inside += count.inside.tobytes()
         self._ends.append(len(self._inside) // 4)
 
-    def descending(self) -> Iterator[tuple[int, int]]:
-        """The magnitudes in the bracket with how often each occurs, largest first."""
-        yield self.bracket.high, sum(self._at_high)
+    def descending(self) -> tuple[np.ndarray, np.ndarray]:
+        """The magnitudes in the bracket, largest first, and how often each occurs."""
         values, numbers = np.unique(np.frombuffer(self._inside, dtype=np.int32), return_counts=True)
-        yield from zip(values[::-1].tolist(), numbers[::-1].tolist(), strict=True)
-        if self.bracket.low < self.bracket.high:
-            yield self.bracket.low, sum(self._at_low)
+        ends = 1 if self.bracket.low < self.bracket.high else 0  # both ends are one where the bracket is a point
+        return (
+            np.concatenate(([self.bracket.high], values[::-1], [self.bracket.low] * ends)).astype(np.int64),
+            np.concatenate(([sum(self._at_high)], numbers[::-1], [sum(self._at_low)] * ends)).astype(np.int64),
+        )
 
     def equal_per_block(self, bits: int) -> np.ndarray:
         """How many elements of each block equal `bits`, which lies in the bracket: `[blocks]` int64."""
@@ -122,10 +125,10 @@ class _Count(NamedTuple):
 def measure_trims(tensor: TensorSpec, scan: Scan, densities: Sequence[float]) -> tuple[Trim, ...]:
     """Find, for each task vector, the trim that keeps its int(density * numel) largest magnitudes.
 
-    Of equal magnitudes the lower index is kept. Two readings and a little: a sample (1024 elements of each block)
-    brackets the threshold, one full reading counts what lies above the bracket and collects what lies in it; where
-    equal magnitudes straddle the threshold, the one block in which they are cut off is read again. A bracket that
-    misses (an unlucky sample) is widened and counted again: the result is exact in any case.
+    Of equal magnitudes the lower index is kept. One reading and a little: a sample (about one element in 128) brackets
+    the threshold, a full reading counts what lies above the bracket and collects what lies in it, and the one block in
+    which equal magnitudes are cut off is read again. A bracket that misses (an unlucky sample) is widened and counted
+    again, in the end to everything: the result is exact in any case.
 
     Args:
         tensor: the tensor to be trimmed.
@@ -139,48 +142,69 @@ def measure_trims(tensor: TensorSpec, scan: Scan, densities: Sequence[float]) ->
     if not open_models:
         return tuple(trim for trim in trims if trim is not None)
     grid = list(tile(tensor, GRID_ELEMENTS))
-    brackets = _sample_brackets(scan, grid, {model: kept[model] / n for model in open_models})
-    while brackets:
-        tallies = _count(scan, grid, brackets)
-        missed = {}
-        for model in brackets:
-            found = _locate(tallies[model], kept[model])
-            if isinstance(found, _Bracket):
-                missed[model] = found
-            else:
-                trims[model] = _finish(scan, grid, model, *found, tallies[model])
-        brackets = missed
+    samples = _take_samples(scan, tensor, {model: kept[model] / n for model in open_models}, kept)
+    widening = 1
+    while samples:
+        tallies = _count(scan, grid, {model: sample.bracket(widening) for model, sample in samples.items()})
+        for model, tally in tallies.items():
+            found = _locate(tally, kept[model])
+            if found is not None:
+                trims[model] = _finish(scan, grid, model, *found, tally)
+                del samples[model]
+        widening *= 4
     return tuple(trim for trim in trims if trim is not None)
 
 
-def _sample_brackets(scan: Scan, grid: Sequence[Region], densities: dict[int, float]) -> dict[int, _Bracket]:
-    """Bracket each model's threshold by the order statistics of a sample; exactly where the sample is the whole tensor."""
-    pieces = [Region(r.tensor, r.start, r.start + _piece(r)) for r in grid] if len(grid) > 1 else list(grid)
+class _Sample:
+    """A sample of one task vector's magnitudes, which tells about where its k-th largest is.
 
-    def sample(block: Block) -> dict[int, torch.Tensor]:
-        return {model: magnitude_bits(block.task_vectors[model]).cpu() for model in densities}
+    Args:
+        pieces: `[pieces, elements]` int32 magnitudes; density: share of the tensor that is kept.
+        exact: the sample is the whole tensor, and the k-th largest is known.
+    """
 
-    samples = list(scan(sample, pieces))
-    brackets = {}
-    for model, density in densities.items():
-        values = torch.cat([piece[model] for piece in samples]).numpy()
-        count = len(values)
-        margin = math.ceil(SIGMAS * math.sqrt(count * density * (1 - density))) + 1 if len(grid) > 1 else 0
-        rank = int(density * grid[0].tensor.numel) - 1 if len(grid) == 1 else int(density * count)
-        first, last = count - 1 - (rank + margin), count - 1 - (rank - margin)  # in ascending order
-        values.partition([min(max(position, 0), count - 1) for position in (first, last)])
-        high = int(values[last]) if last < count else ABOVE_ALL
-        low = int(values[first]) if first >= 0 else 0
-        brackets[model] = _Bracket(low, high)
-    return brackets
+    def __init__(self, pieces: np.ndarray, density: float, k: int, *, exact: bool):
+        self._sorted = np.sort(pieces, axis=None)
+        count = self._sorted.size
+        self._rank = k - 1 if exact else int(density * count)  # from the largest
+        self._margin = 0.0
+        if not exact:
+            # Rows and columns differ in scale, so what counts is how much the pieces differ, not what chance alone gives.
+            shares = (pieces > self._sorted[count - 1 - min(self._rank, count - 1)]).mean(axis=1)
+            variance = max(shares.var() / len(pieces), density * (1 - density) / count)
+            self._margin = SIGMAS * math.sqrt(variance) * count + 1
+
+    def bracket(self, widening: int) -> _Bracket:
+        """Magnitudes between which the k-th largest lies: almost certainly for 1, more so for more."""
+        count, margin = self._sorted.size, math.ceil(self._margin * widening)
+        first, last = count - 1 - (self._rank + margin), count - 1 - (self._rank - margin)
+        high = int(self._sorted[last]) if last < count else ABOVE_ALL
+        return _Bracket(int(self._sorted[first]) if first >= 0 else 0, high)
 
 
-def _piece(region: Region) -> int:
-    """Elements sampled of a block: whole rows where a row is shorter than the piece."""
-    columns = region.tensor.columns
-    if region.numel < columns or columns >= SAMPLED_PER_BLOCK:
-        return min(region.numel, SAMPLED_PER_BLOCK)
-    return min(region.numel, SAMPLED_PER_BLOCK // columns * columns)
+def _take_samples(
+    scan: Scan, tensor: TensorSpec, densities: dict[int, float], kept: Sequence[int]
+) -> dict[int, _Sample]:
+    """Sample each model's magnitudes: pieces of 1024 elements, evenly spread but for a shift of their own, so that no
+    period of rows or columns is met always at the same place; small tensors whole."""
+    n = tensor.numel
+    exact = n <= max(WHOLE_ELEMENTS, 4 * PIECE_ELEMENTS)
+    size = n if exact else min(PIECE_ELEMENTS, GRID_ELEMENTS)
+    count = 1 if exact else min(max(MIN_PIECES, n // GRID_ELEMENTS), n // (4 * PIECE_ELEMENTS))
+    stride = n // count
+    shifts = [(index * 0x9E3779B1 % (1 << 32)) * (stride - size + 1) >> 32 for index in range(count)]
+    starts = [index * stride + shift for index, shift in enumerate(shifts)]
+    pieces = list(tile(tensor, GRID_ELEMENTS)) if exact else [Region(tensor, start, start + size) for start in starts]
+
+    def look(block: Block) -> dict[int, np.ndarray]:
+        return {model: magnitude_bits(block.task_vectors[model]).cpu().numpy() for model in densities}
+
+    found: dict[int, list[np.ndarray]] = {model: [] for model in densities}
+    for piece in scan(look, pieces):
+        for model, magnitudes in piece.items():
+            found[model].append(magnitudes)
+    joined = {model: np.concatenate(magnitudes).reshape(count, size) for model, magnitudes in found.items()}
+    return {model: _Sample(joined[model], density, kept[model], exact=exact) for model, density in densities.items()}
 
 
 def _count(scan: Scan, grid: Sequence[Region], brackets: dict[int, _Bracket]) -> dict[int, _Tally]:
@@ -208,16 +232,14 @@ def _count_block(values: torch.Tensor, bracket: _Bracket) -> _Count:
     return _Count(int(above.sum()), at_high, at_low, inside)
 
 
-def _locate(tally: _Tally, k: int) -> tuple[int, int] | _Bracket:
-    """The threshold's bits and how many elements equal to it are kept; or the next bracket, where this one missed."""
-    left = k - tally.above
-    if left <= 0:
-        return _Bracket(tally.bracket.high, ABOVE_ALL)
-    for bits, number in tally.descending():
-        if left <= number:
-            return bits, left
-        left -= number
-    return _Bracket(0, tally.bracket.low)
+def _locate(tally: _Tally, k: int) -> tuple[int, int] | None:
+    """The threshold's bits and how many elements equal to it are kept; None where it lies outside the bracket."""
+    values, numbers = tally.descending()
+    cumulative = tally.above + numbers.cumsum()
+    if not tally.above < k <= cumulative[-1]:
+        return None
+    index = int(np.searchsorted(cumulative, k))
+    return int(values[index]), k - int(cumulative[index] - numbers[index])
 
 
 def _finish(scan: Scan, grid: Sequence[Region], model: int, bits: int, left: int, tally: _Tally) -> Trim:

@@ -43,8 +43,7 @@ class Widen(Method):
         for region, partial in scan(_channel_sums):
             if sums is None:
                 sums = partial.new_zeros(partial.shape[0], tensor.matrices, channels)
-            first, last = _channel_range(region)
-            sums[:, region.matrix, first:last] += partial
+            sums[:, *_place(region)] += partial
         assert sums is not None
         return self._scores(*_differences(sums))
 
@@ -68,26 +67,28 @@ class Widen(Method):
         if region.tensor.is_vector:
             scores = self._vector_scores(block.task_vectors, statistics)
         else:
-            first, last = _channel_range(region)
-            piece = statistics[:, region.matrix, first:last]
-            scores = list(piece.unsqueeze(-1 if region.tensor.is_embedding else 1))
+            piece = statistics[:, *_place(region)]  # [models, matrices, channels]
+            scores = list(piece.unsqueeze(-1 if region.tensor.is_embedding else -2))
         total = torch.zeros_like(block.base)
         for values, score in zip(block.task_vectors, scores, strict=True):
-            total.add_((region.as_matrix(values) * score).view(-1))
+            total.add_((region.as_stack(values) * score).view(-1))
         return total.add_(block.base)
 
     def _vector_scores(self, task_vectors: list[torch.Tensor], means: torch.Tensor) -> list[torch.Tensor]:
-        """Scores of a vector's elements, `[1, n]` float32 per model."""
+        """Scores of a vector's elements, `[1, 1, n]` float32 per model."""
         magnitudes = torch.stack(task_vectors).abs_()
         # In float64 and rounded to float32, so that an exp that differs in its last bit between a vector loop and its
         # remainder cannot make the result depend on the block.
         scores = magnitudes.double().softmax(dim=0).float()
         scores.masked_fill_(magnitudes > self.ratio * means.unsqueeze(-1), self.calibration)
-        return list(scores.unsqueeze(1))
+        return list(scores[:, None, None])
 
 
-def _channel_range(region: Region) -> tuple[int, int]:
-    return region.row_range if region.tensor.is_embedding else region.column_range
+def _place(region: Region) -> tuple[slice, slice]:
+    """Which matrices and which of their channels a region holds."""
+    return slice(*region.matrix_range), slice(
+        *(region.row_range if region.tensor.is_embedding else region.column_range)
+    )
 
 
 def _sum_of_magnitudes(block: Block) -> torch.Tensor:
@@ -96,13 +97,13 @@ def _sum_of_magnitudes(block: Block) -> torch.Tensor:
 
 
 def _channel_sums(block: Block) -> tuple[Region, torch.Tensor]:
-    """Per channel sum b^2, then for each model sum b d_i and sum d_i^2: `[1 + 2 * models, channels]` float64."""
+    """Per channel sum b^2, then for each model sum b d_i and sum d_i^2: `[1 + 2 * models, matrices, channels]` float64."""
     assert block.base is not None
-    dim = 1 if block.region.tensor.is_embedding else 0
-    base = block.region.as_matrix(block.base).double()
+    dim = -1 if block.region.tensor.is_embedding else -2
+    base = block.region.as_stack(block.base).double()
     rows = [base.square().sum(dim=dim)]
     for task_vector in block.task_vectors:
-        values = block.region.as_matrix(task_vector).double()
+        values = block.region.as_stack(task_vector).double()
         rows += [(base * values).sum(dim=dim), values.square_().sum(dim=dim)]
     return block.region, torch.stack(rows)
 
