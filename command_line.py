@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from streaming.output import RunOptions, Written
 
 INTERRUPTED = 130
+LESS_MEMORY = "Use fewer --workers, or --device cpu."
 SIZE_UNITS = {
     "": 1,
     "K": 10**3,
@@ -83,6 +84,14 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequen
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone, and the interpreter would flush once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        print(f"{parser.prog}: too little memory. {LESS_MEMORY}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # torch's own way to say it, on the CPU and on a GPU
+        if not re.search(r"out of memory|not enough memory|can't allocate memory", str(error)):
+            raise
+        print(f"{parser.prog}: too little memory. {LESS_MEMORY}", file=sys.stderr)
         return 1
     except OSError as error:  # a disk or a folder that no check could foresee
         print(f"{parser.prog}: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)

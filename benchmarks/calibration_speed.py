@@ -4,7 +4,8 @@
     python benchmarks/calibration_speed.py --device cuda --blocks 32 --dtypes bfloat16
 
 A random Llama of 220 million parameters, blocks of 512 tokens, one block at a time. Bare and watched runs alternate, so
-that what else the machine does falls on both; the table has the median of each.
+that what else the machine does falls on both; the table has the median of each. Where other programs want the same cores,
+the ratio of processor seconds with `--threads 1` is to be trusted, and that of seconds is not.
 """
 
 from __future__ import annotations
@@ -47,15 +48,15 @@ def targets_of(model: Any) -> dict[str, Target]:
     }
 
 
-def run(model: Any, tokens: torch.Tensor, watching: AbstractContextManager[None]) -> float:
-    """Seconds of a forward pass over each of the blocks `[blocks, BLOCK]`."""
+def run(model: Any, tokens: torch.Tensor, watching: AbstractContextManager[None]) -> tuple[float, float]:
+    """Seconds, and seconds of processor time, of a forward pass over each of the blocks `[blocks, BLOCK]`."""
     with watching, torch.no_grad():
         _wait(tokens.device)
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         for block in tokens.split(1):
             model(input_ids=block, use_cache=False)
         _wait(tokens.device)
-        return time.perf_counter() - started
+        return time.perf_counter() - started, time.process_time() - started_cpu
 
 
 def _wait(device: torch.device) -> None:
@@ -69,11 +70,16 @@ def measure(dtype: torch.dtype, device: torch.device, blocks: int, repeats: int)
     tokens = torch.randint(VOCABULARY, (blocks, BLOCK), device=device)
     watcher = Watcher(model, targets_of(model))
     run(model, tokens[:1], watcher.watching())  # what is slow only once
-    pairs = [(run(model, tokens, nullcontext()), run(model, tokens, watcher.watching())) for _ in range(repeats)]
-    bare, watched = (tokens.numel() / statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-    ratio = statistics.median(bare_seconds / watched_seconds for bare_seconds, watched_seconds in pairs)
-    name = str(dtype).removeprefix("torch.")
-    return f"| {name} | {bare:,.0f} tokens/s | {watched:,.0f} tokens/s | {100 * ratio:.1f} % |"
+    bare, watched = [], []
+    for _ in range(repeats):
+        bare.append(run(model, tokens, nullcontext()))
+        watched.append(run(model, tokens, watcher.watching()))
+    rates = [tokens.numel() / statistics.median(seconds for seconds, _ in runs) for runs in (bare, watched)]
+    ratios = [
+        statistics.median(one[kind] / other[kind] for one, other in zip(bare, watched, strict=True)) for kind in (0, 1)
+    ]
+    cells = [str(dtype).removeprefix("torch."), *(f"{rate:,.0f} tokens/s" for rate in rates)]
+    return "| " + " | ".join([*cells, *(f"{100 * ratio:.1f} %" for ratio in ratios)]) + " |"
 
 
 def main() -> None:
@@ -82,12 +88,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of the forward pass (float32,bfloat16)")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of a run (8)")
+    parser.add_argument("--threads", type=int, help="of torch (default: one per core)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (3)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{where}, {os.cpu_count()} cores, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    print("| dtype | bare | watched | of the bare speed |\n" + "|---" * 4 + "|")
+    print("| dtype | bare | watched | bare / watched seconds | processor seconds |\n" + "|---" * 5 + "|")
     for name in arguments.dtypes.split(","):
         print(measure(getattr(torch, name), device, arguments.blocks, arguments.repeats), flush=True)
 

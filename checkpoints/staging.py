@@ -20,6 +20,13 @@ SWEEP_PREFIX = "omega_"
 """What the folders of a sweep are called, one checkpoint each: `omega_0.2`."""
 
 
+MARKER = ".merge-in-progress"
+
+
+class ForeignFolder(InputError):
+    """The work folder is in use for something else; nothing in it may be touched."""
+
+
 def partial_folder(save_path: Path) -> Path:
     """Where the work for `save_path` goes on: beside it, so that the rename stays on one file system."""
     target = save_path.resolve()
@@ -162,13 +169,15 @@ def staged(save_path: Path, *, overwrite: bool) -> Iterator[Path]:
                 f"{save_path}: another run is writing it. Wait for that run, or choose another --save_path."
             )
         try:
-            clear(work)
+            _claim(work)
             # Once more, now that no other run can publish: one may have done so since the plan was made.
             problem = _check_existing(target, overwrite=overwrite)
             if problem:
                 raise problem
             yield work
             _publish(work, target)
+        except ForeignFolder:
+            raise
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             _remove_empty(made)
@@ -189,6 +198,16 @@ def _lock(descriptor: int, work: Path) -> bool:
         return False
 
 
+def _claim(work: Path) -> None:
+    """Empty a work folder that an earlier run left, and mark it as one. Raises InputError where it is somebody else's."""
+    if any(work.iterdir()) and not (work / MARKER).is_file():
+        raise ForeignFolder(
+            f"{work}: holds files that no run of ours put there. Move them, or choose another --save_path."
+        )
+    clear(work)
+    (work / MARKER).touch()
+
+
 def _remove_empty(folders: Sequence[Path]) -> None:
     """Remove those folders, the last first, that exist and hold nothing."""
     for folder in reversed(folders):
@@ -206,6 +225,7 @@ def clear(folder: Path) -> None:
 
 
 def _publish(work: Path, target: Path) -> None:
+    (work / MARKER).unlink()
     _sync(work)
     if target.exists() and any(target.iterdir()):
         replaced = _replaced_folder(target)

@@ -38,7 +38,7 @@ from checkpoints.sidecars import (
     side_file_bytes,
 )
 from checkpoints.source import SAFETENSORS_DTYPES, TensorInfo, TensorRef
-from checkpoints.staging import check_save_path, check_space, clear, partial_folder, staged
+from checkpoints.staging import MARKER, check_save_path, check_space, clear, partial_folder, staged
 from checkpoints.vocabulary import MISSING, AlignedRows, Vocabulary, match_rows, read_vocabulary, vocabulary_digest
 from checkpoints.writer import CheckpointWriter, chunked_sha256, natural_key, plan_shards, write_file
 from tests.pico import copy_tokenizer, write_checkpoint
@@ -477,10 +477,22 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
     left = tmp_path / "out.partial"
     (left / "folder").mkdir(parents=True)
     (left / "folder" / "x").touch()
+    (left / MARKER).touch()
     (left / "link").symlink_to(tmp_path / "elsewhere")
     with staged(tmp_path / "out", overwrite=False) as work:
-        assert list(work.iterdir()) == []
+        assert [path.name for path in work.iterdir()] == [MARKER]
     assert tree(tmp_path) == {"elsewhere/precious": "1"}
+
+
+def test_a_folder_that_no_run_left_is_not_touched(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("1")
+    with (
+        pytest.raises(InputError, match=r"out\.partial: holds files that no run of ours put there\. Move them"),
+        staged(tmp_path / "out", overwrite=False),
+    ):
+        pytest.fail("the folder was taken")
+    assert tree(tmp_path) == {"out.partial/thesis.txt": "1"}
 
 
 def test_clear_follows_no_links(tmp_path):
