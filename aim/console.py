@@ -148,6 +148,8 @@ class AimRequest:
         Raises: InputError: see `calibrate` and `make_relaxations`.
         """
         activations = self._loaded or self._calibrate(base, console)
+        if self._loaded:
+            console.say(f"statistics: {self._file}, taken with {blocks_of(activations)}")
         if self._keep:
             activations.save(self._keep)
             console.say(f"{self._keep}: statistics of {len(activations.statistics)} tensors")
@@ -191,9 +193,14 @@ class AimRequest:
 
 def title_of(base: Model, activations: Activations) -> str:
     """What a figure is of: the base, and the text it was run on."""
+    return f"{Path(base.label).name}, {blocks_of(activations)}"
+
+
+def blocks_of(activations: Activations) -> str:
+    """The text that statistics were taken with."""
     calibration = activations.calibration
-    blocks = f"{calibration.get('blocks')} blocks of {calibration.get('block_size')} tokens"
-    return f"{Path(base.label).name}, {blocks} of {Path(str(calibration.get('source'))).name}"
+    source = Path(str(calibration.get("source"))).name
+    return f"{calibration.get('blocks')} blocks of {calibration.get('block_size')} tokens of {source}"
 
 
 def format_check(described: dict[str, Any]) -> str:

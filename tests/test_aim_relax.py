@@ -491,6 +491,7 @@ def test_blocks_are_relaxed_as_whole_tensors_are(shape: tuple[tuple[int, ...], i
     generator = torch.Generator().manual_seed(seed)
     base, merged = (torch.randn(sizes, generator=generator) for _ in range(2))
     share = torch.rand((*sizes[:-2], sizes[dim]) if len(sizes) > 2 else (sizes[dim],), generator=generator)
+    share = torch.where(share < 0.3, 0.0, torch.where(share > 0.7, 1.0, share))
     tensor = TensorSpec("w", sizes)
     transform = Relaxation({"w": ChannelFactors(share, dim)}, torch.device("cpu"))
     out = torch.full((tensor.numel,), torch.nan)
@@ -501,6 +502,9 @@ def test_blocks_are_relaxed_as_whole_tensors_are(shape: tuple[tuple[int, ...], i
         assert torch.equal(end, merged.flatten()[region.start : region.stop])
     expected = reference.relax(base, merged, share.double(), dim)
     torch.testing.assert_close(out.view(sizes).double(), expected, rtol=1e-5, atol=1e-6)
+    spread = reference.along(share, sizes, dim).expand(sizes)
+    assert torch.equal(out.view(sizes)[spread == 0], base[spread == 0])  # both ends exactly
+    assert torch.equal(out.view(sizes)[spread == 1], merged[spread == 1])
 
 
 @pytest.mark.parametrize("importance", [[-1.0, 2.0], [float("nan"), 1.0], [float("inf"), 1.0], [0.0, 0.0]])

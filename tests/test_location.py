@@ -554,6 +554,9 @@ def test_a_damaged_header(serve: Serve, tmp_path: Path, content: bytes, expected
 
 
 def test_progress_bars_only_on_request(serve: Serve, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub.utils import enable_progress_bars
+
+    enable_progress_bars()  # a test before this one may have turned them off for the whole process
     hub = serve({"org/a": write_model(tmp_path / "model"), "org/b": tmp_path / "model"})
     find("org/a")
     headers("org/a")
