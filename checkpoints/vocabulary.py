@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,10 +184,15 @@ class MeanRows:
     def __init__(self, inner: Source, names: Iterable[str]):
         self.label = inner.label
         self.tensors: Mapping[str, TensorInfo] = {name: inner.tensors[name] for name in names}
-        self._rows = {name: mean_row(inner, name) for name in self.tensors}
+        self._inner = inner
+        self._rows: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """See `Source.read`; rows beyond the table are the same too."""
+        with self._lock:  # on first use: a plan may have the headers of a hub model and none of its numbers
+            if name not in self._rows:
+                self._rows[name] = mean_row(self._inner, name)
         row = self._rows[name]
         return row[torch.arange(start, stop) % len(row)]
 
