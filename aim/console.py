@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from aim.calibrate import calibrate, check_block_size, check_causal, check_complete, read_blocks, select
+from aim.calibrate import (
+    calibrate,
+    check_block_size,
+    check_causal,
+    check_complete,
+    quiet_transformers,
+    read_blocks,
+    select,
+)
 from aim.calibration import Blocks, is_local
 from aim.flags import check_files, read_calibration, read_relaxing
 from aim.relaxing import Relaxations, check_activations, group_kept, make_relaxations, outputs_of, why_kept
@@ -82,7 +90,7 @@ class AimRequest:
                 if base.weights.is_here:
                     check_activations(self._loaded, base, selection, self.how.numerics, self._source)
         for check in () if self._file else (check_causal, check_complete, self._check_texts):
-            with collecting(problems):
+            with collecting(problems), quiet_transformers():
                 check(base)
         if problems:
             raise Refusals(problems)

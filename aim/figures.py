@@ -35,9 +35,11 @@ def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path, *, tit
 
 
 def _by_kind(importance: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Kind of layer -> tensor -> s, without experts that saw no token."""
     kinds: dict[str, dict[str, torch.Tensor]] = {}
     for name, s in importance.items():
-        kinds.setdefault(kind_of(name), {})[name] = s
+        rows = s.reshape(-1, s.shape[-1])
+        kinds.setdefault(kind_of(name), {})[name] = rows[rows.amax(dim=-1) > 0]
     return kinds
 
 

@@ -156,7 +156,7 @@ def prepare(
     Args:
         base, merged: opened. The output has the merged model's tensors, dtypes, tokenizer and side files.
         save_path, options: where to and how.
-        out_dtype: `auto` keeps each tensor's dtype in the merged model.
+        out_dtype: `auto` keeps each tensor's dtype in the merged model; under `reference` it means bfloat16.
         omegas: checkpoints that will be written, for the disk space.
         numerics: `reference` gives a token that the base lacks the mean of the base's rows; else it stays as merged.
 
@@ -182,6 +182,8 @@ def prepare(
         notes.insert(0, f"{merged.label}: left out, as loading ignores or recomputes them: {list_kinds(dropped)}.")
     if base.location.folder == merged.location.folder:
         notes.append(f"{merged.label}: is the base itself, so that relaxing changes nothing.")
+    if numerics == "reference" and out_dtype == "auto":
+        out_dtype = "bfloat16"  # what the published program writes, whatever the merge is stored in
     tensors = tuple(_plan_tensor(merged, name, matched.tensors.get(name), out_dtype) for name in names)
     job = AimJob(base, merged, tensors, notes, save_path, options, out_dtype)
     problems += check_space(save_path, omegas * (job.bytes_to_write + side_file_bytes(merged.location.folder)))

@@ -5,7 +5,7 @@
 
 A random Llama of 220 million parameters, blocks of 512 tokens, one block at a time. Bare and watched runs alternate, so
 that what else the machine does falls on both; the table has the median of each. Where other programs want the same cores,
-the ratio of processor seconds with `--threads 1` is to be trusted, and that of seconds is not.
+set OMP_WAIT_POLICY=passive or --threads 1: threads that wait by spinning make many small steps cost what few do not.
 """
 
 from __future__ import annotations
