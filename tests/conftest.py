@@ -31,3 +31,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:
         torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which level of the sandbox was proved here, and how many hostile programs ran or were skipped."""
+    tests = sys.modules.get("tests.test_sandbox")
+    for line in tests.summary() if tests is not None else []:
+        terminalreporter.write_line(line)

@@ -1,0 +1,182 @@
+"""Which backend and GPUs a model runs on, and loading it: lm_eval's HFLM or VLLM."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from checkpoints.errors import ArgumentError, InputError
+from checkpoints.sidecars import read_config
+from evaluation.model import BackendName, Model, ModelOptions
+
+# What a library raises for a folder that is no model it can load.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError)
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs that are visible; counted without starting CUDA, which vLLM's workers could not bear."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def choose_backend(asked: str, gpus: int) -> BackendName:
+    """`auto` is vllm where there is a GPU and it is installed, else hf.
+
+    Raises: ArgumentError: vllm is asked for and cannot run here.
+    """
+    installed = find_spec("vllm") is not None
+    if asked == "auto":
+        return "vllm" if gpus and installed else "hf"
+    if asked == "vllm" and not (installed and gpus):
+        lacks = "vllm, which is not installed" if not installed else "an NVIDIA GPU"
+        raise ArgumentError(f"--backend vllm: needs {lacks}. Use --backend hf, or see requirements-gpu.txt.")
+    return "vllm" if asked == "vllm" else "hf"
+
+
+def choose_gpus(asked: int | None, gpus: int, heads: int | None, backend: BackendName) -> int:
+    """How many GPUs to use: as asked, else all of them (vllm: the most that divide the attention heads).
+
+    Raises: ArgumentError: more than there are; a number that does not divide the heads.
+    """
+    if asked is not None and asked > gpus:
+        raise ArgumentError(f"--n_gpu {asked}: there are {gpus} GPUs here. Give at most {gpus}.")
+    if asked and heads and heads % asked:
+        fitting = [str(count) for count in range(1, gpus + 1) if heads % count == 0]
+        raise ArgumentError(
+            f"--n_gpu {asked}: expected a number that divides the model's {heads} attention heads. "
+            f"Here: {', '.join(fitting) or 'none'}."
+        )
+    if asked is not None:
+        return asked
+    if backend == "vllm" and heads:
+        return max((count for count in range(1, gpus + 1) if heads % count == 0), default=gpus)
+    return gpus
+
+
+def attention_heads(folder: Path, label: str) -> int | None:
+    """`num_attention_heads` of a config, or of its text part. Raises InputError where there is no config."""
+    config = read_config(folder, label)
+    for part in (config, config.get("text_config")):
+        heads = part.get("num_attention_heads", part.get("n_head")) if isinstance(part, dict) else None
+        if isinstance(heads, int) and heads > 0:
+            return heads
+    return None
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a tokenizer's files hold a chat template."""
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    try:
+        return bool(json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def load_model(folder: Path, label: str, options: ModelOptions) -> Model:
+    """Load a checkpoint.
+
+    Args:
+        folder: with config, weights and tokenizer.
+        label: how messages name it.
+        options: how.
+
+    Raises: InputError: it cannot be loaded, or weights of it are missing.
+    """
+    _quiet()
+    try:
+        return _load_vllm(folder, label, options) if options.backend == "vllm" else _load_hf(folder, label, options)
+    except InputError:
+        raise
+    except LOAD_ERRORS as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"{label}: cannot be loaded by {options.backend}: {type(error).__name__}: {reason:.300}"
+        ) from error
+
+
+def _load_hf(folder: Path, label: str, options: ModelOptions) -> Model:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from evaluation.transformers_model import TransformersModel
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    placement: dict[str, Any] = {}
+    if options.n_gpu > 1:
+        placement = {"device_map": "auto", "max_memory": _memory_of(options.n_gpu)}
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+        trust_remote_code=options.trust_remote_code,
+        output_loading_info=True,
+        **placement,
+    )
+    absent = sorted({str(key) for kind in ("missing_keys", "mismatched_keys") for key in report.get(kind) or ()})
+    if absent:
+        raise InputError(
+            f"{label}: expected weights for all of the model, got none that fit for {absent[0]}"
+            f"{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}. The checkpoint is incomplete."
+        )
+    if options.n_gpu == 1:
+        loaded = loaded.to("cuda:0")
+    window = min(options.max_model_len, _own_window(loaded.config, tokenizer, options.max_model_len))
+    lm = TransformersModel(loaded, tokenizer, window=window, batch_size=options.batch_size or 1)
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{label}: expected a token that ends a text, got none in config and tokenizer. Name eos_token_id."
+        )
+    return Model(lm, label, options, window, lm.ignored)
+
+
+def _load_vllm(folder: Path, label: str, options: ModelOptions) -> Model:
+    # Its workers must not inherit a process that has used CUDA; and its log would drown ours.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from transformers import AutoConfig, AutoTokenizer
+
+    from evaluation.vllm_model import VllmModel
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    window = min(options.max_model_len, _own_window(config, tokenizer, options.max_model_len))
+    lm = VllmModel(
+        str(folder),
+        window=window,
+        dtype=options.dtype,
+        n_gpu=max(1, options.n_gpu),
+        seed=options.seed,
+        batch_size=options.batch_size,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return Model(lm, label, options, window, {})
+
+
+def _own_window(config: Any, tokenizer: Any, default: int) -> int:
+    """Positions that a model has, by its config, else by its tokenizer; `default` where neither says."""
+    from lm_eval.models.utils import resolve_max_length
+
+    return int(resolve_max_length(config, tokenizer, default=default))
+
+
+def _memory_of(n_gpu: int) -> dict[int, int]:
+    """What accelerate may fill of each of the first GPUs, in bytes: nine tenths of what is free."""
+    import torch
+
+    return {gpu: int(torch.cuda.mem_get_info(gpu)[0] * 0.9) for gpu in range(n_gpu)}
+
+
+def _quiet() -> None:
+    """Keep libraries from printing what our own messages and bars say."""
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()

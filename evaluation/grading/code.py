@@ -1,0 +1,50 @@
+"""From a response to a program, and from the sandbox's verdict on it to a grade."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from evaluation.benchmarks.contract import Advance, Grade, Status
+from evaluation.grading.tools import Tools
+
+_FENCE = re.compile(r"```[^\S\n]*[\w+-]*[^\S\n]*\n(.*?)(?:\n[^\S\n]*```|\Z)", re.DOTALL)
+_STATUS: dict[str, Status] = {
+    "passed": "right",
+    "failed": "wrong",
+    "timeout": "timeout",
+    "forged": "forged",
+    "error": "error",
+}
+
+
+def fenced_block(text: str) -> str | None:
+    """The inside of the first ``` block, which may lack its closing fence; None without one."""
+    match = _FENCE.search(text)
+    return match[1] if match else None
+
+
+def looks_whole(text: str, function: str) -> bool:
+    """Whether a text is a program that defines `function` itself: its first line is not indented, as a completion's is."""
+    first = next((line for line in text.splitlines() if line.strip()), " ")
+    defines = re.search(rf"^(?:async\s+)?def\s+{re.escape(function)}\s*\(", text, re.MULTILINE)
+    return not first[0].isspace() and defines is not None
+
+
+def grade_programs(sources: Sequence[str], tests: Sequence[str], tools: Tools, advance: Advance) -> list[Grade]:
+    """Run programs against their tests in the sandbox.
+
+    Args:
+        sources: what the model wrote, with what it completes.
+        tests: Python that raises unless the program is right, aligned with `sources`.
+    """
+    verdicts = tools.run_programs(list(zip(sources, tests, strict=True)), advance)
+    return [
+        Grade(
+            score=float(verdict.status == "passed"),
+            status=_STATUS[verdict.status],
+            detail=verdict.detail,
+            extra={"seconds": round(verdict.seconds, 3)},
+        )
+        for verdict in verdicts
+    ]

@@ -1,0 +1,98 @@
+"""lm_eval's VLLM with our progress, and with a record of how each text ended. Importing it needs vllm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from lm_eval.models.vllm_causallms import VLLM
+from vllm import SamplingParams, TokensPrompt
+
+from evaluation.transformers_model import Finish
+
+GPU_MEMORY_SHARE = 0.8
+"""Below vLLM's default: the logprobs of whole prompts, which MMLU asks for, come on top of what vLLM plans for."""
+
+
+class VllmModel(VLLM):
+    """VLLM under lm_eval.
+
+    It passes explicit sampling parameters, so a checkpoint's generation_config does not change decoding; vLLM itself adds that
+    file's EOS tokens to the ones that end a text.
+
+    Attributes:
+        finished: of everything generated since it was last cleared, in lm_eval's order.
+        advance: called with numbers of requests as they finish.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        window: int,
+        dtype: str,
+        n_gpu: int,
+        seed: int,
+        batch_size: int | None,
+        trust_remote_code: bool = False,
+    ):
+        super().__init__(
+            pretrained=folder,
+            dtype=dtype,
+            max_model_len=window,
+            tensor_parallel_size=n_gpu,
+            seed=seed,
+            batch_size="auto",
+            max_batch_size=batch_size,  # vLLM's max_num_seqs
+            trust_remote_code=trust_remote_code,
+            gpu_memory_utilization=GPU_MEMORY_SHARE,
+        )
+        self.finished: list[Finish] = []
+        self.advance: Callable[[int], object] = lambda count: None
+
+    def _model_generate(
+        self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None
+    ) -> list[Any]:
+        """Generate for token lists, or score them where `generate` is false; as VLLM's, in the order given."""
+        prompts = [TokensPrompt(prompt_token_ids=request) for request in requests]
+        if not generate:
+            scoring = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+            return list(self.model.generate(prompts, sampling_params=scoring, use_tqdm=False))
+        outputs = list(self.model.generate(prompts, sampling_params=sampling_params, use_tqdm=self._bar))
+        self.finished += [
+            Finish(output.text, len(output.token_ids), output.finish_reason == "length")
+            for output in (request.outputs[0] for request in outputs)
+        ]
+        return outputs
+
+    def _bar(self, requests: Iterable[Any] | None = None, **keywords: Any) -> Any:
+        """What vLLM takes for tqdm: the bar that counts finished requests, or the bare iterable that it adds them from."""
+        return _Bar(self.advance) if requests is None else requests
+
+
+class _Bar:
+    """The part of tqdm that vLLM uses, passing counts on."""
+
+    def __init__(self, advance: Callable[[int], object]):
+        self._advance = advance
+        self._started = time.monotonic()
+        self.n = 0
+        self.postfix = ""
+
+    @property
+    def format_dict(self) -> dict[str, float]:
+        return {"elapsed": max(1e-9, time.monotonic() - self._started)}
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        self._advance(count)
+
+    def refresh(self) -> None:
+        """Nothing to draw."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+    def set_postfix_str(self, text: Sequence[str] = "", refresh: bool = True) -> None:
+        """Nothing to show."""

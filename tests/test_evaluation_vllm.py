@@ -1,0 +1,73 @@
+"""The vllm path, on a stand-in for vllm under lm_eval's real VLLM class: the same responses as through transformers."""
+
+import json
+
+import pytest
+
+import evaluate_model
+from evaluation import backends
+from tests.evaluation_files import DATA, make_model
+from tests.fake_vllm import fake_vllm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    asked = {
+        "bos_token_id": 1,
+        "eos_token_id": [2, 150],
+        "repetition_penalty": 5.0,
+        "temperature": 2.0,
+        "do_sample": True,
+    }
+    return make_model(tmp_path_factory.mktemp("model"), generation_config=asked, max_position_embeddings=1024)
+
+
+def generate(folder, save_path, *flags):
+    arguments = [
+        "--model",
+        str(folder),
+        "--dtype",
+        "float32",
+        "--data_dir",
+        str(DATA),
+        "--stage",
+        "generate",
+        "--quiet",
+    ]
+    assert evaluate_model.main([*arguments, "--save_path", str(save_path), *flags]) == 0
+    lines = save_path.with_name(save_path.stem + ".responses.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines if line], json.loads(save_path.read_text())
+
+
+def test_both_backends_give_the_same_responses(folder, tmp_path, monkeypatch):
+    flags = ["--limit", "2", "--math_max_tokens", "24", "--max_model_len", "560"]
+    plain, results = generate(folder, tmp_path / "hf.json", *flags, "--backend", "hf")
+    assert {entry["generation"]["backend"] for entry in results["benchmarks"].values()} == {"hf"}
+    monkeypatch.setattr(backends, "count_gpus", lambda: 3)
+    with fake_vllm(monkeypatch) as made:
+        fast, results = generate(folder, tmp_path / "vllm.json", *flags)
+    # `auto` took vllm, and two of three GPUs: three do not divide the four heads.
+    assert {entry["generation"]["backend"] for entry in results["benchmarks"].values()} == {"vllm"}
+    assert [line["finish"] for line in plain].count("no_room") >= 1
+    assert any(line["shortened"] for line in plain)
+    for slow, quick in zip(plain, fast, strict=True):
+        slow_scores, quick_scores = (line.pop("loglikelihoods", []) for line in (slow, quick))
+        assert slow_scores == pytest.approx(quick_scores, abs=1e-4)
+        assert slow == quick
+    (llm,) = made
+    expected = {"model": str(folder.resolve()), "dtype": "float32", "max_model_len": 560, "tensor_parallel_size": 2}
+    assert llm.arguments.items() >= expected.items()
+    assert (llm.arguments["gpu_memory_utilization"], llm.arguments["seed"]) == (0.8, 1234)
+    assert all(parameters.temperature == 0 for parameters in llm.parameters)
+    assert all(parameters.repetition_penalty == 1 for parameters in llm.parameters)
+
+
+def test_bos_by_profile(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(backends, "count_gpus", lambda: 1)
+    flags = ["--limit", "1", "--math_max_tokens", "4", "--benchmarks", "humaneval,mmlu,gsm8k", "--profile", "paper"]
+    with fake_vllm(monkeypatch):
+        _, results = generate(folder, tmp_path / "vllm.json", *flags, "--backend", "vllm")
+    _, plain = generate(folder, tmp_path / "hf.json", *flags, "--backend", "hf", "--n_gpu", "0")
+    for entries in (results["benchmarks"], plain["benchmarks"]):
+        counts = {name: entry["generation"]["bos"]["bos_count"] for name, entry in entries.items()}
+        assert counts == {"humaneval": 0, "mmlu": 0, "gsm8k": 1}

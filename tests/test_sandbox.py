@@ -1,0 +1,677 @@
+"""The sandbox: right verdicts, and hostile programs that do not get out, do not pass, and do not disturb the next one.
+
+A hostile program runs only in a jail that a harmless trial has just proved (`Sandbox` refuses otherwise), never as
+root, and aimed at marker files, listeners and a process of the test's own (tests/hostile_world.py). That the attacks
+are real is shown in an outer jail: there each works without the layers that stop it, and each such layer stops it
+alone. Where bubblewrap works, a level that does not is a failure; elsewhere it is skipped. The summary counts both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoints.errors import InputError
+from evaluation import sandbox as sandbox_module
+from evaluation.jail import landlock, room, seccomp, view
+from evaluation.jail.host import Jail, JailError
+from evaluation.jail.settings import LIMITS, NAMESPACES, Settings
+from evaluation.jail.zygote import remove_tree
+from evaluation.sandbox import LOCKED, Level, Program, Sandbox, Verdict, probe, why_not
+from tests import hostile_control
+from tests.hostile_programs import ALL, CONTROLLED, LOOP_S, MEMORY_BYTES, THEFT, UNSOLVED
+from tests.hostile_world import World, hostile_processes
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = (Level.BUBBLEWRAP, Level.USERNS_LANDLOCK)
+BOOT_CONTROL = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from tests.hostile_control import main; main(sys.argv[1:])"
+)
+CONTROL_S = 150.0
+pytestmark = pytest.mark.filterwarnings("ignore:sandbox.*:UserWarning")
+
+# Level or control -> hostile programs run. What does not run is skipped as a whole.
+RAN: dict[str, int] = {}
+
+
+def count(what: str) -> None:
+    RAN[what] = RAN.get(what, 0) + 1
+
+
+def summary() -> list[str]:
+    """For tests/conftest.py: the level that evaluations use here, how many programs ran under each, and what is skipped."""
+    if not problem.cache_info().currsize:
+        return []
+    best = next((level.value for level in LOCKED if problem(level) is None), "none, nothing can lock programs up here")
+    rows = [f"sandbox level: {best}"]
+    rows += [f"  {what}: {ran} hostile programs run, 0 skipped" for what, ran in RAN.items()]
+    rows += [f"  {v.value}: 0 hostile programs run, {len(ALL)} skipped: {problem(v)}" for v in LOCKED if problem(v)]
+    if all(problem(level) for level in ROOMS):
+        rows.append(f"  control in an outer jail: 0 hostile programs run, {len(CONTROLLED)} skipped: no outer jail")
+    return rows
+
+
+@functools.cache
+def problem(level: Level) -> str | None:
+    return why_not(level)
+
+
+def need(level: Level) -> None:
+    """Skip where a level does not work; fail where bubblewrap does, and the kernel has what the level needs."""
+    found = problem(level)
+    if found is None:
+        return
+    if problem(Level.BUBBLEWRAP) is None and landlock.abi():
+        pytest.fail(f"bubblewrap works here, but {level.value} does not: {found}")
+    pytest.skip(f"{level.value}: {found}")
+
+
+@pytest.fixture(scope="module", params=LOCKED, ids=lambda level: level.value)
+def level(request: pytest.FixtureRequest) -> Level:
+    need(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def sandbox(level: Level) -> Iterator[Sandbox]:
+    with Sandbox(level, workers=2) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def lone_sandbox(level: Level) -> Iterator[Sandbox]:
+    """One worker, so that the next program runs where the last one ran."""
+    with Sandbox(level, workers=1, memory_bytes=MEMORY_BYTES) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with World() as targets:
+        yield targets
+
+
+@contextlib.contextmanager
+def borrowed(sandbox: Sandbox) -> Iterator[Jail]:
+    """The jail of a sandbox with one worker that has run something."""
+    jail = sandbox._idle.get()
+    assert jail is not None
+    yield jail
+    sandbox._idle.put(jail)
+
+
+def verdict(sandbox: Sandbox, source: str, test: str = "", timeout_s: float = 10.0) -> Verdict:
+    return sandbox.run([Program(source, test, timeout_s)])[0]
+
+
+# ------------------------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("source", "test", "status", "detail"),
+    [
+        ("def f(x): return x + 1", "assert f(1) == 2", "passed", ""),
+        ("", "", "passed", ""),
+        ("x = 1", "assert x == 1 and __name__ != '__main__'", "passed", ""),
+        ("def f(x): return x", "assert f(1) == 2, 'f(1)'", "failed", "AssertionError: f(1)"),
+        ("def f(:", "", "failed", "SyntaxError: invalid syntax (<program>, line 1)"),
+        ("def f(): pass", "def", "failed", "SyntaxError: invalid syntax (<test>, line 1)"),
+        ("raise SystemExit(0)", "", "failed", "SystemExit: 0"),
+        ("import os\nos._exit(0)", "", "failed", "ended with status 0 before its tests did"),
+        ("import os\nos._exit(3)", "", "failed", "ended with status 3 before its tests did"),
+        ("import not_there", "", "failed", "ModuleNotFoundError: No module named 'not_there'"),
+        ("import torch", "", "failed", "ModuleNotFoundError: No module named 'torch'"),
+        ("raise ValueError('a\\x00\\nb\\u00e9')", "", "failed", "ValueError: a  bé"),
+        ("import ctypes\nctypes.string_at(0)", "", "failed", "killed by signal 11"),
+    ],
+)
+def test_verdicts(sandbox, source, test, status, detail):
+    found = verdict(sandbox, source, test)
+    assert (found.status, found.detail) == (status, detail)
+
+
+WHAT_PROGRAMS_NEED = {
+    "numpy": "import numpy as np\nassert np.arange(6).reshape(2, 3).sum() == 15\nassert np.linalg.inv(np.eye(3))[0, 0] == 1",
+    "random numbers": "import numpy, random, secrets, uuid\nrandom.seed(1); random.random(); secrets.token_hex(); uuid.uuid4()",
+    "the standard library": "import asyncio, csv, ctypes, dataclasses, difflib, email, encodings.idna, sqlite3, "
+    "statistics, unittest, xml.dom.minidom, zoneinfo\n'ä'.encode('idna'); 'x'.encode('utf-16').decode('utf-16')",
+    "asyncio": "import asyncio\nasync def f(): return 3\nassert asyncio.run(f()) == 3",
+    "threads": "from concurrent.futures import ThreadPoolExecutor\n"
+    "assert list(ThreadPoolExecutor(8).map(abs, range(-99, 0))) == list(range(99, 0, -1))",
+    "files of its own": "import os, tempfile, shutil\nopen('a', 'w').write('x')\nos.mkdir('d')\nos.rename('a', 'd/a')\n"
+    "with tempfile.TemporaryDirectory() as t: open(t + '/b', 'w').write('y')\nshutil.rmtree('d')\nassert not os.listdir('.')",
+    "dataclasses": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nA(1)",
+    "pickle": "import pickle\nclass A: pass\nassert type(pickle.loads(pickle.dumps(A()))) is A",
+    "its own exit": "try: exit()\nexcept SystemExit: pass",
+    "signals to itself": "import signal\nsignal.signal(signal.SIGALRM, lambda *a: 1 / 0)\n"
+    "try:\n    signal.setitimer(0, 0.01)\n    while True: pass\nexcept ZeroDivisionError: pass",
+    "recursion": "f = lambda n: n and f(n - 1)\nassert f(900) == 0",
+    "time": "import time, datetime\ntime.sleep(0.01); datetime.datetime.now().astimezone()",
+    "its output": "import sys\nprint('x' * 10**6)\nprint('y', file=sys.stderr)\nsys.stdout.flush()",
+}
+
+
+@pytest.mark.parametrize("name", WHAT_PROGRAMS_NEED)
+def test_programs_have_what_they_need(sandbox, name):
+    found = verdict(sandbox, WHAT_PROGRAMS_NEED[name])
+    assert found.status == "passed", found.detail
+
+
+def test_program_is_nobody_with_nothing(sandbox):
+    source = """
+import ctypes, os, resource, sys
+assert ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) == 0, "can be dumped"
+assert ctypes.CDLL(None).prctl(39, 0, 0, 0, 0) == 1, "can gain privileges"
+assert resource.getrlimit(resource.RLIMIT_AS) == (2**30, 2**30) and resource.getrlimit(resource.RLIMIT_CORE) == (0, 0)
+assert os.getresuid() == (65534,) * 3 and os.getresgid() == (65534,) * 3 and os.getgroups() in ([], [65534])
+assert not os.environ and sys.argv == ["program"] and not os.listdir(".") and sys.stdin.read() == ""
+assert not any("site-packages" in path for path in sys.path), sys.path
+for descriptor in range(3, 64):
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        continue
+    assert descriptor == 4 or descriptor >= 16, descriptor  # the result; folders that only root can get to
+"""
+    if os.getuid() != 0 and sandbox.level is Level.LANDLOCK:
+        source = source.replace("65534", str(os.getuid()))  # who is nobody special cannot become nobody
+    found = verdict(sandbox, source)
+    assert found.status == "passed", found.detail
+
+
+def test_order_and_progress(sandbox):
+    programs = [Program(f"x = {i}", f"assert {i} % 3") for i in range(30)]
+    seen: list[tuple[int, int]] = []
+    found = sandbox.run(programs, progress=lambda done, total: seen.append((done, total)))
+    assert [v.status for v in found] == ["passed" if i % 3 else "failed" for i in range(30)]
+    assert seen == [(i + 1, 30) for i in range(30)]
+    assert sandbox.run([]) == []
+
+
+def test_programs_run_at_the_same_time(sandbox):
+    started = time.monotonic()
+    found = sandbox.run([Program("import time\ntime.sleep(0.5)\nassert False", "", 10.0)] * 2)
+    assert [v.status for v in found] == ["failed"] * 2
+    assert time.monotonic() - started < 0.95
+
+
+def test_time_limit_holds(sandbox):
+    started = time.monotonic()
+    found = verdict(sandbox, "while True: pass", timeout_s=0.3)
+    assert (found.status, found.detail) == ("timeout", "time limit")
+    assert 0.3 <= found.seconds < 2
+    assert time.monotonic() - started >= 0.6  # once more, alone
+
+
+def test_time_kept_waiting_does_not_count_the_second_time(sandbox):
+    """As on a busy machine: past its time on the clock, but not in processor time."""
+    found = verdict(sandbox, "import time\ntime.sleep(0.4)", timeout_s=0.2)
+    assert found.status == "passed"
+    assert found.seconds >= 0.4
+    found = verdict(
+        sandbox,
+        "import time\nstart = time.process_time()\nwhile time.process_time() < start + 0.6: pass",
+        timeout_s=0.2,
+    )
+    assert found.status == "timeout"
+
+
+def test_nothing_of_a_run_reaches_the_next(sandbox):
+    source = "import math, random, sys, os\nmath.pi = 3\nsys.path.clear()\nos.environ['A'] = 'b'\nopen('left', 'w')\nrandom.seed(0)"
+    check = "import math, sys, os\nassert math.pi > 3.1 and sys.path and not os.environ and not os.listdir('.')"
+    found = sandbox.run([Program(source, "", 10.0), Program(check, "", 10.0)] * 8)
+    assert {v.status for v in found} == {"passed"}, found
+
+
+def test_random_numbers_differ_between_runs(sandbox):
+    found = sandbox.run([Program("import random\nraise Exception(random.random())", "", 10.0)] * 4)
+    assert len({v.detail for v in found}) == 4
+
+
+# ------------------------------------------------------------------------------------------------ hostile programs
+
+
+NEXT = Program(
+    "import os\ndef solve(): return 42",
+    "assert solve() == 42 and not os.listdir('.') and len(os.listdir('/usr')) > 3",
+    10.0,
+)
+
+
+@pytest.mark.parametrize("program", ALL, ids=lambda program: program.name)
+def test_hostile_programs_are_held(level, lone_sandbox, world, program):
+    count(level.value)
+    world.renew()
+    source = world.constants() + program.source
+    found, following = lone_sandbox.run([Program(source, program.test, program.timeout_s), NEXT])
+    effects = world.effects(found.detail)
+    if level not in program.open_at:
+        assert not effects, (effects, found)
+    assert found.status in ("failed", "timeout", "forged"), found
+    assert following.status == "passed", following
+
+
+@pytest.mark.parametrize("outer", ROOMS, ids=lambda level: level.value)
+def test_a_room_holds_alone(outer, world):
+    """Without Landlock and without the filter: what is not in the room cannot be reached from it."""
+    need(outer)
+    layers = (NAMESPACES, LIMITS)
+    scratch = tempfile.mkdtemp()
+    os.chmod(scratch, 0o711)
+    if outer is Level.BUBBLEWRAP:
+        start, settings = view.bubblewrap(shutil.which("bwrap") or "", layers, MEMORY_BYTES)
+        jail = Jail(view.python(), settings, start)
+    else:
+        jail = Jail(view.python(), view.own_room(scratch, layers, MEMORY_BYTES))
+    problems = []
+    try:
+        for program in [p for p in ALL if p.effect and p.room]:
+            count(f"room of {outer.value} alone")
+            world.renew()
+            outcome = jail.attempt(world.constants() + program.source, program.test, program.timeout_s)
+            effects = world.effects(outcome.detail)
+            if effects or outcome.passed:
+                problems.append((program.name, effects, outcome))
+            assert jail.attempt(NEXT.source, NEXT.test, NEXT.timeout_s).passed, program.name
+    finally:
+        jail.close()
+        remove_tree(scratch)
+    assert not problems
+
+
+def control_command(folder: Path) -> list[str]:
+    """The command that runs tests/hostile_control.py in an outer jail, made by whatever works here."""
+    here = json.dumps(hostile_control.outer_namespaces())
+    command = [view.python(), "-I", "-S", "-B", "-c", BOOT_CONTROL, str(ROOT), here]
+    binds, links, _ = view.shown_in_room()
+    binds = (*binds, (str(ROOT), str(ROOT)))
+    if problem(Level.BUBBLEWRAP) is None:
+        start = room.bubblewrap(shutil.which("bwrap") or "", binds, links)
+        size = str(hostile_control.SCRATCH_BYTES)
+        before = start.index("--remount-ro")
+        start[before:before] = ["--perms", "1777", "--size", size, "--tmpfs", hostile_control.SCRATCH, "--as-pid-1"]
+        return [*start, *command]
+    for name in ("root", "scratch"):
+        (folder / name).mkdir()
+    binds = (*binds, (str(folder / "scratch"), hostile_control.SCRATCH))
+    settings = Settings((), 0, "", root=str(folder / "root"), binds=binds, links=links)
+    return [*command, settings.to_json()]
+
+
+@pytest.fixture(scope="module")
+def controls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """What each attack did without the layers that stop it, and with each of them alone."""
+    if problem(Level.BUBBLEWRAP) is not None:
+        need(Level.USERNS_LANDLOCK)
+    command = control_command(tmp_path_factory.mktemp("control"))
+    done = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, timeout=CONTROL_S, check=False)
+    assert done.returncode == 0, done.stderr
+    return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("program", CONTROLLED, ids=lambda program: program.name)
+def test_control_attack_works_without_its_layers(controls, program):
+    count("control in an outer jail")
+    row = controls[program.name]
+    assert program.effect in row["without"], row
+    for layer, effects in row["with"].items():
+        assert program.effect not in effects, (layer, row)
+        assert "jail" not in effects, (layer, row)
+
+
+def test_every_attack_with_a_target_has_a_control():
+    assert len({program.name for program in ALL}) == len(ALL)
+    for program in ALL:
+        assert not program.effect or bool(program.held_by) != bool(program.uncontrolled) or program.open_at, (
+            program.name
+        )
+
+
+@pytest.mark.parametrize("name", ["steal the token from a frame", "steal the token by gc", "jump over the test"])
+def test_control_forged_passes_need_the_impossible_test(lone_sandbox, world, name):
+    """Without the second run these would have passed: the token alone is not enough."""
+    source = world.constants() + next(program.source for program in ALL if program.name == name)
+    assert verdict(lone_sandbox, source, UNSOLVED).status == "forged"
+    with borrowed(lone_sandbox) as jail:
+        assert jail.attempt(source, UNSOLVED, 10.0).passed
+
+
+def test_control_exit_status_would_be_fooled(sandbox):
+    """The other way round: these end with status 0, which is what a checker without a token would see."""
+    for source in ("import os\nos._exit(0)", "import os\nprint('passed')\nos._exit(0)"):
+        assert verdict(sandbox, source, UNSOLVED).detail == "ended with status 0 before its tests did"
+
+
+def test_two_ways_to_cheat_stay_open(sandbox):
+    """Known and documented; a change here is good news."""
+    equal = "class E:\n    def __eq__(self, other): return True\ndef solve(): return E()"
+    assert verdict(sandbox, equal, UNSOLVED).status == "passed"
+    teller = THEFT.replace(
+        '"token" in frame.f_locals',
+        """"token" in frame.f_locals and 3 not in [
+        line for _, _, line in frame.f_locals["test_code"].co_lines()]""",
+    )
+    assert verdict(sandbox, f"import os, sys\n{teller}", UNSOLVED).status == "passed"
+
+
+# ------------------------------------------------------------------------------------------- when something breaks
+
+
+HARNESS = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+warnings.simplefilter("ignore")
+from evaluation.sandbox import Level, Program, Sandbox
+with Sandbox(Level[sys.argv[2]], workers=2) as sandbox:
+    source = "import ctypes\\nctypes.CDLL(None).prctl(15, b'hostile')\\nwhile True: pass"
+    print("started", flush=True)
+    sandbox.run([Program(source, "", 60.0)] * 2)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
+def test_nothing_outlives_a_killed_harness(level, how):
+    command = [sys.executable, "-c", HARNESS, str(ROOT), level.name]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as harness:
+        assert harness.stdout is not None
+        assert harness.stdout.readline() == b"started\n"
+        wait_until(lambda: len(hostile_processes()) == 2)
+        harness.send_signal(how)
+        if how is signal.SIGINT:
+            time.sleep(0.1)
+            harness.kill()
+        wait_until(lambda: not hostile_processes())
+
+
+def wait_until(holds, patience_s: float = 60.0) -> None:
+    deadline = time.monotonic() + patience_s
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_a_broken_jail_is_replaced(lone_sandbox):
+    assert verdict(lone_sandbox, "").status == "passed"
+    with borrowed(lone_sandbox) as jail:
+        jail.process.kill()
+        jail.process.wait()
+    assert verdict(lone_sandbox, "", "assert 1").status == "passed"
+
+
+def test_a_jail_that_never_starts_is_an_error(sandbox, monkeypatch):
+    def fail(*_):
+        raise JailError("no room")
+
+    monkeypatch.setattr(sandbox_module, "judge", fail)
+    found = sandbox.run([Program("", "")] * 3)
+    assert [(v.status, v.detail) for v in found] == [("error", "no room")] * 3
+    monkeypatch.undo()
+    assert verdict(sandbox, "").status == "passed"
+
+
+def test_timeouts_are_run_once_more_alone(sandbox, monkeypatch):
+    calls: list[str] = []
+
+    def judge(jail, program, patience):
+        calls.append(program.source)
+        assert patience == (sandbox_module.PATIENCE if calls.count("slow") == 2 else 1.0)
+        if program.source == "slow" and calls.count("slow") == 1:
+            return Verdict("timeout", "", 3.0)
+        assert program.source == "slow" or calls.count("slow") <= 1
+        return Verdict("passed", "", 0.1)
+
+    monkeypatch.setattr(sandbox_module, "judge", judge)
+    found = sandbox.run([Program("slow", ""), *[Program(str(i), "") for i in range(5)]])
+    assert [v.status for v in found] == ["passed"] * 6
+    assert calls.count("slow") == 2
+    assert calls[-1] == "slow"
+
+
+def test_an_interrupt_leaves_the_sandbox_usable(sandbox):
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sandbox.run([Program("", "")] * 50, progress=interrupt)
+    assert verdict(sandbox, "").status == "passed"
+
+
+def test_nothing_is_left_in_the_temporary_folder(level, tmp_path, monkeypatch):
+    tmp_path.chmod(0o711)
+    base = Path(tempfile.mkdtemp(prefix="test-sandbox-"))
+    base.chmod(0o711)
+    monkeypatch.setattr(tempfile, "tempdir", str(base))
+    with Sandbox(level, workers=1) as sandbox:
+        verdict(sandbox, "import os\nos.mkdir('shut', 0)\nopen('x', 'w').write('x')")
+    assert list(base.iterdir()) == []
+    base.rmdir()
+
+
+def test_remove_tree_with_what_programs_make(tmp_path):
+    target = tmp_path / "runs"
+    target.mkdir()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "keep").write_text("keep")
+    (target / "link").symlink_to(outside)
+    (target / "shut").mkdir(mode=0)
+    (target / "a" / "b").mkdir(parents=True)
+    (target / "a" / "link").symlink_to(outside)
+    (target / "moved 1").mkdir()
+    os.mkfifo(target / "fifo")
+    os.chdir(target)
+    for _ in range(300):  # longer than a path may be
+        os.mkdir("d" * 50)
+        os.chdir("d" * 50)
+    os.chdir(ROOT)
+    remove_tree(str(target))
+    assert not target.exists()
+    assert (outside / "keep").read_text() == "keep"
+
+
+# --------------------------------------------------------------------------------------------- which level is taken
+
+
+def only(*levels: Level):
+    return lambda level, memory_bytes=0: None if level in levels else f"no {level.value}"
+
+
+@pytest.mark.parametrize("works", LOCKED)
+def test_probe_takes_the_strongest_that_works(monkeypatch, works):
+    monkeypatch.setattr(sandbox_module, "why_not", only(*LOCKED[LOCKED.index(works) :]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert probe(unsafe=True) is works
+    assert [str(w.message).startswith("sandbox: only Landlock") for w in caught] == [True] * (works is Level.LANDLOCK)
+
+
+def test_probe_refuses_where_nothing_works(monkeypatch):
+    monkeypatch.setattr(sandbox_module, "why_not", only())
+    with pytest.raises(
+        InputError, match=r"no bubblewrap; .*no landlock.*apt install bubblewrap.*--unsafe_code_execution"
+    ):
+        Sandbox()
+    with pytest.raises(InputError, match="no landlock"):
+        Sandbox(Level.LANDLOCK)
+    with pytest.warns(UserWarning, match="WITHOUT a lock"):
+        assert probe(unsafe=True) is Level.UNSAFE
+
+
+def test_unsafe_has_to_be_allowed():
+    with pytest.raises(InputError, match="--unsafe_code_execution"):
+        Sandbox(Level.UNSAFE)
+
+
+def test_unsafe_still_gives_verdicts():
+    """Harmless programs only: nothing holds them but limits and a clock."""
+    with Sandbox(Level.UNSAFE, unsafe=True, workers=1) as sandbox:
+        programs = [Program("x = 1", "assert x == 1"), Program("", "assert 0"), Program("while True: pass", "", LOOP_S)]
+        assert [v.status for v in sandbox.run(programs)] == ["passed", "failed", "timeout"]
+        found = verdict(sandbox, "import os\nassert os.getuid() != 0 and not os.environ")
+        assert found.status == "passed", found.detail
+
+
+def test_the_trial_finds_a_jail_that_does_not_hold(level, monkeypatch):
+    """With a layer left out, a level is not used; the trial is harmless, whatever is left out."""
+    monkeypatch.setattr(sandbox_module, "LAYERS", (NAMESPACES, LIMITS))
+    start = sandbox_module._start
+
+    def weakened(level, scratch, memory_bytes):
+        jail_settings = view.no_room(scratch, (LIMITS,), memory_bytes)
+        return Jail(view.python(), jail_settings) if level is Level.LANDLOCK else start(level, scratch, memory_bytes)
+
+    monkeypatch.setattr(sandbox_module, "_start", weakened)
+    found = why_not(level)
+    assert found is not None
+    assert "the trial" in found
+    with pytest.raises(InputError, match="the trial"):
+        Sandbox(level)
+
+
+# ----------------------------------------------------------------------------------------------- the system-call filter
+
+
+def decide(program: bytes, architecture: int, number: int, *arguments: int) -> int:
+    """What a filter decides: an interpreter of the few instructions that it uses."""
+    data = struct.pack("<IIQ6Q", number, architecture, 0, *[*arguments, *[0] * (6 - len(arguments))])
+    steps = list(struct.iter_unpack("<HBBI", program))
+    accumulator, position = 0, 0
+    while True:
+        code, yes, no, value = steps[position]
+        position += 1
+        if code == seccomp.LOAD:
+            (accumulator,) = struct.unpack_from("<I", data, value)
+        elif code == seccomp.AND:
+            accumulator &= value
+        elif code == seccomp.RETURN:
+            return value
+        else:
+            tests = {
+                seccomp.JUMP_EQUAL: accumulator == value,
+                seccomp.JUMP_AT_LEAST: accumulator >= value,
+                seccomp.JUMP_ANY_BIT: bool(accumulator & value),
+            }
+            position += yes if tests[code] else no
+
+
+PID = 7
+ALLOWED, REFUSED, UNKNOWN = seccomp.RET_ALLOW, seccomp.RET_ERRNO | 1, seccomp.RET_ERRNO | 38
+
+
+@pytest.mark.parametrize("machine", sorted(seccomp.ARCHITECTURES))
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("socket", (2, 1, 0), REFUSED),
+        ("execve", (), REFUSED),
+        ("ptrace", (16, 1), REFUSED),
+        ("io_uring_setup", (8, 0), REFUSED),
+        ("clone", (0x01200011,), REFUSED),  # fork
+        ("clone", (0x10000011,), REFUSED),  # a user namespace
+        ("clone", (0x003D0F00,), ALLOWED),  # a thread
+        ("kill", (PID, 9), ALLOWED),
+        ("kill", (0xFFFFFFFF, 9), REFUSED),  # -1: everybody
+        ("kill", (0, 9), REFUSED),
+        ("kill", (PID + 1, 0), REFUSED),
+        ("tgkill", (PID, 8, 6), ALLOWED),
+        ("tgkill", (1, 1, 6), REFUSED),
+        ("prlimit64", (0, 7), ALLOWED),
+        ("prlimit64", (PID + 1, 7), REFUSED),
+        ("socketpair", (1, 1 | 0o2004000, 0), ALLOWED),  # what asyncio opens
+        ("socketpair", (1, 2, 0), REFUSED),
+        ("socketpair", (2, 1, 0), REFUSED),
+        ("fcntl", (3, 2, 1), ALLOWED),
+        ("fcntl", (3, 8, 1), REFUSED),
+        ("fcntl", (3, 15, 1), REFUSED),
+        ("ioctl", (3, 0x5401), ALLOWED),
+        ("ioctl", (3, 0x8901), REFUSED),
+        ("prctl", (15, 0), ALLOWED),
+        ("prctl", (1, 0), REFUSED),
+        ("prctl", (4, 1), REFUSED),
+        ("sync", (), REFUSED),
+    ],
+)
+def test_filter(machine, name, arguments, expected):
+    program = seccomp.filter_program(machine, PID)
+    architecture = seccomp.ARCHITECTURES[machine]
+    number = seccomp.NUMBERS[name][seccomp.COLUMN[machine]]
+    assert decide(program, architecture, number, *arguments) == expected
+
+
+@pytest.mark.parametrize("machine", sorted(seccomp.ARCHITECTURES))
+def test_filter_on_calls_by_number(machine):
+    program = seccomp.filter_program(machine, PID)
+    architecture = seccomp.ARCHITECTURES[machine]
+    named = {pair[seccomp.COLUMN[machine]] for pair in seccomp.NUMBERS.values()}
+    for number in range(424):
+        if number not in named:
+            assert decide(program, architecture, number) == ALLOWED
+    for number in range(424, 700):
+        allowed = number in seccomp.NEW_AND_ALLOWED
+        assert decide(program, architecture, number) == (ALLOWED if allowed else REFUSED if number == 425 else UNKNOWN)
+    assert decide(program, architecture, 0x40000000 + 41) == UNKNOWN  # x32
+    assert decide(program, 0x40000003, 11) == seccomp.RET_KILL_PROCESS  # i386
+
+
+@pytest.mark.skipif(not Path("/usr/include/asm-generic/unistd.h").exists(), reason="no kernel headers to compare with")
+def test_filter_numbers_are_the_kernels():
+    import re
+
+    text = Path("/usr/include/asm-generic/unistd.h").read_text()
+    known = {name: int(number) for name, number in re.findall(r"#define __NR(?:3264)?_(\w+)\s+(\d+)$", text, re.M)}
+    for name, (_, number) in seccomp.NUMBERS.items():
+        assert number is None or known[name] == number, name
+
+
+def test_rights_known_to_each_version_of_landlock():
+    assert [landlock.known_rights(version) for version in (1, 2, 3, 4, 5, 7)] == [
+        0x1FFF, 0x3FFF, 0x7FFF, 0x7FFF, 0xFFFF, 0xFFFF,
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------- speed
+
+
+def processor_s(process: int) -> float:
+    """Processor time of a process, of what it has waited for, and of its living children."""
+    children: dict[int, list[int]] = {}
+    used: dict[int, float] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
+                used[int(entry.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    todo, total = [process], 0.0
+    while todo:
+        total += used.get(todo[-1], 0.0)
+        todo += children.get(todo.pop(), [])
+    return total
+
+
+def test_at_least_60_runs_a_second(lone_sandbox):
+    """By processor time on two cores, which other programs of the machine do not change; harness and jail together."""
+    lone_sandbox.run([Program("", "")] * 4)
+    with borrowed(lone_sandbox) as jail:
+        jail_process = jail.process.pid
+    before = processor_s(jail_process) + time.process_time()
+    found = lone_sandbox.run([Program("def f(x): return x + 1", "assert f(1) == 2")] * 100)
+    used_s = processor_s(jail_process) + time.process_time() - before
+    assert {v.status for v in found} == {"passed"}
+    rate = 2 * 200 / used_s  # each pass is two runs
+    print(f"{lone_sandbox.level.value}: {rate:.0f} runs a second on two cores")
+    assert rate >= 60
