@@ -4,7 +4,7 @@
     PYTHONPATH=. python examples/demo.py --folder /tmp/demo
 
 Makes a base model and three fine-tunes of it, merges them with every method as merge.py does it, loads a merge with
-transformers and lets it write. The models are RANDOM: they have no skills, and what they write is noise. What there is
+transformers, lets it write, and evaluates it on a few rows of the six benchmarks. The models are RANDOM: they have no skills, and what they write is noise. What there is
 to see is the commands, what comes out of them, and how far each method moves the base. No network, no GPU.
 """
 
@@ -27,6 +27,7 @@ FINE_TUNES = {"math": 0.02, "code": 0.03, "instruct": 0.05}
 SHOWN = "dare_ties"
 """The method whose merge is shown in full; the others run with --quiet."""
 PROMPT = "Merge the models"
+DATA = Path(__file__).resolve().parent.parent / "tests" / "data" / "benchmarks"
 MARKER = "random_models"
 """Name of a file that shows that a folder is the demo's own, to be overwritten."""
 
@@ -101,6 +102,30 @@ def write_text(folder: Path) -> str:
     return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :]))
 
 
+def evaluate(merged: Path, results: Path) -> None:
+    """Score a model on a few rows of each benchmark as the command line does; without a sandbox, not on code."""
+    import evaluate_model
+    from checkpoints.errors import InputError
+    from evaluation.benchmarks import PAPER
+    from evaluation.sandbox import probe
+
+    names = list(PAPER)
+    try:
+        probe()
+    except InputError as error:
+        print(f"  humaneval and mbpp are left out: {error}")
+        names = [name for name in names if name not in ("humaneval", "mbpp")]
+    for old in results.parent.glob(f"{results.stem}.*"):
+        old.unlink()
+    arguments = ["--model", str(merged), "--benchmarks", ",".join(names), "--data_dir", str(DATA), "--limit", "1"]
+    arguments += "--dtype float32 --n_gpu 0 --math_max_tokens 32".split()
+    arguments += ["--save_path", str(results)]
+    print("\n" + shlex.join(["python", "evaluate_model.py", *arguments]) + "\n", flush=True)
+    code = evaluate_model.main(arguments)
+    if code:
+        sys.exit(code)
+
+
 def format_table(rows: Sequence[Row]) -> str:
     """The summary, one line for each method."""
     lines = [f"{'method':<16} {'seconds':>8}  {'distance from base':>18}"]
@@ -113,19 +138,25 @@ def run(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
     (folder / ".gitignore").write_text("*\n")
-    print(f"[1/3] Making a random base model and three random fine-tunes in {folder}. They have no skills.", flush=True)
+    print(f"[1/4] Making a random base model and three random fine-tunes in {folder}. They have no skills.", flush=True)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     make_models(folder)
-    print(f"[2/3] Merging them with each of the {len(METHODS)} methods.", flush=True)
+    print(f"[2/4] Merging them with each of the {len(METHODS)} methods.", flush=True)
     rows: dict[str, Row] = {}
     for method in sorted(METHODS, key=lambda name: name == SHOWN):
         print(f"  [{'#' * len(rows):.<{len(METHODS)}}] {method}", flush=True)
         rows[method] = merge_with(method, folder)
     merged = folder / f"merged_{SHOWN}"
-    print(f"\n[3/3] Loading {merged} with transformers.", flush=True)
+    print(f"\n[3/4] Loading {merged} with transformers.", flush=True)
     print(f"  {PROMPT!r} goes on, as random models do, with {write_text(merged)!a}\n")
+    print(
+        f"[4/4] Evaluating {merged} on one row of each benchmark. Its answers are noise, and so are its scores.",
+        flush=True,
+    )
+    evaluate(merged, folder / "results.json")
+    print()
     print(format_table([rows[method] for method in METHODS]))
     print("\ndistance from base: |merged - base| / |base|")
     print(f"{merged} holds: " + ", ".join(sorted(path.name for path in merged.iterdir())))
