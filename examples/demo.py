@@ -118,7 +118,7 @@ def evaluate(merged: Path, results: Path) -> None:
     for old in results.parent.glob(f"{results.stem}.*"):
         old.unlink()
     arguments = ["--model", str(merged), "--benchmarks", ",".join(names), "--data_dir", str(DATA), "--limit", "1"]
-    arguments += "--dtype float32 --n_gpu 0 --math_max_tokens 32".split()
+    arguments += ["--dtype", "float32", "--n_gpu", "0", "--math_max_tokens", "32"]
     arguments += ["--save_path", str(results)]
     print("\n" + shlex.join(["python", "evaluate_model.py", *arguments]) + "\n", flush=True)
     code = evaluate_model.main(arguments)

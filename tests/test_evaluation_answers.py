@@ -4,11 +4,13 @@ import time
 
 import pytest
 
+from evaluation.benchmarks import get_benchmark
 from evaluation.benchmarks.contract import Settings
 from evaluation.benchmarks.wcot import question
 from evaluation.grading.answers import extract_answer, last_boxed, last_number
 from evaluation.grading.letters import read_letter
 from evaluation.grading.tools import Tools
+from tests.evaluation_files import rows_of
 
 # (reference, response, equal): pairs judged by hand. One, marked, is graded differently: math-verify and the paper's checker both
 # overlook the base of a number.
@@ -196,3 +198,14 @@ def spin(what: str) -> str:
     if what == "memory":
         return "x" * (1 << 40)
     return what
+
+
+def test_math_verify_alone_takes_the_published_solutions_for_right():
+    """Equal texts are right before math-verify is asked; it would say the same."""
+    from math_verify import parse, verify
+
+    for name in ("math", "gsm8k"):
+        for row in rows_of(name):
+            target = get_benchmark(name).read_row(row)["target"]
+            forms = extract_answer(row["solution" if name == "math" else "answer"], "math").forms
+            assert any(verify(parse(f"${target}$"), parse(form)) for form in forms), (target, forms)
