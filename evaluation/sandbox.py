@@ -8,12 +8,12 @@ or a terminal, in a fresh folder, under limits of memory, time, files and output
 one starts. How it is held depends on the machine; the first level that a trial run proves is taken:
 
     BUBBLEWRAP       bubblewrap's view of the file system, which holds the system's libraries, Python and numpy, all
-                     read-only; for each run new namespaces and a small file system of its own; Landlock where the kernel has
-                     it; a seccomp filter; resource limits.
+                     read-only; for each run new namespaces and a small file system of its own; Landlock where the
+                     kernel has it; a seccomp filter; resource limits.
     USERNS_LANDLOCK  the same without bubblewrap: the view is made by namespaces of our own, and Landlock is required.
     LANDLOCK         no namespaces: Landlock, the filter and the limits. Names, sizes and times of files outside can be
                      asked for (not their contents), and only time bounds how many files a run makes in its folder.
-    UNSAFE           limits and a clock. Only when asked for: such a program can read, change and send what its user can.
+    UNSAFE           limits and a clock. Only when asked for: a program can read, change and send what its user can.
 
 No level stops a bug in the kernel. A pass is never an exit code: a program has passed when a one-time token came back,
 and when with an impossible test (`assert False`) it did not; who passes that is `forged`. Two ways to cheat stay open,
@@ -47,8 +47,8 @@ from evaluation.jail.zygote import remove_tree
 MEMORY_BYTES = 1 << 30
 PATIENCE = 5.0
 HOW_TO = (
-    "Install bubblewrap (apt install bubblewrap), or allow user namespaces (user.max_user_namespaces above 0, on Ubuntu "
-    "kernel.apparmor_restrict_unprivileged_userns=0), or use a kernel with Landlock (5.13 or newer)."
+    "Install bubblewrap (apt install bubblewrap), or allow user namespaces (user.max_user_namespaces above 0, on "
+    "Ubuntu kernel.apparmor_restrict_unprivileged_userns=0), or use a kernel with Landlock (5.13 or newer)."
 )
 Progress = Callable[[int, int], object]
 
@@ -64,8 +64,8 @@ class Level(Enum):
 
 LOCKED = (Level.BUBBLEWRAP, Level.USERNS_LANDLOCK, Level.LANDLOCK)
 WARNINGS = {
-    Level.LANDLOCK: "sandbox: only Landlock works here. Programs cannot read or change files, reach the network or other "
-    f"processes, but see names and sizes of files, and only time bounds how much disk a run fills. {HOW_TO}",
+    Level.LANDLOCK: "sandbox: only Landlock works here. Programs cannot read or change files, reach the network or "
+    f"other processes, but see names and sizes of files, and only time bounds how much disk a run fills. {HOW_TO}",
     Level.UNSAFE: "sandbox: programs that a model wrote run WITHOUT a lock; they can read, change and send whatever "
     "this user can.",
 }
@@ -251,8 +251,10 @@ class Sandbox:
 
 
 def judge(jail: Jail, program: Program, patience: float = 1.0) -> Verdict:
-    """Run a program in a jail, and if it passes once more against a test that cannot pass; `patience` as Jail.attempt's.
+    """Run a program in a jail, and if it passes once more against a test that cannot pass.
 
+    Args:
+        patience: as Jail.attempt has it, for both runs.
     Raises: JailError: the jail failed.
     """
     source, test, timeout_s = program.source, program.test, program.timeout_s

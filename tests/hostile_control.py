@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import resource
+import secrets
 import socket
 import struct
 import tempfile
@@ -21,11 +22,12 @@ from evaluation.jail import kernel, landlock, room, view
 from evaluation.jail.host import Jail, JailError
 from evaluation.jail.settings import LANDLOCK, LAYERS, NOBODY, Settings
 from tests.hostile_programs import CONTROLLED, MEMORY_BYTES, SILENCE, Hostile
-from tests.hostile_world import World, kill_hostile_processes
+from tests.hostile_world import World, kill_processes_named
 
 SCRATCH = "/scratch"
 SCRATCH_BYTES = 256 << 20
 PROCESSES = 60
+USERS = 200_000  # from here on nobody has an account
 PATIENCE_S = 0.1
 SIOCSIFFLAGS, IFF_UP = 0x8914, 1
 NAMESPACE_KINDS = ("pid", "net", "mnt", "ipc")
@@ -49,7 +51,8 @@ def main(arguments: list[str]) -> None:
             fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", IFF_UP))
         kernel.mount("proc", "/proc", "proc", kernel.MS_NOSUID)
         kernel.mount("tmpfs", SCRATCH, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, options)
-    kernel.drop_root(NOBODY)
+    # Not nobody, if there is a choice: other processes of nobody would count against the limit below.
+    kernel.drop_root(USERS + secrets.randbelow(USERS))
     kernel.drop_capabilities()
     kernel.prctl(kernel.PR_SET_DUMPABLE, 1)
     resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES, PROCESSES))
@@ -57,17 +60,17 @@ def main(arguments: list[str]) -> None:
     here = outer_namespaces()
     assert all(here[kind] != machine[kind] for kind in NAMESPACE_KINDS), "not in namespaces of its own"
     assert os.getpid() == 1, "not the room's first process"
-    assert os.getuid() == os.geteuid() == NOBODY, "not as nobody"
+    assert min(*os.getresuid(), *os.getresgid()) >= NOBODY, "not as an unprivileged user"
     assert not any(os.access(folder, os.W_OK) for folder in ("/", "/usr", "/tmp")), "not in a room"
     tempfile.tempdir = SCRATCH
-    with World() as world, Jails() as jails:
+    with World() as world, Jails(world) as jails:
         for program in CONTROLLED:
             held_by = [layer for layer in program.held_by if layer != LANDLOCK or landlock.abi() >= program.landlock]
             started = time.monotonic()
             row: dict[str, object] = {
                 "name": program.name,
-                "without": sorted(jails.effects(world, program, ())),
-                "with": {layer: sorted(jails.effects(world, program, (layer,))) for layer in held_by},
+                "without": sorted(jails.effects(program, ())),
+                "with": {layer: sorted(jails.effects(program, (layer,))) for layer in held_by},
             }
             row["s"] = round(time.monotonic() - started, 2)
             print(json.dumps(row), flush=True)
@@ -76,7 +79,8 @@ def main(arguments: list[str]) -> None:
 class Jails:
     """Jails with few layers, one for each set of them, started when first needed and again when one broke."""
 
-    def __init__(self) -> None:
+    def __init__(self, world: World) -> None:
+        self._world = world
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._started: dict[tuple[str, ...], Jail] = {}
 
@@ -87,8 +91,9 @@ class Jails:
         self._end()
         self._output.close()
 
-    def effects(self, world: World, program: Hostile, layers: tuple[str, ...]) -> set[str]:
+    def effects(self, program: Hostile, layers: tuple[str, ...]) -> set[str]:
         """What a program does to the world when only the given layers hold it; "jail" if it broke its jail."""
+        world = self._world
         world.renew()
         os.ftruncate(self._output.fileno(), 0)
         found: set[str] = set()
@@ -119,7 +124,7 @@ class Jails:
         for jail in self._started.values():
             jail.close()
         self._started.clear()
-        kill_hostile_processes()
+        kill_processes_named(self._world.tag)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:  # the first process of a room inherits every orphan
                 pass

@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 NOBODY = 65534
-COMM = "hostile"  # the name that every hostile process gives itself, and its children inherit
 TRACELESS = {"secret", "reached"}
 REACHED = "REACHED"  # what a program says when it got what leaves no trace outside it
 SHARED_KEY = 0x5EED
@@ -38,7 +37,7 @@ class World:
         self.folder.chmod(0o755)
         self.home = self.folder / "home"
         self.secret = secrets.token_hex(16)
-        self.tag = secrets.token_hex(8)
+        self.tag = process_name()
         self.sockets: dict[str, socket.socket] = {}
         self.victim: subprocess.Popen[bytes] | None = None
         self._spoilt = True
@@ -74,9 +73,15 @@ class World:
         for listener in self.sockets.values():
             listener.setblocking(False)
         # As the user that programs run as: file modes and user numbers do not protect it.
-        other = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.getuid() == 0 else {}
-        environment = {"SECRET": self.secret}
-        self.victim = subprocess.Popen(["/usr/bin/sleep", "600"], env=environment, start_new_session=True, **other)  # type: ignore[call-overload]
+        user = NOBODY if os.getuid() == 0 else None
+        self.victim = subprocess.Popen(
+            ["/usr/bin/sleep", "600"],
+            env={"SECRET": self.secret},
+            start_new_session=True,
+            user=user,
+            group=user,
+            extra_groups=None if user is None else [],
+        )
         self._before = self._files()
         self._victim_before = self._victim_state()
 
@@ -94,7 +99,7 @@ class World:
             "HARNESS": os.getpid(),
         }
         lines = [f"{name} = {value!r}" for name, value in known.items()]
-        return "\n".join([*lines, "import ctypes, os, sys", f"ctypes.CDLL(None).prctl(15, {COMM.encode()})", ""])
+        return "\n".join([*lines, "import ctypes, os, sys", f"ctypes.CDLL(None).prctl(15, {self.tag.encode()!r})", ""])
 
     def effects(self, detail: str = "", patience_s: float = 0.0) -> set[str]:
         """What has happened to the targets since `renew`.
@@ -117,7 +122,7 @@ class World:
             found.add("killed")
         elif self._victim_state() != self._victim_before:
             found.add("victim")
-        if hostile_processes():
+        if processes_named(self.tag):
             found.add("left")
         if _shared_memory():
             found.add("shared memory")
@@ -180,22 +185,27 @@ def _shared_memory() -> list[int]:
     return [int(row[1]) for row in rows if int(row[0]) == SHARED_KEY]
 
 
-def hostile_processes() -> list[int]:
-    """Processes with the hostile name that still live."""
+def process_name() -> str:
+    """A name for hostile processes, which their children inherit; another test run on this machine has another."""
+    return f"hostile-{secrets.token_hex(3)}"
+
+
+def processes_named(wanted: str) -> list[int]:
+    """Processes of a name that still live."""
     found = []
     for entry in PROC.iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 name, state = (entry / "stat").read_text().split("(", 1)[1].rsplit(")", 1)
-                if name == COMM and state.split()[0] not in ("Z", "X"):
+                if name == wanted and state.split()[0] not in ("Z", "X"):
                     found.append(int(entry.name))
     return found
 
 
-def kill_hostile_processes() -> None:
+def kill_processes_named(name: str) -> None:
     """End what a control left; only ever called inside an outer jail."""
     for _ in range(100):
-        found = hostile_processes()
+        found = processes_named(name)
         if not found:
             return
         for pid in found:

@@ -34,7 +34,7 @@ from evaluation.jail.zygote import remove_tree
 from evaluation.sandbox import LOCKED, Level, Program, Sandbox, Verdict, probe, why_not
 from tests import hostile_control
 from tests.hostile_programs import ALL, CONTROLLED, LOOP_S, MEMORY_BYTES, THEFT, UNSOLVED
-from tests.hostile_world import World, hostile_processes
+from tests.hostile_world import World, process_name, processes_named
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = (Level.BUBBLEWRAP, Level.USERNS_LANDLOCK)
@@ -53,7 +53,7 @@ def count(what: str) -> None:
 
 
 def summary() -> list[str]:
-    """For tests/conftest.py: the level that evaluations use here, how many programs ran under each, and what is skipped."""
+    """For tests/conftest.py: the level that evaluations use here, how many programs ran under each, what is skipped."""
     if not problem.cache_info().currsize:
         return []
     best = next((level.value for level in LOCKED if problem(level) is None), "none, nothing can lock programs up here")
@@ -145,16 +145,20 @@ def test_verdicts(sandbox, source, test, status, detail):
 
 
 WHAT_PROGRAMS_NEED = {
-    "numpy": "import numpy as np\nassert np.arange(6).reshape(2, 3).sum() == 15\nassert np.linalg.inv(np.eye(3))[0, 0] == 1",
-    "random numbers": "import numpy, random, secrets, uuid\nrandom.seed(1); random.random(); secrets.token_hex(); uuid.uuid4()",
+    "numpy": "import numpy as np\nassert np.arange(6).reshape(2, 3).sum() == 15\n"
+    "assert np.linalg.inv(np.eye(3))[0, 0] == 1",
+    "random numbers": "import numpy, random, secrets, uuid\n"
+    "random.seed(1); random.random(); secrets.token_hex(); uuid.uuid4()",
     "the standard library": "import asyncio, csv, ctypes, dataclasses, difflib, email, encodings.idna, sqlite3, "
     "statistics, unittest, xml.dom.minidom, zoneinfo\n'ä'.encode('idna'); 'x'.encode('utf-16').decode('utf-16')",
     "asyncio": "import asyncio\nasync def f(): return 3\nassert asyncio.run(f()) == 3",
     "threads": "from concurrent.futures import ThreadPoolExecutor\n"
     "assert list(ThreadPoolExecutor(8).map(abs, range(-99, 0))) == list(range(99, 0, -1))",
     "files of its own": "import os, tempfile, shutil\nopen('a', 'w').write('x')\nos.mkdir('d')\nos.rename('a', 'd/a')\n"
-    "with tempfile.TemporaryDirectory() as t: open(t + '/b', 'w').write('y')\nshutil.rmtree('d')\nassert not os.listdir('.')",
-    "dataclasses": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nA(1)",
+    "with tempfile.TemporaryDirectory() as t: open(t + '/b', 'w').write('y')\n"
+    "shutil.rmtree('d')\nassert not os.listdir('.')",
+    "dataclasses": "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    "@dataclass\nclass A:\n    x: int\nA(1)",
     "pickle": "import pickle\nclass A: pass\nassert type(pickle.loads(pickle.dumps(A()))) is A",
     "its own exit": "try: exit()\nexcept SystemExit: pass",
     "signals to itself": "import signal\nsignal.signal(signal.SIGALRM, lambda *a: 1 / 0)\n"
@@ -206,7 +210,7 @@ def test_programs_run_at_the_same_time(sandbox):
     started = time.monotonic()
     found = sandbox.run([Program("import time\ntime.sleep(0.5)\nassert False", "", 10.0)] * 2)
     assert [v.status for v in found] == ["failed"] * 2
-    assert time.monotonic() - started < 0.95
+    assert time.monotonic() - started < sum(v.seconds for v in found)
 
 
 def test_time_limit_holds(sandbox):
@@ -231,7 +235,8 @@ def test_time_kept_waiting_does_not_count_the_second_time(sandbox):
 
 
 def test_nothing_of_a_run_reaches_the_next(sandbox):
-    source = "import math, random, sys, os\nmath.pi = 3\nsys.path.clear()\nos.environ['A'] = 'b'\nopen('left', 'w')\nrandom.seed(0)"
+    source = "import math, random, sys, os\nmath.pi = 3\nsys.path.clear()\nos.environ['A'] = 'b'\nrandom.seed(0)\n"
+    source += "open('left', 'w')"
     check = "import math, sys, os\nassert math.pi > 3.1 and sys.path and not os.environ and not os.listdir('.')"
     found = sandbox.run([Program(source, "", 10.0), Program(check, "", 10.0)] * 8)
     assert {v.status for v in found} == {"passed"}, found
@@ -266,12 +271,11 @@ def test_hostile_programs_are_held(level, lone_sandbox, world, program):
 
 
 @pytest.mark.parametrize("outer", ROOMS, ids=lambda level: level.value)
-def test_a_room_holds_alone(outer, world):
+def test_a_room_holds_alone(outer, world, open_folder):
     """Without Landlock and without the filter: what is not in the room cannot be reached from it."""
     need(outer)
     layers = (NAMESPACES, LIMITS)
-    scratch = tempfile.mkdtemp()
-    os.chmod(scratch, 0o711)
+    scratch = str(open_folder)
     if outer is Level.BUBBLEWRAP:
         start, settings = view.bubblewrap(shutil.which("bwrap") or "", layers, MEMORY_BYTES)
         jail = Jail(view.python(), settings, start)
@@ -289,7 +293,6 @@ def test_a_room_holds_alone(outer, world):
             assert jail.attempt(NEXT.source, NEXT.test, NEXT.timeout_s).passed, program.name
     finally:
         jail.close()
-        remove_tree(scratch)
     assert not problems
 
 
@@ -377,24 +380,35 @@ sys.path.insert(0, sys.argv[1])
 warnings.simplefilter("ignore")
 from evaluation.sandbox import Level, Program, Sandbox
 with Sandbox(Level[sys.argv[2]], workers=2) as sandbox:
-    source = "import ctypes\\nctypes.CDLL(None).prctl(15, b'hostile')\\nwhile True: pass"
+    source = f"import ctypes\\nctypes.CDLL(None).prctl(15, {sys.argv[3]!r}.encode())\\nwhile True: pass"
     print("started", flush=True)
     sandbox.run([Program(source, "", 60.0)] * 2)
 """
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
-def test_nothing_outlives_a_killed_harness(level, how):
-    command = [sys.executable, "-c", HARNESS, str(ROOT), level.name]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as harness:
+def test_nothing_outlives_a_killed_harness(level, how, open_folder):
+    name = process_name()
+    command = [sys.executable, "-c", HARNESS, str(ROOT), level.name, name]
+    environment = {**os.environ, "TMPDIR": str(open_folder)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment) as harness:
         assert harness.stdout is not None
         assert harness.stdout.readline() == b"started\n"
-        wait_until(lambda: len(hostile_processes()) == 2)
+        wait_until(lambda: len(processes_named(name)) == 2)
         harness.send_signal(how)
         if how is signal.SIGINT:
             time.sleep(0.1)
             harness.kill()
-        wait_until(lambda: not hostile_processes())
+        wait_until(lambda: not processes_named(name))
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A temporary folder that, unlike pytest's, any user can enter."""
+    folder = Path(tempfile.mkdtemp(prefix="test-sandbox-"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def wait_until(holds, patience_s: float = 60.0) -> None:
@@ -450,15 +464,11 @@ def test_an_interrupt_leaves_the_sandbox_usable(sandbox):
     assert verdict(sandbox, "").status == "passed"
 
 
-def test_nothing_is_left_in_the_temporary_folder(level, tmp_path, monkeypatch):
-    tmp_path.chmod(0o711)
-    base = Path(tempfile.mkdtemp(prefix="test-sandbox-"))
-    base.chmod(0o711)
-    monkeypatch.setattr(tempfile, "tempdir", str(base))
+def test_nothing_is_left_in_the_temporary_folder(level, open_folder, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(open_folder))
     with Sandbox(level, workers=1) as sandbox:
         verdict(sandbox, "import os\nos.mkdir('shut', 0)\nopen('x', 'w').write('x')")
-    assert list(base.iterdir()) == []
-    base.rmdir()
+    assert list(open_folder.iterdir()) == []
 
 
 def test_remove_tree_with_what_programs_make(tmp_path):
@@ -641,37 +651,3 @@ def test_rights_known_to_each_version_of_landlock():
     assert [landlock.known_rights(version) for version in (1, 2, 3, 4, 5, 7)] == [
         0x1FFF, 0x3FFF, 0x7FFF, 0x7FFF, 0xFFFF, 0xFFFF,
     ]  # fmt: skip
-
-
-# ----------------------------------------------------------------------------------------------------------- speed
-
-
-def processor_s(process: int) -> float:
-    """Processor time of a process, of what it has waited for, and of its living children."""
-    children: dict[int, list[int]] = {}
-    used: dict[int, float] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-                children.setdefault(int(fields[1]), []).append(int(entry.name))
-                used[int(entry.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
-    todo, total = [process], 0.0
-    while todo:
-        total += used.get(todo[-1], 0.0)
-        todo += children.get(todo.pop(), [])
-    return total
-
-
-def test_at_least_60_runs_a_second(lone_sandbox):
-    """By processor time on two cores, which other programs of the machine do not change; harness and jail together."""
-    lone_sandbox.run([Program("", "")] * 4)
-    with borrowed(lone_sandbox) as jail:
-        jail_process = jail.process.pid
-    before = processor_s(jail_process) + time.process_time()
-    found = lone_sandbox.run([Program("def f(x): return x + 1", "assert f(1) == 2")] * 100)
-    used_s = processor_s(jail_process) + time.process_time() - before
-    assert {v.status for v in found} == {"passed"}
-    rate = 2 * 200 / used_s  # each pass is two runs
-    print(f"{lone_sandbox.level.value}: {rate:.0f} runs a second on two cores")
-    assert rate >= 60

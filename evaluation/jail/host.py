@@ -91,8 +91,8 @@ class Jail:
         Args:
             source, test, impossible: as in program.run.
             timeout_s: how long it may take.
-            patience: times timeout_s is how long it may take on the clock. With 1 the clock decides; with more, it is the
-                program's processor time that may be no more than timeout_s, so that a busy machine does not count.
+            patience: times timeout_s is how long it may take on the clock. With 1 the clock decides; with more, it
+                is the program's processor time that may be no more than timeout_s: a busy machine does not count.
         Raises: JailError: the run could not be set up, or the zygote is gone; this jail is of no more use.
         """
         started = time.monotonic()
@@ -146,15 +146,19 @@ class Jail:
 
 def _nameless_file(content: bytes) -> IO[bytes]:
     """A file without a name that holds the content, at its start."""
-    in_memory = hasattr(os, "memfd_create")
-    file: IO[bytes] = os.fdopen(os.memfd_create("task"), "w+b") if in_memory else tempfile.TemporaryFile()  # noqa: SIM115
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("task")
+    else:
+        descriptor, name = tempfile.mkstemp()
+        os.unlink(name)
+    file = os.fdopen(descriptor, "w+b")
     file.write(content)
     file.seek(0)
     return file
 
 
 def _read(descriptor: int, deadline: float) -> tuple[bytes, bool]:
-    """What a program writes until it ends, a little more at most than what is expected of it, and whether time ran out."""
+    """(what a program writes until it ends, not much more than what is expected of it; whether time ran out)."""
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     message = b""

@@ -1,7 +1,8 @@
 """Landlock: a process limits itself and its children to listed paths, without any privilege (Linux 5.13 on).
 
 Handled are all rights the running kernel knows: files (ABI 1, 2 rename, 3 truncate, 5 device ioctl), TCP (4), abstract
-unix sockets and signals (6). Not by Landlock: stat, chmod and the like, UDP, chdir; seccomp.py and the room see to those.
+unix sockets and signals (6). Not by Landlock: stat, chmod and the like, UDP, chdir; seccomp.py and the room see to
+those.
 Source: Documentation/userspace-api/landlock.rst and include/uapi/linux/landlock.h of Linux 6.18.
 """
 

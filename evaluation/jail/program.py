@@ -17,8 +17,8 @@ def run(task: int, result: int) -> None:
     """Run what the descriptor `task` holds and write one message to `result`: the token, or why not. Never returns.
 
     The task is the JSON of {"source", "test", "token", "impossible"}; with "impossible" the test ends in an assertion
-    that cannot hold. Program and test are compiled apart, so that the one cannot swallow the other, and run in one module
-    whose name is not `__main__`, as in the published checkers.
+    that cannot hold. Program and test are compiled apart, so that the one cannot swallow the other, and run in one
+    module whose name is not `__main__`, as in the published checkers.
 
     All names used after the program began are local: it may replace builtins, `os.write` and `os._exit`. It can still
     find the token in this frame; who uses it passes the impossible test too, and is caught by that.

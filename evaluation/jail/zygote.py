@@ -163,7 +163,7 @@ def _run_one(
 
 
 def _runs_out_of_time(child: int, timeout_s: float, clock_s: float, leash: int) -> bool:
-    """Wait until the leash says that a run is over, or its processor time, or the clock; whether one of these was first."""
+    """Wait until a run is over: by the leash, or by its processor time or the clock, in which case it was late."""
     started = time.monotonic()
     patience_s = timeout_s
     while not select.select([leash], [], [], patience_s)[0]:
@@ -276,7 +276,7 @@ def _limit(settings: Settings, timeout_s: float) -> None:
 
 
 def remove_tree(folder: str) -> None:
-    """Remove a folder whose content means harm: folders without rights, or nested deeper than a path or a stack is long.
+    """Remove a folder whose content means harm: folders without rights, or nested deeper than a path or stack is long.
 
     Its folders are moved up into it, one level at a time, so that no path grows and nothing recurses.
     """
