@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from checkpoints import VERSION
-from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.errors import AlreadyComplete, ArgumentError, InputError, Refusals, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,8 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequen
     except InputError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return error.exit_code
+    except AlreadyComplete as done:
+        print(done)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; nothing is left behind.", file=sys.stderr)
         return INTERRUPTED
@@ -142,6 +144,7 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         help="digests in merge_recipe.json: none, outputs (default; taken as they are written) or full (reads local inputs once more)",
     )  # fmt: skip
     output.add_argument("--overwrite", action="store_true", help="replace SAVE_PATH where it holds an earlier result")
+    output.add_argument("--no_resume", action="store_true", help="begin anew where an interrupted run left something to go on with")  # fmt: skip
     running = parser.add_argument_group("running")
     running.add_argument(
         "--device",
@@ -223,6 +226,7 @@ def run_options(arguments: argparse.Namespace, device: torch.device, command: li
         max_shard_bytes=parse_size("--max_shard_size", arguments.max_shard_size),
         digest=parse_choice("--digest", arguments.digest, ("none", "outputs", "full")),  # type: ignore[arg-type]
         overwrite=arguments.overwrite,
+        resume=not arguments.no_resume,
         trust_remote_code=arguments.trust_remote_code,
         quiet=arguments.quiet,
         command=command,

@@ -85,10 +85,10 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         from merging.run import prepare
 
         recipe, options, save_path, request = read_flags(arguments, command)
-        count = len(request.how.omegas) if request else 1
-        check = request.check if request else None
-        download = not arguments.dry_run
-        with closing(prepare(recipe, save_path, options, variants=count, check=check, download=download)) as job:
+        aim: dict[str, Any] = {}
+        if request:
+            aim = {"folders": request.how.folders, "aim": request.identity(), "check": request.check}
+        with closing(prepare(recipe, save_path, options, download=not arguments.dry_run, **aim)) as job:
             if arguments.dry_run:
                 show_plan(job, request, as_json=arguments.json)
             else:
@@ -174,19 +174,22 @@ def show_plan(job: Job, request: AimRequest | None, *, as_json: bool) -> None:
 def merge(job: Job, request: AimRequest | None) -> None:
     """Merge, and say what came of it."""
     from merging.report import format_report
-    from streaming.output import Variant, bytes_read
+    from streaming.output import Variant, bytes_read, bytes_written, unfinished
 
     quiet = job.options.quiet
     if not quiet:
         for note in job.plan.notes:
             print(f"note: {note}", file=sys.stderr)
     console = command_line.console(quiet)
-    relaxations = request.relaxations(job.base, job.plan.tensors, console) if request else None
-    variants = relaxations.variants if relaxations else [Variant()]
-    read = bytes_read(job.plan.tensors, [variant.transform for variant in variants])
-    moved = read + job.plan.bytes_to_write * len(variants)
-    with command_line.progress_bar("merging", moved, quiet=quiet) as advance:
-        result = job.run(advance, variants)
+    with job.staged() as stage:
+        relaxations = request.relaxations(job.base, job.plan.tensors, console, stage) if request else None
+        variants = relaxations.variants if relaxations else [Variant()]
+        todo = unfinished(job.plan.tensors, stage)
+        if len(todo) < len(job.plan.tensors):
+            console.note(f"going on: {len(job.plan.tensors) - len(todo)} of {len(job.plan.tensors)} tensors are there")
+        read = bytes_read(todo, [variant.transform for variant in variants])
+        with command_line.progress_bar("merging", read + bytes_written(todo) * len(variants), quiet=quiet) as advance:
+            result = job.run(stage, advance, variants)
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if quiet:

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         request, options, save_path = read_flags(arguments, command)
         names = (arguments.pretrained_model_name, arguments.merged_model)
         keywords = {"out_dtype": arguments.dtype, "check": request.check, "download": not arguments.dry_run}
-        with closing(open_job(*names, save_path, request.how, options, **keywords)) as job:
+        with closing(open_job(*names, save_path, request.how, options, aim=request.identity(), **keywords)) as job:
             if arguments.dry_run:
                 show_plan(job, request, as_json=arguments.json)
             else:
@@ -105,9 +105,10 @@ def relax(job: AimJob, request: AimRequest) -> None:
     console = command_line.console(quiet)
     for note in job.notes:
         console.note(f"note: {note}")
-    relaxations = request.relaxations(job.base, job.tensors, console)
-    with command_line.progress_bar("relaxing", job.bytes_to_move(relaxations), quiet=quiet) as advance:
-        written = job.run(relaxations, advance)
+    with job.staged() as stage:
+        relaxations = request.relaxations(job.base, job.tensors, console, stage)
+        with command_line.progress_bar("relaxing", job.bytes_to_move(stage, relaxations), quiet=quiet) as advance:
+            written = job.run(stage, relaxations, advance)
     console.say(relaxations.summary())
     console.say(command_line.summary(job.save_path, written))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ SUMMED_AT_ONCE = 32
 """Rows that are added up in float32, before their sum goes to float64."""
 
 
-_Key = tuple[str, str, int | None]  # module, parameter where it has several, expert
+Key = tuple[str, str, int | None]
+"""Module, parameter where it has several, expert."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Target:
         """Whether each row of the input goes to one expert of several."""
         return self.expert is not None or self.experts is not None
 
-    def key(self, expert: int | None) -> _Key:
+    def key(self, expert: int | None) -> Key:
         """Under which its input, of one expert where there are several, is summed."""
         return (self.module, self.parameter if self.is_expert else "", expert)
 
@@ -55,8 +57,8 @@ class _Sums:
         self.rows = 0
 
     def add(self, absolute: torch.Tensor, square: torch.Tensor, rows: int) -> None:
-        self.abs += absolute
-        self.sq += square
+        self.abs = self.abs.to(absolute.device).add_(absolute)  # what was restored is on the CPU
+        self.sq = self.sq.to(square.device).add_(square)
         self.rows += rows
 
     def statistics(self) -> ChannelStatistics:
@@ -103,7 +105,7 @@ class Watcher:
     def __init__(self, model: torch.nn.Module, targets: Mapping[str, Target]):
         self._model = model
         self._targets = targets
-        self._sums: dict[_Key, _Sums] = {}
+        self._sums: dict[Key, _Sums] = {}
         self._last: tuple[torch.Tensor, int, torch.Tensor, torch.Tensor] | None = None
         self._experts = _ExpertWatch(self)
 
@@ -142,7 +144,7 @@ class Watcher:
 
         return hook
 
-    def observe(self, key: _Key, x: torch.Tensor) -> None:
+    def observe(self, key: Key, x: torch.Tensor) -> None:
         """Add an input `[..., in]` of (module, parameter, expert); one that several modules share is summed once."""
         if not x.numel():
             return
@@ -153,6 +155,23 @@ class Watcher:
             self._sums[key] = _Sums(x.shape[-1], x.device)
         if x.shape[-1] == self._sums[key].abs.numel():
             self._sums[key].add(self._last[2], self._last[3], x.numel() // x.shape[-1])
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """All that has been added up, under names that `restore` knows."""
+        found: dict[str, torch.Tensor] = {}
+        for place, (key, sums) in enumerate(self._sums.items()):
+            name = json.dumps([place, *key])
+            found |= {f"{name}.abs": sums.abs, f"{name}.sq": sums.sq, f"{name}.rows": torch.tensor(sums.rows)}
+        return found
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take what another watcher's `sums` gave."""
+        names = sorted((name.removesuffix(".abs") for name in tensors if name.endswith(".abs")), key=json.loads)
+        for name in names:
+            _, module, parameter, expert = json.loads(name)
+            sums = _Sums(tensors[f"{name}.abs"].numel(), torch.device("cpu"))
+            sums.add(tensors[f"{name}.abs"], tensors[f"{name}.sq"], int(tensors[f"{name}.rows"]))
+            self._sums[module, parameter, expert] = sums
 
     def check_finite(self) -> None:
         """Raise InputError where an input held NaN or an infinity, naming the first such module of the forward pass."""

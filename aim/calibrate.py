@@ -16,6 +16,7 @@ from aim.calibration import Blocks, CalibrationData, make_blocks
 from aim.reference import ReferenceWatcher
 from aim.statistics import Activations
 from aim.targets import Selection, select_like_the_reference, select_targets
+from aim.unfinished import UnfinishedCalibration
 from checkpoints.errors import ArgumentError, InputError, first_line
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
@@ -140,6 +141,7 @@ def calibrate(
     options: CalibrationOptions | None = None,
     *,
     blocks: Blocks | None = None,
+    unfinished: UnfinishedCalibration | None = None,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Activations:
     """Collect the statistics of every weight that AIM relaxes.
@@ -148,6 +150,7 @@ def calibrate(
         base: opened, a causal language model.
         data: which texts; `blocks`: the same, where they were read already.
         options: device, dtype, batch size.
+        unfinished: what an earlier run of the same calibration left, and where this one keeps what it has.
         progress: called with numbers of tokens as they are done, the first time with 0, when the model is loaded.
 
     Raises: InputError: no causal model, it cannot be loaded or run, out of memory, NaN in a statistic (names the module).
@@ -167,12 +170,17 @@ def calibrate(
         tokens = blocks.tokens if device.type == "meta" else blocks.tokens.to(device)  # meta: accelerate moves both
         advice = f"Lower --batch_size (now {options.batch_size}) or --block_size (now {data.block_size})"
         progress(0)  # loaded
+        done = begin = unfinished.restore(watcher) if unfinished else 0
+        progress(tokens[:begin].numel())
         with watcher.watching(), torch.no_grad(), _out_of_memory("calibration", advice):
-            for index, batch in enumerate(tokens.split(options.batch_size)):
+            for batch in tokens[begin:].split(options.batch_size):
                 model(input_ids=batch, use_cache=False)
                 progress(batch.numel())
-                if index == 0:
+                if done == 0:
                     watcher.check_finite()  # what overflows mostly does so at once
+                done += len(batch)
+                if unfinished:
+                    unfinished.keep(watcher, done)
         statistics, silent = watcher.results()
     described = {
         **data.as_json(),
@@ -183,7 +191,10 @@ def calibrate(
         "transformers": metadata.version("transformers"),
         "torch": metadata.version("torch"),
     }
-    return Activations(statistics, fingerprint(base.weights), described, silent)
+    activations = Activations(statistics, fingerprint(base.weights), described, silent)
+    if unfinished:
+        unfinished.finish(activations)
+    return activations
 
 
 def load(base: Model, options: CalibrationOptions) -> Any:

@@ -28,8 +28,11 @@ from aim.relaxing import Relaxations, check_activations, group_kept, make_relaxa
 from aim.statistics import Activations, load_activations
 from aim.summary import format_summaries
 from aim.targets import Selection
+from aim.unfinished import UnfinishedCalibration
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model
+from checkpoints.staging import Stage
+from checkpoints.writer import chunked_sha256
 from streaming.blocks import kind_of
 from streaming.stream import PlannedTensor
 
@@ -147,15 +150,25 @@ class AimRequest:
             described["calibration"] = self._blocks.as_json()
         return described
 
-    def relaxations(self, base: Model, tensors: Sequence[PlannedTensor], console: Console) -> Relaxations:
+    def identity(self) -> dict[str, Any]:
+        """Everything of it that decides the output's bytes, for JSON."""
+        if self._file:
+            return {**self.how.as_json(), "activations": chunked_sha256(self._file)}
+        options = {"dtype": self.calibration.dtype, "batch_size": self.calibration.batch_size}
+        path = Path(self.data.source)
+        changed = path.stat().st_mtime_ns if is_local(self.data.source) and path.is_file() else None
+        return {**self.how.as_json(), "calibration": {**self.data.as_json(), **options, "mtime_ns": changed}}
+
+    def relaxations(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Relaxations:
         """Statistics and transforms, with a summary for the user.
 
         Args:
-            base: that was checked; tensors: what will be written.
+            base: that was checked; tensors: what will be written; stage: where the calibration is kept.
 
         Raises: InputError: see `calibrate` and `make_relaxations`.
         """
-        activations = self._loaded or self._calibrate(base, console)
+        unfinished = UnfinishedCalibration(stage)
+        activations = self._loaded or unfinished.finished() or self._calibrate(base, console, unfinished)
         if self._loaded:
             console.say(f"statistics: {self._file}, taken with {blocks_of(activations)}")
         if self._keep:
@@ -175,7 +188,7 @@ class AimRequest:
         console.say("")
         return found
 
-    def _calibrate(self, base: Model, console: Console) -> Activations:
+    def _calibrate(self, base: Model, console: Console, unfinished: UnfinishedCalibration) -> Activations:
         blocks = self._blocks or read_blocks(base, self.data, quiet=self._quiet)
         console.say(blocks.summary(self.data))
         console.note(f"loading {base.label}")
@@ -191,7 +204,9 @@ class AimRequest:
                     started = time.monotonic()
                 bar[0](done)
 
-            activations = calibrate(base, self.data, self.calibration, blocks=blocks, progress=progress)
+            activations = calibrate(
+                base, self.data, self.calibration, blocks=blocks, unfinished=unfinished, progress=progress
+            )
         seconds = max(time.monotonic() - started, 1e-9)
         console.say(
             f"calibrated in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s, in {activations.calibration['dtype']}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from aim.activations import Target, Watcher, _Key
+from aim.activations import Key, Target, Watcher
 from aim.statistics import ChannelStatistics
 
 
@@ -21,13 +22,26 @@ class ReferenceWatcher(Watcher):
 
     def __init__(self, model: torch.nn.Module, targets: Mapping[str, Target]):
         super().__init__(model, targets)
-        self._means: dict[_Key, torch.Tensor] = {}
+        self._means: dict[Key, torch.Tensor] = {}
 
-    def observe(self, key: _Key, x: torch.Tensor) -> None:
+    def observe(self, key: Key, x: torch.Tensor) -> None:
         """See `Watcher.observe`."""
         super().observe(key, x)
         mean = x.detach().abs().reshape(-1, x.shape[-1]).mean(dim=0)
-        self._means[key] = self._means[key] + mean if key in self._means else mean
+        self._means[key] = self._means[key].to(mean.device) + mean if key in self._means else mean
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """See `Watcher.sums`."""
+        means = {json.dumps(key) + ".means": mean for key, mean in self._means.items()}
+        return {**super().sums(), **means}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Watcher.restore`."""
+        super().restore(tensors)
+        for name, mean in tensors.items():
+            if name.endswith(".means"):
+                module, parameter, expert = json.loads(name.removesuffix(".means"))
+                self._means[module, parameter, expert] = mean
 
     def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, str]]:
         """See `Watcher.results`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,9 +11,8 @@ from aim.omegas import Omega
 from aim.relax import Control, Scaling, factors, normalise, relax_like_the_reference, without_channels
 from aim.statistics import Activations
 from aim.targets import Selection
-from streaming.blocks import GRID_ELEMENTS, Region, kind_of
-
-SAMPLE_EVERY = 16
+from streaming.blocks import Region
+from streaming.tally import Tally, sample_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,9 @@ class Relaxation:
         channels: tensor -> its factors; a tensor that is not in it stays as merged.
         device: where blocks are.
         like_the_reference: round as the published program does.
+
+    Attributes:
+        tally: sums of |relaxed - merged|, and numbers of elements.
     """
 
     def __init__(
@@ -49,8 +50,7 @@ class Relaxation:
     ):
         self._channels = {name: ChannelFactors(one.values.to(device), one.input_dim) for name, one in channels.items()}
         self._like_the_reference = like_the_reference
-        self._lock = threading.Lock()
-        self._changes: dict[str, tuple[float, int]] = {}
+        self.tally = Tally()
 
     @property
     def relaxed(self) -> int:
@@ -69,19 +69,14 @@ class Relaxation:
             relaxed = relax_like_the_reference(start, end, factor)
         else:
             relaxed = torch.lerp(start, end, factor.expand_as(start))
-        if (region.start // GRID_ELEMENTS) % SAMPLE_EVERY == 0:
-            self._note_change(region, float((relaxed - end).abs().sum()))
+        for part in sample_of(region):
+            change = (relaxed.view(-1)[part] - merged[part]).abs().sum()
+            self.tally.add(region.tensor.name, region.start + part.start, (float(change), part.stop - part.start))
         return relaxed.view(-1)
-
-    def _note_change(self, region: Region, total: float) -> None:
-        kind = kind_of(region.tensor.name)
-        with self._lock:
-            change, elements = self._changes.get(kind, (0.0, 0))
-            self._changes[kind] = (change + total, elements + region.numel)
 
     def mean_changes(self) -> dict[str, float]:
         """Mean |relaxed - merged| per kind of layer, over the blocks that were looked at (one in 16), to 4 digits."""
-        return {kind: float(f"{change / elements:.4g}") for kind, (change, elements) in sorted(self._changes.items())}
+        return {kind: float(f"{change / elements:.4g}") for kind, (change, elements) in self.tally.by_kind().items()}
 
 
 def make_channels(

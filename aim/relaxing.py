@@ -51,6 +51,16 @@ class Relaxing:
         """Whether each omega gets a folder of its own."""
         return self.sweep or len(self.omegas) > 1
 
+    @property
+    def folders(self) -> list[str]:
+        """Of the checkpoints, below the output; the output itself where there is only one."""
+        return [f"{SWEEP_PREFIX}{omega}" if self.is_sweep else "" for omega in self.omegas]
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields, every omega as it is typed."""
+        fields = ("scaling", "control", "seed", "numerics")
+        return {"omegas": [str(omega) for omega in self.omegas], **{key: getattr(self, key) for key in fields}}
+
     def __post_init__(self) -> None:
         allowed: list[tuple[str, str, Sequence[str]]] = [
             ("--scaling", self.scaling, list(SCALINGS)),
@@ -188,7 +198,7 @@ def make_relaxations(
         outputs = dict.fromkeys(base.weights.tensors, "")
     kept = {**why_kept(selection, outputs, activations), **idle_experts(importance)}
     found = Relaxations([], summarise(importance), kept, importance, warnings=warnings)
-    for omega in how.omegas:
+    for omega, folder in zip(how.omegas, how.folders, strict=True):
         channels = make_channels(activations, selection, omega, scaling=how.scaling, control=how.control, seed=how.seed)
         channels = {name: one for name, one in channels.items() if outputs.get(name) == ""}
         transform = Relaxation(channels, device, like_the_reference=how.numerics == "reference")
@@ -200,7 +210,7 @@ def make_relaxations(
         found.reaches.append(Reach(omega, label, tuple(channels), share_kept))
         found.variants.append(
             Variant(
-                folder=f"{SWEEP_PREFIX}{omega}" if how.is_sweep else "",
+                folder=folder,
                 transform=transform,
                 details=_details(activations, how, len(found.reaches) - 1, found),
                 card=_card(how, activations, found.reaches[-1], found),
@@ -255,7 +265,7 @@ def _details(activations: Activations, how: Relaxing, index: int, found: Relaxat
                 "control": how.control,
                 "seed": how.seed if how.control == "permuted" else None,
                 "numerics": how.numerics,
-                "calibration": dict(activations.calibration),
+                "calibration": dict(sorted(activations.calibration.items())),
                 "base_fingerprint": activations.base,
                 "statistics": as_json(found.summaries),
                 "relaxed": len(reach.tensors),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from aim.calibrate import Numerics
 from aim.relaxing import Relaxations, Relaxing, make_relaxations, outputs_of
 from aim.statistics import Activations
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
@@ -18,11 +19,21 @@ from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.provenance import fingerprint
 from checkpoints.sidecars import side_file_bytes
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, TensorRef
-from checkpoints.staging import check_save_path, check_space
-from checkpoints.writer import plan_shards
+from checkpoints.staging import Stage, check_complete, check_save_path, check_space, staged
+from checkpoints.writer import Shard, plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
 from streaming.matching import check_plain, left_out, list_kinds, match_model
-from streaming.output import RunOptions, Variant, Written, bytes_read, write_checkpoints, write_description
+from streaming.output import (
+    RunOptions,
+    Variant,
+    Written,
+    bytes_read,
+    bytes_written,
+    identity_of,
+    unfinished,
+    write_checkpoints,
+    write_description,
+)
 from streaming.stream import PlannedTensor
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,7 +58,7 @@ class AimJob:
     """A relaxation of an existing merge that has been planned and can be run.
 
     base: the pretrained model; merged: what is relaxed; base_as_merged: the base's tensors under the merged one's names and
-    vocabulary, where they fit.
+    vocabulary, where they fit; folders: of the checkpoints to be, below `save_path`; aim: how it is relaxed, for JSON.
     """
 
     base: Model
@@ -57,6 +68,8 @@ class AimJob:
     save_path: Path
     options: RunOptions
     out_dtype: str
+    folders: Sequence[str]
+    aim: Any
 
     @property
     def bytes_to_read(self) -> int:
@@ -66,12 +79,13 @@ class AimJob:
     @property
     def bytes_to_write(self) -> int:
         """Bytes of one output's tensors."""
-        return sum(tensor.spec.numel * tensor.dtype.itemsize for tensor in self.tensors)
+        return bytes_written(self.tensors)
 
-    def bytes_to_move(self, relaxations: Relaxations) -> int:
+    def bytes_to_move(self, stage: Stage, relaxations: Relaxations) -> int:
         """Bytes that `run` reads and writes; of a tensor that no omega relaxes, the base's is not read."""
         transforms = [variant.transform for variant in relaxations.variants]
-        return bytes_read(self.tensors, transforms) + self.bytes_to_write * len(transforms)
+        todo = unfinished(self.tensors, stage)
+        return bytes_read(todo, transforms) + bytes_written(todo) * len(transforms)
 
     def as_json(self) -> dict[str, Any]:
         """The plan for programs."""
@@ -98,11 +112,37 @@ class AimJob:
         """Close the inputs, for a job that is not run."""
         close_all((self.base, self.merged))
 
-    def run(self, relaxations: Relaxations, progress: Callable[[int], object] = lambda count: None) -> Written:
-        """Relax and write; one reading of base and merged, one checkpoint for each variant."""
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The files to be written."""
         infos = {tensor.spec.name: TensorInfo(tensor.dtype, tensor.spec.shape) for tensor in self.tensors}
+        return plan_shards(infos, self.options.max_shard_bytes)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the output's bytes."""
+        recipe = {"merged_model": self.merged.label, "base_model": self.base.label, "out_dtype": self.out_dtype}
+        return identity_of(recipe, (self.base, self.merged), self.shards, self.options, aim=self.aim)
+
+    def staged(self) -> AbstractContextManager[Stage]:
+        """The folder to `run` in, which becomes the output when the context ends well. Raises as `checkpoints.staging.staged`."""
+        return staged(
+            self.save_path,
+            overwrite=self.options.overwrite,
+            folders=self.folders,
+            identity=self.identity,
+            resume=self.options.resume,
+        )
+
+    def run(
+        self, stage: Stage, relaxations: Relaxations, progress: Callable[[int], object] = lambda count: None
+    ) -> Written:
+        """Relax and write; one reading of base and merged, one checkpoint for each variant.
+
+        Args:
+            stage: from `staged`, still open.
+        """
         merged_fingerprint = fingerprint(self.merged.weights)
-        shards = plan_shards(infos, self.options.max_shard_bytes)
 
         def describe(folder: Path, variant: Variant, outputs: Mapping[str, Any], unchanged: set[int]) -> None:
             details = dict(variant.details())
@@ -126,14 +166,15 @@ class AimJob:
                     "notes": self.notes,
                     "warnings": relaxations.warnings,
                 },
+                identity=stage.identity,
                 options=self.options,
             )
 
         return write_checkpoints(
             self.tensors,
-            shards,
+            self.shards,
             relaxations.variants,
-            self.save_path,
+            stage,
             inputs=(self.base, self.merged),
             options=self.options,
             describe=describe,
@@ -148,8 +189,8 @@ def prepare(
     options: RunOptions,
     *,
     out_dtype: str = "auto",
-    omegas: int = 1,
-    numerics: Numerics = "float32",
+    how: Relaxing,
+    aim: Any,
 ) -> AimJob:
     """Match the base's tensors with the merged model's; nothing is written.
 
@@ -157,13 +198,13 @@ def prepare(
         base, merged: opened. The output has the merged model's tensors, dtypes, tokenizer and side files.
         save_path, options: where to and how.
         out_dtype: `auto` keeps each tensor's dtype in the merged model; under `reference` it means bfloat16.
-        omegas: checkpoints that will be written, for the disk space.
-        numerics: `reference` gives a token that the base lacks the mean of the base's rows; else it stays as merged.
+        how: omegas, and numerics: `reference` gives a token that the base lacks the mean of the base's rows; else it stays
+            as merged.
+        aim: what decides how it is relaxed, for JSON; it is part of the run's identity.
 
-    Raises: Refusals: everything that does not fit.
+    Raises: Refusals: everything that does not fit; AlreadyComplete: it has been done.
     """
-    folders = [base.location.folder, merged.location.folder]
-    problems: list[str | InputError] = list(check_save_path(save_path, folders, overwrite=options.overwrite))
+    problems: list[str | InputError] = []
     for model in (base, merged):
         problems += check_plain(model)
     if out_dtype not in OUT_DTYPES:
@@ -172,7 +213,7 @@ def prepare(
         raise Refusals(problems)
     dropped = left_out(merged)
     names = [name for name in merged.weights.tensors if name not in dropped]
-    new_rows: Literal["base", "mean"] = "mean" if numerics == "reference" else "base"
+    new_rows: Literal["base", "mean"] = "mean" if how.numerics == "reference" else "base"
     matched = match_model(merged, base, names, new_rows=new_rows, advice=ITS_BASE)
     problems += matched.problems
     if problems:
@@ -182,11 +223,15 @@ def prepare(
         notes.insert(0, f"{merged.label}: left out, as loading ignores or recomputes them: {list_kinds(dropped)}.")
     if base.location.folder == merged.location.folder:
         notes.append(f"{merged.label}: is the base itself, so that relaxing changes nothing.")
-    if numerics == "reference" and out_dtype == "auto":
+    if how.numerics == "reference" and out_dtype == "auto":
         out_dtype = "bfloat16"  # what the published program writes, whatever the merge is stored in
     tensors = tuple(_plan_tensor(merged, name, matched.tensors.get(name), out_dtype) for name in names)
-    job = AimJob(base, merged, tensors, notes, save_path, options, out_dtype)
-    problems += check_space(save_path, omegas * (job.bytes_to_write + side_file_bytes(merged.location.folder)))
+    job = AimJob(base, merged, tensors, notes, save_path, options, out_dtype, how.folders, aim)
+    if not options.overwrite and base.weights.is_here and merged.weights.is_here:
+        check_complete(save_path, how.folders, job.identity)
+    problems += check_save_path(
+        save_path, [base.location.folder, merged.location.folder], overwrite=options.overwrite
+    ) or check_space(save_path, len(how.folders) * (job.bytes_to_write + side_file_bytes(merged.location.folder)))
     if problems:
         raise Refusals(problems)
     return job
@@ -199,6 +244,7 @@ def open_job(
     how: Relaxing,
     options: RunOptions,
     *,
+    aim: Any,
     out_dtype: str = "auto",
     check: Callable[[Model], object] | None = None,
     download: bool = True,
@@ -206,8 +252,7 @@ def open_job(
     """Open two models by name and prepare; see `prepare` and `open_and_plan`. Raises Refusals."""
 
     def plan(opened: list[Model]) -> AimJob:
-        numbers = {"omegas": len(how.omegas), "numerics": how.numerics}
-        return prepare(opened[0], opened[1], save_path, options, out_dtype=out_dtype, **numbers)  # type: ignore[arg-type]
+        return prepare(opened[0], opened[1], save_path, options, out_dtype=out_dtype, how=how, aim=aim)
 
     names = [_parse("--pretrained_model_name", base), _parse("--merged_model", merged)]
     return open_and_plan(
@@ -254,8 +299,9 @@ def relax_checkpoint(
     Raises: InputError: anything does not fit; nothing is left behind.
     """
     how, options = how or Relaxing(), options or RunOptions()
-    job = prepare(
-        base, merged, Path(save_path), options, out_dtype=out_dtype, omegas=len(how.omegas), numerics=how.numerics
-    )
+    aim = {**how.as_json(), "statistics": activations.digest()}
+    job = prepare(base, merged, Path(save_path), options, out_dtype=out_dtype, how=how, aim=aim)
     outputs = outputs_of(job.tensors)
-    return job.run(make_relaxations(base, activations, how, device=options.stream.device, outputs=outputs))
+    relaxations = make_relaxations(base, activations, how, device=options.stream.device, outputs=outputs)
+    with job.staged() as stage:
+        return job.run(stage, relaxations)

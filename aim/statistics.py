@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,15 @@ class Activations:
     base: str
     calibration: Mapping[str, Any]
     silent: Mapping[str, str] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """sha256 of all numbers, with their names."""
+        found = hashlib.sha256()
+        for name, one in sorted(self.statistics.items()):
+            for key in ("mean_abs", "mean_sq", "tokens"):
+                found.update(f"{name}.{key}\0".encode())
+                found.update(getattr(one, key).contiguous().view(-1).view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write them as safetensors: `NAME.mean_abs`, `NAME.mean_sq`, `NAME.tokens`; the rest as metadata. Raises InputError."""

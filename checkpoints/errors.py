@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(Exception):
@@ -37,6 +38,30 @@ class Refusals(InputError):
         super().__init__(
             lines[0] if len(lines) == 1 else f"{len(lines)} problems:\n" + "\n".join(f"- {line}" for line in lines)
         )
+
+
+class WriteError(InputError):
+    """The output's disk is full or fails. What is finished stays, and the same command goes on with it.
+
+    Args:
+        path: what was written; error: what the system says.
+    """
+
+    def __init__(self, path: Path, error: OSError):
+        super().__init__(
+            f"{path}: cannot be written: {error.strerror}. Free space and run the same command again, which goes on with what "
+            "is finished; or choose another place."
+        )
+
+
+class Interrupted(InputError):
+    """A user or the system ended the run; what is done can be gone on with. Exit code 130, as a shell has it for Ctrl-C."""
+
+    exit_code = 130
+
+
+class AlreadyComplete(Exception):
+    """What was asked for is there: nothing is wrong, and nothing to do."""
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from typing import Any, Literal
 import torch
 
 from checkpoints import VERSION
+from checkpoints.files import write_file
 from checkpoints.model import Model
 from checkpoints.reader import Checkpoint, WeightFile
 from checkpoints.staging import RECIPE_FILE
-from checkpoints.writer import chunked_sha256, write_file
+from checkpoints.writer import chunked_sha256
 
 RECIPE_SCHEMA = 1
 Digest = Literal["none", "outputs", "full"]

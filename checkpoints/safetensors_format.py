@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, WriteError
+from checkpoints.files import sync_folder
 from checkpoints.source import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, TensorInfo
 
 LENGTH_BYTES = 8
@@ -141,7 +142,7 @@ def build_header(
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write a small file whole: to a name beside it, then by rename. The same tensors give the same bytes.
 
-    Raises: InputError: the file cannot be written.
+    Raises: WriteError: the file cannot be written.
     """
     ordered = {
         name: tensors[name].contiguous().cpu()
@@ -160,8 +161,9 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
             file.flush()
             os.fsync(file.fileno())
         work.rename(path)
+        sync_folder(path.parent)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another path.") from error
+        raise WriteError(path, error) from error
     finally:
         with suppress(OSError):
             work.unlink()

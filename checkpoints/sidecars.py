@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError
-from checkpoints.writer import write_file
+from checkpoints.files import write_file
 
 # Everything that loading or using the model may ask for. Weights, and what describes them, are never among them.
 SIDE_FILES = (

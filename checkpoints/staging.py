@@ -1,26 +1,34 @@
 """The output folder appears complete or not at all: work goes on in `OUT.partial/`, the last act is a rename.
 
 Where `OUT` is a symbolic link, what it points to is meant: the work goes on beside that, on its disk.
+
+What an interrupted run leaves in `OUT.partial/` is gone on with by a run of the same identity: a mapping of everything that
+decides the output's bytes. It lies in `OUT.partial/.merge-in-progress/`, with a journal of what is on the disk for good.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from checkpoints.errors import ArgumentError, InputError
+from checkpoints.errors import AlreadyComplete, ArgumentError, InputError, Interrupted, WriteError
+from checkpoints.files import sync_folder, write_file
+from checkpoints.journal import Journal
 
 RECIPE_FILE = "merge_recipe.json"
 SWEEP_PREFIX = "omega_"
 """What the folders of a sweep are called, one checkpoint each: `omega_0.2`."""
-
-
-MARKER = ".merge-in-progress"
+STATE = ".merge-in-progress"
+"""Folder in the work folder: whose run it is (`run.json`), its journal, and what else the run keeps."""
 
 
 class ForeignFolder(InputError):
@@ -132,9 +140,11 @@ def existing_ancestor(save_path: Path) -> Path:
 
 
 def check_space(save_path: Path, needed: int) -> list[InputError]:
-    """A refusal where the disk of `save_path` has fewer than `needed` bytes free."""
+    """A refusal where the disk of `save_path` has fewer than `needed` bytes free; what an interrupted run took counts as free."""
     ancestor = existing_ancestor(save_path)
-    free = shutil.disk_usage(ancestor).free
+    work = partial_folder(save_path)
+    taken = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
+    free = shutil.disk_usage(ancestor).free + taken
     if needed <= free:
         return []
     return [
@@ -144,18 +154,84 @@ def check_space(save_path: Path, needed: int) -> list[InputError]:
     ]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A folder to work in, which becomes the output.
+
+    Attributes:
+        folder: for the output's files.
+        state: for what the run keeps until it is complete.
+        journal: what of the run is on the disk for good; records of earlier runs among them.
+        identity: digest of what decides the output's bytes, for merge_recipe.json.
+    """
+
+    folder: Path
+    state: Path
+    journal: Journal
+    identity: str
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """sha256 of an identity, the same for equal ones."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def check_complete(save_path: Path, folders: Sequence[str], identity: Mapping[str, Any]) -> None:
+    """Raise AlreadyComplete where an earlier run has written this very output.
+
+    Args:
+        save_path: the folder to be; folders: below it, one for each checkpoint, `""` for the folder itself.
+        identity: see `staged`.
+    """
+    if _holds(save_path, folders, digest_of(identity)):
+        raise AlreadyComplete(f"{save_path}: is complete already, made of the same inputs in the same way.")
+
+
+def _holds(folder: Path, parts: Sequence[str], identity: str) -> bool:
+    """Whether a folder has every checkpoint of a run: its recipe, which is written last, and files of the sizes it names."""
+    for part in parts:
+        try:
+            recipe = json.loads((folder / part / RECIPE_FILE).read_bytes())
+            sizes = {name: entry["bytes"] for name, entry in recipe["outputs"].items()}
+            if recipe.get("identity") != identity:
+                return False
+            if any((folder / part / name).stat().st_size != size for name, size in sizes.items()):
+                return False
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return False
+    return True
+
+
 @contextmanager
-def staged(save_path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a folder to work in; rename it to `save_path` at the end, or remove it where anything went wrong.
+def staged(
+    save_path: Path,
+    *,
+    overwrite: bool,
+    folders: Sequence[str] = ("",),
+    identity: Mapping[str, Any] | None = None,
+    resume: bool = True,
+) -> Iterator[Stage]:
+    """Give a folder to work in; rename it to `save_path` at the end.
+
+    Where the run is cut off (Ctrl-C, a full disk, `kill -9`), what its journal has stays for the next run of the same
+    identity. Where an input is at fault, nothing stays.
 
     Args:
         save_path: the folder to be.
         overwrite: whether an earlier result may be replaced, which happens by rename; it is back where a step fails.
+        folders: of the checkpoints, as in `check_complete`.
+        identity: everything that decides the output's bytes, for JSON.
+        resume: go on with what an interrupted run of this identity left; without, begin again, whoever's it is.
 
-    Raises: InputError: another run works on the same output, or has just written it; the folder cannot be made.
+    Raises:
+        InputError: another run works on the same output, or has just written it; the work folder holds an unfinished run
+            of another identity, or something else; it cannot be made.
+        AlreadyComplete: an earlier run was cut off just before the rename, which has been done now.
+        Interrupted: Ctrl-C, with something to go on with.
     """
     target = save_path.resolve()
     work = partial_folder(target)
+    known = dict(identity or {})
     made = [parent for parent in reversed(work.parents) if not parent.exists()]
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -163,26 +239,41 @@ def staged(save_path: Path, *, overwrite: bool) -> Iterator[Path]:
     except OSError as error:
         _remove_empty(made)
         raise InputError(f"{work}: cannot be created: {error.strerror}. Choose another --save_path.") from error
+    journal: Journal | None = None
     try:
         if not _lock(lock, work):
             raise InputError(
                 f"{save_path}: another run is writing it. Wait for that run, or choose another --save_path."
             )
         try:
-            _claim(work)
+            done = resume and _holds(work, folders, digest_of(known))
+            if not done:
+                _claim(work, known, resume=resume)
             # Once more, now that no other run can publish: one may have done so since the plan was made.
             problem = _check_existing(target, overwrite=overwrite)
             if problem:
                 raise problem
-            yield work
+            if not done:
+                journal = Journal(work / STATE / "journal")
+                yield Stage(work, work / STATE, journal, digest_of(known))
             _publish(work, target)
         except ForeignFolder:
             raise
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            _remove_empty(made)
+        except BaseException as error:
+            stays = isinstance(error, WriteError) or not isinstance(error, InputError)
+            if not (stays and journal and journal.records):
+                shutil.rmtree(work, ignore_errors=True)
+                _remove_empty(made)
+            elif isinstance(error, KeyboardInterrupt):
+                raise Interrupted(
+                    f"interrupted. Run the same command again to go on; {work} holds what is done."
+                ) from None
             raise
+        if done:
+            raise AlreadyComplete(f"{save_path}: is complete now; an earlier run had left only its renaming to do.")
     finally:
+        if journal:
+            journal.close()
         os.close(lock)
 
 
@@ -198,14 +289,58 @@ def _lock(descriptor: int, work: Path) -> bool:
         return False
 
 
-def _claim(work: Path) -> None:
-    """Empty a work folder that an earlier run left, and mark it as one. Raises InputError where it is somebody else's."""
-    if any(work.iterdir()) and not (work / MARKER).is_file():
+def _claim(work: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
+    """Make a work folder ours: as it is where a run of this identity left it, else emptied.
+
+    Raises: ForeignFolder: it holds something else, or what a run of another identity can go on with.
+    """
+    run = work / STATE / "run.json"
+    if any(work.iterdir()) and not (work / STATE).is_dir() and not _is_result(work):
         raise ForeignFolder(
             f"{work}: holds files that no run of ours put there. Move them, or choose another --save_path."
         )
+    earlier: dict[str, Any] | None = None
+    with suppress(OSError, ValueError):
+        earlier = json.loads(run.read_bytes())
+    normal = json.loads(json.dumps(identity))
+    if resume and earlier == normal:
+        return
+    if resume and earlier is not None and _has_records(work / STATE / "journal"):
+        raise ForeignFolder(
+            f"{work}: holds an unfinished run that differs in {', '.join(_differences(earlier, normal))}. Run that command again "
+            "to go on with it, add --no_resume to begin anew, or choose another --save_path."
+        )
     clear(work)
-    (work / MARKER).touch()
+    run.parent.mkdir()
+    partial = run.with_suffix(".partial")
+    write_file(partial, json.dumps(normal, indent=1).encode())
+    os.rename(partial, run)
+    for folder in (run.parent, work, work.parent):
+        sync_folder(folder)
+
+
+def _has_records(path: Path) -> bool:
+    """Whether a journal has anything to go on with."""
+    with suppress(OSError):
+        return path.stat().st_size > 0
+    return False
+
+
+def _differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two identities differ, as `recipe.parameters.lambda (0.5 there, 1.0 here)`."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = dict.fromkeys([*one, *other])
+        return [
+            line
+            for key in keys
+            if one.get(key) != other.get(key)
+            for line in _differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = enumerate(zip(one, other, strict=True))
+        return [line for at, (a, b) in pairs if a != b for line in _differences(a, b, f"{path}[{at}]")]
+    texts = [json.dumps(value) for value in (one, other)]
+    return [f"{path} ({texts[0]} there, {texts[1]} here)" if max(map(len, texts)) < 80 else path]
 
 
 def _remove_empty(folders: Sequence[Path]) -> None:
@@ -225,8 +360,9 @@ def clear(folder: Path) -> None:
 
 
 def _publish(work: Path, target: Path) -> None:
-    (work / MARKER).unlink()
-    _sync(work)
+    shutil.rmtree(work / STATE, ignore_errors=True)
+    for folder in (*(path for path in work.rglob("*") if path.is_dir()), work):
+        sync_folder(folder)
     if target.exists() and any(target.iterdir()):
         replaced = _replaced_folder(target)
         os.rename(target, replaced)
@@ -238,13 +374,4 @@ def _publish(work: Path, target: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         os.rename(work, target)  # an empty folder gives way
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(target.parent)

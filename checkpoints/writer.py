@@ -7,18 +7,21 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from checkpoints.errors import InputError
+from checkpoints.errors import WriteError
+from checkpoints.files import sync_folder, write_file
 from checkpoints.safetensors_format import build_header
 from checkpoints.source import TensorInfo
 
 CHUNK_BYTES = 64 << 20
 READ_BACK_BYTES = 1 << 20
+ChunkDigests = Mapping[str, Mapping[str, str]]
+"""File name -> number of a chunk, as text -> its sha256 in hexadecimal."""
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -33,6 +36,7 @@ class Shard:
     file_name: str
     header: bytes
     offsets: Mapping[str, int]
+    nbytes: Mapping[str, int]
     size: int
     """Bytes of the whole file."""
 
@@ -59,7 +63,8 @@ def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list
         # Larger dtypes first: a float32 tensor behind an odd number of bfloat16 elements could not be mapped.
         ordered = dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize))
         header, offsets = build_header(ordered)
-        shards.append(Shard(file_name, header, offsets, len(header) + sum(info.nbytes for info in group.values())))
+        nbytes = {name: info.nbytes for name, info in group.items()}
+        shards.append(Shard(file_name, header, offsets, nbytes, len(header) + sum(nbytes.values())))
     return shards
 
 
@@ -70,22 +75,47 @@ class CheckpointWriter:
         folder: exists; the shards are created in it.
         shards: from `plan_shards`.
         digest: take the digest of every 64 MiB chunk as soon as it is complete, while the page cache still holds it.
+        finished: tensors that an earlier writer of the same shards wrote and made durable; its files are gone on with.
+        chunks: the digests that its `sync` gave.
+
+    Raises: WriteError: a file cannot be made.
     """
 
-    def __init__(self, folder: Path, shards: list[Shard], *, digest: bool):
+    def __init__(
+        self,
+        folder: Path,
+        shards: list[Shard],
+        *,
+        digest: bool,
+        finished: Collection[str] = (),
+        chunks: ChunkDigests | None = None,
+    ):
         self.folder = folder
         self.shards = shards
-        self._files = [_OpenShard(folder / shard.file_name, shard, digest) for shard in shards]
+        known = chunks or {}
+        self._files = [
+            _OpenShard(folder / shard.file_name, shard, digest, set(finished), known.get(shard.file_name, {}))
+            for shard in shards
+        ]
         self._owner = {name: file for file in self._files for name in file.shard.offsets}
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Write `values`, `[n]` contiguous on the CPU in the tensor's dtype, at the elements `start` to `start + n` of `name`.
 
-        Raises: InputError: the disk is full or fails.
+        Raises: WriteError: the disk is full or fails.
         """
         file = self._owner[name]
         raw = values.view(torch.uint8).numpy().data
         file.write(raw, file.shard.offsets[name] + start * values.element_size())
+
+    def sync(self) -> ChunkDigests:
+        """Make everything durable that has been written so far. Raises WriteError: the disk is full or fails.
+
+        Returns: the digests of the chunks that have become complete since the last time.
+        """
+        found = {file.shard.file_name: file.sync() for file in self._files}
+        sync_folder(self.folder)
+        return {name: digests for name, digests in found.items() if digests}
 
     def close(self) -> dict[str, dict[str, int | str]]:
         """Flush every shard to the disk, write the index, and return `bytes` and `sha256_64MiB` (None untaken) per file."""
@@ -110,18 +140,30 @@ class CheckpointWriter:
 class _OpenShard:
     """One shard on disk, the bytes still missing in each chunk, and the digests of the chunks that are complete."""
 
-    def __init__(self, path: Path, shard: Shard, digest: bool):
+    def __init__(self, path: Path, shard: Shard, digest: bool, finished: set[str], known: Mapping[str, str]):
         self.path = path
         self.shard = shard
         self._lock = threading.Lock()
+        self._is_dirty = True
         self._missing = [min(CHUNK_BYTES, shard.size - begin) for begin in range(0, shard.size, CHUNK_BYTES)]
         self._digests: list[bytes] | None = [b""] * len(self._missing) if digest else None
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o644)
+        self._told: set[int] = set()
         try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
             os.ftruncate(self._descriptor, shard.size)
         except OSError as error:
-            raise self._failed(error) from error
+            raise WriteError(path, error) from error
+        for name in finished & shard.offsets.keys():
+            for chunk in self._completed(shard.offsets[name], shard.offsets[name] + shard.nbytes[name]):
+                self._restore(chunk, known)
         self.write(memoryview(shard.header), 0)
+
+    def _restore(self, chunk: int, known: Mapping[str, str]) -> None:
+        """Take the digest of a chunk that an earlier run completed from what that run noted, else from the disk."""
+        if self._digests is not None:
+            noted = known.get(str(chunk))
+            self._digests[chunk] = bytes.fromhex(noted) if noted else self._digest(chunk)
+            self._told.add(chunk)
 
     def write(self, view: memoryview, offset: int) -> None:
         done = 0
@@ -129,7 +171,8 @@ class _OpenShard:
             while done < len(view):
                 done += os.pwrite(self._descriptor, view[done:], offset + done)
         except OSError as error:
-            raise self._failed(error) from error
+            raise WriteError(self.path, error) from error
+        self._is_dirty = True
         for chunk in self._completed(offset, offset + len(view)):
             if self._digests is not None:
                 self._digests[chunk] = self._digest(chunk)
@@ -155,23 +198,28 @@ class _OpenShard:
             entry["sha256_64MiB"] = hashlib.sha256(b"".join(self._digests)).hexdigest()
         return entry
 
+    def sync(self) -> dict[str, str]:
+        """See `CheckpointWriter.sync`."""
+        complete = [(chunk, digest) for chunk, digest in enumerate(self._digests or []) if digest]
+        if self._is_dirty:
+            self._is_dirty = False  # before: what is written meanwhile waits for the next time
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                raise WriteError(self.path, error) from error
+        new = {str(chunk): digest.hex() for chunk, digest in complete if chunk not in self._told}
+        self._told.update(map(int, new))
+        return new
+
     def close(self) -> None:
         assert not any(self._missing), f"{self.path.name}: {sum(self._missing)} bytes were never written"
-        try:
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise self._failed(error) from error
+        self.sync()
         self.release()
 
     def release(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def _failed(self, error: OSError) -> InputError:
-        return InputError(
-            f"{self.path}: cannot be written: {error.strerror}. Free space or choose another --save_path, and run again."
-        )
 
 
 def hash_range(descriptor: int, begin: int, end: int) -> bytes:
@@ -193,16 +241,3 @@ def chunked_sha256(path: Path) -> str:
     finally:
         os.close(descriptor)
     return hashlib.sha256(b"".join(chunks)).hexdigest()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file and flush it to the disk. Raises InputError where the disk is full or fails."""
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written: {error.strerror}. Free space or choose another --save_path."
-        ) from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, Interrupted
 from evaluation.benchmarks.contract import Benchmark, Grade, Response, Row, Settings
 from evaluation.data import Data
 from evaluation.entries import Asked, describe_grader, generated_entry, given_entry, graded, responses_sha256
@@ -32,12 +32,6 @@ from evaluation.results import (
 
 if TYPE_CHECKING:
     from evaluation.model import Model
-
-
-class Interrupted(InputError):
-    """A user or the system ended the run; what is done can be gone on with."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)

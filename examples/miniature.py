@@ -14,6 +14,7 @@ from pathlib import Path
 
 import evaluate_model
 import merge
+from checkpoints.errors import ArgumentError
 
 FAMILY = Path(__file__).resolve().parent / "family"
 FINE_TUNES = ("code", "instruct", "math")
@@ -86,12 +87,12 @@ class Workspace:
         split: which items: `validation`, `test_0` or `test_1`.
         items: of each benchmark; None for all of them.
 
-    Raises: ValueError: the folder holds something else.
+    Raises: ArgumentError: the folder holds something else.
     """
 
     def __init__(self, folder: Path, split: str, items: int | None = None):
-        if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
-            raise ValueError(f"{folder}: holds something else. Choose a folder that is empty or not there.")
+        if folder.exists() and any(folder.iterdir()) and not self.is_ours(folder):
+            raise ArgumentError(f"--folder {folder}: holds something else. Choose a folder that is empty or not there.")
         self.folder = folder
         self._data = FAMILY / "data" / split
         self._items = items
@@ -99,6 +100,11 @@ class Workspace:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).touch()
         (folder / ".gitignore").write_text("*\n")
+
+    @staticmethod
+    def is_ours(folder: Path) -> bool:
+        """Whether an earlier run made the folder."""
+        return (folder / MARKER).is_file()
 
     def results(self, candidate: Candidate) -> Path:
         """Where a candidate's results are, or will be."""

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from streaming.blocks import GRID_ELEMENTS, Block, Region, kind_of
+from streaming.blocks import Block, Region
+from streaming.tally import SAMPLE_EVERY, Tally, sample_of
 
-SAMPLE_EVERY = 16
 DIGITS = 4
-
-
-@dataclass
-class _Sums:
-    """Sums over the sampled elements of one kind of layer."""
-
-    models: int
-    elements: int = 0
-    changed: int = 0
-    conflicts: int = 0
-    base: float = 0.0
-    merged: float = 0.0
-    gram: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.gram = torch.zeros(self.models, self.models, dtype=torch.float64)
-
-    def add(self, other: _Sums) -> None:
-        self.elements += other.elements
-        self.changed += other.changed
-        self.conflicts += other.conflicts
-        self.base += other.base
-        self.merged += other.merged
-        self.gram += other.gram
 
 
 class DeltaReport:
@@ -46,56 +20,43 @@ class DeltaReport:
     Args:
         models: names of the fine-tuned models, in order.
         full: look at every element rather than at one grid block in 16 (the first of each tensor among them).
+
+    Attributes:
+        tally: numbers of elements, of changed and of contested ones, |b|², |merged - b|², and the Gram matrix of the task
+            vectors, row by row.
     """
 
     def __init__(self, models: Sequence[str], *, full: bool = False):
         self.models = list(models)
         self.full = full
-        self._sums: dict[str, _Sums] = {}
-        self._lock = threading.Lock()
+        self.tally = Tally()
 
     def sampled(self, region: Region) -> list[slice]:
         """The parts of a region that are looked at, as slices of it."""
-        if self.full:
-            return [slice(0, region.numel)]
-        first = -(-(region.start // GRID_ELEMENTS) // SAMPLE_EVERY) * SAMPLE_EVERY
-        begins = range(first * GRID_ELEMENTS, region.stop, SAMPLE_EVERY * GRID_ELEMENTS)
-        return [
-            slice(max(begin, region.start) - region.start, min(begin + GRID_ELEMENTS, region.stop) - region.start)
-            for begin in begins
-        ]
+        return sample_of(region, 1 if self.full else SAMPLE_EVERY)
 
-    def observe(self, block: Block, sampled: Sequence[slice]) -> _Sums:
+    def observe(self, block: Block, sampled: Sequence[slice]) -> list[list[float]]:
         """Look at a block before the method overwrites it; pass the result on to `record`."""
         assert block.base is not None
-        sums = _Sums(len(self.models))
+        found = []
         for part in sampled:
             base = block.base[part]
             vectors = torch.stack(
                 [v[part] for v in block.task_vectors] or [w[part] - base for w in block.weights]
             )  # [models, n]
             up, down = (vectors > 0).any(dim=0), (vectors < 0).any(dim=0)
-            sums.elements += base.numel()
-            sums.changed += int((up | down).sum())
-            sums.conflicts += int((up & down).sum())
-            sums.base += float(base.dot(base))
-            sums.gram += (vectors @ vectors.T).double().cpu()
-        return sums
+            counts = [base.numel(), int((up | down).sum()), int((up & down).sum())]
+            found.append([*counts, float(base.dot(base)), *(vectors @ vectors.T).double().flatten().tolist()])
+        return found
 
-    def record(self, block: Block, merged: torch.Tensor, sampled: Sequence[slice], sums: _Sums) -> None:
-        """Add a block, now that it is merged: `merged` is `[region.numel]` float32, `sums` what `observe` returned."""
+    def record(self, block: Block, merged: torch.Tensor, sampled: Sequence[slice], seen: list[list[float]]) -> None:
+        """Add a block, now that it is merged: `merged` is `[region.numel]` float32, `seen` what `observe` returned."""
         assert block.base is not None
-        for part in sampled:
+        for part, numbers in zip(sampled, seen, strict=True):
             delta = merged[part] - block.base[part]
-            sums.merged += float(delta.dot(delta))
-        with self._lock:
-            self._sums.setdefault(kind_of(block.region.tensor.name), _Sums(len(self.models))).add(sums)
-
-    def _total(self) -> _Sums:
-        total = _Sums(len(self.models))
-        for sums in self._sums.values():
-            total.add(sums)
-        return total
+            region = block.region
+            numbers.insert(4, float(delta.dot(delta)))
+            self.tally.add(region.tensor.name, region.start + part.start, numbers)
 
     def as_json(self) -> dict[str, Any]:
         """The report for merge_recipe.json: `all` and one entry per kind of layer, numbers to 4 digits.
@@ -103,26 +64,29 @@ class DeltaReport:
         Per entry: `relative_norm` |d_i| / |b| per model; `cosine` of each pair of task vectors; `sign_conflicts`, the share of
         the changed elements that two models pull in opposite directions; `merged_relative_norm` |merged - b| / |b|.
         """
-        layers = {kind: self._entry(sums) for kind, sums in sorted(self._sums.items())}
+        kinds = self.tally.by_kind()
+        layers = {kind: self._entry(sums) for kind, sums in kinds.items()}
         return {
             "sample": "full" if self.full else f"1/{SAMPLE_EVERY}",
-            "all": self._entry(self._total()),
+            "all": self._entry([sum(column) for column in zip(*kinds.values(), strict=True)]),
             "layers": layers,
         }
 
-    def _entry(self, sums: _Sums) -> dict[str, Any]:
-        norms = sums.gram.diagonal().sqrt().tolist()
-        base = math.sqrt(sums.base)
+    def _entry(self, sums: Sequence[float]) -> dict[str, Any]:
+        count = len(self.models)
+        _, changed, conflicts, base, merged, *gram = sums or [0.0] * (5 + count * count)
+        norms = [math.sqrt(gram[i * count + i]) for i in range(count)]
         cosines = {
-            f"{self.models[i]} ~ {self.models[j]}": _rounded(float(sums.gram[i, j]), norms[i] * norms[j])
-            for i in range(len(norms))
-            for j in range(i + 1, len(norms))
+            f"{self.models[i]} ~ {self.models[j]}": _rounded(gram[i * count + j], norms[i] * norms[j])
+            for i in range(count)
+            for j in range(i + 1, count)
         }
+        size = math.sqrt(base)
         return {
-            "relative_norm": {model: _rounded(norm, base) for model, norm in zip(self.models, norms, strict=True)},
+            "relative_norm": {model: _rounded(norm, size) for model, norm in zip(self.models, norms, strict=True)},
             "cosine": cosines,
-            "sign_conflicts": _rounded(sums.conflicts, sums.changed),
-            "merged_relative_norm": _rounded(math.sqrt(sums.merged), base),
+            "sign_conflicts": _rounded(conflicts, changed),
+            "merged_relative_norm": _rounded(math.sqrt(merged), size),
         }
 
 

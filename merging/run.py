@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import ArgumentError, InputError, Refusals
+from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.reader import same_values
 from checkpoints.sidecars import side_file_bytes
-from checkpoints.staging import check_save_path, check_space
+from checkpoints.staging import Stage, check_complete, check_save_path, check_space, staged
 from merging.plan import Plan, make_plan
 from merging.recipe import Recipe
 from merging.report import DeltaReport
-from streaming.output import RunOptions, Variant, Written, write_checkpoints, write_description
+from streaming.output import RunOptions, Variant, Written, identity_of, write_checkpoints, write_description
 
 
 @dataclass(frozen=True)
@@ -40,27 +41,56 @@ class Result:
 
 @dataclass
 class Job:
-    """A merge that has been planned and can be run."""
+    """A merge that has been planned and can be run.
+
+    folders: of the checkpoints to be, below `save_path`; aim: what AIM's part in it is, for JSON.
+    """
 
     plan: Plan
     base: Model
     models: list[Model]
     save_path: Path
     options: RunOptions
+    folders: Sequence[str] = ("",)
+    aim: Any = None
+
+    def staged(self) -> AbstractContextManager[Stage]:
+        """The folder to `run` in, which becomes the output when the context ends well. Raises as `checkpoints.staging.staged`."""
+        return staged(
+            self.save_path,
+            overwrite=self.options.overwrite,
+            folders=self.folders,
+            identity=self.identity,
+            resume=self.options.resume,
+        )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the output's bytes."""
+        inputs = (self.base, *self.models)
+        return identity_of(self.plan.recipe.as_json(), inputs, self.plan.shards, self.options, aim=self.aim)
 
     def run(
-        self, progress: Callable[[int], object] = lambda count: None, variants: Sequence[Variant] = (Variant(),)
+        self,
+        stage: Stage,
+        progress: Callable[[int], object] = lambda count: None,
+        variants: Sequence[Variant] = (Variant(),),
     ) -> Result:
-        """Carry the plan out; see `merge`. Several variants of the merge are written from one reading of the inputs."""
+        """Carry the plan out; see `merge`. Several variants of the merge are written from one reading of the inputs.
+
+        Args:
+            stage: from `staged`, still open.
+            variants: as many as there are `folders`.
+        """
         report = DeltaReport(self.plan.models, full=self.options.report == "full")
         written = write_checkpoints(
             self.plan.tensors,
             self.plan.shards,
             variants,
-            self.save_path,
+            stage,
             inputs=(self.base, *self.models),
             options=self.options,
-            describe=lambda *arguments: self._describe(report, *arguments),
+            describe=lambda *arguments: self._describe(report, stage, *arguments),
             observer=None if self.options.report == "none" else report,
             progress=progress,
         )
@@ -95,6 +125,7 @@ class Job:
     def _describe(
         self,
         report: DeltaReport,
+        stage: Stage,
         folder: Path,
         variant: Variant,
         outputs: Mapping[str, Mapping[str, int | str]],
@@ -117,6 +148,7 @@ class Job:
                 "warnings": self._warnings(unchanged),
                 "report": None if self.options.report == "none" else report.as_json(),
             },
+            identity=stage.identity,
             options=self.options,
         )
 
@@ -143,7 +175,8 @@ def prepare(
     save_path: Path,
     options: RunOptions,
     *,
-    variants: int = 1,
+    folders: Sequence[str] = ("",),
+    aim: Any = None,
     check: Callable[[Model], object] | None = None,
     download: bool = True,
 ) -> Job:
@@ -153,36 +186,36 @@ def prepare(
 
     Args:
         recipe, save_path, options: see `merge`.
-        variants: checkpoints that will be written, for the disk space.
+        folders: of the checkpoints that will be written, below the save path; one for each variant.
+        aim: what AIM's part in it is, for JSON; it is part of the run's identity.
         check: looks at the base, and raises what else does not fit (AIM's calibration).
         download: False leaves the weights of hub models where they are (a dry run).
 
-    Raises: Refusals: everything that keeps the merge from working.
+    Raises: Refusals: everything that keeps the merge from working; AlreadyComplete: it has been done.
     """
 
     def plan(opened: list[Model]) -> Job:
-        return Job(_plan(recipe, opened, save_path, options, variants), opened[0], opened[1:], save_path, options)
+        base, *models = opened
+        planned: list[Plan] = []
+        problems: list[str | InputError] = [*_check_same(models)]
+        with collecting(problems):
+            planned.append(make_plan(recipe, base, models, max_shard_bytes=options.max_shard_bytes))
+        job = None if problems else Job(planned[0], base, models, save_path, options, folders, aim)
+        if job and not options.overwrite and all(model.weights.is_here for model in opened):
+            check_complete(save_path, folders, job.identity)
+        folders_read = [model.location.folder for model in opened]
+        problems = [*check_save_path(save_path, folders_read, overwrite=options.overwrite), *problems]
+        if job and not problems:
+            needed = job.plan.bytes_to_write + side_file_bytes(base.location.folder)
+            problems += check_space(save_path, len(folders) * needed)
+        if problems or job is None:
+            raise Refusals(problems)
+        return job
 
     names = [recipe.base_model, *(model.name for model in recipe.models)]
     return open_and_plan(
         names, plan, check=check, download=download, quiet=options.quiet, trust_remote_code=options.trust_remote_code
     )
-
-
-def _plan(recipe: Recipe, opened: list[Model], save_path: Path, options: RunOptions, variants: int) -> Plan:
-    base, *models = opened
-    folders = [model.location.folder for model in opened]
-    problems: list[str | InputError] = list(check_save_path(save_path, folders, overwrite=options.overwrite))
-    problems += _check_same(models)
-    try:
-        plan = make_plan(recipe, base, models, max_shard_bytes=options.max_shard_bytes)
-    except Refusals as refusals:
-        raise Refusals([*problems, *refusals.problems]) from None
-    if not problems:
-        problems += check_space(save_path, variants * (plan.bytes_to_write + side_file_bytes(base.location.folder)))
-    if problems:
-        raise Refusals(problems)
-    return plan
 
 
 def _check_same(models: Sequence[Model]) -> list[InputError]:
@@ -216,6 +249,9 @@ def merge(
 
     Raises:
         InputError: an input or the output folder does not fit (`Refusals`, before anything is written), or a number is not
-            finite, or the disk fails; nothing is left behind.
+            finite, or the disk fails.
+        AlreadyComplete: the folder holds what this recipe makes of these inputs.
     """
-    return prepare(recipe, Path(save_path), options or RunOptions()).run(progress)
+    job = prepare(recipe, Path(save_path), options or RunOptions())
+    with closing(job), job.staged() as stage:
+        return job.run(stage, progress)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from checkpoints.files import sync_folder, write_file
 from checkpoints.model import Model, close_all
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
 from checkpoints.sidecars import copy_side_files
-from checkpoints.staging import staged
-from checkpoints.writer import CheckpointWriter, Shard, write_file
-from streaming.stream import Observer, Output, PlannedTensor, StreamOptions, Transform, stream
+from checkpoints.staging import Stage
+from checkpoints.writer import CheckpointWriter, Shard
+from streaming.commits import Commits
+from streaming.stream import Observer, Output, PlannedTensor, StreamOptions, Transform, expect_changes, stream
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -31,6 +34,7 @@ class RunOptions:
         digest: which digests merge_recipe.json gets.
         report: the merge report: `sample` of one block in 16, `full`, or `none`.
         overwrite: replace an earlier result.
+        resume: go on with what an interrupted run left.
         trust_remote_code: let Python files of a checkpoint run.
         quiet: no progress bars.
         command: what the model card shows.
@@ -41,6 +45,7 @@ class RunOptions:
     digest: Digest = "outputs"
     report: Literal["none", "sample", "full"] = "sample"
     overwrite: bool = False
+    resume: bool = True
     trust_remote_code: bool = False
     quiet: bool = False
     command: Sequence[str] | None = None
@@ -71,7 +76,8 @@ class Variant:
 class Written:
     """What a run moved.
 
-    bytes_read counts every input tensor once; peak_memory_bytes is the largest resident memory the process ever had.
+    bytes_read counts every input tensor once; what an earlier run had finished is not counted. peak_memory_bytes is the
+    largest resident memory the process ever had.
     """
 
     bytes_read: int
@@ -90,7 +96,7 @@ def write_checkpoints(
     tensors: Sequence[PlannedTensor],
     shards: list[Shard],
     variants: Sequence[Variant],
-    save_path: Path,
+    stage: Stage,
     *,
     inputs: Sequence[Model],
     options: RunOptions,
@@ -98,44 +104,95 @@ def write_checkpoints(
     observer: Observer | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Written:
-    """Stream `tensors` into every variant's folder; all appear at `save_path` together, or none does.
+    """Stream `tensors` into every variant's folder, but for those that an earlier run of the stage finished.
 
     Args:
         tensors, shards: what to write, from what, and into which files.
         variants: at least one.
+        stage: where to; its journal says what is finished.
         inputs: every opened model; each must be unchanged at the end, and is closed then.
         describe: called for each variant once its weights are on the disk.
         observer, progress: see `stream`.
 
-    Raises: InputError: as `stream` and `staged`; nothing is left behind.
+    Raises: InputError: as `stream`.
     """
     started = time.monotonic()
+    todo = unfinished(tensors, stage)
+    transforms = [variant.transform for variant in variants]
+    tallies = [one.tally for one in (observer, *transforms) if one is not None]
+    earlier = _Earlier(stage, len(variants))
+    for name, notes in earlier.tensors.items():
+        for tally, numbers in zip(tallies, notes, strict=True):
+            tally.restore(name, numbers)
     with ExitStack() as end:
         end.callback(close_all, inputs)
-        work = end.enter_context(staged(save_path, overwrite=options.overwrite))
-        folders = [work / variant.folder for variant in variants]
         writers: list[CheckpointWriter] = []
         try:
-            for folder in folders:
+            for variant, chunks in zip(variants, earlier.chunks, strict=True):
+                folder = stage.folder / variant.folder
                 folder.mkdir(exist_ok=True)
-                writers.append(CheckpointWriter(folder, shards, digest=options.digest != "none"))
-            outputs = [Output(writer, variant.transform) for writer, variant in zip(writers, variants, strict=True)]
-            unchanged = stream(tensors, outputs, options=options.stream, observer=observer, progress=progress)
+                digest = options.digest != "none"
+                writers.append(CheckpointWriter(folder, shards, digest=digest, finished=earlier.tensors, chunks=chunks))
+            sync_folder(stage.folder)
+            outputs = [Output(writer, transform) for writer, transform in zip(writers, transforms, strict=True)]
+            with Commits(stage.journal, writers) as commits:
+                changed = stream(
+                    todo,
+                    outputs,
+                    options=options.stream,
+                    observer=observer,
+                    progress=progress,
+                    finished=lambda name, seen: commits.add(name, [tally.close(name) for tally in tallies], seen),
+                    changed=earlier.changed,
+                )
             digests = [writer.close() for writer in writers]
         finally:
             for writer in writers:
                 writer.release()
         for model in inputs:
             model.weights.check_unchanged()
-        for folder, variant, digest in zip(folders, variants, digests, strict=True):
-            describe(folder, variant, digest, unchanged)
+        unchanged = expect_changes(tensors) - changed
+        for variant, files in zip(variants, digests, strict=True):
+            describe(stage.folder / variant.folder, variant, files, unchanged)
     return Written(
-        bytes_read(tensors, [variant.transform for variant in variants]),
-        sum(shard.size for shard in shards) * len(variants),
+        bytes_read(todo, transforms),
+        len(variants) * (bytes_written(todo) + sum(len(shard.header) for shard in shards)),
         time.monotonic() - started,
         peak_memory_bytes(),
         frozenset(unchanged),
     )
+
+
+class _Earlier:
+    """What earlier runs of a stage noted in its journal.
+
+    Attributes:
+        tensors: those that are on the disk -> the sums of each tally.
+        chunks: per variant the digests of complete chunks.
+        changed: models that are known to differ from the base.
+    """
+
+    def __init__(self, stage: Stage, variants: int):
+        self.tensors: dict[str, list[list[float] | None]] = {}
+        self.chunks: list[dict[str, dict[str, str]]] = [{} for _ in range(variants)]
+        self.changed: set[int] = set()
+        for record in stage.journal.records:
+            self.tensors |= record.get("tensors", {})
+            self.changed.update(record.get("changed", ()))
+            for known, files in zip(self.chunks, record.get("chunks", ()), strict=False):
+                for name, digests in files.items():
+                    known.setdefault(name, {}).update(digests)
+
+
+def unfinished(tensors: Sequence[PlannedTensor], stage: Stage) -> list[PlannedTensor]:
+    """The tensors that no earlier run of the stage finished."""
+    done: Collection[str] = {name for record in stage.journal.records for name in record.get("tensors", ())}
+    return [tensor for tensor in tensors if tensor.spec.name not in done]
+
+
+def bytes_written(tensors: Sequence[PlannedTensor]) -> int:
+    """Bytes of output tensors."""
+    return sum(tensor.spec.numel * tensor.dtype.itemsize for tensor in tensors)
 
 
 def bytes_read(tensors: Sequence[PlannedTensor], transforms: Sequence[Transform | None] = ()) -> int:
@@ -152,6 +209,7 @@ def write_description(
     out_dtype: str,
     card: str,
     recipe: Mapping[str, Any],
+    identity: str,
     options: RunOptions,
 ) -> None:
     """Write what is no weight: the primary model's side files, the model card, merge_recipe.json.
@@ -163,7 +221,8 @@ def write_description(
         inputs: every model, the base first.
         out_dtype: `auto`, or the dtype asked for.
         card: Markdown of the card: what was made of which models, and how.
-        recipe: keys of merge_recipe.json, to which inputs, versions and the command are added.
+        recipe: keys of merge_recipe.json, to which inputs, versions, the command and the identity are added.
+        identity: of the run's stage.
     """
     dtype = None if out_dtype == "auto" else out_dtype
     if dtype is None and "float64" in (primary.config.get("dtype"), primary.config.get("torch_dtype")):
@@ -178,8 +237,31 @@ def write_description(
             "inputs": [describe_input(model, options.digest) for model in inputs],
             "versions": versions(),
             "command": list(options.command) if options.command else None,
+            "identity": identity,
         },
     )
+
+
+def identity_of(
+    recipe: Mapping[str, Any], inputs: Sequence[Model], shards: Sequence[Shard], options: RunOptions, **more: Any
+) -> dict[str, Any]:
+    """Everything that decides the bytes of an output, for `checkpoints.staging.staged`.
+
+    Args:
+        recipe: what is done; inputs: with what; shards: into which files; options: digests, report and device count.
+        more: what else counts.
+    """
+    headers = hashlib.sha256(b"".join(shard.file_name.encode() + shard.header for shard in shards)).hexdigest()
+    return {
+        "recipe": dict(recipe),
+        "inputs": [describe_input(model, "outputs") for model in inputs],
+        "files": headers,
+        "digest": options.digest,
+        "report": options.report,
+        "device": options.stream.device.type,
+        "versions": versions(),
+        **more,
+    }
 
 
 def peak_memory_bytes() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
@@ -14,6 +14,7 @@ from checkpoints.errors import InputError
 from checkpoints.source import TensorRef, dtype_name
 from checkpoints.writer import CheckpointWriter
 from streaming.blocks import GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, tile
+from streaming.tally import Tally
 from streaming.workers import Workers
 
 
@@ -35,6 +36,11 @@ class Merger(Protocol):
 class Observer(Protocol):
     """Looks at some of the blocks that stream by, before and after they are merged (the merge report)."""
 
+    @property
+    def tally(self) -> Tally:
+        """What it has seen."""
+        ...
+
     def sampled(self, region: Region) -> Sequence[slice]:
         """The parts of a region that it wants to see."""
         ...
@@ -50,6 +56,11 @@ class Observer(Protocol):
 
 class Transform(Protocol):
     """A change of the merged block before its one rounding (AIM's relaxation is one)."""
+
+    @property
+    def tally(self) -> Tally:
+        """How much it has changed."""
+        ...
 
     def applies_to(self, tensor: str) -> bool:
         """Whether it changes the output tensor of this name at all."""
@@ -122,6 +133,8 @@ def stream(
     options: StreamOptions,
     observer: Observer | None = None,
     progress: Callable[[int], object] = lambda count: None,
+    finished: Callable[[str, set[int]], object] = lambda name, changed: None,
+    changed: Iterable[int] = (),
 ) -> set[int]:
     """Merge every tensor into every output, reading each input once for `combine` (and as often as `measure` asks).
 
@@ -131,16 +144,29 @@ def stream(
         options: device, threads, size of a block.
         observer: shown some of the blocks, where given.
         progress: called with the number of bytes read and written, from several threads.
+        finished: called with the name of each tensor when all of it is written, and `changed` so far, from several threads.
+        changed: positions of models that are known to differ from the base.
 
-    Returns: positions of the models whose task vectors are zero throughout, as far as a method in delta space saw them.
+    Returns: `changed`, and the models of which a method in delta space saw a task vector that is not zero throughout.
 
     Raises: InputError: a number that is not finite, a file that cannot be read or written.
     """
     with closing(Workers(options.workers)) as workers:
         state = _Stream(workers, outputs, options, observer, progress)
-        state.expect_changes(tensors)
-        workers.run_tensors(state.merge_tensor, tensors)
-    return state.unchanged
+        state.changed.update(changed)
+
+        def merge_tensor(tensor: PlannedTensor) -> None:
+            state.merge_tensor(tensor)
+            finished(tensor.spec.name, set(state.changed))
+
+        workers.run_tensors(merge_tensor, tensors)
+    return state.changed
+
+
+def expect_changes(tensors: Sequence[PlannedTensor]) -> set[int]:
+    """Positions of the models whose task vectors a method will see."""
+    seen = [tensor for tensor in tensors if tensor.method is not None and tensor.method.space == "task_vectors"]
+    return {index for tensor in seen for index in range(len(tensor.inputs))}
 
 
 class _Stream:
@@ -161,14 +187,8 @@ class _Stream:
         self._progress = progress
         self._transforms = [output.transform for output in outputs]
         self._local = threading.local()
-        self.unchanged: set[int] = set()
-        """Models of which no change has been seen yet; empty where no method works on task vectors."""
-
-    def expect_changes(self, tensors: Sequence[PlannedTensor]) -> None:
-        """Watch the models whose task vectors the methods will see."""
-        for tensor in tensors:
-            if tensor.method is not None and tensor.method.space == "task_vectors":
-                self.unchanged.update(range(len(tensor.inputs)))
+        self.changed: set[int] = set()
+        """Models of which a change has been seen."""
 
     def merge_tensor(self, tensor: PlannedTensor) -> None:
         """Write one tensor to every output."""
@@ -235,9 +255,9 @@ class _Stream:
             return Block(region, base, [], models)
         assert base is not None
         task_vectors = [model.sub_(base) for model in models]
-        for index in tuple(self.unchanged):
-            if task_vectors[index].any():
-                self.unchanged.discard(index)
+        for index in range(len(task_vectors)):
+            if index not in self.changed and task_vectors[index].any():
+                self.changed.add(index)
         return Block(region, base, task_vectors, [])
 
     def _read(self, ref: TensorRef, region: Region, slot: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save, save_file
 
 from checkpoints import VERSION, writer
 from checkpoints.errors import ArgumentError, InputError, Refusals, first_line, unknown
+from checkpoints.files import write_file
 from checkpoints.location import Location, ModelName
 from checkpoints.model import Model, open_models
 from checkpoints.provenance import common_licence, describe_input, model_card, versions, write_recipe
@@ -38,9 +39,9 @@ from checkpoints.sidecars import (
     side_file_bytes,
 )
 from checkpoints.source import SAFETENSORS_DTYPES, TensorInfo, TensorRef
-from checkpoints.staging import MARKER, check_save_path, check_space, clear, partial_folder, staged
+from checkpoints.staging import STATE, check_save_path, check_space, clear, partial_folder, staged
 from checkpoints.vocabulary import MISSING, AlignedRows, Vocabulary, match_rows, read_vocabulary, vocabulary_digest
-from checkpoints.writer import CheckpointWriter, chunked_sha256, natural_key, plan_shards, write_file
+from checkpoints.writer import CheckpointWriter, chunked_sha256, natural_key, plan_shards
 from tests.pico import copy_tokenizer, write_checkpoint
 
 F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
@@ -443,13 +444,15 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def finish(out: Path, text: str, *, overwrite: bool = False) -> None:
-    with staged(out, overwrite=overwrite) as work:
+    with staged(out, overwrite=overwrite) as stage:
+        work = stage.folder
         (work / "merge_recipe.json").write_text(text)
 
 
 def test_a_folder_appears_when_it_is_complete(tmp_path):
     out = tmp_path / "a" / "b" / "out"
-    with staged(out, overwrite=False) as work:
+    with staged(out, overwrite=False) as stage:
+        work = stage.folder
         assert work == partial_folder(out) == tmp_path / "a" / "b" / "out.partial"
         (work / "x").write_text("1")
         assert not out.exists()
@@ -461,7 +464,8 @@ def test_nothing_appears_when_anything_goes_wrong(tmp_path, error):
     (tmp_path / "a").mkdir()
 
     def fail() -> None:
-        with staged(tmp_path / "a" / "b" / "c" / "out", overwrite=False) as work:
+        with staged(tmp_path / "a" / "b" / "c" / "out", overwrite=False) as stage:
+            work = stage.folder
             (work / "folder").mkdir()
             (work / "folder" / "x").write_text("1")
             raise error
@@ -477,10 +481,11 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
     left = tmp_path / "out.partial"
     (left / "folder").mkdir(parents=True)
     (left / "folder" / "x").touch()
-    (left / MARKER).touch()
+    (left / STATE).mkdir()
     (left / "link").symlink_to(tmp_path / "elsewhere")
-    with staged(tmp_path / "out", overwrite=False) as work:
-        assert [path.name for path in work.iterdir()] == [MARKER]
+    with staged(tmp_path / "out", overwrite=False) as stage:
+        work = stage.folder
+        assert [path.name for path in work.iterdir()] == [STATE]
     assert tree(tmp_path) == {"elsewhere/precious": "1"}
 
 
@@ -506,7 +511,8 @@ def test_clear_follows_no_links(tmp_path):
 
 
 def test_one_run_at_a_time(tmp_path):
-    with staged(tmp_path / "out", overwrite=False) as work:
+    with staged(tmp_path / "out", overwrite=False) as stage:
+        work = stage.folder
         (work / "x").write_text("1")
         with pytest.raises(InputError, match="another run is writing it"), staged(tmp_path / "out", overwrite=False):
             pytest.fail("two runs at once")
@@ -523,7 +529,8 @@ def test_many_runs_at_once(tmp_path):
 
     def attempt(number: int) -> None:
         try:
-            with staged(out, overwrite=False) as work:
+            with staged(out, overwrite=False) as stage:
+                work = stage.folder
                 (work / f"{number}").write_text(f"{number}")
             results.append(f"{number}")
         except InputError:

@@ -283,7 +283,7 @@ def test_recipe_file(run):
     content = recipe()
     assert list(content) == [
         "schema", "merge_method", "base_model", "models", "parameters", "tokenizer_source", "out_dtype", "exclude", "seed",
-        "outputs", "notes", "warnings", "report", "inputs", "versions", "command",
+        "outputs", "notes", "warnings", "report", "inputs", "versions", "command", "identity",
     ]  # fmt: skip
     assert content["merge_method"] == "dare_ties"
     assert content["base_model"] == "in/base"

@@ -25,7 +25,6 @@ import aim.calibrate
 import aim.console
 import merge
 import performAIM
-from checkpoints import safetensors_format
 from tests.fake_hub import FakeHub
 from tests.pico import ARCHITECTURES, copy_tokenizer, make_family
 
@@ -602,12 +601,21 @@ def test_saving_loaded_statistics_is_refused(scene, activations):
 
 
 def test_half_an_activations_file_is_never_left(scene):
-    def fail(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    scene.patch.setattr(safetensors_format.os, "fsync", fail)
     file = scene.folder / "activations.safetensors"
-    scene.refuse("--save_activations", file, code=1, says=(str(file), "No space left on device"), late=True)
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> None:
+        if target == file:
+            raise OSError(28, "No space left on device")
+        rename(path, target)
+
+    scene.patch.setattr(Path, "rename", fail)
+    code, _, err = scene.run("--save_activations", file)
+    assert (code, f"{file}: cannot be written: No space left on device" in err) == (1, True)
+    assert not any(path.name.startswith(file.name) for path in scene.folder.iterdir())
+    scene.patch.setattr(Path, "rename", rename)
+    code, out, _ = scene.run("--save_activations", file)  # with the statistics that are kept beside the output
+    assert (code, "calibrated in" in out, file.is_file()) == (0, False, True)
 
 
 # ------------------------------------------------------------------------------------------------- calibration text

@@ -1,0 +1,50 @@
+"""What of a calibration is kept in a stage, so that a run that was cut off does not run the base on the same text again."""
+
+from __future__ import annotations
+
+import time
+
+from aim.activations import Watcher
+from aim.statistics import Activations, load_activations
+from checkpoints.safetensors_format import load_tensors, save_tensors
+from checkpoints.staging import Stage
+from streaming import commits
+
+
+class UnfinishedCalibration:
+    """The sums so far, and at the end the statistics, beside the output; the journal says how many blocks are in them.
+
+    Args:
+        stage: of a run whose identity holds the calibration's flags.
+    """
+
+    def __init__(self, stage: Stage):
+        self._stage = stage
+        self._sums = stage.state / "calibration.safetensors"
+        self._whole = stage.state / "activations.safetensors"
+        self._kept = time.monotonic()
+
+    def finished(self) -> Activations | None:
+        """The statistics of a calibration that came to its end."""
+        done = any("calibrated" in record for record in self._stage.journal.records)
+        return load_activations(self._whole) if done else None
+
+    def restore(self, watcher: Watcher) -> int:
+        """Give a watcher the sums. Returns: the blocks that are in them."""
+        if not any("blocks" in record for record in self._stage.journal.records):
+            return 0
+        tensors, metadata = load_tensors(self._sums, "the unfinished calibration")
+        watcher.restore(tensors)
+        return int(metadata["blocks"])
+
+    def keep(self, watcher: Watcher, blocks: int) -> None:
+        """Keep the sums over the first `blocks` blocks, now and then. Raises WriteError: the disk is full or fails."""
+        if time.monotonic() - self._kept >= commits.COMMIT_S:
+            save_tensors(self._sums, watcher.sums(), {"blocks": str(blocks)})
+            self._stage.journal.append({"blocks": blocks})
+            self._kept = time.monotonic()
+
+    def finish(self, activations: Activations) -> None:
+        """Keep the statistics. Raises WriteError: the disk is full or fails."""
+        activations.save(self._whole)
+        self._stage.journal.append({"calibrated": True})

@@ -1,0 +1,77 @@
+"""Make what is finished durable while the stream goes on, and note it in the journal."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from checkpoints.journal import Journal
+from checkpoints.writer import CheckpointWriter
+
+COMMIT_S = 5.0
+"""Seconds between commits: about what an interruption costs. Each flushes the files, which the disk does anyway."""
+
+
+class Commits:
+    """A thread that commits now and then; a context manager, which commits once more at its end.
+
+    Args:
+        journal: gets a record for each commit: `tensors` (name -> notes), `chunks` (per writer), and what else is given.
+        writers: of the checkpoints that every tensor is written to.
+
+    Raises: WriteError: a disk is full or fails, at the next `add` or at the end.
+    """
+
+    def __init__(self, journal: Journal, writers: Sequence[CheckpointWriter]):
+        self._journal = journal
+        self._writers = writers
+        self._lock = threading.Lock()
+        self._waiting: dict[str, Any] = {}
+        self._changed: set[int] = set()
+        self._end = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="commits", daemon=True)
+
+    def add(self, tensor: str, notes: Any, changed: set[int]) -> None:
+        """Have a tensor committed, all of whose elements are written; from any thread.
+
+        Args:
+            notes: JSON, kept with it; changed: see `streaming.stream.stream`.
+        """
+        if self._error is not None:
+            raise self._error
+        with self._lock:
+            self._waiting[tensor] = notes
+            self._changed |= changed
+
+    def __enter__(self) -> Commits:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+        if self._error is not None:
+            if kind is None:
+                raise self._error
+        elif kind is None or issubclass(kind, KeyboardInterrupt):
+            self._commit()
+
+    def _run(self) -> None:
+        try:
+            while not self._end.wait(COMMIT_S):
+                self._commit()
+        except BaseException as error:
+            self._error = error
+
+    def _commit(self) -> None:
+        with self._lock:
+            tensors, self._waiting = self._waiting, {}
+            changed = sorted(self._changed)
+        if tensors:
+            chunks = [writer.sync() for writer in self._writers]
+            self._journal.append({"tensors": tensors, "changed": changed, "chunks": chunks})

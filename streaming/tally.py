@@ -1,0 +1,62 @@
+"""Sums over a fixed sample of each tensor's elements, the same in whatever order its blocks stream by."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+
+from streaming.blocks import GRID_ELEMENTS, Region, kind_of
+
+SAMPLE_EVERY = 16
+
+
+def sample_of(region: Region, every: int = SAMPLE_EVERY) -> list[slice]:
+    """The parts of a region, as slices of its elements, that lie in every 16th grid block of the tensor, the first among them."""
+    first = -(-(region.start // GRID_ELEMENTS) // every) * every
+    begins = range(first * GRID_ELEMENTS, region.stop, every * GRID_ELEMENTS)
+    return [
+        slice(max(begin, region.start) - region.start, min(begin + GRID_ELEMENTS, region.stop) - region.start)
+        for begin in begins
+    ]
+
+
+class Tally:
+    """Rows of numbers, added up per tensor and per kind of layer.
+
+    The sums of a tensor that is complete can be kept for a later run: they are plain numbers (`close`, `restore`).
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[str, dict[int, Sequence[float]]] = {}
+        self._closed: dict[str, list[float]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, tensor: str, start: int, numbers: Sequence[float]) -> None:
+        """Add what was seen in a part of a tensor that begins at the element `start`; from any thread, in any order."""
+        with self._lock:
+            self._open.setdefault(tensor, {})[start] = numbers
+
+    def close(self, tensor: str) -> list[float] | None:
+        """The sums of a tensor, of which nothing more will be added; None where nothing was."""
+        parts = self._open.pop(tensor, None)
+        if parts is None:
+            return None
+        self._closed[tensor] = _add_up(numbers for _, numbers in sorted(parts.items()))
+        return self._closed[tensor]
+
+    def restore(self, tensor: str, numbers: Sequence[float] | None) -> None:
+        """Take the sums of a tensor from an earlier run's `close`."""
+        if numbers is not None:
+            self._closed[tensor] = list(numbers)
+
+    def by_kind(self) -> dict[str, list[float]]:
+        """Kind of layer -> the sums over its closed tensors, in the order of their names."""
+        kinds: dict[str, list[Sequence[float]]] = {}
+        for tensor, numbers in sorted(self._closed.items()):
+            kinds.setdefault(kind_of(tensor), []).append(numbers)
+        return {kind: _add_up(rows) for kind, rows in sorted(kinds.items())}
+
+
+def _add_up(rows: Iterable[Sequence[float]]) -> list[float]:
+    """Column by column, in the order given."""
+    return [sum(column) for column in zip(*rows, strict=True)]
