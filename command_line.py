@@ -274,6 +274,12 @@ def console(quiet: bool) -> Console:
     return Console(say, note, partial(progress_bar, quiet=quiet, unit=" tokens"))
 
 
+def note_finished(console: Console, todo: Sequence[object], tensors: Sequence[object]) -> None:
+    """Say how much of an interrupted run is gone on with."""
+    if len(todo) < len(tensors):
+        console.note(f"going on: {len(tensors) - len(todo)} of {len(tensors)} tensors are there")
+
+
 def gigabytes(count: float) -> str:
     """`1.23 GB`, or MB and kB where that reads better."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):

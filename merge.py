@@ -185,8 +185,7 @@ def merge(job: Job, request: AimRequest | None) -> None:
         relaxations = request.relaxations(job.base, job.plan.tensors, console, stage) if request else None
         variants = relaxations.variants if relaxations else [Variant()]
         todo = unfinished(job.plan.tensors, stage)
-        if len(todo) < len(job.plan.tensors):
-            console.note(f"going on: {len(job.plan.tensors) - len(todo)} of {len(job.plan.tensors)} tensors are there")
+        command_line.note_finished(console, todo, job.plan.tensors)
         read = bytes_read(todo, [variant.transform for variant in variants])
         with command_line.progress_bar("merging", read + bytes_written(todo) * len(variants), quiet=quiet) as advance:
             result = job.run(stage, advance, variants)

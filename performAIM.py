@@ -101,12 +101,15 @@ def show_plan(job: AimJob, request: AimRequest, *, as_json: bool) -> None:
 
 def relax(job: AimJob, request: AimRequest) -> None:
     """Calibrate and relax, and say what came of it."""
+    from streaming.output import unfinished
+
     quiet = job.options.quiet
     console = command_line.console(quiet)
     for note in job.notes:
         console.note(f"note: {note}")
     with job.staged() as stage:
         relaxations = request.relaxations(job.base, job.tensors, console, stage)
+        command_line.note_finished(console, unfinished(job.tensors, stage), job.tensors)
         with command_line.progress_bar("relaxing", job.bytes_to_move(stage, relaxations), quiet=quiet) as advance:
             written = job.run(stage, relaxations, advance)
     console.say(relaxations.summary())

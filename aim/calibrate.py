@@ -173,7 +173,7 @@ def calibrate(
         done = begin = unfinished.restore(watcher) if unfinished else 0
         progress(tokens[:begin].numel())
         with watcher.watching(), torch.no_grad(), _out_of_memory("calibration", advice):
-            for batch in tokens[begin:].split(options.batch_size):
+            for batch in tokens[begin:].split(options.batch_size) if begin < len(tokens) else ():
                 model(input_ids=batch, use_cache=False)
                 progress(batch.numel())
                 if done == 0:

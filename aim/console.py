@@ -191,6 +191,8 @@ class AimRequest:
     def _calibrate(self, base: Model, console: Console, unfinished: UnfinishedCalibration) -> Activations:
         blocks = self._blocks or read_blocks(base, self.data, quiet=self._quiet)
         console.say(blocks.summary(self.data))
+        if unfinished.blocks:
+            console.note(f"going on: {unfinished.blocks} of {len(blocks.tokens)} blocks are there")
         console.note(f"loading {base.label}")
         tokens, started = blocks.tokens.numel(), 0.0
         with ExitStack() as stack:

@@ -29,9 +29,14 @@ class UnfinishedCalibration:
         done = any("calibrated" in record for record in self._stage.journal.records)
         return load_activations(self._whole) if done else None
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks are in the sums."""
+        return max((record.get("blocks", 0) for record in self._stage.journal.records), default=0)
+
     def restore(self, watcher: Watcher) -> int:
-        """Give a watcher the sums. Returns: the blocks that are in them."""
-        if not any("blocks" in record for record in self._stage.journal.records):
+        """Give a watcher the sums. Returns: the blocks that are in them; never fewer than `blocks`."""
+        if not self.blocks:
             return 0
         tensors, metadata = load_tensors(self._sums, "the unfinished calibration")
         watcher.restore(tensors)
