@@ -15,10 +15,9 @@ from aim.statistics import Activations
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_name
 from checkpoints.model import Model, close_all, open_and_plan
-from checkpoints.provenance import fingerprint
 from checkpoints.sidecars import side_file_bytes
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, TensorRef
-from checkpoints.staging import check_save_path, check_space
+from checkpoints.staging import check_save_path, check_space, read_recipe
 from checkpoints.writer import plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
 from streaming.matching import check_plain, left_out, list_kinds, match_model
@@ -101,12 +100,9 @@ class AimJob:
     def run(self, relaxations: Relaxations, progress: Callable[[int], object] = lambda count: None) -> Written:
         """Relax and write; one reading of base and merged, one checkpoint for each variant."""
         infos = {tensor.spec.name: TensorInfo(tensor.dtype, tensor.spec.shape) for tensor in self.tensors}
-        merged_fingerprint = fingerprint(self.merged.weights)
         shards = plan_shards(infos, self.options.max_shard_bytes)
 
         def describe(folder: Path, variant: Variant, outputs: Mapping[str, Any], unchanged: set[int]) -> None:
-            details = dict(variant.details())
-            details["aim"] = {**details["aim"], "merged_fingerprint": merged_fingerprint}
             write_description(
                 folder,
                 title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
@@ -121,7 +117,8 @@ class AimJob:
                     "parameters": {},
                     "out_dtype": self.out_dtype,
                     "seed": None,
-                    **details,
+                    **variant.details(),
+                    "merged_recipe": read_recipe(self.merged.location.folder),
                     "outputs": outputs,
                     "notes": self.notes,
                     "warnings": relaxations.warnings,

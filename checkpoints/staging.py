@@ -6,12 +6,14 @@ Where `OUT` is a symbolic link, what it points to is meant: the work goes on bes
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from checkpoints.errors import ArgumentError, InputError
 
@@ -25,6 +27,31 @@ MARKER = ".merge-in-progress"
 
 class ForeignFolder(InputError):
     """The work folder is in use for something else; nothing in it may be touched."""
+
+
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe that a run left in its folder, without its report; None where there is none that can be read."""
+    try:
+        recipe = json.loads((folder / RECIPE_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return {key: value for key, value in recipe.items() if key != "report"} if isinstance(recipe, dict) else None
+
+
+def write_text(path: Path, text: str, *, flag: str = "--save_path") -> None:
+    """Write a file whole or not at all; folders above it are made. Raises InputError, which names `flag`: it cannot be written."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another {flag}.") from error
 
 
 def partial_folder(save_path: Path) -> Path:
