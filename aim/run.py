@@ -16,10 +16,9 @@ from aim.statistics import Activations
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_name
 from checkpoints.model import Model, close_all, open_and_plan
-from checkpoints.provenance import fingerprint
 from checkpoints.sidecars import side_file_bytes
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, TensorRef
-from checkpoints.staging import Stage, check_complete, check_save_path, check_space, staged
+from checkpoints.staging import Stage, check_complete, check_save_path, check_space, read_recipe, staged
 from checkpoints.writer import Shard, plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
 from streaming.matching import check_plain, left_out, list_kinds, match_model
@@ -142,11 +141,8 @@ class AimJob:
         Args:
             stage: from `staged`, still open.
         """
-        merged_fingerprint = fingerprint(self.merged.weights)
 
         def describe(folder: Path, variant: Variant, outputs: Mapping[str, Any], unchanged: set[int]) -> None:
-            details = dict(variant.details())
-            details["aim"] = {**details["aim"], "merged_fingerprint": merged_fingerprint}
             write_description(
                 folder,
                 title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
@@ -161,7 +157,8 @@ class AimJob:
                     "parameters": {},
                     "out_dtype": self.out_dtype,
                     "seed": None,
-                    **details,
+                    **variant.details(),
+                    "merged_recipe": read_recipe(self.merged.location.folder),
                     "outputs": outputs,
                     "notes": self.notes,
                     "warnings": relaxations.warnings,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
-from checkpoints.errors import WriteError
+from checkpoints.errors import InputError, WriteError
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -29,3 +30,19 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
     except OSError as error:
         raise WriteError(folder, error) from error
+
+
+def write_text(path: Path, text: str, *, flag: str = "--save_path") -> None:
+    """Write a file whole or not at all; folders above it are made. Raises InputError, which names `flag`: it cannot be written."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another {flag}.") from error

@@ -26,7 +26,8 @@ FINGERPRINT_ELEMENTS = 4096
 
 
 def describe_input(model: Model, digest: Digest) -> dict[str, Any]:
-    """What identifies one input: a hub model's commit and the hub's own sha256, a local file's size, time and header.
+    """What identifies one input: its weights' fingerprint, a hub model's commit and the hub's own sha256, a local file's
+    size, time and header.
 
     Args:
         model: the opened model.
@@ -35,6 +36,7 @@ def describe_input(model: Model, digest: Digest) -> dict[str, Any]:
     entry: dict[str, Any] = {"model": model.label, "folder": str(model.location.folder)}
     if model.location.revision:
         entry["revision"] = model.location.revision
+    entry["fingerprint"] = fingerprint(model.weights)
     entry["files"] = {
         file.path.name: _describe_file(file, model.location.hub_sha256, digest) for file in model.weights.files
     }

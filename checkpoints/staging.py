@@ -35,6 +35,15 @@ class ForeignFolder(InputError):
     """The work folder is in use for something else; nothing in it may be touched."""
 
 
+def read_recipe(folder: Path) -> dict[str, Any] | None:
+    """The recipe that a run left in its folder, without its report; None where there is none that can be read."""
+    try:
+        recipe = json.loads((folder / RECIPE_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return {key: value for key, value in recipe.items() if key != "report"} if isinstance(recipe, dict) else None
+
+
 def partial_folder(save_path: Path) -> Path:
     """Where the work for `save_path` goes on: beside it, so that the rename stays on one file system."""
     target = save_path.resolve()

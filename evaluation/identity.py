@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from checkpoints import VERSION
+from checkpoints.errors import InputError
 from checkpoints.location import Location
+from checkpoints.staging import read_recipe
 
-RECIPE_FILE = "merge_recipe.json"
 PATTERNS = (
     "*.json",
     "*.safetensors",
@@ -36,7 +35,8 @@ PACKAGES = (
 
 
 class CheckpointIdentity:
-    """Digests of a checkpoint's files, taken in the background while the model answers.
+    """Digests of a checkpoint's files, and what a merge recipe knows its weights by, taken in the background while the model
+    answers.
 
     Args:
         location: where the checkpoint is; what the hub says of a file's digest is believed.
@@ -46,6 +46,7 @@ class CheckpointIdentity:
         self._location = location
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._files: Future[dict[str, dict[str, Any]]] = self._pool.submit(self._digest_all)
+        self._fingerprint: Future[str | None] = self._pool.submit(self._take_fingerprint)
         self._pool.shutdown(wait=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -56,13 +57,30 @@ class CheckpointIdentity:
             "folder": str(location.folder),
             "revision": location.revision,
             "files": self._files.result(),
-            "merge_recipe": _merge_recipe(location.folder),
+            "fingerprint": self._fingerprint.result(),
+            "merge_recipe": read_recipe(location.folder),
         }
 
     def _digest_all(self) -> dict[str, dict[str, Any]]:
         folder = self._location.folder
         paths = sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
         return {str(path.relative_to(folder)): self._digest(path) for path in paths}
+
+    def _take_fingerprint(self) -> str | None:
+        """As in the `inputs` of a merge recipe; None of weights that could not be merged."""
+        from checkpoints.provenance import fingerprint
+        from checkpoints.reader import open_checkpoint
+
+        try:
+            weights = open_checkpoint(self._location.folder, str(self._location.name))
+        except InputError:
+            return None
+        try:
+            return fingerprint(weights)
+        except InputError:
+            return None
+        finally:
+            weights.close()
 
     def _digest(self, path: Path) -> dict[str, Any]:
         known = self._location.hub_sha256.get(path.name)
@@ -124,12 +142,3 @@ def _git_state() -> dict[str, Any]:
             return {}
         output[key] = done.stdout.strip()
     return {"commit": output["commit"], "dirty": bool(output["changes"])}
-
-
-def _merge_recipe(folder: Path) -> Mapping[str, Any] | None:
-    """The recipe that a merge left in its folder, without its report; None without one."""
-    try:
-        recipe = json.loads((folder / RECIPE_FILE).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return {key: value for key, value in recipe.items() if key != "report"} if isinstance(recipe, dict) else None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import ArgumentError, InputError
+from checkpoints.files import write_text
 from evaluation.benchmarks import PAPER
 from evaluation.identity import environment
 
@@ -82,21 +83,6 @@ def now() -> str:
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
     """Write a results file by rename. Raises InputError where it cannot be written."""
     write_text(path, json.dumps(results, indent=2, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises InputError where it cannot be written."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another --save_path.") from error
 
 
 def replace_benchmark(path: Path, name: str, lines: str) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jsonschema
@@ -14,6 +15,8 @@ import pytest
 
 import evaluate_model
 from checkpoints.errors import InputError
+from checkpoints.provenance import fingerprint
+from checkpoints.reader import open_checkpoint
 from evaluation.benchmarks import PAPER
 from evaluation.results import SCHEMA_FILE
 from tests.evaluation_files import DATA, make_model, rows_of, samples, write_responses
@@ -62,6 +65,8 @@ def test_all_six_from_the_command_line(folder, tmp_path, capsys, runnable):
     assert results["finished"] is not None
     assert not results["comparable_to_paper"]
     assert set(results["model"]["files"]) >= {"config.json", "model.safetensors", "tokenizer.json"}
+    with closing(open_checkpoint(folder, "model")) as weights:
+        assert results["model"]["fingerprint"] == fingerprint(weights)
     assert results["environment"]["packages"]["lm_eval"] == "0.4.13"
     for name, entry in results["benchmarks"].items():
         assert entry["n"] == 4

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from safetensors.torch import load_file
 
 import merge
 from checkpoints import VERSION
+from checkpoints.provenance import fingerprint
+from checkpoints.reader import open_checkpoint
 from merging.methods import METHODS
 from tests.fake_hub import FakeHub
 from tests.pico import Family, make_family, write_checkpoint
@@ -322,6 +325,8 @@ def test_digests(run, models, digest):
         path = models / name / "model.safetensors"
         file = entry["files"]["model.safetensors"]
         assert Path(entry["folder"]).samefile(models / name)
+        with closing(open_checkpoint(models / name, name)) as weights:
+            assert entry["fingerprint"] == fingerprint(weights)
         assert (file["bytes"], file["mtime_ns"]) == (path.stat().st_size, path.stat().st_mtime_ns)
         assert file.get("sha256_64MiB") == (file_digest(path) if digest == "full" else None)
 

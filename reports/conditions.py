@@ -1,0 +1,80 @@
+"""Whether scores of several files may stand in one table: the same items, asked and graded in the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from checkpoints.errors import InputError, Refusals
+from reports.entries import Conditions, Entry
+
+_NAMED = 3
+
+
+def check_items(entries: Sequence[Entry], benchmarks: Sequence[str]) -> None:
+    """Raise Refusals where two files answered other items of one benchmark."""
+    problems = []
+    for name in benchmarks:
+        known = [entry for entry in entries if name in entry.conditions]
+        others = [entry for entry in known if not _same_items(known[0], entry, name)]
+        if others:
+            first, other = known[0].conditions[name], others[0].conditions[name]
+            problems.append(
+                f"{name}: expected the same items everywhere, got others in {_list(e.source for e in others)} ({_items(other)}) "
+                f"than in {known[0].source} ({_items(first)}). Evaluate all models on the same data with the same --limit."
+            )
+    if problems:
+        raise Refusals([InputError(problem) for problem in problems])
+
+
+def _same_items(first: Entry, other: Entry, name: str) -> bool:
+    one, two = first.conditions[name], other.conditions[name]
+    rows = [entry.scores[name].verdicts for entry in (first, other)]
+    if rows[0] is not None and rows[1] is not None and rows[0].rows.tolist() != rows[1].rows.tolist():
+        return False
+    return one.items == two.items or (one.prompts is not None and one.prompts == two.prompts)
+
+
+def _items(conditions: Conditions) -> str:
+    return f"{conditions.answered} of {conditions.rows} rows"
+
+
+def differences(entries: Sequence[Entry], benchmarks: Sequence[str]) -> list[str]:
+    """What differs in how the files were made, one line for each difference, with the benchmarks it concerns."""
+    found: dict[str, list[str]] = {}
+    for name in benchmarks:
+        known = [entry for entry in entries if name in entry.conditions]
+        told = False
+        for setting in dict.fromkeys(key for entry in known for key in entry.conditions[name].settings):
+            values: dict[str, list[str]] = {}
+            for entry in known:
+                values.setdefault(entry.conditions[name].settings.get(setting, "not known"), []).append(entry.source)
+            if len(values) > 1:
+                told = True
+                where = "; ".join(f"{value} in {_list(sources)}" for value, sources in values.items())
+                found.setdefault(f"{setting} differs: {where}", []).append(name)
+        prompts = {entry.conditions[name].prompts for entry in known} - {None}
+        if len(prompts) > 1 and not told:
+            found.setdefault("the prompts differ", []).append(name)
+    return [
+        f"{', '.join(names)}: {what}. What differs between these scores is not the models alone."
+        for what, names in found.items()
+    ]
+
+
+def partial(entries: Sequence[Entry], benchmarks: Sequence[str]) -> list[str]:
+    """A line where benchmarks were answered in part."""
+    parts: dict[str, list[str]] = {}
+    for name in benchmarks:
+        found = {
+            _items(e.conditions[name]): None for e in entries if name in e.conditions and e.conditions[name].partial
+        }
+        for items in found:
+            parts.setdefault(items, []).append(name)
+    told = "; ".join(f"{items} of {', '.join(names)}" for items, names in parts.items())
+    return [f"partial: {told}. These are no full scores."] if told else []
+
+
+def _list(sources: Iterable[str]) -> str:
+    names = list(sources)
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
