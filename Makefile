@@ -4,6 +4,8 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+EXPERIMENT_ARGS ?=
+FAMILY_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -15,14 +17,23 @@ COMMANDS := $(wildcard *.py)
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo-quick demo experiments family test check clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s  %s\n", $$1, $$2 }' Makefile
-	@echo 'Variables: PYTHON=python3.12 (creates .venv), PYTEST_ARGS="-k ties -x", DEMO_ARGS=...'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
+	@echo 'Variables: PYTHON=python3.12 (creates .venv), PYTEST_ARGS="-k ties -x", DEMO_ARGS=--fresh'
 
-demo: $(RUNTIME)  ## a small merge, from start to end
+demo-quick: $(RUNTIME)  ## one merge without and with AIM, evaluated, in under a minute
+	PYTHONPATH=. $(PY) examples/demo_quick.py
+
+demo: $(RUNTIME)  ## the AIM paper's experiment on tiny models: 40 merges, six benchmarks, the table, its figures
 	PYTHONPATH=. $(PY) examples/demo.py $(DEMO_ARGS)
+
+experiments: $(RUNTIME)  ## sweeps of omega, lambda, controls and calibration text on the tiny models (an hour)
+	PYTHONPATH=. $(PY) examples/experiments.py $(EXPERIMENT_ARGS)
+
+family: $(RUNTIME)  ## train the tiny models again, from nothing (20 to 40 minutes)
+	PYTHONPATH=. $(PY) -m examples.family.make_family $(FAMILY_ARGS)
 
 test: $(DEV)  ## all tests, without network
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)

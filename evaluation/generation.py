@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from evaluation.model import Model
     from evaluation.prompts import Request
+    from evaluation.transformers_model import Finish
 
 
 def generate(model: Model, requests: Sequence[Request], generation: Generation, advance: Advance) -> list[Response]:
@@ -31,6 +32,11 @@ def generate(model: Model, requests: Sequence[Request], generation: Generation, 
 
     Returns: responses aligned with `requests`.
     """
+
+    def send(batch: Sequence[_Job], limits: Sequence[int], tell: Advance) -> list[Finish]:
+        prompts = [(job.instance(generation, limit), job.tokens) for job, limit in zip(batch, limits, strict=True)]
+        return model.generate_batch(prompts, tell)
+
     responses: list[Response | None] = [None] * len(requests)
     jobs = []
     for position, request in enumerate(requests):
@@ -41,20 +47,20 @@ def generate(model: Model, requests: Sequence[Request], generation: Generation, 
             advance(1)
         else:
             jobs.append(_Job(position, request, tokens, room))
-    # Equal limits share a batch, the longest prompts first: what needs most memory fails early.
-    jobs.sort(key=lambda job: (-job.room, -job.tokens))
-    for batch in model.batches(jobs, key=lambda job: job.room):
-        prompts = [(job.instance(generation), job.tokens) for job in batch]
-        for job, finish in zip(batch, model.generate_batch(prompts, advance), strict=True):
-            responses[job.position] = Response(
-                job.request.index,
-                until_stop(finish.text, generation.stop),
-                "length" if finish.by_limit else "stop",
-                job.tokens,
-                finish.new_tokens,
-                shortened=job.room < generation.max_new_tokens,
-                prompt=job.request.prompt,
-            )
+    # The longest prompts first: what needs most memory fails early, and they leave the least room.
+    jobs.sort(key=lambda job: (-job.tokens, job.room))
+    pressed: list[_Job] = []
+    for batch in model.batches(jobs):
+        # Few rows need all their room, so that a batch may do with the least of it; those that do not go once more.
+        limits = model.limits([job.room for job in batch])
+        for job, limit, finish in zip(batch, limits, send(batch, limits, advance), strict=True):
+            if finish.by_limit and limit < job.room:
+                pressed.append(job)
+            else:
+                responses[job.position] = job.response(finish, generation)
+    for batch in model.batches(pressed, key=lambda job: job.room):
+        for job, finish in zip(batch, send(batch, [job.room for job in batch], lambda count: None), strict=True):
+            responses[job.position] = job.response(finish, generation)
     return [response for response in responses if response is not None]
 
 
@@ -79,7 +85,7 @@ def choose(model: Model, requests: Sequence[Request], letters: Sequence[str], ad
         else:
             jobs.append(_Job(position, request, tokens, 0))
     jobs.sort(key=lambda job: -job.tokens)
-    for batch in model.batches(jobs, key=lambda job: job.room, score=True):
+    for batch in model.batches(jobs, score=True):
         for job, own in zip(batch, model.score_batch([job.request.instances for job in batch], advance), strict=True):
             best = max(range(len(own)), key=lambda choice: (own[choice], -choice))
             responses[job.position] = Response(
@@ -103,16 +109,28 @@ class _Job:
         self.tokens = tokens
         self.room = room
 
-    def instance(self, generation: Generation) -> Instance:
-        """lm_eval's request, with this one's limit."""
+    def instance(self, generation: Generation, limit: int) -> Instance:
+        """lm_eval's request for at most `limit` new tokens."""
         settings: dict[str, Any] = {
             "until": list(generation.stop),
-            "max_gen_toks": self.room,
+            "max_gen_toks": limit,
             "do_sample": False,
             "temperature": 0.0,
         }
         original = self.request.instances[0]
         return replace(original, arguments=(self.request.prompt, settings), resps=[], filtered_resps={})
+
+    def response(self, finish: Finish, generation: Generation) -> Response:
+        """What came back for it, cut at the first stop string."""
+        return Response(
+            self.request.index,
+            until_stop(finish.text, generation.stop),
+            "length" if finish.by_limit else "stop",
+            self.tokens,
+            finish.new_tokens,
+            shortened=self.room < generation.max_new_tokens,
+            prompt=self.request.prompt,
+        )
 
 
 def check_bos(model: Model, prompt: str) -> dict[str, Any]:

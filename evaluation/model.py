@@ -74,8 +74,15 @@ class Model:
         found = inner.dtype if self.backend == "hf" else inner.llm_engine.model_config.dtype
         return str(found).removeprefix("torch.")
 
-    def batches(self, jobs: Sequence[Any], key: Callable[[Any], int], *, score: bool = False) -> Iterator[list[Any]]:
-        """Cut sorted jobs into what is sent at once; the size may shrink on the way, where memory does not suffice."""
+    def limits(self, rooms: Sequence[int]) -> list[int]:
+        """How many new tokens each row of a batch gets, of those that it has room for: transformers knows one limit for all."""
+        return list(rooms) if self.backend == "vllm" else [min(rooms)] * len(rooms)
+
+    def batches(
+        self, jobs: Sequence[Any], key: Callable[[Any], int] = lambda job: 0, *, score: bool = False
+    ) -> Iterator[list[Any]]:
+        """Cut jobs into what is sent at once: neighbours with the same key. The size may shrink on the way, where memory does
+        not suffice."""
         start = 0
         while start < len(jobs):
             if self.backend == "vllm" and not score:

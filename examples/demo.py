@@ -33,10 +33,12 @@ def run(folder: Path) -> None:
     print(f"{len(PAPER)} models, {ITEMS} items of each of six benchmarks.{earlier}", flush=True)
     (results,) = evaluate_all([workspace], PAPER)
     table = compare(load_results(results))
+    table.write(folder / "table.md")
     print(table.to_markdown())
-    for path in [*draw(table, folder / "figures")]:
-        print(f"{path}: written")
-    print(f"{time.monotonic() - started:.0f} seconds")
+    drawn = draw(table, folder / "figures")
+    print(
+        f"{folder / 'table.md'} and {len(drawn.paths)} figures in {folder / 'figures'}, in {time.monotonic() - started:.0f} s"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
