@@ -16,8 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints.errors import InputError
-from examples.miniature import PAPER, CommandFailed, Workspace, evaluate_all
+from examples.miniature import PAPER, Workspace, evaluate_all, guarded
 from reports import compare, draw, load_results
 
 SPLIT = "test_0"
@@ -47,20 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="for merges and results (default: demo)")
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier run left there, and begin again")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.fresh and Workspace.is_ours(arguments.folder):
-            shutil.rmtree(arguments.folder)
-        run(arguments.folder)
-    except CommandFailed as error:
-        print("What is finished stays; run it again to go on.", file=sys.stderr)
-        return error.code
-    except InputError as error:
-        print(f"demo.py: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("Interrupted. What is finished stays; run it again to go on.", file=sys.stderr)
-        return 130
-    return 0
+    if arguments.fresh and Workspace.is_ours(arguments.folder):
+        shutil.rmtree(arguments.folder)
+    return guarded("demo.py", lambda: run(arguments.folder))
 
 
 if __name__ == "__main__":

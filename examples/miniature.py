@@ -14,7 +14,7 @@ from pathlib import Path
 
 import evaluate_model
 import merge
-from checkpoints.errors import ArgumentError
+from checkpoints.errors import ArgumentError, InputError
 
 FAMILY = Path(__file__).resolve().parent / "family"
 FINE_TUNES = ("code", "instruct", "math")
@@ -176,3 +176,19 @@ def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> None
     code = main(arguments)
     if code:
         raise CommandFailed(code)
+
+
+def guarded(program: str, body: Callable[[], object]) -> int:
+    """Run a script's body; what a user can cause ends in one message. Returns: the exit code."""
+    try:
+        body()
+    except CommandFailed as error:
+        print(f"{program}: stopped. What is finished stays; run it again to go on.", file=sys.stderr)
+        return error.code
+    except InputError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted. What is finished stays; run it again to go on.", file=sys.stderr)
+        return 130
+    return 0

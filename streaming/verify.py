@@ -1,0 +1,151 @@
+"""Whether a result on the disk is what its run wrote: digests, finite numbers, shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.errors import InputError, Refusals
+from checkpoints.model import Model, open_model
+from checkpoints.source import READ_ELEMENTS
+from checkpoints.staging import RECIPE_FILE, SWEEP_PREFIX
+from checkpoints.writer import chunked_sha256
+from streaming.stream import all_finite
+from streaming.workers import Workers
+
+
+@dataclass
+class Verified:
+    """What was looked at.
+
+    files, tensors, bytes: how many; undigested: files of which the run took no digest, so that their bytes are unproved;
+    notes: what could not be checked.
+    """
+
+    files: int = 0
+    tensors: int = 0
+    bytes: int = 0
+    undigested: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def results_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run: the folder itself, or those of a sweep in it. Raises InputError where no run wrote it."""
+    found = [folder] if (folder / RECIPE_FILE).is_file() else sorted(folder.glob(f"{SWEEP_PREFIX}*/{RECIPE_FILE}"))
+    if not found:
+        raise InputError(
+            f"--verify {folder}: expected {RECIPE_FILE}, got none. Name a folder that merge.py or performAIM.py wrote."
+        )
+    return [path if path.is_dir() else path.parent for path in found]
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes that `verify` reads: the weight files, once for the digest and once for the numbers."""
+    return 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def verify(
+    folder: Path, *, trust_remote_code: bool = False, progress: Callable[[int], object] = lambda count: None
+) -> Verified:
+    """Check one checkpoint against its merge_recipe.json.
+
+    Args:
+        folder: with the recipe.
+        trust_remote_code: let model code that comes with it run, to know its shapes.
+        progress: called with numbers of bytes read.
+
+    Raises: Refusals: everything that is wrong; InputError: the recipe cannot be read.
+    """
+    found = Verified()
+    problems: list[str | InputError] = []
+    outputs = _read_outputs(folder)
+    with closing(Workers()) as workers:
+        present = {name: entry for name, entry in outputs.items() if _has_size(folder / name, entry, problems)}
+        problems += [
+            f"{path}: the run did not write it." for path in folder.glob("*.safetensors") if path.name not in outputs
+        ]
+        digests = workers.map_ordered(lambda name: _digest(folder / name, present[name], progress), list(present))
+        for name, digest in zip(present, digests, strict=True):
+            expected = present[name].get("sha256_64MiB")
+            if expected is None:
+                found.undigested.append(name)
+            elif digest != expected:
+                problems.append(f"{folder / name}: its bytes are not those that the run wrote.")
+        if problems:
+            raise Refusals(problems)
+        found.files, found.bytes = len(outputs), sum(entry["bytes"] for entry in outputs.values())
+        model = open_model(str(folder), trust_remote_code=trust_remote_code)
+        with closing(model.weights):
+            problems += _check_shapes(model, found)
+            problems += _check_numbers(model, workers, progress)
+            found.tensors = len(model.weights.tensors)
+    if problems:
+        raise Refusals(problems)
+    return found
+
+
+def _read_outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        outputs = json.loads((folder / RECIPE_FILE).read_bytes())["outputs"]
+        if not all(isinstance(entry["bytes"], int) and Path(name).name == name for name, entry in outputs.items()):
+            raise ValueError("its outputs are no list of files")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{folder / RECIPE_FILE}: expected a recipe of ours, got {error!r}.") from None
+    return dict(outputs)
+
+
+def _has_size(path: Path, entry: dict[str, Any], problems: list[str | InputError]) -> bool:
+    if not path.is_file():
+        problems.append(f"{path}: is missing.")
+        return False
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        problems.append(f"{path}: expected {entry['bytes']:,} bytes, got {size:,}.")
+    return bool(size == entry["bytes"])
+
+
+def _digest(path: Path, entry: dict[str, Any], progress: Callable[[int], object]) -> str | None:
+    digest = chunked_sha256(path) if "sha256_64MiB" in entry else None
+    progress(entry["bytes"])
+    return digest
+
+
+def _check_shapes(model: Model, found: Verified) -> list[str]:
+    """What does not fit config.json; a note where its architecture is not known."""
+    try:
+        architecture = model.architecture
+    except InputError as error:
+        found.notes.append(f"shapes were not compared with config.json: {error}")
+        return []
+    problems = [f"{model.label}: {name}: does not fit config.json: {why}." for name, why in architecture.mismatched.items()]
+    problems += [f"{model.label}: no tensor fills {name}, which config.json asks for." for name in architecture.missing]
+    problems += [f"{model.label}: {name}: nothing in config.json's model takes it." for name in architecture.unplaced]
+    return problems
+
+
+def _check_numbers(model: Model, workers: Workers, progress: Callable[[int], object]) -> list[str]:
+    """The tensors that hold a NaN or an infinity."""
+    weights = model.weights
+    pieces = [
+        (name, start, min(start + READ_ELEMENTS, info.numel))
+        for name, info in weights.tensors.items()
+        for start in range(0, info.numel, READ_ELEMENTS)
+    ]
+
+    def look(piece: tuple[str, int, int]) -> bool:
+        name, start, stop = piece
+        values = weights.read(name, start, stop, torch.empty(8 * (stop - start), dtype=torch.uint8))
+        progress(values.nbytes)
+        return not values.dtype.is_floating_point or all_finite(values.float())
+
+    bad: dict[str, int] = {}
+    for (name, start, _), is_fine in zip(pieces, workers.map_ordered(look, pieces), strict=True):
+        if not is_fine:
+            bad.setdefault(name, start)
+    return [f"{model.label}: {name}: holds a NaN or an infinity." for name in bad]
