@@ -11,7 +11,6 @@ from typing import Any
 from checkpoints.errors import ArgumentError, InputError, Refusals
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.reader import same_values
-from checkpoints.sidecars import side_file_bytes
 from checkpoints.staging import check_save_path, check_space
 from merging.plan import Plan, make_plan
 from merging.recipe import Recipe
@@ -105,7 +104,7 @@ class Job:
         write_description(
             folder,
             title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
-            primary=self.base,
+            files=self.plan.files,
             inputs=(self.base, *self.models),
             out_dtype=self.plan.recipe.out_dtype,
             card=f"{self._card_head()}\n\n{card_text(self.plan.recipe)}\n\n{variant.card}",
@@ -124,7 +123,10 @@ class Job:
 def card_text(recipe: Recipe) -> str:
     """The part of a model card that says what was merged with what parameters."""
     keys = recipe.as_json()
-    given = {**keys["parameters"], "seed": keys["seed"], "exclude": keys["exclude"], "out_dtype": keys["out_dtype"]}
+    chosen = ("seed", "exclude", "only", "pad_to_multiple_of", "tie_word_embeddings", "out_dtype")
+    given = {**keys["parameters"], **{key: keys[key] for key in chosen}}
+    if keys["tokenizer_source"] != "base":
+        given["tokenizer_source"] = keys["tokenizer_source"]
     settings = [
         f"{key} `{str(value).lower() if value in (True, False) else value}`"
         for key, value in given.items()
@@ -171,7 +173,7 @@ def prepare(
 
 def _plan(recipe: Recipe, opened: list[Model], save_path: Path, options: RunOptions, variants: int) -> Plan:
     base, *models = opened
-    folders = [model.location.folder for model in opened]
+    folders = [folder for model in opened for folder in model.folders]
     problems: list[str | InputError] = list(check_save_path(save_path, folders, overwrite=options.overwrite))
     problems += _check_same(models)
     try:
@@ -179,7 +181,7 @@ def _plan(recipe: Recipe, opened: list[Model], save_path: Path, options: RunOpti
     except Refusals as refusals:
         raise Refusals([*problems, *refusals.problems]) from None
     if not problems:
-        problems += check_space(save_path, variants * (plan.bytes_to_write + side_file_bytes(base.location.folder)))
+        problems += check_space(save_path, variants * (plan.bytes_to_write + plan.files.nbytes))
     if problems:
         raise Refusals(problems)
     return plan
@@ -187,10 +189,10 @@ def _plan(recipe: Recipe, opened: list[Model], save_path: Path, options: RunOpti
 
 def _check_same(models: Sequence[Model]) -> list[InputError]:
     """Refuse two names of one folder: of a hub model its branch and its commit, say."""
-    seen: dict[Path, Model] = {}
+    seen: dict[tuple[Path, ...], Model] = {}
     problems: list[InputError] = []
     for model in models:
-        other = seen.setdefault(model.location.folder, model)
+        other = seen.setdefault(model.folders, model)
         if other is not model:
             problems.append(
                 ArgumentError(
