@@ -163,6 +163,19 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
     running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
+def add_layout_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags of what a checkpoint with another vocabulary or head than its base's looks like."""
+    group.add_argument("--new_token_rows", metavar="R", help="rows of a token that a model lacks: owner (the row of the first model that has it; default) or mean (of the model's own rows)")  # fmt: skip
+    group.add_argument("--tie_word_embeddings", metavar="YES|NO", help="whether the output's head is its embedding (default: as in the model that gives its config)")  # fmt: skip
+
+
+def parse_yes_or_no(flag: str, text: str | None) -> bool | None:
+    """Whether a flag says yes or no; None where it was not given. Raises ArgumentError."""
+    if text is None:
+        return None
+    return parse_choice(flag, text.lower(), ("yes", "no")) == "yes"
+
+
 def whole(text: str) -> int:
     """A flag's whole number."""
     if not re.fullmatch(r"-?\d{1,20}", text):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from aim.console import AimRequest
     from merging.recipe import Recipe
     from merging.run import Job
+    from streaming.layout import Layout
     from streaming.output import RunOptions
 
 
@@ -37,7 +38,7 @@ def build_parser() -> command_line.Parser:
     what = parser.add_argument_group("what to merge")
     what.add_argument("--method", required=True, metavar="METHOD", help=", ".join(METHODS) + " (in any case)")
     what.add_argument("--base_model", required=True, metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name or NAME@REVISION; gives config, tokenizer and vocabulary")  # fmt: skip
-    what.add_argument("--models_to_merge", required=True, metavar="A,B,C", help="folders, hub names or NAME@REVISION; with weights A:0.5,B:0.3")  # fmt: skip
+    what.add_argument("--models_to_merge", required=True, metavar="A,B,C", help="folders, hub names or NAME@REVISION; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
     what.add_argument(
         "--save_path", required=True, metavar="FOLDER", help="the merged checkpoint; appears when it is complete"
     )
@@ -61,6 +62,11 @@ def build_parser() -> command_line.Parser:
         help="dare_linear, dare_ties, --control permuted: seed of what is drawn (default 0)",
     )
     how.add_argument("--exclude", metavar="REGEX", help="tensors in whose name this is found are taken from the base")
+    layout = parser.add_argument_group("vocabulary and head of the output")
+    layout.add_argument("--tokenizer_source", default="auto", metavar="S", help="whose tokenizer and vocabulary: base, union (the base's and the tokens that models add) or one of the models (default: union where a model adds tokens, else base)")  # fmt: skip
+    layout.add_argument("--pad_to_multiple_of", type=command_line.positive, metavar="N", help="rows of embedding and head are a multiple of this")  # fmt: skip
+    command_line.add_layout_flags(layout)
+    how.add_argument("--only", metavar="REGEX", help="tensors in whose name this is not found are taken from the base, such as the vision tower's with --only language_model")  # fmt: skip
     add_aim_flags(
         parser,
         omega_help="relax the merge by the base's activations before it is written: 0 puts the most active channel back to the base, 1 changes nothing; also by filter, mlp=0.2,self_attn=0.6,0.4",
@@ -107,13 +113,14 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[Recip
         lambda: replace(command_line.run_options(arguments, device, command), report=read_report(arguments)),
         lambda: command_line.parse_save_path(arguments.save_path),
         lambda: read_aim(arguments, device),
+        lambda: read_layout(arguments),
     ):
         with collecting(problems):
             found.append(read())
     if problems:
         raise Refusals(problems)
-    recipe, options, save_path, request = found
-    return recipe, options, save_path, request
+    recipe, options, save_path, request, layout = found
+    return replace(recipe, layout=layout), options, save_path, request
 
 
 def read_aim(arguments: argparse.Namespace, device: torch.device) -> AimRequest | None:
@@ -149,6 +156,19 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         seed=None if seed_is_aims else arguments.seed,
         out_dtype=arguments.dtype,
         exclude=arguments.exclude,
+        only=arguments.only,
+    )
+
+
+def read_layout(arguments: argparse.Namespace) -> Layout:
+    """The output's vocabulary and head. Raises InputError where a flag is wrong."""
+    from streaming.layout import Layout
+
+    return Layout(
+        tokenizer_source=arguments.tokenizer_source,
+        new_token_rows="owner" if arguments.new_token_rows is None else arguments.new_token_rows,
+        pad_to_multiple_of=arguments.pad_to_multiple_of,
+        tie_word_embeddings=command_line.parse_yes_or_no("--tie_word_embeddings", arguments.tie_word_embeddings),
     )
 
 

@@ -23,6 +23,7 @@ from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 if TYPE_CHECKING:
     from aim.console import AimRequest
     from aim.run import AimJob
+    from streaming.layout import Layout
     from streaming.output import RunOptions
 
 
@@ -30,7 +31,7 @@ def build_parser() -> command_line.Parser:
     """The flags of performAIM.py."""
     parser = command_line.Parser(prog="performAIM.py", description=__doc__)
     what = parser.add_argument_group("what to relax")
-    what.add_argument("--merged_model", required=True, metavar="MODEL", help="the merge, however it was made: a folder, a hub name or NAME@REVISION; gives names, tokenizer and side files")  # fmt: skip
+    what.add_argument("--merged_model", required=True, metavar="MODEL", help="the merge, however it was made: a folder, a hub name or NAME@REVISION, or a LoRA adapter; gives names, tokenizer and side files")  # fmt: skip
     what.add_argument(
         "--pretrained_model_name", required=True, metavar="MODEL", help="the base model that it was merged from"
     )
@@ -39,6 +40,7 @@ def build_parser() -> command_line.Parser:
     )
     how = add_aim_flags(parser, omega_help="0 puts the most active channel back to the base, 1 changes nothing (default 0.4); also by filter, mlp=0.2,self_attn=0.6,0.4: the first that is part of a tensor's name counts, the last number is for the rest")  # fmt: skip
     how.add_argument("--seed", type=command_line.whole, metavar="N", help="of --control permuted (default 0)")
+    command_line.add_layout_flags(parser.add_argument_group("vocabulary and head of the output"))
     command_line.add_output_flags(parser, dtype_of="the merged model")
     return parser
 
@@ -54,17 +56,18 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
     with command_line.refusals_as_json(arguments):
         from aim.run import open_job
 
-        request, options, save_path = read_flags(arguments, command)
-        names = (arguments.pretrained_model_name, arguments.merged_model)
-        keywords = {"out_dtype": arguments.dtype, "check": request.check, "download": not arguments.dry_run}
-        with closing(open_job(*names, save_path, request.how, options, aim=request.identity(), **keywords)) as job:
+        request, options, save_path, layout = read_flags(arguments, command)
+        base, merged = arguments.pretrained_model_name, arguments.merged_model
+        keywords: dict[str, Any] = {"check": request.check, "download": not arguments.dry_run}
+        keywords |= {"out_dtype": arguments.dtype, "layout": layout, "aim": request.identity()}
+        with closing(open_job(base, merged, save_path, request.how, options, **keywords)) as job:
             if arguments.dry_run:
                 show_plan(job, request, as_json=arguments.json)
             else:
                 relax(job, request)
 
 
-def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[AimRequest, RunOptions, Path]:
+def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[AimRequest, RunOptions, Path, Layout]:
     """What is asked for, how to run and where to. Raises Refusals: every flag that is wrong."""
     from aim.console import AimRequest
 
@@ -79,13 +82,22 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[AimRe
         lambda: AimRequest(arguments, device),
         lambda: command_line.run_options(arguments, device, command),
         lambda: command_line.parse_save_path(arguments.save_path),
+        lambda: read_layout(arguments),
     ):
         with collecting(problems):
             found.append(read())
     if problems:
         raise Refusals(problems)
-    request, options, save_path = found
-    return request, options, save_path
+    request, options, save_path, layout = found
+    return request, options, save_path, layout
+
+
+def read_layout(arguments: argparse.Namespace) -> Layout:
+    """The output's vocabulary and head. Raises InputError where a flag is wrong."""
+    from aim.run import layout_of
+
+    tie = command_line.parse_yes_or_no("--tie_word_embeddings", arguments.tie_word_embeddings)
+    return layout_of(arguments.numerics or "float32", arguments.new_token_rows, tie)
 
 
 def show_plan(job: AimJob, request: AimRequest, *, as_json: bool) -> None:

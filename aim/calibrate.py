@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from aim.unfinished import UnfinishedCalibration
 from checkpoints.errors import ArgumentError, InputError, first_line
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
+from checkpoints.reader import Checkpoint, read_tensor
 from checkpoints.source import FLOAT_DTYPES, dtype_name
 
 Numerics = Literal["float32", "reference"]
@@ -58,7 +60,6 @@ class CalibrationOptions:
 
 def check_causal(base: Model) -> None:
     """Raise InputError where the base is no causal language model, which alone can be run on plain text."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     name = base.architecture.model_class
@@ -69,13 +70,11 @@ def check_causal(base: Model) -> None:
     }
     if name in known:
         return
-    config = AutoConfig.from_pretrained(
-        base.location.folder, local_files_only=True, trust_remote_code=base.trust_remote_code
-    )
+    config = _config(base)
     if base.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return
     mapped = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    advice = "Its architectures entry in config.json decides." if mapped else "Merge without AIM."
+    advice = "Merge without AIM" + (", or have config.json name a causal class under architectures." if mapped else ".")
     raise InputError(
         f"{base.label}: expected a causal language model, got {name}, which AIM cannot calibrate. {advice}"
     )
@@ -83,11 +82,7 @@ def check_causal(base: Model) -> None:
 
 def check_block_size(base: Model, block_size: int) -> None:
     """Raise InputError where blocks have more tokens than the base has positions: it would fail on them, or make no sense."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(
-        base.location.folder, local_files_only=True, trust_remote_code=base.trust_remote_code
-    )
+    config = _config(base)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and block_size > positions:
         raise InputError(
@@ -119,7 +114,7 @@ def read_blocks(base: Model, data: CalibrationData, *, quiet: bool = False) -> B
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                base.location.folder, local_files_only=True, trust_remote_code=base.trust_remote_code
+                base.tokenizer_folder, local_files_only=True, trust_remote_code=base.trust_remote_code
             )
         except Exception as error:  # a tokenizer's own code fails in every way there is
             reason = first_line(error) if base.vocabulary_digest else "there is none"
@@ -228,15 +223,47 @@ def load(base: Model, options: CalibrationOptions) -> Any:
 
 def _from_pretrained(auto: Any, base: Model, keywords: dict[str, Any]) -> Any:
     """Load it; models without sdpa attention take what they have."""
-    folder, code = base.location.folder, base.trust_remote_code
+    if isinstance(base.weights, Checkpoint):
+        where: Any = base.folder
+        keywords = {"local_files_only": True, "trust_remote_code": base.trust_remote_code, **keywords}
+    else:  # what no file holds as it is: a base with an adapter, dequantised weights
+        where, auto, keywords = None, _class_of(auto, base), {**keywords, **_in_memory(base, keywords)}
     try:
-        model = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=code, **keywords)
+        model = auto.from_pretrained(where, **keywords)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
         rest = {key: value for key, value in keywords.items() if key != "attn_implementation"}
-        model = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=code, **rest)
+        model = auto.from_pretrained(where, **rest)
     return model.eval()
+
+
+def _class_of(auto: Any, base: Model) -> Any:
+    """The class that an auto class would load a base with."""
+    from checkpoints.architecture import build_meta_model
+
+    config = _config(base)
+    if type(config) in auto._model_mapping:
+        return auto._model_mapping[type(config)]
+    return type(build_meta_model(base.folder, label=base.label, trust_remote_code=base.trust_remote_code))
+
+
+def _config(base: Model) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base.folder, local_files_only=True, trust_remote_code=base.trust_remote_code)
+
+
+def _in_memory(base: Model, keywords: dict[str, Any]) -> dict[str, Any]:
+    """What `from_pretrained` takes in place of a folder: the config, and every tensor in the dtype to run in."""
+    config = _config(base)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # of weights that are plain numbers by now
+    state = {name: read_tensor(base.weights, name).to(info.plain_dtype) for name, info in base.weights.tensors.items()}
+    floats = {info.plain_dtype for info in base.weights.tensors.values() if info.plain_dtype.is_floating_point}
+    widest = functools.reduce(torch.promote_types, floats)
+    dtype = widest if keywords["dtype"] == "auto" else keywords["dtype"]
+    return {"config": config, "state_dict": state, "dtype": dtype}
 
 
 @contextmanager

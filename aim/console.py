@@ -24,7 +24,7 @@ from aim.calibrate import (
 )
 from aim.calibration import Blocks, is_local
 from aim.flags import check_files, read_calibration, read_relaxing
-from aim.relaxing import Relaxations, check_activations, group_kept, make_relaxations, outputs_of, why_kept
+from aim.relaxing import Relaxations, check_activations, group_kept, make_relaxations, names_of, outputs_of, why_kept
 from aim.statistics import Activations, load_activations
 from aim.summary import format_summaries
 from aim.targets import Selection
@@ -132,7 +132,9 @@ class AimRequest:
             base: that was checked; tensors: what would be written.
         """
         selection, warnings = select(base, self.how.numerics)
-        kept = why_kept(selection, outputs_of(tensors), self._loaded)
+        selection = selection.renamed(names_of(tensors))
+        loaded = self._loaded.renamed(names_of(tensors)) if self._loaded else None
+        kept = why_kept(selection, outputs_of(tensors), loaded)
         at_1 = [name for name in selection.targets if all(omega.of(name) == 1.0 for omega in self.how.omegas)]
         kept |= {name: "omega 1" for name in at_1 if name not in kept}
         relaxed = [tensor.spec.name for tensor in tensors if tensor.spec.name not in kept]
@@ -174,8 +176,10 @@ class AimRequest:
         if self._keep:
             activations.save(self._keep)
             console.say(f"{self._keep}: statistics of {len(activations.statistics)} tensors")
-        outputs = outputs_of(tensors)
-        found = make_relaxations(base, activations, self.how, device=self._device, outputs=outputs, source=self._source)
+        found = make_relaxations(
+            base, activations, self.how,
+            device=self._device, outputs=outputs_of(tensors), names=names_of(tensors), source=self._source,
+        )  # fmt: skip
         for warning in found.warnings:
             console.note(f"warning: {warning}")
         console.say("")

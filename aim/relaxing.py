@@ -175,34 +175,38 @@ def make_relaxations(
     *,
     device: torch.device,
     outputs: Mapping[str, str] | None = None,
+    names: Mapping[str, str] | None = None,
     source: str = "the statistics",
 ) -> Relaxations:
     """Turn statistics into one transform for each omega.
 
     Args:
-        base: the model that the statistics are of; outputs have its tensor names.
+        base: the model that the statistics are of.
         activations: from `calibrate` or a file; source: how messages name them.
         how: omegas and the rest; device: where blocks will be.
         outputs: output tensor -> why it is copied instead of merged, empty for most; None for the base's tensors.
+        names: the base's tensor -> the output's, where that has another name.
 
     Raises: InputError: statistics of another base or other shapes; numerics that differ from the statistics'.
     """
     selection, warnings = select(base, how.numerics)
     check_activations(activations, base, selection, how.numerics, source)
+    selection, activations = selection.renamed(names or {}), activations.renamed(names or {})
     importance = {
         name: importance_of(activations, name, how.scaling)
         for name in selection.targets
         if name in activations.statistics
     }
     if outputs is None:
-        outputs = dict.fromkeys(base.weights.tensors, "")
+        outputs = dict.fromkeys([*selection.targets, *selection.skipped], "")
     kept = {**why_kept(selection, outputs, activations), **idle_experts(importance)}
     found = Relaxations([], summarise(importance), kept, importance, warnings=warnings)
     for omega, folder in zip(how.omegas, how.folders, strict=True):
         channels = make_channels(activations, selection, omega, scaling=how.scaling, control=how.control, seed=how.seed)
         channels = {name: one for name, one in channels.items() if outputs.get(name) == ""}
         transform = Relaxation(channels, device, like_the_reference=how.numerics == "reference")
-        weights = {name: base.weights.tensors[name].numel for name in channels}
+        stored = {(names or {}).get(name, name): info.numel for name, info in base.weights.tensors.items()}
+        weights = {name: stored[name] for name in channels}
         share = sum(float(one.values.double().mean()) * weights[name] for name, one in channels.items())
         found.transforms.append(transform)
         label = f"omega {omega}" + ("" if how.control == "none" else f", {how.control} control")
@@ -222,6 +226,11 @@ def make_relaxations(
 def outputs_of(tensors: Sequence[PlannedTensor]) -> dict[str, str]:
     """Planned tensor -> why it is copied instead of merged, empty for those that are merged."""
     return {one.spec.name: "" if one.method is not None else one.note or "copied" for one in tensors}
+
+
+def names_of(tensors: Sequence[PlannedTensor]) -> dict[str, str]:
+    """The base's tensor -> the output's, where that has another name."""
+    return {one.base_name: one.spec.name for one in tensors if one.base_name not in ("", one.spec.name)}
 
 
 def why_kept(selection: Selection, outputs: Mapping[str, str], activations: Activations | None) -> dict[str, str]:

@@ -11,17 +11,19 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from aim.relaxing import Relaxations, Relaxing, make_relaxations, outputs_of
+from aim.calibrate import Numerics
+from aim.relaxing import Relaxations, Relaxing, make_relaxations, names_of, outputs_of
 from aim.statistics import Activations
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
-from checkpoints.location import ModelName, parse_name
+from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, close_all, open_and_plan
-from checkpoints.sidecars import side_file_bytes
-from checkpoints.source import FLOAT_DTYPES, TensorInfo, TensorRef
+from checkpoints.sidecars import SideFiles
+from checkpoints.source import FLOAT_DTYPES, TensorInfo
 from checkpoints.staging import Stage, check_complete, check_save_path, check_space, read_recipe, staged
 from checkpoints.writer import Shard, plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
-from streaming.matching import check_plain, left_out, list_kinds, match_model
+from streaming.layout import Arranged, Layout, NewTokenRows, arrange
+from streaming.matching import check_plain
 from streaming.output import (
     RunOptions,
     Variant,
@@ -63,6 +65,8 @@ class AimJob:
     base: Model
     merged: Model
     tensors: tuple[PlannedTensor, ...]
+    files: SideFiles
+    layout: Layout
     notes: list[str]
     save_path: Path
     options: RunOptions
@@ -121,6 +125,7 @@ class AimJob:
     def identity(self) -> dict[str, Any]:
         """What decides the output's bytes."""
         recipe = {"merged_model": self.merged.label, "base_model": self.base.label, "out_dtype": self.out_dtype}
+        recipe |= self.layout.as_json()
         return identity_of(recipe, (self.base, self.merged), self.shards, self.options, aim=self.aim)
 
     def staged(self) -> AbstractContextManager[Stage]:
@@ -146,7 +151,7 @@ class AimJob:
             write_description(
                 folder,
                 title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
-                primary=self.merged,
+                files=self.files,
                 inputs=(self.base, self.merged),
                 out_dtype=self.out_dtype,
                 card=f"`{self.merged.label}`, a model merged from fine-tunes of `{self.base.label}`, relaxed towards it.\n\n{variant.card}",
@@ -155,6 +160,7 @@ class AimJob:
                     "base_model": self.base.label,
                     "models": [{"model": self.merged.label, "parameters": {}}],
                     "parameters": {},
+                    **self.layout.as_json(),
                     "out_dtype": self.out_dtype,
                     "seed": None,
                     **variant.details(),
@@ -188,6 +194,7 @@ def prepare(
     out_dtype: str = "auto",
     how: Relaxing,
     aim: Any,
+    layout: Layout | None = None,
 ) -> AimJob:
     """Match the base's tensors with the merged model's; nothing is written.
 
@@ -195,9 +202,10 @@ def prepare(
         base, merged: opened. The output has the merged model's tensors, dtypes, tokenizer and side files.
         save_path, options: where to and how.
         out_dtype: `auto` keeps each tensor's dtype in the merged model; under `reference` it means bfloat16.
-        how: omegas, and numerics: `reference` gives a token that the base lacks the mean of the base's rows; else it stays
-            as merged.
+        how: omegas and numerics.
         aim: what decides how it is relaxed, for JSON; it is part of the run's identity.
+        layout: `new_token_rows` decides on a token that the base lacks: `owner` leaves it as merged, `mean` takes the mean of
+            the base's rows for the base's; `tie_word_embeddings` on the head. The tokenizer is the merged model's.
 
     Raises: Refusals: everything that does not fit; AlreadyComplete: it has been done.
     """
@@ -208,30 +216,41 @@ def prepare(
         problems.append(ArgumentError(f"--dtype: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     if problems:
         raise Refusals(problems)
-    dropped = left_out(merged)
-    names = [name for name in merged.weights.tensors if name not in dropped]
-    new_rows: Literal["base", "mean"] = "mean" if how.numerics == "reference" else "base"
-    matched = match_model(merged, base, names, new_rows=new_rows, advice=ITS_BASE)
-    problems += matched.problems
+    arranged = arrange(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
+    problems += arranged.problems
     if problems:
         raise Refusals(problems)
-    notes = list(matched.notes)
-    if dropped:
-        notes.insert(0, f"{merged.label}: left out, as loading ignores or recomputes them: {list_kinds(dropped)}.")
-    if base.location.folder == merged.location.folder:
+    notes = arranged.notes
+    if base.folders == merged.folders:
         notes.append(f"{merged.label}: is the base itself, so that relaxing changes nothing.")
     if how.numerics == "reference" and out_dtype == "auto":
         out_dtype = "bfloat16"  # what the published program writes, whatever the merge is stored in
-    tensors = tuple(_plan_tensor(merged, name, matched.tensors.get(name), out_dtype) for name in names)
-    job = AimJob(base, merged, tensors, notes, save_path, options, out_dtype, how.folders, aim)
+    tensors = tuple(_plan_tensor(arranged, name, out_dtype) for name in arranged.names)
+    more = (how.folders, aim)
+    job = AimJob(base, merged, tensors, arranged.files, arranged.layout, notes, save_path, options, out_dtype, *more)
     if not options.overwrite and base.weights.is_here and merged.weights.is_here:
         check_complete(save_path, how.folders, job.identity)
-    problems += check_save_path(
-        save_path, [base.location.folder, merged.location.folder], overwrite=options.overwrite
-    ) or check_space(save_path, len(how.folders) * (job.bytes_to_write + side_file_bytes(merged.location.folder)))
+    problems += check_save_path(save_path, [*base.folders, *merged.folders], overwrite=options.overwrite)
+    if not problems:
+        problems += check_space(save_path, len(how.folders) * (job.bytes_to_write + job.files.nbytes))
     if problems:
         raise Refusals(problems)
     return job
+
+
+def layout_of(
+    numerics: Numerics, new_token_rows: NewTokenRows | None = None, tie_word_embeddings: bool | None = None
+) -> Layout:
+    """The output's layout: the merged model's vocabulary, and its head unless `tie_word_embeddings` says otherwise.
+
+    Raises: ArgumentError: the published program knows mean rows only.
+    """
+    if numerics == "reference" and new_token_rows not in (None, "mean"):
+        raise ArgumentError(
+            f"--new_token_rows {new_token_rows}: --numerics reference takes the mean, as the published program does. Leave it out."
+        )
+    default: NewTokenRows = "mean" if numerics == "reference" else "owner"
+    return Layout("base", new_token_rows or default, tie_word_embeddings=tie_word_embeddings)
 
 
 def open_job(
@@ -243,13 +262,15 @@ def open_job(
     *,
     aim: Any,
     out_dtype: str = "auto",
+    layout: Layout | None = None,
     check: Callable[[Model], object] | None = None,
     download: bool = True,
 ) -> AimJob:
     """Open two models by name and prepare; see `prepare` and `open_and_plan`. Raises Refusals."""
 
     def plan(opened: list[Model]) -> AimJob:
-        return prepare(opened[0], opened[1], save_path, options, out_dtype=out_dtype, how=how, aim=aim)
+        keywords: dict[str, Any] = {"out_dtype": out_dtype, "how": how, "aim": aim, "layout": layout}
+        return prepare(opened[0], opened[1], save_path, options, **keywords)
 
     names = [_parse("--pretrained_model_name", base), _parse("--merged_model", merged)]
     return open_and_plan(
@@ -259,20 +280,20 @@ def open_job(
 
 def _parse(flag: str, text: str) -> ModelName:
     try:
-        return parse_name(text)
+        return parse_model(text)
     except ArgumentError as error:
         raise ArgumentError(f"{flag}: {error}") from None
 
 
-def _plan_tensor(merged: Model, name: str, base: TensorRef | None, out_dtype: str) -> PlannedTensor:
-    own = TensorRef(merged.weights, name)
+def _plan_tensor(arranged: Arranged, name: str, out_dtype: str) -> PlannedTensor:
+    own, dtype = arranged.primary[name], arranged.dtypes[name]
+    base = arranged.others[0].get(name)
     spec = TensorSpec(name, own.info.shape)
-    dtype = own.info.dtype
     if dtype.is_floating_point:  # float64, in which nothing is computed, is written as float32
         dtype = FLOAT_DTYPES.get(out_dtype, torch.float32 if dtype == torch.float64 else dtype)
-    if base is None or not own.info.dtype.is_floating_point:
+    if base is None or not dtype.is_floating_point:
         return PlannedTensor(spec, dtype, own, (), None, "not in the base" if base is None else "not a weight")
-    return PlannedTensor(spec, dtype, base, (own,), Keep())
+    return PlannedTensor(spec, dtype, base, (own,), Keep(), base_name=arranged.own_names[0].get(name, name))
 
 
 def relax_checkpoint(
@@ -298,7 +319,7 @@ def relax_checkpoint(
     how, options = how or Relaxing(), options or RunOptions()
     aim = {**how.as_json(), "statistics": activations.digest()}
     job = prepare(base, merged, Path(save_path), options, out_dtype=out_dtype, how=how, aim=aim)
-    outputs = outputs_of(job.tensors)
-    relaxations = make_relaxations(base, activations, how, device=options.stream.device, outputs=outputs)
+    outputs, names, device = outputs_of(job.tensors), names_of(job.tensors), options.stream.device
+    relaxations = make_relaxations(base, activations, how, device=device, outputs=outputs, names=names)
     with job.staged() as stage:
         return job.run(stage, relaxations)

@@ -55,6 +55,12 @@ class Activations:
                 found.update(getattr(one, key).contiguous().view(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
 
+    def renamed(self, names: Mapping[str, str]) -> Activations:
+        """The same under other tensor names: old -> new; the rest keep theirs."""
+        statistics = {names.get(key, key): value for key, value in self.statistics.items()}
+        silent = {names.get(key, key): why for key, why in self.silent.items()}
+        return Activations(statistics, self.base, self.calibration, silent)
+
     def save(self, path: Path) -> None:
         """Write them as safetensors: `NAME.mean_abs`, `NAME.mean_sq`, `NAME.tokens`; the rest as metadata. Raises InputError."""
         tensors = {

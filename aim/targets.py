@@ -31,6 +31,14 @@ class Selection:
     input_dims: Mapping[str, int]
     skipped: Mapping[str, str]
 
+    def renamed(self, names: Mapping[str, str]) -> Selection:
+        """The same under other tensor names: old -> new; the rest keep theirs."""
+        return Selection(
+            {names.get(key, key): value for key, value in self.targets.items()},
+            {names.get(key, key): value for key, value in self.input_dims.items()},
+            {names.get(key, key): value for key, value in self.skipped.items()},
+        )
+
 
 def select_targets(base: Model) -> Selection:
     """Every weight of the base that a module multiplies its input with: linear layers, an untied head, norms, experts."""

@@ -22,7 +22,6 @@ SIDE_FILES = (
 )
 # What a copy in the cache must have of these, if the repo does: programs that only load a model fetch no more.
 NEEDED_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def choose_weights(names: Collection[str], read: Callable[[str], bytes], label: 
 
     Raises: InputError: no weights; an index that is damaged, or names a file that is not there.
     """
-    from checkpoints.reader import WEIGHT_FILES
+    from checkpoints.reader import ADAPTER_FILES, WEIGHT_FILES
 
     found = next((name for name in (*WEIGHT_FILES, *ADAPTER_FILES) if name in names), None)
     if found is None:

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from checkpoints.errors import ArgumentError, InputError
@@ -23,13 +23,18 @@ _HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co/|hf\.co/|hf:/
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model as the user named it; `str` gives the text back."""
+    """A model as the user named it; `str` gives the text back.
+
+    base: of an adapter, where it was named: `BASE+ADAPTER`.
+    """
 
     path_or_id: str
     revision: str | None = None
+    base: ModelName | None = None
 
     def __str__(self) -> str:
-        return self.path_or_id if self.revision is None else f"{self.path_or_id}@{self.revision}"
+        own = self.path_or_id if self.revision is None else f"{self.path_or_id}@{self.revision}"
+        return own if self.base is None else f"{self.base}+{own}"
 
     @property
     def path(self) -> Path:
@@ -90,6 +95,19 @@ def parse_name(text: str) -> ModelName:
     if not _REVISION.fullmatch(revision):
         raise ArgumentError(f"{text}: '{revision}' is no revision. Give a branch, a tag or a commit after the '@'.")
     return ModelName(name, revision)
+
+
+def parse_model(text: str) -> ModelName:
+    """Read a model as `parse_name` does, or `BASE+ADAPTER`, where a path that exists wins; bases may be such names themselves.
+
+    Raises: ArgumentError: as `parse_name`.
+    """
+    base, plus, adapter = text.rpartition("+")
+    if not plus or os.path.lexists(os.path.expanduser(text)):
+        return parse_name(text)
+    if not (base.strip() and adapter.strip()):
+        raise ArgumentError(f"{text}: expected BASE+ADAPTER, got one of them. {WHAT_TO_GIVE}")
+    return replace(parse_name(adapter.strip()), base=parse_model(base.strip()))
 
 
 def locate(

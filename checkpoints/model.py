@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from checkpoints.adapters import ADAPTER_CONFIG, AdaptedWeights, AdapterConfig, is_adapter, read_adapter_config
+from checkpoints.dequantise import DequantisedWeights, is_float8
 from checkpoints.errors import InputError, Refusals, collecting
-from checkpoints.location import Location, ModelName, locate, parse_name, remote_headers
-from checkpoints.reader import Checkpoint, RemoteFile, open_checkpoint
-from checkpoints.sidecars import licence_of, read_config
+from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
+from checkpoints.reader import ADAPTER_FILES, WEIGHT_FILES, Checkpoint, RemoteFile, WeightFile, open_checkpoint
+from checkpoints.sidecars import TOKENIZER_FILES, SideFiles, licence_of, read_config
+from checkpoints.source import Weights
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
 
 if TYPE_CHECKING:
@@ -23,32 +28,65 @@ Planned = TypeVar("Planned")
 class Model:
     """One input of a command.
 
-    location: where its files are; weights: its tensors; trust_remote_code: whether its own Python files may run.
+    location: where its files are, for an adapter those of its base; weights: its tensors; trust_remote_code: whether its own
+    Python files may run; name: as the user gave it, where that is not the location's; adapters: what is on top of the base.
     """
 
     location: Location
-    weights: Checkpoint
+    weights: Weights
     trust_remote_code: bool = False
+    name: ModelName | None = None
+    adapters: tuple[tuple[Location, Checkpoint], ...] = ()
 
     @property
     def label(self) -> str:
         """How messages name it: as the user wrote it."""
-        return str(self.location.name)
+        return str(self.name or self.location.name)
+
+    @property
+    def folder(self) -> Path:
+        """Where its config and what belongs to it lie."""
+        return self.location.folder
+
+    @property
+    def parts(self) -> list[tuple[Location, Sequence[WeightFile]]]:
+        """Every folder that it comes from, and the weight files there."""
+        on_top = [(location, checkpoint.files) for location, checkpoint in self.adapters]
+        theirs = {id(file) for _, files in on_top for file in files}
+        return [(self.location, [file for file in self.weights.files if id(file) not in theirs]), *on_top]
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Every folder that it comes from."""
+        return tuple(location.folder for location, _ in self.parts)
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """Where its tokenizer lies: of an adapter that brings one, with the adapter."""
+        return next((folder for folder in reversed(self.folders) if vocabulary_digest(folder)), self.folder)
+
+    def side_files(self) -> SideFiles:
+        """Its files that are no weights."""
+        files = SideFiles(self.folder, self.label)
+        if self.tokenizer_folder != self.folder:
+            files.take(self.tokenizer_folder, TOKENIZER_FILES)
+        self.weights.adjust(files)
+        return files
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json. Raises InputError where it is missing or damaged."""
-        return read_config(self.location.folder, self.label)
+        return read_config(self.folder, self.label)
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
         """The tokenizer's tokens; None without a tokenizer."""
-        return read_vocabulary(self.location.folder, self.label, trust_remote_code=self.trust_remote_code)
+        return read_vocabulary(self.tokenizer_folder, self.label, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def vocabulary_digest(self) -> str | None:
         """Equal where the token files are equal."""
-        return vocabulary_digest(self.location.folder)
+        return vocabulary_digest(self.tokenizer_folder)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -56,12 +94,34 @@ class Model:
         from checkpoints.architecture import describe
 
         shapes = {name: info.shape for name, info in self.weights.tensors.items()}
-        return describe(self.location.folder, shapes, label=self.label, trust_remote_code=self.trust_remote_code)
+        return describe(self.folder, shapes, label=self.label, trust_remote_code=self.trust_remote_code)
+
+    def find_same(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Where tensors of other names belong: name -> this model's tensor that becomes the same parameter.
+
+        Args:
+            shapes: name -> shape of tensors that would be loaded into this model's class.
+
+        Returns: nothing for a name that has no place, or where transformers does not know the class.
+        """
+        from checkpoints.architecture import describe
+
+        try:
+            ours = {(one.parameter, one.expert): name for name, one in self.architecture.placements.items()}
+            placed = describe(
+                self.folder, shapes, label=self.label, trust_remote_code=self.trust_remote_code
+            ).placements
+        except InputError:
+            return {}
+        keys = {name: (one.parameter, one.expert) for name, one in placed.items()}
+        return {name: ours[key] for name, key in keys.items() if key in ours}
 
     @cached_property
     def licence(self) -> str | None:
-        """The licence its model card names, or None."""
-        return licence_of(self.location.folder)
+        """The licence its model card names, or those of all its parts where they name the same; else None."""
+        cards = [folder for folder in self.folders if (folder / "README.md").is_file()]
+        licences = {licence_of(folder) for folder in cards}
+        return licences.pop() if len(licences) == 1 else None
 
 
 def open_and_plan(
@@ -140,21 +200,73 @@ def open_models(
 def open_model(
     name: ModelName | str, *, weights: bool = True, quiet: bool = False, trust_remote_code: bool = False
 ) -> Model:
-    """Find a model and open its weights; reads headers only.
+    """Find a model and open its weights; reads headers only. Of an adapter, its base too.
 
     Args:
-        name: a folder or a hub name, as text or parsed.
+        name: a folder or a hub name, as text or parsed; an adapter, by itself or as `BASE+ADAPTER`.
         weights: download the weights of a hub model; without, its headers are read over the network and its numbers cannot
-            be (`weights.is_here` is False). A model that stores pickles, which have no headers, is downloaded in any case.
+            be (`weights.is_here` is False). A model that stores pickles, which have no headers, is downloaded in any case,
+            and so is an adapter.
 
-    Raises: InputError: as `locate` and `open_checkpoint`.
+    Raises: InputError: as `locate` and `open_checkpoint`; an adapter of another kind than LoRA, or of another base.
     """
-    name = parse_name(name) if isinstance(name, str) else name
-    location = locate(name, weights=weights, quiet=quiet, trust_remote_code=trust_remote_code)
+    name = parse_model(name) if isinstance(name, str) else name
+    own = replace(name, base=None)
+    options = {"quiet": quiet, "trust_remote_code": trust_remote_code}
+    location = locate(own, weights=weights, **options)
     if not location.weights_here:
-        headers = remote_headers(ModelName(name.path_or_id, location.revision))
-        if headers:
-            files = [RemoteFile(file, str(name), header.file_bytes, header.tensors) for file, header in headers.items()]
-            return Model(location, Checkpoint(location.folder, str(name), files), trust_remote_code)
-        location = locate(name, quiet=quiet, trust_remote_code=trust_remote_code)
-    return Model(location, open_checkpoint(location.folder, str(name)), trust_remote_code)
+        headers = remote_headers(replace(own, revision=location.revision))
+        if headers and not is_adapter(location.folder, [*headers]):
+            files = [RemoteFile(file, str(own), header.file_bytes, header.tensors) for file, header in headers.items()]
+            return _whole(name, location, Checkpoint(location.folder, str(own), files), trust_remote_code)
+        location = locate(own, **options)
+    if is_adapter(location.folder, [file for file in WEIGHT_FILES if (location.folder / file).is_file()]):
+        return _open_adapted(name, location, weights=weights, **options)
+    return _whole(name, location, open_checkpoint(location.folder, str(own)), trust_remote_code)
+
+
+def _whole(name: ModelName, location: Location, checkpoint: Checkpoint, trust_remote_code: bool) -> Model:
+    """A whole model, its float8 weights multiplied out. Raises InputError: it was named as an adapter; scales do not fit."""
+    try:
+        if name.base is not None:
+            raise InputError(f"{name}: expected an adapter after the '+', got a whole model. Give it by itself.")
+        if not is_float8(checkpoint):
+            return Model(location, checkpoint, trust_remote_code)
+        config = read_config(location.folder, str(name))
+        return Model(location, DequantisedWeights(checkpoint, config), trust_remote_code)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _open_adapted(name: ModelName, location: Location, **options: bool) -> Model:
+    """An adapter on its base."""
+    label = str(replace(name, base=None))
+    config = read_adapter_config(location.folder, label)
+    if name.base is None and config.base is None:
+        raise InputError(f"{label}: {ADAPTER_CONFIG} names no base model. Give both, as BASE+{label}.")
+    named = name.base or _named_base(config, label)
+    if named.is_local and named.path.resolve() == location.folder:
+        raise InputError(f"{label}: is an adapter, and named as its own base. Give a whole model, as BASE+{label}.")
+    try:
+        base = open_model(named, **options)
+    except InputError as error:
+        if name.base is not None:
+            raise
+        raise InputError(f"{label}: its base: {error} Or name the base yourself, as BASE+{label}.") from None
+    with ExitStack() as opened:
+        opened.callback(base.weights.close)
+        adapter = open_checkpoint(location.folder, label, ADAPTER_FILES)
+        opened.callback(adapter.close)
+        weights = AdaptedWeights(base.weights, adapter, str(name), config, base.find_same)
+        opened.pop_all()
+    return Model(base.location, weights, base.trust_remote_code, name, (*base.adapters, (location, adapter)))
+
+
+def _named_base(config: AdapterConfig, label: str) -> ModelName:
+    """The base that adapter_config.json names. Raises InputError where that is no name."""
+    try:
+        base = parse_name(str(config.base))
+        return replace(base, revision=config.revision) if config.revision and not base.is_local else base
+    except InputError as error:
+        raise InputError(f"{label}: {ADAPTER_CONFIG}: its base: {error}") from None

@@ -15,8 +15,10 @@ import torch
 
 from checkpoints import VERSION
 from checkpoints.files import write_file
+from checkpoints.location import Location
 from checkpoints.model import Model
-from checkpoints.reader import Checkpoint, WeightFile
+from checkpoints.reader import WeightFile
+from checkpoints.source import Weights
 from checkpoints.staging import RECIPE_FILE
 from checkpoints.writer import chunked_sha256
 
@@ -33,17 +35,25 @@ def describe_input(model: Model, digest: Digest) -> dict[str, Any]:
         model: the opened model.
         digest: `full` reads every weight file once more and takes its `sha256_64MiB`.
     """
-    entry: dict[str, Any] = {"model": model.label, "folder": str(model.location.folder)}
-    if model.location.revision:
-        entry["revision"] = model.location.revision
-    entry["fingerprint"] = fingerprint(model.weights)
-    entry["files"] = {
-        file.path.name: _describe_file(file, model.location.hub_sha256, digest) for file in model.weights.files
+    first, *adapters = (_describe_part(location, files, digest) for location, files in model.parts)
+    return {
+        "model": model.label,
+        **first,
+        "fingerprint": fingerprint(model.weights),
+        **({"adapters": adapters} if adapters else {}),
     }
-    return entry
 
 
-def fingerprint(weights: Checkpoint) -> str:
+def _describe_part(location: Location, files: Sequence[WeightFile], digest: Digest) -> dict[str, Any]:
+    """One folder of an input."""
+    return {
+        "folder": str(location.folder),
+        **({"revision": location.revision} if location.revision else {}),
+        "files": {file.path.name: _describe_file(file, location.hub_sha256, digest) for file in files},
+    }
+
+
+def fingerprint(weights: Weights) -> str:
     """Tells one set of weights from another at the cost of a few pages: sha256 over every tensor's name, dtype and shape
     and over 4096 elements each at its start, middle and end."""
     digest = hashlib.sha256()
@@ -100,7 +110,7 @@ def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, c
         text: Markdown between the title and the command: what was made of which models, and how.
         command: argument list as run; None where it was called from Python.
     """
-    names = dict.fromkeys(model.location.name.path_or_id for model in (base, *models))
+    names = dict.fromkeys(location.name.path_or_id for model in (base, *models) for location, _ in model.parts)
     front = ["---", "base_model:", *(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)]
     front += ["library_name: transformers", "tags:", "- merge"]
     licence = common_licence([base, *models])

@@ -9,13 +9,16 @@ import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from checkpoints.errors import InputError, first_line
 from checkpoints.safetensors_format import StoredTensor, pread_exactly, read_header
 from checkpoints.source import READ_ELEMENTS, SAFETENSORS_NAMES, Source, TensorInfo, TensorRef
+
+if TYPE_CHECKING:
+    from checkpoints.sidecars import SideFiles
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -24,23 +27,26 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 LFS_POINTER = b"version https://git-lfs"
 
 
-def find_weight_files(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str] | None]:
+def find_weight_files(
+    folder: Path, label: str, names: Sequence[str] = WEIGHT_FILES
+) -> tuple[list[Path], Mapping[str, str] | None]:
     """The weight files of a checkpoint folder, in order of their names, and the index's weight map where there is one.
+
+    Args:
+        names: what to look for, the first that is there counts.
 
     Raises: InputError: no weights in the folder; an index that is damaged, or names a file that is missing or lies outside.
     """
-    found = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if found is None and (folder / "adapter_config.json").is_file():
-        raise InputError(f"{label}: expected a whole model, got a LoRA adapter. Merge it into its base model first.")
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise InputError(
-            f"{label}: expected {WEIGHT_FILES[0]}, {WEIGHT_FILES[2]} or an index of shards in {folder}, got {there}. Give the folder of the weights."
+            f"{label}: expected {' or '.join(name for name in names if not name.endswith('.json'))}{' or an index of shards' * (names == WEIGHT_FILES)} in {folder}, got {there}. Give the folder of the weights."
         )
     if found.suffix != ".json":
         return [found], None
@@ -62,16 +68,16 @@ def find_weight_files(folder: Path, label: str) -> tuple[list[Path], Mapping[str
     return [folder / name for name in names], weight_map
 
 
-def open_checkpoint(folder: Path, label: str) -> Checkpoint:
+def open_checkpoint(folder: Path, label: str, names: Sequence[str] = WEIGHT_FILES) -> Checkpoint:
     """Open a folder's weights; reads headers only.
 
     Args:
         folder: a checkpoint as `save_pretrained` or the hub lays it out.
-        label: how messages name the model.
+        label: how messages name the model; names: its weight files may have, see `find_weight_files`.
 
     Raises: InputError: no weights, a damaged file, an index and files that disagree, a pickle that is not plain tensors.
     """
-    paths, weight_map = find_weight_files(folder, label)
+    paths, weight_map = find_weight_files(folder, label, names)
     files: list[WeightFile] = []
     try:
         for path in paths:
@@ -116,7 +122,7 @@ class Checkpoint:
     def __init__(self, folder: Path, label: str, files: Sequence[WeightFile]):
         self.folder = folder
         self.label = label
-        self.files = sorted(files, key=lambda file: file.path.name)
+        self.files: Sequence[WeightFile] = sorted(files, key=lambda file: file.path.name)
         self._owner: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.tensors:
@@ -136,6 +142,9 @@ class Checkpoint:
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """See `Source.read`."""
         return self._owner[name].read(name, start, stop, buffer)
+
+    def adjust(self, files: SideFiles) -> None:
+        """See `Weights`: they are what its files hold."""
 
     def check_unchanged(self) -> None:
         """Raise InputError where a file is not the one that was opened."""
@@ -288,7 +297,7 @@ def same_values(first: TensorRef, second: TensorRef) -> bool:
     """Whether two tensors hold the same numbers in the same shape, compared a piece at a time until one differs."""
     if first.info.shape != second.info.shape:
         return False
-    if any(isinstance(ref.source, Checkpoint) and not ref.source.is_here for ref in (first, second)):
+    if not all(getattr(ref.source, "is_here", True) for ref in (first, second)):
         return True  # a plan from headers alone hopes for the best; the numbers are compared before anything is written
     buffers = [torch.empty(READ_ELEMENTS * 8, dtype=torch.uint8) for _ in range(2)]
     for start in range(0, first.info.numel, READ_ELEMENTS):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError
 from checkpoints.files import write_file
 
-# Everything that loading or using the model may ask for. Weights, and what describes them, are never among them.
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
+CHAT_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*.jinja")
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -21,13 +21,18 @@ SIDE_FILES = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
+    "tokenization_*.py",
+    *CHAT_TEMPLATE_FILES,
+)
+# Everything that loading or using the model may ask for. Weights, and what describes them, are never among them.
+SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
     "preprocessor_config.json",
     "processor_config.json",
     "configuration_*.py",
     "modeling_*.py",
-    "tokenization_*.py",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -40,30 +45,73 @@ def list_side_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def side_file_bytes(folder: Path) -> int:
-    """Bytes that the side files, a model card and a recipe take, rounded up generously."""
-    return sum((folder / relative).stat().st_size for relative in list_side_files(folder)) + (1 << 20)
-
-
-def copy_side_files(folder: Path, target: Path, *, dtype: str | None = None) -> list[str]:
-    """Copy the side files byte for byte.
+class SideFiles:
+    """The side files that a checkpoint will have: another folder's, byte for byte, but for those that are changed here.
 
     Args:
-        folder, target: from where, to where (exists).
-        dtype: what the entries of config.json shall say that name a dtype; None leaves them as they are.
-
-    Returns: the relative names of what was written.
+        folder: whose side files to start from; label: how messages name them.
     """
-    names = []
-    for relative in list_side_files(folder):
-        destination = target / relative
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        content = (folder / relative).read_bytes()
-        if dtype is not None and str(relative) == "config.json":
-            content = config_with_dtype(content, dtype)
-        write_file(destination, content)
-        names.append(str(relative))
-    return names
+
+    def __init__(self, folder: Path, label: str = ""):
+        self.label = label or str(folder)
+        self._content: dict[str, Path | bytes] = {path.as_posix(): folder / path for path in list_side_files(folder)}
+
+    @property
+    def names(self) -> list[str]:
+        """Relative names, sorted."""
+        return sorted(self._content)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they, a model card and a recipe take, rounded up generously."""
+        sizes = (len(one) if isinstance(one, bytes) else one.stat().st_size for one in self._content.values())
+        return sum(sizes) + (1 << 20)
+
+    def read(self, name: str) -> bytes:
+        """The content of one of them."""
+        content = self._content[name]
+        return content if isinstance(content, bytes) else content.read_bytes()
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The JSON object of one of them; empty where there is no such file. Raises InputError: it holds something else."""
+        return _parse(self.read(name), name, self.label) if name in self._content else {}
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Put a JSON object in the place of a file; one that says the same is left as it is."""
+        if name not in self._content or self.read_json(name) != content:
+            self._content[name] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._content
+
+    def take(self, folder: Path, patterns: Sequence[str]) -> None:
+        """Take the files of these patterns from another folder, in place of all that there are."""
+        kept = {name: one for name, one in self._content.items() if not _matches(name, patterns)}
+        taken: dict[str, Path | bytes] = {
+            path.as_posix(): folder / path for path in list_side_files(folder) if _matches(path.as_posix(), patterns)
+        }
+        self._content = kept | taken
+
+    def write(self, target: Path, *, dtype: str | None = None) -> list[str]:
+        """Write them into a folder that exists.
+
+        Args:
+            dtype: what the entries of config.json shall say that name a dtype; None leaves them as they are.
+
+        Returns: the relative names of what was written.
+        """
+        for name in self.names:
+            destination = target / name
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            content = self.read(name)
+            if dtype is not None and name == "config.json":
+                content = config_with_dtype(content, dtype)
+            write_file(destination, content)
+        return self.names
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def read_config(folder: Path, label: str) -> dict[str, Any]:
@@ -74,17 +122,22 @@ def read_config(folder: Path, label: str) -> dict[str, Any]:
 def read_json(path: Path, label: str) -> dict[str, Any]:
     """A JSON object from a file of the model `label`. Raises InputError where it is missing, or something else."""
     try:
-        content = json.loads(path.read_bytes())
+        return _parse(path.read_bytes(), path.name, label)
     except FileNotFoundError:
         raise InputError(
             f"{label}: expected {path.name} in {path.parent}, got none. Give the folder of a Hugging Face checkpoint."
         ) from None
-    except (ValueError, RecursionError, OSError) as error:
+    except OSError as error:
         raise InputError(f"{label}: {path.name}: expected JSON, got {error}. Download it again.") from None
+
+
+def _parse(raw: bytes, name: str, label: str) -> dict[str, Any]:
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{label}: {name}: expected JSON, got {error}. Download it again.") from None
     if not isinstance(content, dict):
-        raise InputError(
-            f"{label}: {path.name}: expected a JSON object, got {type(content).__name__}. Download it again."
-        )
+        raise InputError(f"{label}: {name}: expected a JSON object, got {type(content).__name__}. Download it again.")
     return content
 
 

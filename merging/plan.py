@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from checkpoints.errors import ArgumentError, InputError, Refusals
 from checkpoints.model import Model
-from checkpoints.source import FLOAT_DTYPES, TensorInfo, TensorRef, dtype_name
+from checkpoints.sidecars import SideFiles
+from checkpoints.source import FLOAT_DTYPES, TensorInfo, dtype_name
 from checkpoints.writer import Shard, plan_shards
 from merging.methods import get_method
 from merging.recipe import Recipe
 from streaming.blocks import TensorSpec, kind_of
-from streaming.matching import Matched, check_plain, left_out, list_kinds, match_model
+from streaming.layout import Arranged, arrange
+from streaming.matching import check_plain, list_kinds
 from streaming.output import bytes_read
 from streaming.stream import PlannedTensor
 
@@ -28,6 +30,7 @@ class Plan:
     Attributes:
         tensors: every output tensor, in the order of the output's names.
         shards: the files to be written.
+        files: the output's config, tokenizer and the rest.
         notes: what a user should know of it: tensors left out, rows matched by token.
         models: the fine-tuned models' labels, in order.
     """
@@ -36,6 +39,7 @@ class Plan:
     models: tuple[str, ...]
     tensors: tuple[PlannedTensor, ...]
     shards: list[Shard]
+    files: SideFiles
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -136,37 +140,34 @@ def make_plan(recipe: Recipe, base: Model, models: Sequence[Model], *, max_shard
     Raises: Refusals: everything that does not fit, in one message.
     """
     problems: list[str | InputError] = []
-    notes = [model.location.note for model in (base, *models) if model.location.note]
+    notes = [location.note for model in (base, *models) for location, _ in model.parts if location.note]
     for model in (base, *models):
         problems += check_plain(model)
     if problems:
         raise Refusals(problems)
-    dropped = left_out(base)
-    if dropped:
-        notes.append(f"{base.label}: left out, as loading ignores or recomputes them: {list_kinds(dropped)}.")
-    names = [name for name in base.weights.tensors if name not in dropped]
-    matches = [match_model(base, model, names) for model in models]
-    for match in matches:
-        problems += match.problems
-        notes += match.notes
-    excluded = {name for name in names if recipe.exclude and re.search(recipe.exclude, name)}
-    if recipe.exclude and not excluded:
-        problems.append(
-            ArgumentError(f"--exclude: {recipe.exclude!r} is found in no tensor's name. Names look like {names[0]}.")
-        )
+    arranged = arrange(base, models, recipe.layout, optional=lambda name: bool(recipe.why_copied(name)))
+    problems += arranged.problems
+    notes += arranged.notes
+    recipe = replace(recipe, layout=arranged.layout)
+    names = arranged.names
+    for flag, expression in (("--exclude", recipe.exclude), ("--only", recipe.only)):
+        if expression and not any(re.search(expression, name) for name in names):
+            problems.append(
+                ArgumentError(f"{flag}: {expression!r} is found in no tensor's name. Names look like {names[0]}.")
+            )
     if problems:
         raise Refusals(problems)
-    wide = [name for name in names if base.weights.tensors[name].dtype == torch.float64]
+    wide = [name for name in names if arranged.dtypes[name] == torch.float64]
     if wide and recipe.out_dtype == "auto":
         notes.append(f"{base.label}: float64, in which nothing is computed, is written as float32: {list_kinds(wide)}.")
     embeddings = _embeddings(recipe, base)
-    planned = tuple(_plan_tensor(recipe, base, matches, name, name in excluded, name in embeddings) for name in names)
+    planned = tuple(_plan_tensor(recipe, arranged, name, name in embeddings) for name in names)
     shards = plan_shards(
         {tensor.spec.name: TensorInfo(tensor.dtype, tensor.spec.shape) for tensor in planned}, max_shard_bytes
     )
     by_name = {tensor.spec.name: tensor for tensor in planned}
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
-    return Plan(recipe, tuple(model.label for model in models), ordered, shards, notes)
+    return Plan(recipe, tuple(model.label for model in models), ordered, shards, arranged.files, notes)
 
 
 def _embeddings(recipe: Recipe, base: Model) -> set[str]:
@@ -176,22 +177,17 @@ def _embeddings(recipe: Recipe, base: Model) -> set[str]:
     return {name for name, placement in base.architecture.placements.items() if placement.kind == "embedding"}
 
 
-def _plan_tensor(
-    recipe: Recipe, base: Model, matches: Sequence[Matched], name: str, excluded: bool, is_embedding: bool
-) -> PlannedTensor:
-    reference = TensorRef(base.weights, name)
-    info = reference.info
-    spec = TensorSpec(name, info.shape, is_embedding)
-    inputs = tuple(match.tensors[name] for match in matches if name in match.tensors)
+def _plan_tensor(recipe: Recipe, arranged: Arranged, name: str, is_embedding: bool) -> PlannedTensor:
+    reference, dtype = arranged.primary[name], arranged.dtypes[name]
+    spec = TensorSpec(name, reference.info.shape, is_embedding)
+    inputs = tuple(tensors[name] for tensors in arranged.others if name in tensors)
     note = ""
-    if not info.dtype.is_floating_point:
-        note = f"{dtype_name(info.dtype)}, not a weight"
-    elif excluded:
-        note = "--exclude"
-    elif len(inputs) < len(matches):
+    if not dtype.is_floating_point:
+        note = f"{dtype_name(dtype)}, not a weight"
+    elif why := recipe.why_copied(name):
+        note = why
+    elif len(inputs) < len(arranged.others):
         note = "a buffer that not every model stores"
-    dtype = info.dtype
     if dtype.is_floating_point:
-        dtype = torch.float32 if info.dtype == torch.float64 else info.dtype
-        dtype = FLOAT_DTYPES.get(recipe.out_dtype, dtype)
+        dtype = FLOAT_DTYPES.get(recipe.out_dtype, torch.float32 if dtype == torch.float64 else dtype)
     return PlannedTensor(spec, dtype, reference, () if note else inputs, None if note else recipe.method(name), note)

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
-from checkpoints.location import ModelName, parse_name
+from checkpoints.location import ModelName, parse_model
 from merging.methods import get_method
 from merging.methods.contract import Method, check_range
+from streaming.layout import Layout
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -40,6 +41,8 @@ class Recipe:
         seed: of the random masks; None where the method draws nothing.
         out_dtype: `auto` keeps each tensor's dtype in the base.
         exclude: regular expression; output tensors in whose name it is found are taken from the base.
+        layout: the output's vocabulary and head.
+        only: regular expression; output tensors in whose name it is not found are taken from the base.
     """
 
     merge_method: str
@@ -49,6 +52,14 @@ class Recipe:
     seed: int | None = None
     out_dtype: str = "auto"
     exclude: str | None = None
+    layout: Layout = dataclasses.field(default_factory=Layout)
+    only: str | None = None
+
+    def why_copied(self, tensor: str) -> str:
+        """The flag by which an output tensor is taken from the base; empty where none is."""
+        if self.exclude and re.search(self.exclude, tensor):
+            return "--exclude"
+        return "--only" if self.only and not re.search(self.only, tensor) else ""
 
     def method(self, tensor: str) -> Method:
         """The method with its parameters for one output tensor."""
@@ -70,9 +81,10 @@ class Recipe:
             "base_model": str(self.base_model),
             "models": [{"model": str(model.name), "parameters": dict(model.parameters)} for model in self.models],
             "parameters": dict(self.parameters),
-            "tokenizer_source": "base",
+            **self.layout.as_json(),
             "out_dtype": self.out_dtype,
             "exclude": self.exclude,
+            "only": self.only,
             "seed": self.seed,
         }
 
@@ -86,6 +98,8 @@ def make_recipe(
     seed: int | None = None,
     out_dtype: str = "auto",
     exclude: str | None = None,
+    layout: Layout | None = None,
+    only: str | None = None,
 ) -> Recipe:
     """Make a recipe from what a user typed; everything wrong is said at once.
 
@@ -96,7 +110,7 @@ def make_recipe(
         parameters: recipe key (`weight`, `density`, `lambda`, `normalize`, `widen_ratio` ...) -> what was given, None where
             nothing was. A per-model one is a number for all or as many as models, comma-separated.
         seed: None for the default, 0 where the method draws.
-        out_dtype, exclude: see `Recipe`.
+        out_dtype, exclude, layout, only: see `Recipe`.
 
     Raises: Refusals (an InputError): every problem; exit code 2.
     """
@@ -115,7 +129,8 @@ def make_recipe(
     _check_values(cls, values, problems)
     if out_dtype not in OUT_DTYPES:
         problems.append(ArgumentError(f"--dtype: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
-    _check_exclude(exclude, problems)
+    _check_expression("--exclude", exclude, problems)
+    _check_expression("--only", only, problems)
     _check_twice(names, problems)
     base = _parse("--base_model", base_model, problems)
     if problems:
@@ -133,12 +148,14 @@ def make_recipe(
         seed=(seed or 0) if cls.draws else None,
         out_dtype=out_dtype,
         exclude=exclude,
+        layout=layout or Layout(),
+        only=only,
     )
 
 
 def _parse(flag: str, text: str, problems: list[str | InputError]) -> ModelName | None:
     try:
-        return parse_name(text)
+        return parse_model(text)
     except InputError as error:
         problems.append(ArgumentError(f"{flag}: {error}"))
         return None
@@ -257,18 +274,19 @@ def _read_values(
     return tuple(numbers * models if len(numbers) == 1 else numbers)
 
 
-def _check_exclude(exclude: str | None, problems: list[str | InputError]) -> None:
+def _check_expression(flag: str, expression: str | None, problems: list[str | InputError]) -> None:
     try:
-        re.compile(exclude or "")
+        re.compile(expression or "")
     except re.error as error:
-        problems.append(ArgumentError(f"--exclude: expected a regular expression, got {exclude!r}: {error}."))
+        problems.append(ArgumentError(f"{flag}: expected a regular expression, got {expression!r}: {error}."))
 
 
 def _check_twice(names: list[ModelName], problems: list[str | InputError]) -> None:
     """One model named twice is a slip, whichever way it is written."""
     seen: dict[Any, ModelName] = {}
     for name in names:
-        key = os.path.realpath(name.path) if name.is_local else (name.path_or_id.lower(), name.revision)
+        own = os.path.realpath(name.path) if name.is_local else (name.path_or_id.lower(), name.revision)
+        key = (own, name.base)
         if key in seen:
             problems.append(
                 ArgumentError(f"--models_to_merge: {name} is named twice. Give it once, with the sum of its weights.")

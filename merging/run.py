@@ -12,7 +12,6 @@ from typing import Any
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.reader import same_values
-from checkpoints.sidecars import side_file_bytes
 from checkpoints.staging import Stage, check_complete, check_save_path, check_space, staged
 from merging.plan import Plan, make_plan
 from merging.recipe import Recipe
@@ -136,7 +135,7 @@ class Job:
         write_description(
             folder,
             title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
-            primary=self.base,
+            files=self.plan.files,
             inputs=(self.base, *self.models),
             out_dtype=self.plan.recipe.out_dtype,
             card=f"{self._card_head()}\n\n{card_text(self.plan.recipe)}\n\n{variant.card}",
@@ -156,7 +155,10 @@ class Job:
 def card_text(recipe: Recipe) -> str:
     """The part of a model card that says what was merged with what parameters."""
     keys = recipe.as_json()
-    given = {**keys["parameters"], "seed": keys["seed"], "exclude": keys["exclude"], "out_dtype": keys["out_dtype"]}
+    chosen = ("seed", "exclude", "only", "pad_to_multiple_of", "tie_word_embeddings", "out_dtype")
+    given = {**keys["parameters"], **{key: keys[key] for key in chosen}}
+    if keys["tokenizer_source"] != "base":
+        given["tokenizer_source"] = keys["tokenizer_source"]
     settings = [
         f"{key} `{str(value).lower() if value in (True, False) else value}`"
         for key, value in given.items()
@@ -203,10 +205,10 @@ def prepare(
         job = None if problems else Job(planned[0], base, models, save_path, options, folders, aim)
         if job and not options.overwrite and all(model.weights.is_here for model in opened):
             check_complete(save_path, folders, job.identity)
-        folders_read = [model.location.folder for model in opened]
+        folders_read = [folder for model in opened for folder in model.folders]
         problems = [*check_save_path(save_path, folders_read, overwrite=options.overwrite), *problems]
         if job and not problems:
-            needed = job.plan.bytes_to_write + side_file_bytes(base.location.folder)
+            needed = job.plan.bytes_to_write + job.plan.files.nbytes
             problems += check_space(save_path, len(folders) * needed)
         if problems or job is None:
             raise Refusals(problems)
@@ -220,10 +222,10 @@ def prepare(
 
 def _check_same(models: Sequence[Model]) -> list[InputError]:
     """Refuse two names of one folder: of a hub model its branch and its commit, say."""
-    seen: dict[Path, Model] = {}
+    seen: dict[tuple[Path, ...], Model] = {}
     problems: list[InputError] = []
     for model in models:
-        other = seen.setdefault(model.location.folder, model)
+        other = seen.setdefault(model.folders, model)
         if other is not model:
             problems.append(
                 ArgumentError(

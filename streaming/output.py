@@ -15,7 +15,7 @@ from typing import Any, Literal
 from checkpoints.files import sync_folder, write_file
 from checkpoints.model import Model, close_all
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
-from checkpoints.sidecars import copy_side_files
+from checkpoints.sidecars import SideFiles
 from checkpoints.staging import Stage
 from checkpoints.writer import CheckpointWriter, Shard
 from streaming.commits import Commits
@@ -204,7 +204,7 @@ def write_description(
     folder: Path,
     *,
     title: str,
-    primary: Model,
+    files: SideFiles,
     inputs: Sequence[Model],
     out_dtype: str,
     card: str,
@@ -212,12 +212,12 @@ def write_description(
     identity: str,
     options: RunOptions,
 ) -> None:
-    """Write what is no weight: the primary model's side files, the model card, merge_recipe.json.
+    """Write what is no weight: side files, the model card, merge_recipe.json.
 
     Args:
         folder: of the checkpoint.
         title: of the card.
-        primary: gives config, tokenizer and the rest; its config changes in its dtype only, where `out_dtype` says so.
+        files: config, tokenizer and the rest; the config's dtype changes where `out_dtype` says so.
         inputs: every model, the base first.
         out_dtype: `auto`, or the dtype asked for.
         card: Markdown of the card: what was made of which models, and how.
@@ -225,9 +225,10 @@ def write_description(
         identity: of the run's stage.
     """
     dtype = None if out_dtype == "auto" else out_dtype
-    if dtype is None and "float64" in (primary.config.get("dtype"), primary.config.get("torch_dtype")):
+    config = files.read_json("config.json")
+    if dtype is None and "float64" in (config.get("dtype"), config.get("torch_dtype")):
         dtype = "float32"  # the widest that is written
-    copy_side_files(primary.location.folder, folder, dtype=dtype)
+    files.write(folder, dtype=dtype)
     text = model_card(title=title, base=inputs[0], models=inputs[1:], text=card, command=options.command)
     write_file(folder / "README.md", text.encode())
     write_recipe(

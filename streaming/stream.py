@@ -87,7 +87,7 @@ class PlannedTensor:
     base: None only where the output has no base.
     inputs: the fine-tuned models' tensors, in the recipe's order; shapes equal to the output's.
     dtype: of the output.
-    note: why it is copied.
+    note: why it is copied; base_name: its name in the base's files, where that is another than the output's.
     """
 
     spec: TensorSpec
@@ -96,6 +96,7 @@ class PlannedTensor:
     inputs: tuple[TensorRef, ...]
     method: Merger | None
     note: str = ""
+    base_name: str = ""
 
     def needs_base(self, transforms: Sequence[Transform | None]) -> bool:
         """Whether the base is read: not for a method in weight space, unless a transform asks for it."""

@@ -123,7 +123,9 @@ def _check_shapes(model: Model, found: Verified) -> list[str]:
     except InputError as error:
         found.notes.append(f"shapes were not compared with config.json: {error}")
         return []
-    problems = [f"{model.label}: {name}: does not fit config.json: {why}." for name, why in architecture.mismatched.items()]
+    problems = [
+        f"{model.label}: {name}: does not fit config.json: {why}." for name, why in architecture.mismatched.items()
+    ]
     problems += [f"{model.label}: no tensor fills {name}, which config.json asks for." for name in architecture.missing]
     problems += [f"{model.label}: {name}: nothing in config.json's model takes it." for name in architecture.unplaced]
     return problems

@@ -169,7 +169,7 @@ SPOILT_WEIGHTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "no weights": (lambda m: weights(m).unlink(), (FILE, "pytorch_model.bin", "got config.json, tokenizer.json")),
     "adapter": (
         lambda m: (weights(m).unlink(), (m / "adapter_config.json").touch()),
-        ("LoRA adapter", "Merge it into its base"),
+        ("adapter_config.json", "expected JSON"),
     ),
     "empty": (lambda m: weights(m).write_bytes(b""), (FILE, "0 bytes", "download it again")),
     "truncated": (lambda m: os.truncate(weights(m), 100_000), (FILE, "expected 227056 bytes, got 100000", "download")),
@@ -251,7 +251,7 @@ SPOILT_WEIGHTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "float8 weights": (
         lambda m: rewrite(m, lambda t: t.update({GATE: t[GATE].to(torch.float8_e4m3fn)})),
-        (GATE, "got float8_e4m3fn", "unquantised"),
+        (GATE, "_scale_inv beside it, got none", "unquantised"),
     ),
     "GPTQ": (
         lambda m: rewrite(m, lambda t: t.update({GATE.replace("weight", "qweight"): torch.ones(2, dtype=torch.int32)})),

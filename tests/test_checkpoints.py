@@ -29,18 +29,18 @@ from checkpoints.location import Location, ModelName
 from checkpoints.model import Model, open_models
 from checkpoints.provenance import common_licence, describe_input, model_card, versions, write_recipe
 from checkpoints.reader import find_weight_files, open_checkpoint, read_tensor, same_values
+from checkpoints.rows import AlignedRows
 from checkpoints.safetensors_format import build_header, parse_header, pread_exactly, read_header
 from checkpoints.sidecars import (
+    SideFiles,
     config_with_dtype,
-    copy_side_files,
     licence_of,
     list_side_files,
     read_json,
-    side_file_bytes,
 )
 from checkpoints.source import SAFETENSORS_DTYPES, TensorInfo, TensorRef
 from checkpoints.staging import STATE, check_save_path, check_space, clear, partial_folder, staged
-from checkpoints.vocabulary import MISSING, AlignedRows, Vocabulary, match_rows, read_vocabulary, vocabulary_digest
+from checkpoints.vocabulary import MISSING, Vocabulary, match_rows, read_vocabulary, vocabulary_digest
 from checkpoints.writer import CheckpointWriter, chunked_sha256, natural_key, plan_shards
 from tests.pico import copy_tokenizer, write_checkpoint
 
@@ -652,9 +652,9 @@ def test_side_files(tmp_path):
         (source / name).write_bytes(b"0123\xff\r\n")
     (source / "tokenizer").mkdir()
     assert [path.as_posix() for path in list_side_files(source)] == sorted(wanted)
-    assert copy_side_files(source, target) == sorted(wanted)
+    assert SideFiles(source).write(target) == sorted(wanted)
     assert {path.read_bytes() for path in target.rglob("*") if path.is_file()} == {b"0123\xff\r\n"}
-    assert side_file_bytes(source) == 5 * 7 + 2**20
+    assert SideFiles(source).nbytes == 5 * 7 + 2**20
 
 
 @pytest.mark.parametrize(
@@ -757,30 +757,29 @@ class InMemory:
 @given(st.lists(st.integers(-1, 5), min_size=1, max_size=9), st.data())
 def test_aligned_rows_against_indexing(row_of, data):
     width = 3
-    inner = InMemory({"table": torch.arange(6.0 * width).view(6, width), "other": torch.ones(2)})
-    fallback = InMemory({"base": -1 - torch.arange(len(row_of) * float(width)).view(-1, width)})
-    source = AlignedRows(inner, fallback, torch.tensor(row_of), {"table": "base"})
+    inner = InMemory({"table": torch.arange(6.0 * width).view(6, width)})
+    fallback = InMemory({"out": -1 - torch.arange(len(row_of) * float(width)).view(-1, width)})
+    source = AlignedRows({"out": TensorRef(inner, "table")}, fallback, torch.tensor(row_of))
     expected = torch.stack(
-        [inner.values["table"][row] if row != MISSING else fallback.values["base"][i] for i, row in enumerate(row_of)]
+        [inner.values["table"][row] if row != MISSING else fallback.values["out"][i] for i, row in enumerate(row_of)]
     )
-    assert source.tensors["table"] == TensorInfo(F32, (len(row_of), width))
+    assert source.tensors == {"out": TensorInfo(F32, (len(row_of), width))}
     start = data.draw(st.integers(0, expected.numel() - 1))
     stop = data.draw(st.integers(start + 1, expected.numel()))
-    assert torch.equal(source.read("table", start, stop, buffer_for(stop - start)), expected.reshape(-1)[start:stop])
-    assert torch.equal(source.read("other", 0, 2, buffer_for(2)), torch.ones(2))
+    assert torch.equal(source.read("out", start, stop, buffer_for(stop - start)), expected.reshape(-1)[start:stop])
 
 
 def test_rows_that_lie_together_are_read_together():
     inner, fallback = InMemory({"t": torch.randn(100, 4)}), InMemory({"t": torch.randn(100, 4)})
     rows = torch.cat([torch.arange(50, 90), torch.full((20,), MISSING), torch.arange(40)])
-    AlignedRows(inner, fallback, rows, {"t": "t"}).read("t", 0, 400, buffer_for(400))
+    AlignedRows({"t": TensorRef(inner, "t")}, fallback, rows).read("t", 0, 400, buffer_for(400))
     assert (inner.reads, fallback.reads) == (2, 1)
 
 
 def test_aligned_rows_round_nothing():
     """A float32 base row among bfloat16 rows keeps its bits."""
     inner, fallback = InMemory({"t": torch.ones(1, 1, dtype=BF16)}), InMemory({"t": torch.full((2, 1), 1.0000001)})
-    source = AlignedRows(inner, fallback, torch.tensor([0, MISSING]), {"t": "t"})
+    source = AlignedRows({"t": TensorRef(inner, "t")}, fallback, torch.tensor([0, MISSING]))
     assert source.tensors["t"].dtype == F32
     assert source.read("t", 0, 2, buffer_for(2)).tolist() == [1.0, float(torch.tensor(1.0000001))]
 

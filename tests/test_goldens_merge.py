@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from merging import RunOptions, make_recipe, merge
 from merging.methods import get_method
 from streaming.blocks import Block, Region, TensorSpec
+from streaming.layout import Layout
 from tests.golden_files import (
     Golden,
     authors_masks,
@@ -27,9 +28,10 @@ BY_COMMAND = [
     name
     for name in golden_names("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
     if "rescale" not in golden(name).config.get("parameters", {})
-    and "tokenizer_source" not in golden(name).config
     and (golden(name).seed is None or min(golden(name).densities) == 1)
 ]
+# mergekit sums the models of a union in the order of a Python set; one element differs for it by one step of bfloat16.
+OTHER_ORDER = {("pad_union_ta_f32", "model.embed_tokens.weight"): (136, 40)}
 RANDOM = [name for name in golden_names("dare_linear", "dare_ties") if golden(name).seed is not None]
 
 
@@ -48,6 +50,7 @@ def merge_like(reference: Golden, folder: Path) -> dict[str, torch.Tensor]:
         ",".join(str(reference.inputs / model) for model in reference.models),
         parameters=parameters,
         out_dtype=next(iter(reference.hashes.values())).dtype,
+        layout=Layout(tokenizer_source=reference.config.get("tokenizer_source", "base")),
     )
     merge(recipe, folder / "out", RunOptions(quiet=True))
     return load_file(folder / "out" / "model.safetensors")
@@ -71,6 +74,10 @@ def test_merge_agrees_with_the_reference_program(name: str, tmp_path: Path) -> N
             if reference.method == "ties":
                 base, models = comparable_inputs(reference, tensor, shape[0])
                 ambiguous = trim_is_ambiguous(base, models, reference.densities, reference.dtype)
+            if (name, tensor) in OTHER_ORDER:
+                row, column = OTHER_ORDER[name, tensor]
+                ambiguous = torch.zeros(shape, dtype=torch.bool)
+                ambiguous[row, column] = True
             reference.check(tensor, merged[tensor], allow=ambiguous)
         elif tensor in reference.kept:
             rows, expected = reference.rows[tensor], reference.kept[tensor]
@@ -87,7 +94,6 @@ def test_every_golden_of_these_methods_is_compared_somewhere() -> None:
     elsewhere = {
         "f32_ties_d04_rescale",
         "ties_d04_rescale",
-        "pad_union_ta_f32",
     }  # recipes of a later kind; test_reference.py
     assert {*BY_COMMAND, *RANDOM, *elsewhere} == set(
         golden_names("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")

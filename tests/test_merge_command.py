@@ -160,6 +160,7 @@ def test_everything_beside_the_weights(run, models, tmp_path):
     for name in wanted + other:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_bytes(f"{name}: \r\n\xff".encode("latin-1"))
+    (base / "added_tokens.json").write_bytes(b'{"<unk>":\r\n0}')  # the one of them that is read
     run("--base_model=base")
     assert names("out") == sorted([*PLAIN, *wanted])
     for name in wanted:
@@ -285,7 +286,8 @@ def test_recipe_file(run):
     run("--method=DARE_Ties", "--weights=0.6,0.4", "--density=0.3,0.7", "--lambda=0.9", "--seed=5")
     content = recipe()
     assert list(content) == [
-        "schema", "merge_method", "base_model", "models", "parameters", "tokenizer_source", "out_dtype", "exclude", "seed",
+        "schema", "merge_method", "base_model", "models", "parameters", "tokenizer_source", "new_token_rows",
+        "pad_to_multiple_of", "tie_word_embeddings", "out_dtype", "exclude", "only", "seed",
         "outputs", "notes", "warnings", "report", "inputs", "versions", "command", "identity",
     ]  # fmt: skip
     assert content["merge_method"] == "dare_ties"
@@ -408,10 +410,17 @@ def test_quiet(run):
 def test_notes_and_warnings(run, models, tmp_path):
     shutil.copytree(models / "base", tmp_path / "copy")
     run("--models_to_merge=in/math,copy,in/instruct_pad")
-    note = "in/instruct_pad: vocabulary rows are matched by token: 300 matched, 1 of the model left out, 0 taken from in/base."
+    notes = [
+        "the output's tokenizer is that of in/base and 1 added token: '[PAD]'.",
+        "the vocabulary tables get 301 rows, those of in/base have 300.",
+        "in/base: vocabulary rows are matched by token: 300 matched, 0 added, 1 filled with the owner's row, 0 dropped.",
+        "in/math: vocabulary rows are matched by token: 300 matched, 0 added, 1 filled with the owner's row, 0 dropped.",
+        "copy: vocabulary rows are matched by token: 300 matched, 0 added, 1 filled with the owner's row, 0 dropped.",
+        "in/instruct_pad: vocabulary rows are matched by token: 300 matched, 1 added, 0 filled with the owner's row, 0 dropped.",
+    ]
     warning = "copy equals the base: its task vector is zero throughout."
-    assert run.err == f"note: {note}\nwarning: {warning}\n"
-    assert (recipe()["notes"], recipe()["warnings"]) == ([note], [warning])
+    assert run.err == "".join(f"note: {note}\n" for note in notes) + f"warning: {warning}\n"
+    assert (recipe()["notes"], recipe()["warnings"]) == (notes, [warning])
     assert run("--quiet", "--overwrite", "--models_to_merge=in/math,copy,in/instruct_pad") == ""
     assert run.err == f"warning: {warning}\n"
 
@@ -434,6 +443,7 @@ def test_dry_run(run, tmp_path, monkeypatch):
         "--density=0.3,0.4",
         "--weights=1,-2",
         "--exclude=norm",
+        "--tokenizer_source=base",
         "--models_to_merge=in/math,in/instruct_pad",
     )
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
@@ -457,7 +467,9 @@ def test_dry_run(run, tmp_path, monkeypatch):
         "      2 x model.layers.*.self_attn.q_proj.weight: merge, 8,192 elements, bfloat16\n"
         "      2 x model.layers.*.self_attn.v_proj.weight: merge, 4,096 elements, bfloat16\n"
         "      1 x model.norm.weight: copy from base (--exclude), 64 elements, bfloat16\n"
-        "note: in/instruct_pad: vocabulary rows are matched by token: 300 matched, 1 of the model left out, 0 taken from in/base.\n"
+        "note: in/base: vocabulary rows are matched by token: 300 matched, 0 added, 0 filled with the owner's row, 0 dropped.\n"
+        "note: in/math: vocabulary rows are matched by token: 300 matched, 0 added, 0 filled with the owner's row, 0 dropped.\n"
+        "note: in/instruct_pad: vocabulary rows are matched by token: 300 matched, 0 added, 0 filled with the owner's row, 1 dropped.\n"
         f"reads {3 * 224_896 - 2 * 640:,} bytes; writes 227,056 bytes in 1 file(s). Nothing was written.\n"
     )
 

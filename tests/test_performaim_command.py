@@ -338,7 +338,7 @@ def test_what_loading_recomputes_is_left_out_with_a_note(scene):
 def test_vocabularies_are_matched_by_token(scene):
     code, _, err = scene.run("--merged_model", INPUTS / "instruct_pad")
     assert code == 0
-    assert "300 matched, 0 of the model left out, 1 taken from" in err
+    assert "300 matched, 0 added, 1 filled with the owner's row, 0 dropped" in err
     assert load_file(scene.out / "model.safetensors")["lm_head.weight"].shape[0] == 301
 
 

@@ -1,0 +1,110 @@
+"""Sources of vocabulary tables: rows in another order, rows that a model lacks, and mean rows."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+import torch
+
+from checkpoints.source import READ_ELEMENTS, Source, TensorInfo, TensorRef
+from checkpoints.vocabulary import MISSING
+
+
+class AlignedRows:
+    """A source of vocabulary tables that have the rows of one model where it has them, and those of a fallback elsewhere.
+
+    Fallbacks may be such sources themselves: the base's rows, else the first model's, else the second's, and so on.
+
+    Args:
+        tables: output name -> the model's table.
+        fallback: gives the rows that the model lacks, under the output names and already in the output's order.
+        row_of: per output row the row of the model, or `MISSING`; `[out_rows]` int64.
+    """
+
+    def __init__(self, tables: Mapping[str, TensorRef], fallback: Source, row_of: torch.Tensor):
+        self.label = next(iter(tables.values())).source.label
+        self._tables = tables
+        self._fallback = fallback
+        self._starts, self._source_rows = cut_into_runs(row_of)
+        self._rows = len(row_of)
+        lacks_some = bool((row_of == MISSING).any())
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: self._aligned_info(name, len(row_of), lacks_some) for name in tables
+        }
+
+    def _aligned_info(self, name: str, rows: int, lacks_some: bool) -> TensorInfo:
+        """With the dtype that holds the rows of both sources without rounding."""
+        info = self._tables[name].info
+        other = self._fallback.tensors[name].dtype if lacks_some else info.dtype
+        return TensorInfo(torch.promote_types(info.dtype, other), (rows, *info.shape[1:]))
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`; one read of the model's table for each run of rows that lie together there."""
+        info = self.tensors[name]
+        width = info.numel // info.shape[0]
+        scratch = torch.empty_like(buffer)
+        out = buffer[: (stop - start) * info.dtype.itemsize].view(info.dtype)
+        rows = torch.tensor([start // width, (stop - 1) // width])
+        first, last = (torch.searchsorted(self._starts, rows, right=True) - 1).tolist()
+        begins = self._starts[first : last + 1].tolist()
+        ends = [*begins[1:], self._rows]
+        for begin, end, source_row in zip(begins, ends, self._source_rows[first : last + 1].tolist(), strict=True):
+            low, high = max(start, begin * width), min(stop, end * width)
+            if source_row == MISSING:
+                values = self._fallback.read(name, low, high, scratch)
+            else:
+                shift = (source_row - begin) * width
+                values = self._tables[name].read(low + shift, high + shift, scratch)
+            out[low - start : high - start].copy_(values)
+        return out
+
+
+class MeanRows:
+    """A source whose every row of a table is the mean of the rows that a model has, rounded to the table's dtype.
+
+    Args:
+        tables: output name -> the model's table, of at least one row.
+    """
+
+    def __init__(self, tables: Mapping[str, TensorRef]):
+        self.label = next(iter(tables.values())).source.label
+        self.tensors: Mapping[str, TensorInfo] = {name: table.info for name, table in tables.items()}
+        self._tables = tables
+        self._rows: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`; rows beyond the table are the same too."""
+        with self._lock:  # on first use: a plan may have the headers of a hub model and none of its numbers
+            if name not in self._rows:
+                self._rows[name] = mean_row(self._tables[name])
+        row = self._rows[name]
+        return row[torch.arange(start, stop) % len(row)]
+
+
+def mean_row(table: TensorRef) -> torch.Tensor:
+    """Mean of a table's rows, summed in float64 and rounded to its dtype: `[columns]`."""
+    info = table.info
+    width = info.numel // info.shape[0]
+    rows_each = max(1, READ_ELEMENTS // width)
+    buffer = torch.empty(rows_each * width * 8, dtype=torch.uint8)
+    total = torch.zeros(width, dtype=torch.float64)
+    for first in range(0, info.shape[0], rows_each):
+        last = min(first + rows_each, info.shape[0])
+        total += table.read(first * width, last * width, buffer).view(-1, width).double().sum(dim=0)
+    return (total / info.shape[0]).float().to(info.dtype)
+
+
+def cut_into_runs(row_of: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut a row map `[rows]` where it stops counting upwards.
+
+    Returns: the first output row of each run, and the model's row that it starts at or `MISSING`; both `[runs]` int64.
+    """
+    if not len(row_of):
+        return row_of, row_of
+    steps = row_of[1:] - row_of[:-1]
+    missing = row_of == MISSING
+    goes_on = ((steps == 1) & ~missing[:-1]) | (missing[1:] & missing[:-1])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.nonzero(~goes_on).flatten() + 1])
+    return starts, row_of[starts]
