@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from aim.console import Console
+    from streaming.log import Log
     from streaming.output import RunOptions, Written
 
 INTERRUPTED = 130
@@ -161,6 +162,8 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
     running.add_argument("--dry_run", action="store_true", help="print the plan or every refusal; write nothing")
     running.add_argument("--json", action="store_true", help="with --dry_run: the plan as JSON")
     running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    running.add_argument("--log_file", metavar="FILE", help="append to FILE, as JSON Lines: the plan, each tensor with its time and change, warnings, the end")  # fmt: skip
+    running.add_argument("--allow_non_finite", action="store_true", help="let NaN and infinity through, from inputs and by overflow, and say where they are")  # fmt: skip
 
 
 def add_layout_flags(group: argparse._ArgumentGroup) -> None:
@@ -235,7 +238,7 @@ def run_options(arguments: argparse.Namespace, device: torch.device, command: li
     from streaming.stream import StreamOptions
 
     return RunOptions(
-        stream=StreamOptions(device=device, workers=arguments.workers),
+        stream=StreamOptions(device, arguments.workers, allow_non_finite=arguments.allow_non_finite),
         max_shard_bytes=parse_size("--max_shard_size", arguments.max_shard_size),
         digest=parse_choice("--digest", arguments.digest, ("none", "outputs", "full")),  # type: ignore[arg-type]
         overwrite=arguments.overwrite,
@@ -272,19 +275,44 @@ def progress_bar(title: str, total: int, *, quiet: bool, unit: str = "B") -> Ite
         yield bar.update
 
 
-def console(quiet: bool) -> Console:
-    """How AIM speaks to the user: results on stdout, remarks and bars on stderr; nothing but warnings where quiet."""
+def console(options: RunOptions) -> Console:
+    """How a command speaks to the user: results on stdout, remarks and bars on stderr, warnings even where quiet and in the log."""
     from aim.console import Console
 
     def say(line: str) -> None:
-        if not quiet:
+        if not options.quiet:
             print(line)
 
     def note(line: str) -> None:
-        if not quiet or line.startswith("warning"):
+        is_warning = line.startswith("warning: ")
+        if is_warning:
+            options.log("warning", message=line.removeprefix("warning: "))
+        if is_warning or not options.quiet:
             print(line, file=sys.stderr)
 
-    return Console(say, note, partial(progress_bar, quiet=quiet, unit=" tokens"))
+    return Console(say, note, partial(progress_bar, quiet=options.quiet, unit=" tokens"))
+
+
+@contextmanager
+def run_log(path: str | None, command: list[str]) -> Iterator[Log]:
+    """The log of `--log_file`, with its first and its last line; nothing without. Raises ArgumentError."""
+    from streaming.log import RunLog, no_log
+
+    if path is None:
+        yield no_log
+        return
+    log = RunLog(Path(path).expanduser())
+    with closing(log):
+        log("start", command=command, version=VERSION)
+        try:
+            yield log
+        except AlreadyComplete as done:
+            log("end", result=str(done))
+            raise
+        except BaseException as error:
+            log("end", error=str(error) or type(error).__name__)
+            raise
+        log("end", result="complete")
 
 
 def note_finished(console: Console, todo: Sequence[object], tensors: Sequence[object]) -> None:

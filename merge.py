@@ -87,10 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, command: list[str]) -> None:
     """Flags -> recipe and options -> plan -> merge, relaxed by AIM where asked."""
-    with command_line.refusals_as_json(arguments):
+    with command_line.refusals_as_json(arguments), command_line.run_log(arguments.log_file, command) as log:
         from merging.run import prepare
 
         recipe, options, save_path, request = read_flags(arguments, command)
+        options = replace(options, log=log)
         aim: dict[str, Any] = {}
         if request:
             aim = {"folders": request.how.folders, "aim": request.identity(), "check": request.check}
@@ -197,10 +198,10 @@ def merge(job: Job, request: AimRequest | None) -> None:
     from streaming.output import Variant, bytes_read, bytes_written, unfinished
 
     quiet = job.options.quiet
-    if not quiet:
-        for note in job.plan.notes:
-            print(f"note: {note}", file=sys.stderr)
-    console = command_line.console(quiet)
+    console = command_line.console(job.options)
+    job.options.log("plan", **job.plan.as_json())
+    for note in job.plan.notes:
+        console.note(f"note: {note}")
     with job.staged() as stage:
         relaxations = request.relaxations(job.base, job.plan.tensors, console, stage) if request else None
         variants = relaxations.variants if relaxations else [Variant()]
@@ -210,14 +211,12 @@ def merge(job: Job, request: AimRequest | None) -> None:
         with command_line.progress_bar("merging", read + bytes_written(todo) * len(variants), quiet=quiet) as advance:
             result = job.run(stage, advance, variants)
     for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if quiet:
-        return
+        console.note(f"warning: {warning}")
     if result.report:
-        print(format_report(result.report) + "\n")
+        console.say(format_report(result.report) + "\n")
     if relaxations:
-        print(relaxations.summary())
-    print(command_line.summary(job.save_path, result.written))
+        console.say(relaxations.summary())
+    console.say(command_line.summary(job.save_path, result.written))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, command: list[str]) -> None:
     """Flags -> request -> matched models -> statistics -> relaxed checkpoints."""
-    with command_line.refusals_as_json(arguments):
+    with command_line.refusals_as_json(arguments), command_line.run_log(arguments.log_file, command) as log:
         from aim.run import open_job
 
         request, options, save_path, layout = read_flags(arguments, command)
+        options = replace(options, log=log)
         base, merged = arguments.pretrained_model_name, arguments.merged_model
         keywords: dict[str, Any] = {"check": request.check, "download": not arguments.dry_run}
         keywords |= {"out_dtype": arguments.dtype, "layout": layout, "aim": request.identity()}
@@ -116,7 +118,8 @@ def relax(job: AimJob, request: AimRequest) -> None:
     from streaming.output import unfinished
 
     quiet = job.options.quiet
-    console = command_line.console(quiet)
+    console = command_line.console(job.options)
+    job.options.log("plan", **job.as_json())
     for note in job.notes:
         console.note(f"note: {note}")
     with job.staged() as stage:
@@ -124,6 +127,8 @@ def relax(job: AimJob, request: AimRequest) -> None:
         command_line.note_finished(console, unfinished(job.tensors, stage), job.tensors)
         with command_line.progress_bar("relaxing", job.bytes_to_move(stage, relaxations), quiet=quiet) as advance:
             written = job.run(stage, relaxations, advance)
+    for warning in written.findings.non_finite_warnings():
+        console.note(f"warning: {warning}")
     console.say(relaxations.summary())
     console.say(command_line.summary(job.save_path, written))
 

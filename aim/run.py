@@ -25,6 +25,7 @@ from streaming.blocks import Block, Scan, TensorSpec
 from streaming.layout import Arranged, Layout, NewTokenRows, arrange
 from streaming.matching import check_plain
 from streaming.output import (
+    Findings,
     RunOptions,
     Variant,
     Written,
@@ -147,7 +148,7 @@ class AimJob:
             stage: from `staged`, still open.
         """
 
-        def describe(folder: Path, variant: Variant, outputs: Mapping[str, Any], unchanged: set[int]) -> None:
+        def describe(folder: Path, variant: Variant, outputs: Mapping[str, Any], findings: Findings) -> None:
             write_description(
                 folder,
                 title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
@@ -167,7 +168,7 @@ class AimJob:
                     "merged_recipe": read_recipe(self.merged.location.folder),
                     "outputs": outputs,
                     "notes": self.notes,
-                    "warnings": relaxations.warnings,
+                    "warnings": [*relaxations.warnings, *findings.non_finite_warnings()],
                 },
                 identity=stage.identity,
                 options=self.options,

@@ -29,7 +29,7 @@ class DeltaReport:
     def __init__(self, models: Sequence[str], *, full: bool = False):
         self.models = list(models)
         self.full = full
-        self.tally = Tally()
+        self.tally = Tally(self._norms)
 
     def sampled(self, region: Region) -> list[slice]:
         """The parts of a region that are looked at, as slices of it."""
@@ -57,6 +57,17 @@ class DeltaReport:
             region = block.region
             numbers.insert(4, float(delta.dot(delta)))
             self.tally.add(region.tensor.name, region.start + part.start, numbers)
+
+    def _norms(self, sums: Sequence[float]) -> dict[str, Any]:
+        """The sizes of one tensor's sample, for logs."""
+        count = len(self.models)
+        norms = [math.sqrt(sums[5 + i * count + i]) for i in range(count)]
+        return {
+            "sampled": int(sums[0]),
+            "base_norm": math.sqrt(sums[3]),
+            "task_vector_norms": dict(zip(self.models, norms, strict=True)),
+            "change_norm": math.sqrt(sums[4]),
+        }
 
     def as_json(self) -> dict[str, Any]:
         """The report for merge_recipe.json: `all` and one entry per kind of layer, numbers to 4 digits.

@@ -16,7 +16,15 @@ from checkpoints.staging import Stage, check_complete, check_save_path, check_sp
 from merging.plan import Plan, make_plan
 from merging.recipe import Recipe
 from merging.report import DeltaReport
-from streaming.output import RunOptions, Variant, Written, identity_of, write_checkpoints, write_description
+from streaming.output import (
+    Findings,
+    RunOptions,
+    Variant,
+    Written,
+    identity_of,
+    write_checkpoints,
+    write_description,
+)
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class Job:
             progress=progress,
         )
         described = None if self.options.report == "none" else report.as_json()
-        return Result(self.save_path, self.plan, described, self._warnings(written.unchanged), written)
+        return Result(self.save_path, self.plan, described, self._warnings(written.findings), written)
 
     def close(self) -> None:
         """Close the inputs, for a job that is not run."""
@@ -110,11 +118,12 @@ class Job:
             if all(same_values(tensor.base, tensor.inputs[index]) for tensor in merged)
         }
 
-    def _warnings(self, unchanged: set[int] | frozenset[int]) -> list[str]:
-        return [
-            f"{self.plan.models[index]} equals the base: its task vector is zero throughout."
-            for index in sorted(self._compared_equal | unchanged)
-        ]
+    def _warnings(self, findings: Findings) -> list[str]:
+        equal = sorted(self._compared_equal | findings.unchanged)
+        found = [f"{self.plan.models[index]} equals the base: its task vector is zero throughout." for index in equal]
+        if equal and len(equal) == len(self.plan.models):
+            found.append("All models equal the base, and so does the output.")
+        return [*found, *findings.non_finite_warnings()]
 
     def _card_head(self) -> str:
         """The model card's list of what was merged."""
@@ -128,7 +137,7 @@ class Job:
         folder: Path,
         variant: Variant,
         outputs: Mapping[str, Mapping[str, int | str]],
-        unchanged: set[int],
+        findings: Findings,
     ) -> None:
         """Write side files, model card and recipe of one variant."""
         recipe = self.plan.recipe.as_json()
@@ -144,7 +153,7 @@ class Job:
                 **variant.details(),
                 "outputs": outputs,
                 "notes": self.plan.notes,
-                "warnings": self._warnings(unchanged),
+                "warnings": self._warnings(findings),
                 "report": None if self.options.report == "none" else report.as_json(),
             },
             identity=stage.identity,

@@ -19,7 +19,17 @@ from checkpoints.sidecars import SideFiles
 from checkpoints.staging import Stage
 from checkpoints.writer import CheckpointWriter, Shard
 from streaming.commits import Commits
-from streaming.stream import Observer, Output, PlannedTensor, StreamOptions, Transform, expect_changes, stream
+from streaming.log import Log, no_log
+from streaming.stream import (
+    Observer,
+    Output,
+    PlannedTensor,
+    StreamOptions,
+    Transform,
+    count_non_finite,
+    expect_changes,
+    stream,
+)
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -38,6 +48,7 @@ class RunOptions:
         trust_remote_code: let Python files of a checkpoint run.
         quiet: no progress bars.
         command: what the model card shows.
+        log: told of every tensor.
     """
 
     stream: StreamOptions = field(default_factory=StreamOptions)
@@ -49,6 +60,7 @@ class RunOptions:
     trust_remote_code: bool = False
     quiet: bool = False
     command: Sequence[str] | None = None
+    log: Log = no_log
 
 
 def no_details() -> dict[str, Any]:
@@ -73,8 +85,24 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Findings:
+    """What a stream noticed of the numbers.
+
+    unchanged: positions of the models whose task vectors are zero throughout; see `stream`.
+    non_finite: tensor -> elements of it that are NaN or infinite, in all outputs together, where that was allowed.
+    """
+
+    unchanged: frozenset[int]
+    non_finite: Mapping[str, int]
+
+    def non_finite_warnings(self) -> list[str]:
+        """Which tensors hold what is not finite, for people: a line for each."""
+        return [f"{name}: {n:,} elements that are NaN or infinite were written." for name, n in self.non_finite.items()]
+
+
+@dataclass(frozen=True)
 class Written:
-    """What a run moved.
+    """What a run moved, and noticed.
 
     bytes_read counts every input tensor once; what an earlier run had finished is not counted. peak_memory_bytes is the
     largest resident memory the process ever had.
@@ -84,12 +112,11 @@ class Written:
     bytes_written: int
     seconds: float
     peak_memory_bytes: int
-    unchanged: frozenset[int]
-    """Positions of the models whose task vectors are zero throughout; see `stream`."""
+    findings: Findings
 
 
-Describe = Callable[[Path, Variant, Mapping[str, Mapping[str, int | str]], set[int]], None]
-"""Writes what is no weight into a variant's folder, given the digests of its files and the models that changed nothing."""
+Describe = Callable[[Path, Variant, Mapping[str, Mapping[str, int | str]], Findings], None]
+"""Writes what is no weight into a variant's folder, given the digests of its files and what the stream noticed."""
 
 
 def write_checkpoints(
@@ -119,11 +146,19 @@ def write_checkpoints(
     started = time.monotonic()
     todo = unfinished(tensors, stage)
     transforms = [variant.transform for variant in variants]
-    tallies = [one.tally for one in (observer, *transforms) if one is not None]
+    non_finite = count_non_finite()
+    tallies = [non_finite, *(one.tally for one in (observer, *transforms) if one is not None)]
     earlier = _Earlier(stage, len(variants))
     for name, notes in earlier.tensors.items():
         for tally, numbers in zip(tallies, notes, strict=True):
             tally.restore(name, numbers)
+
+    def finish(name: str, changed: set[int], seconds: float) -> None:
+        notes = [tally.close(name) for tally in tallies]
+        commits.add(name, notes, changed)
+        seen = [found for tally, numbers in zip(tallies, notes, strict=True) if (found := tally.describe(numbers))]
+        options.log("tensor", name=name, seconds=round(seconds, 6), seen=seen)
+
     with ExitStack() as end:
         end.callback(close_all, inputs)
         writers: list[CheckpointWriter] = []
@@ -142,8 +177,9 @@ def write_checkpoints(
                     options=options.stream,
                     observer=observer,
                     progress=progress,
-                    finished=lambda name, seen: commits.add(name, [tally.close(name) for tally in tallies], seen),
+                    finished=finish,
                     changed=earlier.changed,
+                    non_finite=non_finite,
                 )
             digests = [writer.close() for writer in writers]
         finally:
@@ -151,15 +187,16 @@ def write_checkpoints(
                 writer.release()
         for model in inputs:
             model.weights.check_unchanged()
-        unchanged = expect_changes(tensors) - changed
+        counts = {name: int(count) for name, (count,) in non_finite.by_tensor().items()}
+        findings = Findings(frozenset(expect_changes(tensors) - changed), counts)
         for variant, files in zip(variants, digests, strict=True):
-            describe(stage.folder / variant.folder, variant, files, unchanged)
+            describe(stage.folder / variant.folder, variant, files, findings)
     return Written(
         bytes_read(todo, transforms),
         len(variants) * (bytes_written(todo) + sum(len(shard.header) for shard in shards)),
         time.monotonic() - started,
         peak_memory_bytes(),
-        frozenset(unchanged),
+        findings,
     )
 
 
@@ -260,6 +297,7 @@ def identity_of(
         "digest": options.digest,
         "report": options.report,
         "device": options.stream.device.type,
+        "allow_non_finite": options.stream.allow_non_finite,
         "versions": versions(),
         **more,
     }

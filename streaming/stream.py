@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -115,11 +116,13 @@ class StreamOptions:
 
     block_elements: elements merged at a time (default: `GRID_ELEMENTS` on the CPU, 32 times that on a GPU).
     workers: threads; None for one per core.
+    allow_non_finite: let a NaN or an infinity through, from an input or by overflow, and count it.
     """
 
     device: torch.device = torch.device("cpu")
     workers: int | None = None
     block_elements: int | None = None
+    allow_non_finite: bool = False
 
     @property
     def elements(self) -> int:
@@ -134,8 +137,9 @@ def stream(
     options: StreamOptions,
     observer: Observer | None = None,
     progress: Callable[[int], object] = lambda count: None,
-    finished: Callable[[str, set[int]], object] = lambda name, changed: None,
+    finished: Callable[[str, set[int], float], object] = lambda name, changed, seconds: None,
     changed: Iterable[int] = (),
+    non_finite: Tally | None = None,
 ) -> set[int]:
     """Merge every tensor into every output, reading each input once for `combine` (and as often as `measure` asks).
 
@@ -145,23 +149,31 @@ def stream(
         options: device, threads, size of a block.
         observer: shown some of the blocks, where given.
         progress: called with the number of bytes read and written, from several threads.
-        finished: called with the name of each tensor when all of it is written, and `changed` so far, from several threads.
+        finished: called with the name of each tensor when all of it is written, `changed` so far, and the seconds it took,
+            from several threads.
         changed: positions of models that are known to differ from the base.
+        non_finite: gets the numbers of elements that are NaN or infinite in the outputs, where the options let them be.
 
     Returns: `changed`, and the models of which a method in delta space saw a task vector that is not zero throughout.
 
     Raises: InputError: a number that is not finite, a file that cannot be read or written.
     """
     with closing(Workers(options.workers)) as workers:
-        state = _Stream(workers, outputs, options, observer, progress)
+        state = _Stream(workers, outputs, options, observer, progress, non_finite or count_non_finite())
         state.changed.update(changed)
 
         def merge_tensor(tensor: PlannedTensor) -> None:
+            started = time.monotonic()
             state.merge_tensor(tensor)
-            finished(tensor.spec.name, set(state.changed))
+            finished(tensor.spec.name, set(state.changed), time.monotonic() - started)
 
         workers.run_tensors(merge_tensor, tensors)
     return state.changed
+
+
+def count_non_finite() -> Tally:
+    """A tally of elements that are NaN or infinite."""
+    return Tally(lambda sums: {"non_finite": int(sums[0])})
 
 
 def expect_changes(tensors: Sequence[PlannedTensor]) -> set[int]:
@@ -180,12 +192,14 @@ class _Stream:
         options: StreamOptions,
         observer: Observer | None,
         progress: Callable[[int], object],
+        non_finite: Tally,
     ):
         self._workers = workers
         self._outputs = outputs
         self._options = options
         self._observer = observer
         self._progress = progress
+        self._non_finite = non_finite
         self._transforms = [output.transform for output in outputs]
         self._local = threading.local()
         self.changed: set[int] = set()
@@ -229,21 +243,27 @@ class _Stream:
         """Round once, and write."""
         rounded = result.to(tensor.dtype).cpu()
         if not all_finite(rounded):
+            if self._options.allow_non_finite:
+                self._count(output, tensor, region, rounded)
+                output.writer.write(tensor.spec.name, region.start, rounded)
+                return
             raise InputError(
                 f"{tensor.spec.name}: the merge is not finite in {dtype_name(tensor.dtype)}: a value of {float(result.abs().max()):g} "
                 f"exceeds the {torch.finfo(tensor.dtype).max:g} it can hold. Use --dtype bfloat16 or float32, or smaller weights."
             )
         output.writer.write(tensor.spec.name, region.start, rounded)
 
+    def _count(self, output: Output, tensor: PlannedTensor, region: Region, written: torch.Tensor) -> None:
+        """Note how many elements of a region of one output are not finite."""
+        place = region.start * len(self._outputs) + self._outputs.index(output)
+        self._non_finite.add(tensor.spec.name, place, (int((~written.isfinite()).sum()),))
+
     def _copy(self, tensor: PlannedTensor, region: Region) -> None:
         raw = tensor.base.read(region.start, region.stop, self._buffer(0, region.numel * 8))
         if raw.dtype.is_floating_point:
-            check_finite(raw.to(torch.float32), tensor.base, region)
+            self._check_finite(raw.to(torch.float32), tensor.base, region)
         for output in self._outputs:
-            if raw.dtype == tensor.dtype:
-                output.writer.write(tensor.spec.name, region.start, raw)
-            else:
-                self._write(output, tensor, region, raw.to(torch.float32))
+            self._write(output, tensor, region, raw if raw.dtype == tensor.dtype else raw.to(torch.float32))
         self._progress(region.numel * (raw.itemsize + tensor.dtype.itemsize * len(self._outputs)))
 
     def _fetch(self, tensor: PlannedTensor, region: Region, *, base_for: bool = False) -> Block:
@@ -266,8 +286,12 @@ class _Stream:
         raw = ref.read(region.start, region.stop, self._buffer(2 * slot, region.numel * 8, pinned=True))
         values = self._buffer(2 * slot + 1, region.numel * 4, self._options.device).view(torch.float32)
         values.copy_(raw, non_blocking=False)
-        check_finite(values, ref, region)
+        self._check_finite(values, ref, region)
         return values
+
+    def _check_finite(self, values: torch.Tensor, ref: TensorRef, region: Region) -> None:
+        if not self._options.allow_non_finite:
+            check_finite(values, ref, region)
 
     def _buffer(
         self, key: int, nbytes: int, device: torch.device = torch.device("cpu"), *, pinned: bool = False
@@ -286,7 +310,7 @@ def check_finite(values: torch.Tensor, ref: TensorRef, region: Region) -> None:
         index = int((~values.isfinite()).nonzero()[0])
         raise InputError(
             f"{ref.source.label}: {ref.name}: element {region.start + index} is {float(values[index])}. "
-            "The checkpoint is damaged; use another one."
+            "The checkpoint is damaged; use another one, or let it through with --allow_non_finite."
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from streaming.blocks import GRID_ELEMENTS, Region, kind_of
 
@@ -24,9 +25,13 @@ class Tally:
     """Rows of numbers, added up per tensor and per kind of layer.
 
     The sums of a tensor that is complete can be kept for a later run: they are plain numbers (`close`, `restore`).
+
+    Args:
+        describe: what a tensor's sums mean, as JSON, for logs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, describe: Callable[[Sequence[float]], dict[str, Any]]) -> None:
+        self._describe = describe
         self._open: dict[str, dict[int, Sequence[float]]] = {}
         self._closed: dict[str, list[float]] = {}
         self._lock = threading.Lock()
@@ -48,6 +53,14 @@ class Tally:
         """Take the sums of a tensor from an earlier run's `close`."""
         if numbers is not None:
             self._closed[tensor] = list(numbers)
+
+    def describe(self, numbers: Sequence[float] | None) -> dict[str, Any]:
+        """What the sums that `close` gave mean."""
+        return {} if numbers is None else self._describe(numbers)
+
+    def by_tensor(self) -> dict[str, list[float]]:
+        """Tensor -> its sums, for those that are closed and of which anything was seen, in the order of their names."""
+        return dict(sorted(self._closed.items()))
 
     def by_kind(self) -> dict[str, list[float]]:
         """Kind of layer -> the sums over its closed tensors, in the order of their names."""
