@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,15 @@ def side_file_bytes(folder: Path) -> int:
     return sum((folder / relative).stat().st_size for relative in list_side_files(folder)) + (1 << 20)
 
 
-def copy_side_files(folder: Path, target: Path, *, dtype: str | None = None) -> list[str]:
+def copy_side_files(
+    folder: Path, target: Path, *, dtype: str | None = None, config: Mapping[str, Any] | None = None
+) -> list[str]:
     """Copy the side files byte for byte.
 
     Args:
         folder, target: from where, to where (exists).
         dtype: what the entries of config.json shall say that name a dtype; None leaves them as they are.
+        config: entries of config.json that change, by dotted name (`text_config.num_hidden_layers`).
 
     Returns: the relative names of what was written.
     """
@@ -61,6 +65,8 @@ def copy_side_files(folder: Path, target: Path, *, dtype: str | None = None) -> 
         content = (folder / relative).read_bytes()
         if dtype is not None and str(relative) == "config.json":
             content = config_with_dtype(content, dtype)
+        if config and str(relative) == "config.json":
+            content = config_with(content, config)
         write_file(destination, content)
         names.append(str(relative))
     return names
@@ -91,6 +97,18 @@ def read_json(path: Path, label: str) -> dict[str, Any]:
 def config_with_dtype(content: bytes, dtype: str) -> bytes:
     """A config.json whose dtype entries say `dtype`, nested ones (`text_config`) too; every other byte as it was."""
     return re.sub(rb'("(?:torch_)?dtype"\s*:\s*)"\w*"', rb'\g<1>"' + dtype.encode() + b'"', content)
+
+
+def config_with(content: bytes, entries: Mapping[str, Any]) -> bytes:
+    """A config.json with other values for some entries, by dotted name."""
+    config = json.loads(content)
+    for name, value in entries.items():
+        *parents, key = name.split(".")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        place[key] = value
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def licence_of(folder: Path) -> str | None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import merge
-from merging.methods import METHODS
+from merging.methods import METHODS, get_method
 
 FINE_TUNES = {"math": 0.02, "code": 0.03, "instruct": 0.05}
 """Name -> size of the task vector over the size of the base's weights."""
@@ -75,7 +75,8 @@ def make_models(folder: Path) -> None:
 
 def merge_with(method: str, folder: Path) -> Row:
     """Merge the models as the command line does, and read what the recipe file says of the result."""
-    models = ",".join(str(folder / name) for name in FINE_TUNES)
+    takes = get_method(method).max_models  # slerp goes to one model, nuslerp from one to another
+    models = ",".join(str(folder / name) for name in list(FINE_TUNES)[:takes])
     arguments = ["--method", method, "--base_model", str(folder / "base"), "--models_to_merge", models]
     arguments += ["--save_path", str(folder / f"merged_{method}"), "--overwrite"]
     if method == SHOWN:

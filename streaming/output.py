@@ -153,6 +153,7 @@ def write_description(
     card: str,
     recipe: Mapping[str, Any],
     options: RunOptions,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what is no weight: the primary model's side files, the model card, merge_recipe.json.
 
@@ -164,11 +165,12 @@ def write_description(
         out_dtype: `auto`, or the dtype asked for.
         card: Markdown of the card: what was made of which models, and how.
         recipe: keys of merge_recipe.json, to which inputs, versions and the command are added.
+        config: entries of config.json that change besides, by dotted name.
     """
     dtype = None if out_dtype == "auto" else out_dtype
     if dtype is None and "float64" in (primary.config.get("dtype"), primary.config.get("torch_dtype")):
         dtype = "float32"  # the widest that is written
-    copy_side_files(primary.location.folder, folder, dtype=dtype)
+    copy_side_files(primary.location.folder, folder, dtype=dtype, config=config or {})
     text = model_card(title=title, base=inputs[0], models=inputs[1:], text=card, command=options.command)
     write_file(folder / "README.md", text.encode())
     write_recipe(
