@@ -46,6 +46,8 @@ class Keep:
     """The merger of a run that merges nothing: the one model as it is."""
 
     space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
+    reads_base: ClassVar[bool] = False
+    whole_rows: ClassVar[bool] = False
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> None:
         """Nothing to measure."""

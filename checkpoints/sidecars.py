@@ -81,6 +81,17 @@ class SideFiles:
         if name not in self._content or self.read_json(name) != content:
             self._content[name] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
+    def set_config(self, entries: Mapping[str, Any]) -> None:
+        """Give entries of config.json other values, by dotted name (`text_config.num_hidden_layers`)."""
+        config = self.read_json("config.json")
+        for name, value in entries.items():
+            *parents, key = name.split(".")
+            place = config
+            for parent in parents:
+                place = place[parent]
+            place[key] = value
+        self.write_json("config.json", config)
+
     def __contains__(self, name: str) -> bool:
         return name in self._content
 

@@ -153,7 +153,9 @@ class Workspace:
         if kept.exists():
             return ["--activations", str(kept)]
         texts = FAMILY / "data" / "calibration" / f"{text}.jsonl"
-        return ["--calibration_data", str(texts), "--n_samples", str(count), "--save_activations", str(kept)]
+        block = 512 if count > 8 else 256  # eight of these texts have fewer tokens than one block
+        flags = ["--calibration_data", str(texts), "--n_samples", str(count), "--block_size", str(block)]
+        return [*flags, "--save_activations", str(kept)]
 
 
 def evaluate_all(workspaces: Sequence[Workspace], candidates: Sequence[Candidate]) -> list[list[Path]]:

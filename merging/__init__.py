@@ -14,7 +14,7 @@ from typing import Any
 _EXPORTS = {
     "merge": "merging.run",
     "RunOptions": "streaming.output",
-    "make_recipe": "merging.recipe",
+    "make_recipe": "merging.recipe_flags",
     "Recipe": "merging.recipe",
 }
 __all__ = ["Recipe", "RunOptions", "make_recipe", "merge"]

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from checkpoints.errors import ArgumentError, InputError, Refusals
+from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, dtype_name
 from checkpoints.writer import Shard, plan_shards
-from merging.methods import get_method
-from merging.recipe import Recipe
+from merging.parameters import PARAMETERS, text_of
+from merging.places import Place, find_places
+from merging.recipe import Recipe, Slice, identity
 from streaming.blocks import TensorSpec, kind_of
-from streaming.layout import Arranged, arrange
 from streaming.matching import check_plain, list_kinds
 from streaming.output import bytes_read
 from streaming.stream import PlannedTensor
@@ -33,6 +33,7 @@ class Plan:
         files: the output's config, tokenizer and the rest.
         notes: what a user should know of it: tensors left out, rows matched by token.
         models: the fine-tuned models' labels, in order.
+        is_stacked: whether the output's layers are not simply the base's.
     """
 
     recipe: Recipe
@@ -41,6 +42,12 @@ class Plan:
     shards: list[Shard]
     files: SideFiles
     notes: list[str] = field(default_factory=list)
+    is_stacked: bool = False
+
+    @property
+    def has_deltas(self) -> bool:
+        """Whether every tensor is made of the same models, fine-tuned from a base: whether there are task vectors to look at."""
+        return self.recipe.base_model is not None and not self.is_stacked
 
     @property
     def bytes_to_read(self) -> int:
@@ -61,7 +68,11 @@ class Plan:
         """What happens to each kind of tensor: action, how many, elements, dtype, and why one is copied."""
         found: dict[tuple[str, str, str, str], list[int]] = {}
         for tensor in self.tensors:
-            action = "merge" if tensor.method else "copy from base"
+            action = (
+                "merge"
+                if tensor.method
+                else f"copy from {'base' if self.recipe.base_model else tensor.base.source.label}"
+            )
             key = (kind_of(tensor.spec.name), action, dtype_name(tensor.dtype), tensor.note)
             count = found.setdefault(key, [0, 0])
             count[0] += 1
@@ -89,15 +100,15 @@ class Plan:
     def as_text(self) -> str:
         """The plan for people."""
         recipe = self.recipe.as_json()
-        lines = [f"method {recipe['merge_method']}, base {recipe['base_model']}"]
+        lines = [f"method {recipe['merge_method']}, base {recipe['base_model'] or 'none'}"]
         lines += [
-            f"  {key} = {str(value).lower() if isinstance(value, bool) else value}"
+            f"  {key} = {text_of(value) if isinstance(value, bool | list) else value}"
             for key, value in {**recipe["parameters"], "seed": recipe["seed"]}.items()
             if value is not None
         ]
         lines += ["models:"]
         for entry in coefficients(self.recipe):
-            numbers = ", ".join(f"{key} {value:g}" for key, value in entry.items() if key != "model")
+            numbers = ", ".join(f"{key} {text_of(value)}" for key, value in entry.items() if key != "model")
             lines.append(f"  {entry['model']}: {numbers}" if numbers else f"  {entry['model']}")
         lines += ["tensors:"]
         for group in self.groups():
@@ -113,81 +124,100 @@ class Plan:
 
 
 def coefficients(recipe: Recipe) -> list[dict[str, Any]]:
-    """Per model the parameters in force, and what its task vector (or weight) is multiplied with where no sign is elected."""
-    weights = [model.parameters.get("weight") for model in recipe.models]
-    scale = float(recipe.parameters.get("lambda", 1.0))
-    additive = get_method(recipe.merge_method).additive
-    if recipe.parameters.get("normalize") and additive:
-        scale /= sum(weight for weight in weights if weight is not None)
-    return [
-        {
-            "model": str(model.name),
-            **model.parameters,
-            **({"coefficient": weight * scale} if additive and weight is not None else {}),
-        }
-        for model, weight in zip(recipe.models, weights, strict=True)
-    ]
+    """Per model the parameters in force, and what its task vector (or weight) is multiplied with where no sign is elected
+    and that is the same for every tensor. A model of several slices is listed for each, with its layers."""
+    listed = []
+    for part in recipe.slices:
+        scales = _coefficients(recipe, part)
+        for source, scale in zip(part.sources, scales, strict=True):
+            entry: dict[str, Any] = {"model": str(source.name)}
+            if source.layers:
+                entry["layers"] = list(source.layers)
+            chain = {**recipe.parameters, **part.parameters, **source.parameters}
+            entry |= {key: value.as_json() for key, value in chain.items() if PARAMETERS[key].per_model}
+            listed.append(entry if scale is None else {**entry, "coefficient": scale})
+    return listed
 
 
-def make_plan(recipe: Recipe, base: Model, models: Sequence[Model], *, max_shard_bytes: int) -> Plan:
-    """Match every tensor of the base with the models' and decide what becomes of it.
+def _coefficients(recipe: Recipe, part: Slice) -> Sequence[float | None]:
+    """What each model of a slice is multiplied with; None where a plan cannot name it."""
+    stated = [*recipe.parameters.values(), *part.parameters.values()]
+    stated += [value for source in part.sources for value in source.parameters.values()]
+    if part.as_is or not recipe.method_class.additive or not all(value.is_constant for value in stated):
+        return [None] * len(part.sources)
+    numbers = vars(recipe.method("", part=recipe.slices.index(part)))
+    weights = numbers["weights"]
+    scale = numbers.get("lambda_", 1.0) / (sum(weights) if numbers.get("normalize") else 1.0)
+    return [weight * scale for weight in weights]
+
+
+def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) -> Plan:
+    """Match the inputs and plan every output tensor.
 
     Args:
-        recipe: what to do.
-        base, models: opened inputs, in the recipe's order.
+        recipe: what to merge.
+        opened: the recipe's inputs, in its order.
         max_shard_bytes: size of the output's files.
 
-    Raises: Refusals: everything that does not fit, in one message.
+    Raises: Refusals: every problem that metadata shows.
     """
-    problems: list[str | InputError] = []
-    notes = [location.note for model in (base, *models) for location, _ in model.parts if location.note]
-    for model in (base, *models):
-        problems += check_plain(model)
+    problems: list[str | InputError] = [problem for model in opened for problem in check_plain(model)]
     if problems:
         raise Refusals(problems)
-    arranged = arrange(base, models, recipe.layout, optional=lambda name: bool(recipe.why_copied(name)))
-    problems += arranged.problems
-    notes += arranged.notes
-    recipe = replace(recipe, layout=arranged.layout)
-    names = arranged.names
+    primary = opened[0]
+    models = {identity(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
+    found = find_places(recipe, models, primary)
+    recipe = replace(recipe, layout=found.layout)
+    notes = [*recipe.notes, *(where.note for model in opened for where, _ in model.parts if where.note), *found.notes]
+    problems += found.problems
+    names = [place.name for place in found.places]
     for flag, expression in (("--exclude", recipe.exclude), ("--only", recipe.only)):
-        if expression and not any(re.search(expression, name) for name in names):
+        if expression and names and not any(re.search(expression, name) for name in names):
             problems.append(
                 ArgumentError(f"{flag}: {expression!r} is found in no tensor's name. Names look like {names[0]}.")
             )
     if problems:
         raise Refusals(problems)
-    wide = [name for name in names if arranged.dtypes[name] == torch.float64]
+    wide = [place.name for place in found.places if place.dtype == torch.float64]
     if wide and recipe.out_dtype == "auto":
-        notes.append(f"{base.label}: float64, in which nothing is computed, is written as float32: {list_kinds(wide)}.")
-    embeddings = _embeddings(recipe, base)
-    planned = tuple(_plan_tensor(recipe, arranged, name, name in embeddings) for name in names)
-    shards = plan_shards(
-        {tensor.spec.name: TensorInfo(tensor.dtype, tensor.spec.shape) for tensor in planned}, max_shard_bytes
-    )
-    by_name = {tensor.spec.name: tensor for tensor in planned}
+        notes.append(
+            f"{primary.label}: float64, in which nothing is computed, is written as float32: {list_kinds(wide)}."
+        )
+    embeddings = _embeddings(recipe, primary)
+    by_name: dict[str, PlannedTensor] = {}
+    for place in found.places:
+        with collecting(problems):
+            by_name[place.name] = _plan_tensor(recipe, place, place.name in embeddings)
+    if problems:
+        raise Refusals(problems)
+    infos = {name: TensorInfo(tensor.dtype, tensor.spec.shape) for name, tensor in by_name.items()}
+    shards = plan_shards(infos, max_shard_bytes)
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
-    return Plan(recipe, tuple(model.label for model in models), ordered, shards, arranged.files, notes)
+    labels = tuple(models[identity(source.name)].label for source in recipe.models)
+    return Plan(recipe, labels, ordered, shards, found.files, notes, found.is_stacked)
 
 
 def _embeddings(recipe: Recipe, base: Model) -> set[str]:
     """The tensors that an `nn.Embedding` holds, where the method treats them differently."""
-    if not get_method(recipe.merge_method).needs_embeddings:
+    if not recipe.method_class.needs_embeddings:
         return set()
     return {name for name, placement in base.architecture.placements.items() if placement.kind == "embedding"}
 
 
-def _plan_tensor(recipe: Recipe, arranged: Arranged, name: str, is_embedding: bool) -> PlannedTensor:
-    reference, dtype = arranged.primary[name], arranged.dtypes[name]
-    spec = TensorSpec(name, reference.info.shape, is_embedding)
-    inputs = tuple(tensors[name] for tensors in arranged.others if name in tensors)
+def _plan_tensor(recipe: Recipe, place: Place, is_embedding: bool) -> PlannedTensor:
+    dtype = place.dtype
+    spec = TensorSpec(place.name, place.reference.info.shape, is_embedding)
+    inputs = tuple(ref for ref in place.inputs if ref is not None)
     note = ""
     if not dtype.is_floating_point:
         note = f"{dtype_name(dtype)}, not a weight"
-    elif why := recipe.why_copied(name):
+    elif why := recipe.why_copied(place.name):
         note = why
-    elif len(inputs) < len(arranged.others):
+    elif len(inputs) < len(place.inputs):
         note = "a buffer that not every model stores"
     if dtype.is_floating_point:
         dtype = FLOAT_DTYPES.get(recipe.out_dtype, torch.float32 if dtype == torch.float64 else dtype)
-    return PlannedTensor(spec, dtype, reference, () if note else inputs, None if note else recipe.method(name), note)
+    if note:
+        return PlannedTensor(spec, dtype, place.reference, (), None, note)
+    method = recipe.method(place.name, place.t, place.part, place.names)
+    return PlannedTensor(spec, dtype, place.reference, inputs, method)

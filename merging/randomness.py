@@ -7,6 +7,7 @@ so any block of any tensor can be drawn by any worker on any device, with the sa
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -69,12 +70,37 @@ def drop_(values: torch.Tensor, density: float, *, seed: int, tensor: str, model
     threshold = round(density * (1 << 32))
     if threshold >= 1 << 32:
         return values
-    position = start
-    while position < start + values.numel():
-        high = position >> 32
-        end = min(start + values.numel(), (high + 1) << 32)
-        hashed = hash_indices(position, end - position, keys(seed, tensor, model, high), values.device)
+    for part, hashed in _hash_runs(values, seed, tensor, model, start):
         kept = torch.lt(hashed, threshold + TOP_BIT, out=hashed).neg_()  # all bits set where kept, none where dropped
-        values[position - start : end - start].view(torch.int32).bitwise_and_(kept)
-        position = end
+        values[part].view(torch.int32).bitwise_and_(kept)
     return values
+
+
+def drop_unevenly_(
+    values: torch.Tensor, kept: torch.Tensor, *, seed: int, tensor: str, model: int, start: int
+) -> torch.Tensor:
+    """`drop_` with a probability of being kept for each element.
+
+    Args:
+        kept: `[n]` float64, in [0, 1]; an element stays where its hash, unsigned, is below round(kept * 2^32).
+        values, seed, tensor, model, start: see `drop_`.
+
+    Returns: `values`.
+    """
+    thresholds = (kept * (1 << 32)).round_().to(torch.int64).add_(TOP_BIT)
+    for part, hashed in _hash_runs(values, seed, tensor, model, start):
+        values[part].mul_(hashed < thresholds[part])
+    return values
+
+
+def _hash_runs(
+    values: torch.Tensor, seed: int, tensor: str, model: int, start: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The hashes of a block's elements, and where in it they are, cut where the upper 32 bits of the index change."""
+    position, stop = start, start + values.numel()
+    while position < stop:
+        high = position >> 32
+        end = min(stop, (high + 1) << 32)
+        hashed = hash_indices(position, end - position, keys(seed, tensor, model, high), values.device)
+        yield slice(position - start, end - start), hashed
+        position = end

@@ -1,32 +1,58 @@
-"""What to merge, and how: from flags (and later from files), checked against the method before a model is opened.
+"""What to merge, and how, whether flags say it (`recipe_flags.py`) or a file (`recipe_reader.py`).
 
 The JSON of a recipe has the keys of mergekit's YAML, so that one schema serves flags, files and merge_recipe.json.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
-from checkpoints.location import ModelName, parse_model
-from merging.methods import get_method
-from merging.methods.contract import Method, check_range
+from checkpoints.errors import ArgumentError, InputError
+from checkpoints.location import ModelName
+from merging.methods import METHODS, get_method
+from merging.methods.contract import Method
+from merging.parameters import PARAMETERS, REQUIRED, SAME
+from merging.values import NOTHING, Value
 from streaming.layout import Layout
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+Values = Mapping[str, Value]
+
 
 @dataclass(frozen=True)
 class ModelInput:
-    """One fine-tuned model and the parameters that are its own, by recipe key (`weight`, `density`)."""
+    """One model of a merge, and the parameters that are its own, by recipe key (`weight`, `density`).
+
+    layers: the first of its layers that take part, and the one after the last; None for all.
+    """
 
     name: ModelName
-    parameters: Mapping[str, float]
+    parameters: Values = field(default_factory=dict)
+    layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive layers of the output; the one slice of most recipes is the whole model.
+
+    Attributes:
+        sources: the models merged here, in order.
+        parameters: what holds for all of them.
+        base_layers: the base's layers here; None for all, or where no base takes part.
+        base_listed: whether the base stands among the sources in the file, for nothing but its layers.
+        as_is: its one source is taken as it is, whatever the method.
+    """
+
+    sources: tuple[ModelInput, ...]
+    parameters: Values = field(default_factory=dict)
+    base_layers: tuple[int, int] | None = None
+    base_listed: bool = False
+    as_is: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,25 +61,30 @@ class Recipe:
 
     Attributes:
         merge_method: a key of METHODS.
-        base_model: gives config, tokenizer, vocabulary and, for most methods, numbers.
-        models: the fine-tuned models; their order is part of the recipe.
-        parameters: the method's own parameters by recipe key (`lambda`, `normalize`).
+        base_model: gives config, tokenizer, vocabulary and, for most methods, numbers; None where the first model gives
+            what is no number.
+        slices: what is merged; one slice, unless layers are stacked.
+        parameters: what holds for all slices, by recipe key (`lambda`, `normalize`).
         seed: of the random masks; None where the method draws nothing.
         out_dtype: `auto` keeps each tensor's dtype in the base.
         exclude: regular expression; output tensors in whose name it is found are taken from the base.
-        layout: the output's vocabulary and head.
         only: regular expression; output tensors in whose name it is not found are taken from the base.
+        layout: the output's vocabulary, head and chat template.
+        aim: the block on relaxing, as the file has it; the command reads it.
+        notes: what a user should know of how the recipe was read.
     """
 
     merge_method: str
-    base_model: ModelName
-    models: tuple[ModelInput, ...]
-    parameters: Mapping[str, float | bool]
+    base_model: ModelName | None
+    slices: tuple[Slice, ...]
+    parameters: Values
     seed: int | None = None
     out_dtype: str = "auto"
     exclude: str | None = None
-    layout: Layout = dataclasses.field(default_factory=Layout)
     only: str | None = None
+    layout: Layout = field(default_factory=lambda: Layout(tokenizer_source="base"))
+    aim: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
     def why_copied(self, tensor: str) -> str:
         """The flag by which an output tensor is taken from the base; empty where none is."""
@@ -61,26 +92,82 @@ class Recipe:
             return "--exclude"
         return "--only" if self.only and not re.search(self.only, tensor) else ""
 
-    def method(self, tensor: str) -> Method:
-        """The method with its parameters for one output tensor."""
-        cls = get_method(self.merge_method)
+    @property
+    def is_sliced(self) -> bool:
+        """Whether layers were named."""
+        return len(self.slices) > 1 or any(source.layers for source in self.slices[0].sources)
+
+    @property
+    def models(self) -> tuple[ModelInput, ...]:
+        """The models of the first slice."""
+        return self.slices[0].sources
+
+    @property
+    def inputs(self) -> tuple[ModelName, ...]:
+        """Every model once: the base, or what stands in for it, then the others in order."""
+        names = [self.base_model] if self.base_model else []
+        names += [source.name for one in self.slices for source in one.sources]
+        return tuple(
+            {identity(name): name for name in reversed(names)}[key] for key in dict.fromkeys(map(identity, names))
+        )
+
+    @property
+    def method_class(self) -> type[Method]:
+        """The method's class, with or without a base."""
+        return class_of(self.merge_method, self.base_model is not None)
+
+    def method(self, tensor: str, t: float = 0.0, part: int = 0, names: Sequence[str] = ()) -> Method:
+        """The method with its parameters for one output tensor.
+
+        Args:
+            tensor: its name; t: where among its slice's layers it is, see `Value.at`; part: the slice.
+            names: what it is called in each source, where that is another name.
+
+        Raises: ArgumentError: a value is missing for this tensor, or the method refuses it.
+        """
+        here = self.slices[part]
+        cls = get_method("passthrough") if here.as_is else self.method_class
         values: dict[str, Any] = {}
-        for key, field in cls.parameters().items():
-            per_model = field.metadata["per_model"]
-            values[field.name] = (
-                tuple(model.parameters[key] for model in self.models) if per_model else self.parameters[key]
-            )
+        for key, one in cls.parameters().items():
+            if here.as_is:
+                values[one.name] = (1.0,)
+            elif PARAMETERS[key].per_model:
+                chains = [(source.parameters, here.parameters, self.parameters) for source in here.sources]
+                called = names or [tensor] * len(chains)
+                found = (resolve(key, chain, name, t) for chain, name in zip(chains, called, strict=True))
+                values[one.name] = tuple(self._or_default(key, number, tensor) for number in found)
+            else:
+                number = resolve(key, (here.parameters, self.parameters), tensor, t)
+                values[one.name] = self._or_default(key, number, tensor)
         if cls.draws:
             values["seed"] = self.seed
         return cls(**values)
 
+    def _or_default(self, key: str, number: Any, tensor: str) -> Any:
+        """A value that was found, else the default. Raises ArgumentError where there is none."""
+        if number is NOTHING:
+            number = default_of(self.merge_method, key)
+            if number is REQUIRED:
+                raise ArgumentError(
+                    f"{key}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
+                )
+        return number
+
     def as_json(self) -> dict[str, Any]:
         """The recipe under mergekit's keys, every default written out."""
-        return {
+        content: dict[str, Any] = {
             "merge_method": self.merge_method,
-            "base_model": str(self.base_model),
-            "models": [{"model": str(model.name), "parameters": dict(model.parameters)} for model in self.models],
-            "parameters": dict(self.parameters),
+            "base_model": str(self.base_model) if self.base_model else None,
+        }
+        if self.is_sliced:
+            content["slices"] = [self._slice_as_json(one) for one in self.slices]
+        else:
+            content["models"] = [
+                {"model": str(one.name), "parameters": _values_as_json(one.parameters)} for one in self.models
+            ]
+        return {
+            **content,
+            "parameters": _values_as_json(self.parameters),
             **self.layout.as_json(),
             "out_dtype": self.out_dtype,
             "exclude": self.exclude,
@@ -88,207 +175,80 @@ class Recipe:
             "seed": self.seed,
         }
 
+    def _slice_as_json(self, one: Slice) -> dict[str, Any]:
+        base = [ModelInput(self.base_model, {}, one.base_layers)] if one.base_listed and self.base_model else []
+        sources = [
+            {
+                "model": str(source.name),
+                "layer_range": list(source.layers or ()),
+                "parameters": _values_as_json(source.parameters),
+            }
+            for source in (*base, *one.sources)
+        ]
+        return {"sources": sources, "parameters": _values_as_json(one.parameters)}
 
-def make_recipe(
-    method: str,
-    base_model: str,
-    models: str,
-    *,
-    parameters: Mapping[str, str | float | bool | None] | None = None,
-    seed: int | None = None,
-    out_dtype: str = "auto",
-    exclude: str | None = None,
-    layout: Layout | None = None,
-    only: str | None = None,
-) -> Recipe:
-    """Make a recipe from what a user typed; everything wrong is said at once.
 
-    Args:
-        method: name of a method, in any case.
-        base_model: folder or hub name, `NAME@REVISION`.
-        models: comma-separated, `A,B,C`, or with weights, `A:0.5,B:0.3`.
-        parameters: recipe key (`weight`, `density`, `lambda`, `normalize`, `widen_ratio` ...) -> what was given, None where
-            nothing was. A per-model one is a number for all or as many as models, comma-separated.
-        seed: None for the default, 0 where the method draws.
-        out_dtype, exclude, layout, only: see `Recipe`.
+def _values_as_json(values: Values) -> dict[str, Any]:
+    return {key: value.as_json() for key, value in values.items()}
 
-    Raises: Refusals (an InputError): every problem; exit code 2.
-    """
+
+def resolve(key: str, chain: Iterable[Values], tensor: str, t: float) -> Any:
+    """The first that any of the mappings says of a tensor; NOTHING where none does."""
+    for values in chain:
+        found = values[key].at(tensor, t) if key in values else NOTHING
+        if found is not NOTHING:
+            return found
+    return NOTHING
+
+
+def default_of(method: str, key: str) -> Any:
+    """A parameter's default in a recipe file; REQUIRED where there is none."""
+    in_files = PARAMETERS[key].in_files
+    return METHODS[method].defaults[key] if in_files is SAME else in_files
+
+
+def identity(name: ModelName) -> Any:
+    """Equal for two names of one model, as far as that can be told without opening it."""
+    own = os.path.realpath(name.path) if name.is_local else (name.path_or_id.lower(), name.revision)
+    return own if name.base is None else (own, identity(name.base))
+
+
+def class_of(method: str, has_base: bool) -> type[Method]:
+    """The class of a method, with a base or without. Raises ArgumentError where there is no such method, or it needs one."""
     cls = get_method(method)
-    problems: list[str | InputError] = []
-    given = {key: value for key, value in (parameters or {}).items() if value is not None}
-    names, inline = _split_models(models, problems)
-    if inline:
-        if "weight" in given:
-            problems.append(ArgumentError("--weights: the models already carry weights (NAME:WEIGHT). Give them once."))
-        given["weight"] = ",".join(inline)
-    _check_used(cls, method, given, seed, problems)
-    values = {
-        key: _read_values(key, field, given.get(key), len(names), problems) for key, field in cls.parameters().items()
-    }
-    _check_values(cls, values, problems)
-    if out_dtype not in OUT_DTYPES:
-        problems.append(ArgumentError(f"--dtype: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
-    _check_expression("--exclude", exclude, problems)
-    _check_expression("--only", only, problems)
-    _check_twice(names, problems)
-    base = _parse("--base_model", base_model, problems)
-    if problems:
-        raise Refusals(problems)
-    assert base is not None
-    fields = cls.parameters()
-    return Recipe(
-        merge_method=method.lower(),
-        base_model=base,
-        models=tuple(
-            ModelInput(name, {key: value[index] for key, value in values.items() if fields[key].metadata["per_model"]})
-            for index, name in enumerate(names)
-        ),
-        parameters={key: value for key, value in values.items() if not fields[key].metadata["per_model"]},
-        seed=(seed or 0) if cls.draws else None,
-        out_dtype=out_dtype,
-        exclude=exclude,
-        layout=layout or Layout(),
-        only=only,
-    )
-
-
-def _parse(flag: str, text: str, problems: list[str | InputError]) -> ModelName | None:
-    try:
-        return parse_model(text)
-    except InputError as error:
-        problems.append(ArgumentError(f"{flag}: {error}"))
-        return None
-
-
-def _split_models(text: str, problems: list[str | InputError]) -> tuple[list[ModelName], list[str]]:
-    """`A,B` or `A:0.5,B:0.3` -> names, and the weights where they are given inline."""
-    names: list[ModelName] = []
-    weights: list[str] = []
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        problems.append(ArgumentError(f"--models_to_merge: expected names separated by commas, got {text!r}."))
-        return names, weights
-    for part in parts:
-        name, colon, weight = part.rpartition(":")
-        if not colon or os.path.lexists(os.path.expanduser(part)) or "/" in weight or "\\" in weight:
-            name = part
-        elif _is_number(weight):
-            weights.append(weight)
-        else:
-            problems.append(
-                ArgumentError(f"--models_to_merge: {part}: expected a weight after the colon, got {weight!r}.")
-            )
-            continue
-        parsed = _parse("--models_to_merge", name, problems)
-        if parsed is not None:
-            names.append(parsed)
-    if weights and len(weights) != len(names):
-        problems.append(
-            ArgumentError(
-                f"--models_to_merge: {len(weights)} of {len(names)} models carry a weight. Give it to all or to none."
-            )
+    found = cls if has_base else cls.without_base()
+    if found is None:
+        raise ArgumentError(
+            f"base_model: {method.lower()} needs one. Name the model that the others were fine-tuned from."
         )
-        weights = []
-    return names, weights
+    return found
 
 
-def _check_used(
-    cls: type[Method], method: str, given: Mapping[str, Any], seed: int | None, problems: list[str | InputError]
-) -> None:
-    """A flag that the method does not use is an error, never ignored."""
-    used = cls.parameters()
-    for key in given:
-        if key not in used:
-            problems.append(
-                ArgumentError(
-                    f"{flag_of(key)}: {method.lower()} does not use it. Its parameters: {', '.join(map(flag_of, used))}."
-                )
-            )
-    if seed is not None and not cls.draws:
-        problems.append(ArgumentError(f"--seed: {method.lower()} draws no random numbers. Leave it out."))
+def check_count(cls: type[Method], method: str, count: int) -> None:
+    """Raise ArgumentError where a method cannot merge so many models."""
+    low, high = cls.min_models, cls.max_models
+    if count < low or (high is not None and count > high):
+        wanted = f"{low}" if low == high else f"at least {low}" if high is None else f"{low} to {high}"
+        noun = "model" if wanted == "1" else "models"
+        beside = " besides the base" if cls.reads_base else ""
+        raise ArgumentError(f"{method} merges {wanted} {noun}{beside}, got {count}.")
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _check_values(cls: type[Method], values: Mapping[str, Any], problems: list[str | InputError]) -> None:
-    """Ranges, and what the values forbid each other."""
-    fields = cls.parameters()
-    found: list[ArgumentError] = []
-    for key, field in fields.items():
-        try:
-            check_range(field, values[key])
-        except ArgumentError as error:
-            found.append(error)
-    if not found:
-        try:
-            cls(**{field.name: values[key] for key, field in fields.items()})
-        except ArgumentError as error:
-            found.append(error)
-    for problem in found:  # a method names its parameter by the recipe's key
-        key, colon, rest = str(problem).partition(":")
-        problems.append(ArgumentError(flag_of(key) + colon + rest if key in fields else str(problem)))
-
-
-def flag_of(key: str) -> str:
-    """The flag of a recipe key: `--weights` for `weight`, else the key itself."""
-    return "--weights" if key == "weight" else f"--{key}"
-
-
-def _read_values(
-    key: str, field: dataclasses.Field[Any], text: Any, models: int, problems: list[str | InputError]
-) -> Any:
-    """One parameter's value, a tuple for a per-model one, from what was given or its default."""
-    default = field.metadata["default"]
-    fallback = (default,) * models if field.metadata["per_model"] else default
-    if text is None:
-        return fallback
-    if isinstance(default, bool):
-        return text
-    try:
-        numbers = [float(part) for part in str(text).split(",")]
-    except ValueError:
-        problems.append(
-            ArgumentError(
-                f"{flag_of(key)}: expected {'numbers separated by commas' if field.metadata['per_model'] else 'a number'}, got {text!r}."
-            )
-        )
-        return fallback
-    if not field.metadata["per_model"]:
-        if len(numbers) != 1:
-            problems.append(ArgumentError(f"{flag_of(key)}: expected one number, got {text!r}."))
-        return numbers[0]
-    if len(numbers) not in (1, models):
-        problems.append(
-            ArgumentError(
-                f"{flag_of(key)}: expected one number or {models}, one for each model, got {len(numbers)}: {text}."
-            )
-        )
-        return fallback
-    return tuple(numbers * models if len(numbers) == 1 else numbers)
-
-
-def _check_expression(flag: str, expression: str | None, problems: list[str | InputError]) -> None:
+def check_expression(where: str, expression: str | None, problems: list[str | InputError]) -> None:
+    """Refuse an expression that is none."""
     try:
         re.compile(expression or "")
     except re.error as error:
-        problems.append(ArgumentError(f"{flag}: expected a regular expression, got {expression!r}: {error}."))
+        problems.append(ArgumentError(f"{where}: expected a regular expression, got {expression!r}: {error}."))
 
 
-def _check_twice(names: list[ModelName], problems: list[str | InputError]) -> None:
-    """One model named twice is a slip, whichever way it is written."""
-    seen: dict[Any, ModelName] = {}
+def twice(names: Iterable[ModelName]) -> list[ModelName]:
+    """The names of models that were named before, whichever way they are written: a slip."""
+    seen: set[Any] = set()
+    found = []
     for name in names:
-        own = os.path.realpath(name.path) if name.is_local else (name.path_or_id.lower(), name.revision)
-        key = (own, name.base)
+        key = identity(name)
         if key in seen:
-            problems.append(
-                ArgumentError(f"--models_to_merge: {name} is named twice. Give it once, with the sum of its weights.")
-            )
-        seen[key] = name
+            found.append(name)
+        seen.add(key)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,8 +13,9 @@ from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.reader import same_values
 from checkpoints.staging import Stage, check_complete, check_save_path, check_space, staged
+from merging.parameters import text_of
 from merging.plan import Plan, make_plan
-from merging.recipe import Recipe
+from merging.recipe import ModelInput, Recipe, identity
 from merging.report import DeltaReport
 from streaming.output import (
     Findings,
@@ -54,8 +55,7 @@ class Job:
     """
 
     plan: Plan
-    base: Model
-    models: list[Model]
+    inputs: list[Model]
     save_path: Path
     options: RunOptions
     folders: Sequence[str] = ("",)
@@ -74,8 +74,12 @@ class Job:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides the output's bytes."""
-        inputs = (self.base, *self.models)
-        return identity_of(self.plan.recipe.as_json(), inputs, self.plan.shards, self.options, aim=self.aim)
+        return identity_of(self.plan.recipe.as_json(), self.inputs, self.plan.shards, self.options, aim=self.aim)
+
+    @property
+    def base(self) -> Model:
+        """The base, or the model that stands in for it: gives what is no number."""
+        return self.inputs[0]
 
     def run(
         self,
@@ -89,24 +93,25 @@ class Job:
             stage: from `staged`, still open.
             variants: as many as there are `folders`.
         """
-        report = DeltaReport(self.plan.models, full=self.options.report == "full")
+        wanted = self.options.report != "none" and self.plan.has_deltas
+        report = DeltaReport(self.plan.models, full=self.options.report == "full") if wanted else None
         written = write_checkpoints(
             self.plan.tensors,
             self.plan.shards,
             variants,
             stage,
-            inputs=(self.base, *self.models),
+            inputs=self.inputs,
             options=self.options,
             describe=lambda *arguments: self._describe(report, stage, *arguments),
-            observer=None if self.options.report == "none" else report,
+            observer=report,
             progress=progress,
         )
-        described = None if self.options.report == "none" else report.as_json()
+        described = report.as_json() if report else None
         return Result(self.save_path, self.plan, described, self._warnings(written.findings), written)
 
     def close(self) -> None:
         """Close the inputs, for a job that is not run."""
-        close_all((self.base, *self.models))
+        close_all(self.inputs)
 
     @cached_property
     def _compared_equal(self) -> set[int]:
@@ -114,12 +119,12 @@ class Job:
         merged = [tensor for tensor in self.plan.tensors if tensor.method and tensor.method.space == "weights"]
         return {
             index
-            for index in range(len(self.models) if merged else 0)
+            for index in range(len(self.plan.models) if merged and self.plan.has_deltas else 0)
             if all(same_values(tensor.base, tensor.inputs[index]) for tensor in merged)
         }
 
     def _warnings(self, findings: Findings) -> list[str]:
-        equal = sorted(self._compared_equal | findings.unchanged)
+        equal = sorted(self._compared_equal | findings.unchanged) if self.plan.has_deltas else []
         found = [f"{self.plan.models[index]} equals the base: its task vector is zero throughout." for index in equal]
         if equal and len(equal) == len(self.plan.models):
             found.append("All models equal the base, and so does the output.")
@@ -127,12 +132,14 @@ class Job:
 
     def _card_head(self) -> str:
         """The model card's list of what was merged."""
-        listed = "\n".join(f"- `{model.label}`" for model in self.models)
-        return f"A merge of these models, fine-tuned from `{self.base.label}`:\n\n{listed}"
+        has_base = self.plan.recipe.base_model is not None
+        listed = "\n".join(f"- `{model.label}`" for model in self.inputs[has_base:])
+        fine_tuned = f", fine-tuned from `{self.base.label}`" if has_base else ""
+        return f"A merge of these models{fine_tuned}:\n\n{listed}"
 
     def _describe(
         self,
-        report: DeltaReport,
+        report: DeltaReport | None,
         stage: Stage,
         folder: Path,
         variant: Variant,
@@ -145,7 +152,7 @@ class Job:
             folder,
             title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
             files=self.plan.files,
-            inputs=(self.base, *self.models),
+            inputs=self.inputs,
             out_dtype=self.plan.recipe.out_dtype,
             card=f"{self._card_head()}\n\n{card_text(self.plan.recipe)}\n\n{variant.card}",
             recipe={
@@ -154,7 +161,7 @@ class Job:
                 "outputs": outputs,
                 "notes": self.plan.notes,
                 "warnings": self._warnings(findings),
-                "report": None if self.options.report == "none" else report.as_json(),
+                "report": report.as_json() if report else None,
             },
             identity=stage.identity,
             options=self.options,
@@ -169,16 +176,27 @@ def card_text(recipe: Recipe) -> str:
     if keys["tokenizer_source"] != "base":
         given["tokenizer_source"] = keys["tokenizer_source"]
     settings = [
-        f"{key} `{str(value).lower() if value in (True, False) else value}`"
+        f"{key} `{text_of(value) if isinstance(value, bool | list) else value}`"
         for key, value in given.items()
         if value is not None
     ]
     lines = [", ".join([f"Method `{recipe.merge_method}`", *settings])]
-    own = list(recipe.models[0].parameters)
-    if own:
-        lines += ["", f"| model | {' | '.join(own)} |", "| --- |" + " ---: |" * len(own)]
-        lines += [f"| `{m.name}` | {' | '.join(f'{m.parameters[key]:g}' for key in own)} |" for m in recipe.models]
+    sources = [source for part in recipe.slices for source in part.sources]
+    own = list(dict.fromkeys(key for source in sources for key in source.parameters))
+    columns = [*(["layers"] if recipe.is_sliced else []), *own]
+    if columns:
+        lines += ["", f"| model | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+        lines += [f"| `{source.name}` | {' | '.join(_cells(source, columns))} |" for source in sources]
     return "\n".join(lines)
+
+
+def _cells(source: ModelInput, columns: Sequence[str]) -> Iterator[str]:
+    """A row of the model card's table."""
+    for column in columns:
+        if column == "layers":
+            yield f"{source.layers[0]} to {source.layers[1] - 1}" if source.layers else "all"
+        else:
+            yield text_of(source.parameters[column].as_json()) if column in source.parameters else ""
 
 
 def prepare(
@@ -206,12 +224,11 @@ def prepare(
     """
 
     def plan(opened: list[Model]) -> Job:
-        base, *models = opened
         planned: list[Plan] = []
-        problems: list[str | InputError] = [*_check_same(models)]
+        problems: list[str | InputError] = [*_check_same(recipe, opened)]
         with collecting(problems):
-            planned.append(make_plan(recipe, base, models, max_shard_bytes=options.max_shard_bytes))
-        job = None if problems else Job(planned[0], base, models, save_path, options, folders, aim)
+            planned.append(make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes))
+        job = None if problems else Job(planned[0], opened, save_path, options, folders, aim)
         if job and not options.overwrite and all(model.weights.is_here for model in opened):
             check_complete(save_path, folders, job.identity)
         folders_read = [folder for model in opened for folder in model.folders]
@@ -223,24 +240,30 @@ def prepare(
             raise Refusals(problems)
         return job
 
-    names = [recipe.base_model, *(model.name for model in recipe.models)]
     return open_and_plan(
-        names, plan, check=check, download=download, quiet=options.quiet, trust_remote_code=options.trust_remote_code
+        recipe.inputs,
+        plan,
+        check=check,
+        download=download,
+        quiet=options.quiet,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
-def _check_same(models: Sequence[Model]) -> list[InputError]:
-    """Refuse two names of one folder: of a hub model its branch and its commit, say."""
-    seen: dict[tuple[Path, ...], Model] = {}
+def _check_same(recipe: Recipe, opened: Sequence[Model]) -> list[InputError]:
+    """Refuse two names of one folder among the models merged with each other: of a hub model its branch and its commit, say."""
+    models = {identity(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
     problems: list[InputError] = []
-    for model in models:
-        other = seen.setdefault(model.folders, model)
-        if other is not model:
-            problems.append(
-                ArgumentError(
-                    f"--models_to_merge: {other.label} and {model.label} are the same model. Give it once, with the sum of its weights."
+    for part in recipe.slices:
+        seen: dict[tuple[Path, ...], Model] = {}
+        for model in (models[identity(source.name)] for source in part.sources):
+            other = seen.setdefault(model.folders, model)
+            if other is not model:
+                problems.append(
+                    ArgumentError(
+                        f"--models_to_merge: {other.label} and {model.label} are the same model. Give it once, with the sum of its weights."
+                    )
                 )
-            )
     return problems
 
 

@@ -24,6 +24,10 @@ class Merger(Protocol):
 
     space: ClassVar[Literal["task_vectors", "weights"]]
     """What it wants of the models: fine-tuned minus base, or the weights themselves."""
+    reads_base: ClassVar[bool]
+    """Whether it wants the base too; whoever wants task vectors does."""
+    whole_rows: ClassVar[bool]
+    """Whether its blocks must hold whole rows, where a row has at most `GRID_ELEMENTS`."""
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """Statistics of a whole tensor, which `combine` needs; None where it needs none."""
@@ -100,9 +104,12 @@ class PlannedTensor:
     base_name: str = ""
 
     def needs_base(self, transforms: Sequence[Transform | None]) -> bool:
-        """Whether the base is read: not for a method in weight space, unless a transform asks for it."""
-        in_delta_space = self.method is None or self.method.space == "task_vectors"
-        return in_delta_space or any(one and one.applies_to(self.spec.name) for one in transforms)
+        """Whether the base is read: not for a method that has no use for it, unless a transform asks for it."""
+        return (
+            self.method is None
+            or self.method.reads_base
+            or any(one and one.applies_to(self.spec.name) for one in transforms)
+        )
 
     def sources(self, transforms: Sequence[Transform | None]) -> tuple[TensorRef, ...]:
         """The tensors that are read whole, given what the outputs make of the merge."""
@@ -207,7 +214,8 @@ class _Stream:
 
     def merge_tensor(self, tensor: PlannedTensor) -> None:
         """Write one tensor to every output."""
-        regions = list(tile(tensor.spec, self._options.elements))
+        whole_rows = tensor.method is not None and tensor.method.whole_rows
+        regions = list(tile(tensor.spec, max(self._options.elements, GRID_ELEMENTS if whole_rows else 1)))
         if tensor.method is None:
             work: Callable[[Region], None] = lambda region: self._copy(tensor, region)  # noqa: E731
         else:

@@ -28,7 +28,7 @@ from torch import Tensor
 GOLDENS = Path(__file__).parent / "goldens"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-NORMALIZE_DEFAULT = {"linear": True, "ties": True, "della": True, "della_linear": True}
+NORMALIZE_DEFAULT = {"linear": True, "ties": True, "della": True}
 RESCALE_DEFAULT = {"dare_linear": True, "dare_ties": True, "della": True, "della_linear": True}
 
 

@@ -13,16 +13,19 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from merging.methods import get_method
+from merging.methods import METHODS, get_method
 from merging.methods.contract import Method
+from merging.parameters import PARAMETERS
 from streaming import blocks
 from streaming.blocks import Block, Region, TensorSpec, tile
 from tests.reference import merging as reference
-from tests.reference.random_mask import keep_mask
+from tests.reference import more_merging as more
+from tests.reference.random_mask import MODULUS, keep_mask, random_words
 
 Numbers = float | Sequence[float]
 FLOAT32_STEP = 2.0**-24
@@ -44,33 +47,36 @@ class InMemory:
     def __init__(self, base: Tensor, models: Sequence[Tensor], name: str = "w", is_embedding: bool = False):
         self.tensor = TensorSpec(name, tuple(base.shape), is_embedding)
         self.scans: list[list[Region]] = []
+        self._method: Method | None = None
         self._base = base.float().flatten()
         self._models = [model.float().flatten() for model in models]
 
-    def block(self, region: Region, space: str = "task_vectors") -> Block:
-        """The numbers of a region, copied: a method may overwrite them."""
+    def block(self, region: Region, method: Method | None = None) -> Block:
+        """The numbers of a region as a method sees them, copied: it may overwrite them. Task vectors, without a method."""
         base = self._base[region.start : region.stop].clone()
         models = [model[region.start : region.stop].clone() for model in self._models]
-        if space == "weights":
-            return Block(region, None, [], models)
+        if method is not None and method.space == "weights":
+            return Block(region, base if method.reads_base else None, [], models)
         return Block(region, base, [model - base for model in models], [])
 
     def scan(self, measure: Callable[[Block], Any], regions: Sequence[Region] | None = None) -> Iterator[Any]:
         """See `streaming.blocks.Scan`."""
         chosen = list(tile(self.tensor, blocks.GRID_ELEMENTS)) if regions is None else list(regions)
         self.scans.append(chosen)
-        return (measure(self.block(region)) for region in chosen)
+        return (measure(self.block(region, self._method)) for region in chosen)
 
     def merge(self, method: Method, block_elements: int = blocks.GRID_ELEMENTS) -> Tensor:
         """Measure, then combine blocks of at most `block_elements`, the last one first. float32, the tensor's shape.
 
         Raises: AssertionError: the method overwrites the base, or returns another shape or dtype than it should.
         """
+        self._method = method
         statistics = method.measure(self.tensor, self.scan)
         out = torch.full((self.tensor.numel,), torch.nan)
+        block_elements = max(block_elements, blocks.GRID_ELEMENTS if method.whole_rows else 1)
         for region in reversed(list(tile(self.tensor, block_elements))):
             assert 0 < region.numel <= block_elements
-            block = self.block(region, method.space)
+            block = self.block(region, method)
             merged = method.combine(block, statistics)
             assert (merged.dtype, tuple(merged.shape)) == (torch.float32, (region.numel,))
             if block.base is not None:
@@ -91,26 +97,52 @@ def patch_grid(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
 def make_method(name: str, models: int, *, seed: int = 0, **arguments: Any) -> Method:
     """A method by name, with the arguments of `tests.reference` (weights, density ...); defaults are its own."""
     cls = get_method(name)
-    given = {"densities" if key == "density" else key: value for key, value in arguments.items()}
+    plurals = {"density": "densities", "gamma": "gammas", "epsilon": "epsilons"}
+    given = {plurals.get(key, key): value for key, value in arguments.items()}
     values: dict[str, Any] = {"seed": seed} if cls.draws else {}
-    for field in cls.parameters().values():
-        value = given.pop(field.name, field.metadata["default"])
+    for key, field in cls.parameters().items():
+        value = given.pop(field.name, METHODS[name].defaults[key])
         many = isinstance(value, Sequence)
-        values[field.name] = (tuple(value) if many else (value,) * models) if field.metadata["per_model"] else value
+        values[field.name] = (tuple(value) if many else (value,) * models) if PARAMETERS[key].per_model else value
     assert not given, f"{name} has no {', '.join(given)}"
     return cls(**values)
 
 
-def reference_arguments(method: Method, tensor: TensorSpec) -> dict[str, Any]:
-    """A method's parameters as `tests.reference.merging` takes them, with the masks of the reference hash."""
-    names = {"weights": "weights", "densities": "density", "lambda_": "lambda_", "normalize": "normalize"}
-    names |= {"ratio": "ratio", "calibration": "calibration"}
-    arguments = {theirs: getattr(method, ours) for ours, theirs in names.items() if hasattr(method, ours)}
+def fitting(name: str, models: Sequence[Any]) -> list[Any]:
+    """As many of the models as a method merges."""
+    return list(models[: get_method(name).max_models])
+
+
+FORMULAS = reference.METHODS | more.METHODS
+RESCALES = {"dare_linear": "density", "dare_ties": "density", "della": "l1", "della_linear": "l1"}
+"""What each method does to what it keeps where `rescale` is not given."""
+
+
+def reference_arguments(
+    name: str, method: Method, tensor: TensorSpec, base: Tensor, models: Sequence[Tensor]
+) -> dict[str, Any]:
+    """A method's parameters as `tests.reference` takes them, with the masks of the reference hash."""
+    singular = {"densities": "density", "gammas": "gamma", "epsilons": "epsilon"}
+    arguments = {singular.get(key, key): value for key, value in vars(method).items() if key != "seed"}
+    if "rescale" in arguments:
+        arguments["rescale"] = {None: RESCALES.get(name), True: "l1", False: None}[arguments["rescale"]]
     if method.draws:
         seed: int = vars(method)["seed"]
         densities = enumerate(arguments["density"])
-        arguments["masks"] = [keep_mask(seed, tensor.name, i, tensor.shape, rho) for i, rho in densities]
-        arguments["rescale"] = "density"
+        if "epsilon" not in arguments:
+            arguments["masks"] = [keep_mask(seed, tensor.name, i, tensor.shape, rho) for i, rho in densities]
+        else:
+            deltas = reference.task_vectors(base, models)
+            kept = [
+                more.della_probabilities(deltas[i], rho, arguments["epsilon"][i] if 0 < rho < 1 else 0)
+                for i, rho in densities
+            ]
+            arguments["masks"] = [
+                random_words(seed, tensor.name, i, tensor.numel).astype(np.uint64)
+                < np.round(one.flatten().numpy() * MODULUS)
+                for i, one in enumerate(kept)
+            ]
+            arguments["masks"] = [torch.from_numpy(mask).reshape(tensor.shape) for mask in arguments["masks"]]
     return arguments
 
 
@@ -130,13 +162,43 @@ def expect(
     Returns: the result; how far float32 arithmetic may be from it, both float64; and, bool, where float32 may elect the
         other sign, so that nothing can be said.
     """
-    arguments = reference_arguments(method, tensor)
+    arguments = reference_arguments(name, method, tensor, base, models)
     is_embedding = tensor.is_embedding and not tensor.is_vector
-    result = (formula or reference.METHODS[name])(base, models, is_embedding=is_embedding, **arguments)
+    result = (formula or FORMULAS[name])(base, models, is_embedding=is_embedding, **arguments)
     unclear = torch.zeros(base.shape, dtype=torch.bool)
     if name in ("ties", "dare_ties"):
         unclear = reference.election_is_close(base, models, **arguments)
+    elif name in ("breadcrumbs_ties", "della", "sce"):
+        vectors = (
+            reference.task_vectors(base, models) if name == "sce" else more.thinned(name, base, models, **arguments)
+        )
+        unclear = reference.election_is_close(
+            torch.zeros_like(vectors[0]), vectors, weights=arguments.get("weights", 1.0)
+        )
+    if name in more.METHODS:
+        return result, _slack_of_sums(name, base, models, result, arguments), unclear
     return result, _float32_slack(name, base, models, arguments), unclear
+
+
+def _slack_of_sums(
+    name: str, base: Tensor, models: Sequence[Tensor], result: Tensor, arguments: dict[str, Any]
+) -> Tensor:
+    """As `_float32_slack`, for sums whose factors depend on the tensor: of what is added up, times how much it grows."""
+    added = [x.double().abs() for x in models] if name in ("slerp", "karcher", "passthrough") else []
+    added += [d.abs() for d in reference.task_vectors(base, models)]
+    reach = torch.stack(added).sum(dim=0)
+    weights = [abs(w) for w in arguments.get("weights", ())]
+    growth = (
+        max([1.0, *weights]) * max(1.0, abs(arguments.get("lambda_", 1.0))) / min([1.0, *(w for w in weights if w)])
+    )
+    if arguments.get("rescale") == "l1":
+        before = [float(d.abs().sum()) for d in reference.task_vectors(base, models)]
+        after = [float(d.abs().sum()) for d in more.thinned(name, base, models, **arguments | {"rescale": None})]
+        growth *= max([1.0, *(one / other for one, other in zip(before, after, strict=True) if other)])
+    if name == "model_stock" and base.numel():
+        largest = float((result - base.double()).abs().max())
+        growth *= max(1.0, largest / max(float(reach.max()), 1e-30))
+    return 32 * FLOAT32_STEP * (growth * reach + base.double().abs())
 
 
 def _float32_slack(name: str, base: Tensor, models: Sequence[Tensor], arguments: dict[str, Any]) -> Tensor:
@@ -223,13 +285,13 @@ def random_inputs(
 
 def shifted(name: str) -> Callable[..., Tensor]:
     """The reference with every model in another one's place: a comparison must notice."""
-    right = reference.METHODS[name]
+    right = FORMULAS[name]
     return lambda base, models, **arguments: right(base, [*models[1:], models[0]], **arguments)
 
 
 def flipped(name: str) -> Callable[..., Tensor]:
-    """The reference with the sign of what it adds turned (of linear: of everything)."""
-    right = reference.METHODS[name]
-    if name == "linear":
+    """The reference with the sign of what it adds turned (in weight space: of everything)."""
+    right = FORMULAS[name]
+    if name in ("linear", "slerp", "karcher", "passthrough"):
         return lambda base, models, **arguments: -right(base, models, **arguments)
     return lambda base, models, **arguments: 2 * base.double() - right(base, models, **arguments)

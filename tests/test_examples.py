@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from examples import demo, merge_api
 from merging import make_recipe
 from merging.methods import METHODS, get_method
+from merging.parameters import PARAMETERS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -120,9 +121,9 @@ def test_readme_commands_parse(command: list[str]):
     name, *arguments = command
     parser = importlib.import_module(name.removesuffix(".py")).build_parser()
     parsed = parser.parse(arguments)  # exits where a flag is unknown or missing
-    if name == "merge.py":
+    if name == "merge.py" and parsed.config is None:
         keys = {key for method in METHODS for key in get_method(method).parameters()}
-        given = {key: getattr(parsed, {"weight": "weights", "lambda": "lambda_"}.get(key, key)) for key in keys}
+        given = {key: vars(parsed)[PARAMETERS[key].flag.removeprefix("--")] for key in keys}
         # Refuses parameters that the method does not use, and values out of range.
         make_recipe(parsed.method, parsed.base_model, parsed.models_to_merge, parameters=given, seed=parsed.seed)
 

@@ -259,12 +259,22 @@ def test_every_method_has_file_card_and_test():
     page = ROOT / "docs/methods.md"
     test_files = sorted((ROOT / "tests").glob("test_method*.py"))
     problems = method_problems(
-        dict(methods),
+        {name: entry.target for name, entry in methods.items()},
         {path.stem for path in (ROOT / "merging/methods").glob("*.py")},
         cards(page.read_text()) if page.exists() else set(),
         "\n".join(f"{path.name}\n{path.read_text()}" for path in test_files),
     )
     assert not problems, "\n".join(problems)
+
+
+def test_every_method_states_a_default_for_each_of_its_parameters_and_nothing_else():
+    methods = importlib.import_module("merging.methods")
+    known = importlib.import_module("merging.parameters").PARAMETERS
+    for name, entry in methods.METHODS.items():
+        assert entry.defaults.keys() == methods.get_method(name).parameters().keys(), name
+        for key, default in entry.defaults.items():
+            known[key].check(default)
+    assert {key for entry in methods.METHODS.values() for key in entry.defaults} == known.keys()
 
 
 def test_method_check_finds_what_is_missing():

@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from checkpoints.errors import ArgumentError
+from merging.parameters import PARAMETERS, Parameter
 from streaming.blocks import Block, Scan, TensorSpec
 
 
-def parameter(
-    *,
-    key: str,
-    default: Any,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-    per_model: bool = False,
-) -> Any:
-    """A dataclass field that a flag or a recipe key sets.
+def parameter(key: str, *, optional: bool = False) -> Any:
+    """A dataclass field that a flag or a recipe key sets: an entry of PARAMETERS. Per model, it is given as a tuple.
 
-    Args:
-        key: its name in a recipe file (`lambda`); the flag is `--key`, for a per-model one the plural of `weight` too.
-        default: for every model alike where `per_model`.
-        low, high: the closed range it must lie in; `above`: an open lower bound.
-        per_model: one number per model, given as a tuple.
+    optional: it may be left out, and is None then.
     """
-    return dataclasses.field(
-        metadata={"key": key, "default": default, "low": low, "high": high, "above": above, "per_model": per_model}
+    metadata = {"parameter": PARAMETERS[key]}
+    return (
+        dataclasses.field(default=None, kw_only=True, metadata=metadata)
+        if optional
+        else dataclasses.field(metadata=metadata)
     )
 
 
@@ -47,17 +37,28 @@ class Method(ABC):
 
     space: ClassVar[Literal["task_vectors", "weights"]] = "task_vectors"
     """What `Block` holds: fine-tuned minus base, or the fine-tuned weights themselves."""
+    reads_base: ClassVar[bool] = True
+    """Whether `Block` holds the base too."""
+    whole_rows: ClassVar[bool] = False
+    """Whether a block must hold whole rows, where a row has at most `GRID_ELEMENTS`; longer ones come in pieces."""
     draws: ClassVar[bool] = False
     """Whether it draws random numbers, from the field `seed`."""
     additive: ClassVar[bool] = False
     """Whether each task vector is multiplied with a number of its own, which a plan can name."""
     needs_embeddings: ClassVar[bool] = False
     """Whether it must know which tensors are embeddings, for which the model class is built."""
+    min_models: ClassVar[int] = 1
+    """How many models it merges at least, the base not counted."""
+    max_models: ClassVar[int | None] = None
+    """And at most."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.metadata:
-                check_range(field, getattr(self, field.name))
+                one: Parameter = field.metadata["parameter"]
+                value = getattr(self, field.name)
+                for number in value if one.per_model else (value,):
+                    one.check(number)
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """Reduce one tensor to the statistics that `combine` needs; None where it needs none."""
@@ -77,33 +78,9 @@ class Method(ABC):
     @classmethod
     def parameters(cls) -> dict[str, dataclasses.Field[Any]]:
         """Its parameters by recipe key."""
-        return {field.metadata["key"]: field for field in dataclasses.fields(cls) if field.metadata}
+        return {field.metadata["parameter"].key: field for field in dataclasses.fields(cls) if field.metadata}
 
-
-def check_range(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise ArgumentError where a parameter, or one model's, lies outside its range or is no number."""
-    meta = field.metadata
-    for number in value if meta["per_model"] else (value,):
-        if isinstance(number, bool) == isinstance(meta["default"], bool) and (
-            isinstance(number, bool)
-            or (
-                isinstance(number, int | float)
-                and math.isfinite(number)
-                and meta["low"] <= number <= meta["high"]
-                and number > meta["above"]
-            )
-        ):
-            continue
-        raise ArgumentError(f"{meta['key']}: expected {_expectation(meta)}, got {number}.")
-
-
-def _expectation(meta: Any) -> str:
-    if isinstance(meta["default"], bool):
-        return "true or false"
-    if meta["above"] > -math.inf:
-        return f"a number above {meta['above']:g}"
-    if meta["low"] > -math.inf and meta["high"] == math.inf:
-        return f"a finite number, {meta['low']:g} or above"
-    if meta["low"] > -math.inf:
-        return f"a number in [{meta['low']:g}, {meta['high']:g}]"
-    return "a finite number"
+    @classmethod
+    def without_base(cls) -> type[Method] | None:
+        """The method of a recipe that names no base model; None where it needs one."""
+        return None

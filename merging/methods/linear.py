@@ -24,10 +24,11 @@ class Linear(Method):
     """
 
     space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
+    reads_base: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
-    weights: tuple[float, ...] = parameter(key="weight", default=1.0, per_model=True)
-    normalize: bool = parameter(key="normalize", default=True)
+    weights: tuple[float, ...] = parameter("weight")
+    normalize: bool = parameter("normalize")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +40,11 @@ class Linear(Method):
         for weights, weight in zip(block.weights[1:], self.weights[1:], strict=True):
             total.add_(weights.mul_(weight))
         return total.div_(sum(self.weights)) if self.normalize else total
+
+    @classmethod
+    def without_base(cls) -> type[Method] | None:
+        """See `Method.without_base`."""
+        return cls
 
 
 def check_weight_sum(weights: tuple[float, ...], normalize: bool) -> None:

@@ -37,9 +37,9 @@ class TaskArithmetic(Method):
 
     additive: ClassVar[bool] = True
 
-    weights: tuple[float, ...] = parameter(key="weight", default=1.0, per_model=True)
-    lambda_: float = parameter(key="lambda", default=1.0)
-    normalize: bool = parameter(key="normalize", default=False)
+    weights: tuple[float, ...] = parameter("weight")
+    lambda_: float = parameter("lambda")
+    normalize: bool = parameter("normalize")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
-
-from merging.methods.contract import Method, parameter
-from merging.methods.signs import elect_and_sum
-from merging.methods.task_arithmetic import add_to_base
+from merging.methods.sparse import SparseTaskVectors
 from merging.methods.trim import Trim, measure_trims
 from streaming.blocks import Block, Scan, TensorSpec
 
 
 @dataclass(frozen=True)
-class Ties(Method):
+class Ties(SparseTaskVectors):
     """Trim, elect sign, and merge.
 
         d_i  <- its int(density_i * n) largest |d_i|, the rest 0
@@ -26,21 +22,14 @@ class Ties(Method):
     lower index is kept, so that exactly int(density * n) elements remain (mergekit's order there is unspecified).
     """
 
-    weights: tuple[float, ...] = parameter(key="weight", default=1.0, per_model=True)
-    densities: tuple[float, ...] = parameter(key="density", default=0.5, low=0.0, high=1.0, per_model=True)
-    lambda_: float = parameter(key="lambda", default=1.0)
-    normalize: bool = parameter(key="normalize", default=True)
+    elects: ClassVar[bool] = True
 
-    def measure(self, tensor: TensorSpec, scan: Scan) -> tuple[Trim, ...]:
+    def select(self, tensor: TensorSpec, scan: Scan) -> tuple[Trim, ...]:
         """The threshold of each model; see `measure_trims`."""
         return measure_trims(tensor, scan, self.densities)
 
-    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
-        """See `Method.combine`."""
-        assert block.base is not None
-        for task_vector, trim, density in zip(block.task_vectors, statistics, self.densities, strict=True):
+    def thin_(self, block: Block, selection: Any) -> None:
+        """See `SparseTaskVectors.thin_`."""
+        for task_vector, trim, density in zip(block.task_vectors, selection, self.densities, strict=True):
             if density < 1.0:
                 trim.apply_(task_vector, block.region.start)
-        return add_to_base(
-            block.base, elect_and_sum(block.task_vectors, self.weights, normalize=self.normalize), self.lambda_
-        )

@@ -123,7 +123,12 @@ class _Count(NamedTuple):
 
 
 def measure_trims(tensor: TensorSpec, scan: Scan, densities: Sequence[float]) -> tuple[Trim, ...]:
-    """Find, for each task vector, the trim that keeps its int(density * numel) largest magnitudes.
+    """Find, for each task vector, the trim that keeps its int(density * numel) largest magnitudes; see `measure_largest`."""
+    return measure_largest(tensor, scan, [int(density * tensor.numel) for density in densities])
+
+
+def measure_largest(tensor: TensorSpec, scan: Scan, kept: Sequence[int]) -> tuple[Trim, ...]:
+    """Find, for each task vector, the trim that keeps so many of its largest magnitudes.
 
     Of equal magnitudes the lower index is kept. One reading and a little: a sample (about one element in 128) brackets
     the threshold, a full reading counts what lies above the bracket and collects what lies in it, and the one block in
@@ -133,10 +138,9 @@ def measure_trims(tensor: TensorSpec, scan: Scan, densities: Sequence[float]) ->
     Args:
         tensor: the tensor to be trimmed.
         scan: reads its blocks; see `Scan`.
-        densities: per model, the share to keep, in [0, 1].
+        kept: per task vector of a block, the number of elements to keep.
     """
     n = tensor.numel
-    kept = [int(density * n) for density in densities]
     trims = [KEEP_ALL if k >= n else KEEP_NONE if k == 0 else None for k in kept]
     open_models = [model for model, trim in enumerate(trims) if trim is None]
     if not open_models:

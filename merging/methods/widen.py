@@ -29,8 +29,8 @@ class Widen(Method):
 
     needs_embeddings: ClassVar[bool] = True
 
-    ratio: float = parameter(key="widen_ratio", default=1.0, low=0.0)
-    calibration: float = parameter(key="widen_calibration", default=1.0, low=0.0)
+    ratio: float = parameter("widen_ratio")
+    calibration: float = parameter("widen_calibration")
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
         """Scores of a matrix, `[models, matrices, channels]` float32; of a vector, mean |d_i|, `[models]` float64."""

@@ -1,0 +1,63 @@
+"""Model Breadcrumbs: drop the largest changes and the smallest, then merge linearly or with elected signs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from merging.methods.contract import parameter
+from merging.methods.sparse import SparseTaskVectors
+from merging.methods.trim import Trim, measure_largest
+from streaming.blocks import Block, Scan, TensorSpec
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(SparseTaskVectors):
+    """Keep the middle of each task vector by magnitude, and add up.
+
+        k_i = int(density_i * n),   t_i = min(int(gamma_i * n), n - k_i)        (n: elements of the tensor)
+        d_i <- its k_i largest |d_i| after the t_i largest, the rest 0
+        out = b + lambda * sum w_i d_i        (divided by sum w_i where `normalize` is true)
+
+    Source: arXiv:2312.06795, whose beta is gamma here; mergekit's `breadcrumbs`. Deviations: float32 inside; where t_i is 0
+    (gamma 0, a small tensor) nothing is dropped at the top, where mergekit drops everything; of equal magnitudes the
+    lower index counts as the larger.
+    """
+
+    additive: ClassVar[bool] = True
+
+    gammas: tuple[float, ...] = parameter("gamma")
+
+    def select(self, tensor: TensorSpec, scan: Scan) -> tuple[tuple[Trim, Trim], ...]:
+        """For each model the trim that keeps the t + k largest, and the one that keeps the t largest."""
+        n = tensor.numel
+        kept = [int(density * n) for density in self.densities]
+        top = [min(int(gamma * n), n - k) for gamma, k in zip(self.gammas, kept, strict=True)]
+
+        def twice(measure: Any, regions: Any = None) -> Any:
+            return scan(lambda block: measure(replace(block, task_vectors=block.task_vectors * 2)), regions)
+
+        counts = [*(t + k for t, k in zip(top, kept, strict=True)), *top]
+        trims = measure_largest(tensor, twice, counts)
+        return tuple(zip(trims[: len(kept)], trims[len(kept) :], strict=True))
+
+    def thin_(self, block: Block, selection: Any) -> None:
+        """See `SparseTaskVectors.thin_`."""
+        start = block.region.start
+        for values, (band_and_top, top), density in zip(block.task_vectors, selection, self.densities, strict=True):
+            if density < 1.0:
+                band_and_top.apply_(values, start)
+                values.sub_(top.apply_(values.clone(), start))  # exact: x - x or x - 0
+
+
+@dataclass(frozen=True)
+class BreadcrumbsTies(Breadcrumbs):
+    """Keep the middle of each task vector as `Breadcrumbs`, elect signs as `Ties`, and add up what agrees.
+
+        out = b + lambda * sum of w_i d_i with the sign of sum w_i d_i        (`normalize`: divided by the sum of their w_i)
+
+    Source: arXiv:2312.06795 and 2306.01708; mergekit's `breadcrumbs_ties`. Deviations as in `Breadcrumbs`.
+    """
+
+    elects: ClassVar[bool] = True
+    additive: ClassVar[bool] = False

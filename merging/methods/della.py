@@ -1,0 +1,104 @@
+"""DELLA: drop changes at random, small ones of a row more often, then merge with elected signs or linearly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from checkpoints.errors import ArgumentError
+from merging.methods.contract import parameter
+from merging.methods.sparse import SparseTaskVectors
+from merging.randomness import drop_unevenly_
+from streaming.blocks import GRID_ELEMENTS, Block, Scan, TensorSpec
+
+
+@dataclass(frozen=True)
+class Della(SparseTaskVectors):
+    """Drop by rank, restore the l1 norm, elect signs, and average what agrees.
+
+        r = rank of |d_i| in its row, ascending, 0 to c - 1, equal ones share their mean        (c: columns; a vector is one row)
+        d_i <- d_i * m_i,   m_i ~ Bernoulli(density_i - epsilon_i + 2 epsilon_i r / (c - 1))
+        d_i <- d_i * |d_i before|_1 / |d_i|_1        (not where `rescale` is false)
+        D_i = w_i d_i;   s = sign(sum D_i), 0 counts as +
+        out = b + lambda * sum of D_i with sign s / sum of their w_i        (not divided where `normalize` is false)
+
+    A row longer than a block is sorted once, in memory.
+
+    Source: arXiv:2406.11617; mergekit's `della`. Deviations: float32 inside; masks from `merging/randomness.py` instead of a
+    global generator; equal magnitudes share a rank (mergekit's order there is unspecified); a row of one element is kept with probability density (mergekit: not a number); density 0 gives a
+    zero task vector (mergekit refuses it).
+    """
+
+    elects: ClassVar[bool] = True
+    restores_norm: ClassVar[bool] = True
+    whole_rows: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
+
+    epsilons: tuple[float, ...] = parameter("epsilon")
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for density, epsilon in zip(self.densities, self.epsilons, strict=True):
+            if 0.0 < density < 1.0 and not 0.0 < density - epsilon <= density + epsilon < 1.0:
+                raise ArgumentError(
+                    f"epsilon: expected density - epsilon above 0 and density + epsilon below 1, got density {density:g} "
+                    f"and epsilon {epsilon:g}. Choose a smaller epsilon, or density 1 to keep everything."
+                )
+
+    def select(self, tensor: TensorSpec, scan: Scan) -> list[torch.Tensor] | None:
+        """Where a row is longer than a block can be, the sorted magnitudes of each row: `[rows, columns]` per model."""
+        if tensor.columns <= GRID_ELEMENTS or not tensor.numel:
+            return None
+        pieces = list(scan(lambda block: torch.stack(block.task_vectors).abs_().cpu()))
+        return [values.view(-1, tensor.columns).sort(dim=-1).values for values in torch.cat(pieces, dim=-1)]
+
+    def thin_(self, block: Block, selection: list[torch.Tensor] | None) -> None:
+        """See `SparseTaskVectors.thin_`."""
+        region = block.region
+        columns = region.tensor.columns
+        for model, (values, density) in enumerate(zip(block.task_vectors, self.densities, strict=True)):
+            if density == 0.0:
+                values.zero_()
+            elif density < 1.0:
+                magnitudes = values.abs().view(-1, min(columns, region.numel))  # whole rows, or a piece of one
+                if selection is None:
+                    rows = magnitudes.sort(dim=-1).values
+                else:
+                    first = region.start // columns
+                    rows = selection[model][first : first + len(magnitudes)].to(values.device)
+                kept = probabilities(row_ranks(magnitudes, rows).view(-1), columns, density, self.epsilons[model])
+                drop_unevenly_(values, kept, seed=self.seed, tensor=region.tensor.name, model=model, start=region.start)
+
+
+@dataclass(frozen=True)
+class DellaLinear(Della):
+    """Drop by rank and restore the l1 norm as `Della`, and add up.
+
+        out = b + lambda * sum w_i d_i        (divided by sum w_i where `normalize` is true)
+
+    Source: arXiv:2406.11617; mergekit's `della_linear`. Deviations as in `Della`.
+    """
+
+    elects: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
+
+
+def row_ranks(magnitudes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Rank of each magnitude in its row, 0 for the smallest; equal ones share the mean of their ranks.
+
+    Args:
+        magnitudes: `[rows, n]` float32, whole rows or pieces of them; rows: `[rows, columns]`, the whole rows, sorted.
+
+    Returns: `[rows, n]` float64.
+    """
+    below = torch.searchsorted(rows, magnitudes)
+    return torch.searchsorted(rows, magnitudes, right=True).add_(below).sub_(1).double().div_(2)
+
+
+def probabilities(ranks: torch.Tensor, columns: int, density: float, epsilon: float) -> torch.Tensor:
+    """With what probability an element of each rank is kept: `[n]` float64, in place of the ranks."""
+    place = ranks.div_(columns - 1) if columns > 1 else ranks.fill_(0.5)
+    return place.mul_(2 * epsilon).add_(density - epsilon)

@@ -1,0 +1,56 @@
+"""Model Stock: from the base towards the mean of the models, as far as the angle between them says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar
+
+import torch
+
+from merging.methods.contract import Method, parameter
+from merging.methods.gram import add_scaled, measure_gram
+from streaming.blocks import Block, Scan, TensorSpec
+
+LEAST_NORMS = 1e-6
+
+
+@dataclass(frozen=True)
+class ModelStock(Method):
+    """Interpolate between the base and the mean of N models.
+
+        c = mean over the pairs of d_i . d_j / max(|d_i| |d_j|, 1e-6), each in [-1, 1]
+        t = N c / (1 + (N - 1) c)
+        out = b + t * mean(d_i)
+
+    One c for each tensor; `filter_wise` takes one for each row of a matrix.
+
+    Source: arXiv:2403.19522; mergekit's `model_stock`. Deviations: float32 inside, products in float64; where 1 + (N - 1) c is 0
+    (task vectors that cancel each other) t is 0, where mergekit's is infinite.
+    """
+
+    min_models: ClassVar[int] = 2
+
+    filter_wise: bool = parameter("filter_wise")
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
+        """t, `[1, matrices, rows, 1]` float64; see `measure_gram`."""
+        if not tensor.numel:
+            return torch.empty(0)  # no block will ask for it
+        gram = measure_gram(tensor, scan, lambda block: block.task_vectors, "rows" if self.filter_wise else "tensor")
+        norms = [gram[i, i].sqrt() for i in range(len(gram))]
+        cosines = [
+            (gram[i, j] / (norms[i] * norms[j]).clamp(min=LEAST_NORMS)).clamp(-1, 1)
+            for i, j in combinations(range(len(gram)), 2)
+        ]
+        cosine = torch.stack(cosines).mean(dim=0)
+        divisor = 1 + (len(gram) - 1) * cosine
+        return torch.where(divisor > LEAST_NORMS, len(gram) * cosine / divisor, 0.0).unsqueeze(0)
+
+    def combine(self, block: Block, statistics: torch.Tensor) -> torch.Tensor:
+        """See `Method.combine`."""
+        assert block.base is not None
+        total = block.task_vectors[0]
+        for values in block.task_vectors[1:]:
+            total.add_(values)
+        return add_scaled([total.div_(len(block.task_vectors))], block.region, statistics).add_(block.base)

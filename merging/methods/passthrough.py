@@ -1,0 +1,39 @@
+"""Passthrough: one model as it is, for stacks of layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from merging.methods.contract import Method, parameter
+from streaming.blocks import Block
+
+
+@dataclass(frozen=True)
+class Passthrough(Method):
+    """Take the one model's weights.
+
+        out = scale * x
+
+    In a recipe file, slices of one model each stack layers.
+
+    Source: mergekit's `passthrough`. Deviation: float32 inside.
+    """
+
+    space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
+    reads_base: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
+    max_models: ClassVar[int | None] = 1
+
+    weights: tuple[float, ...] = parameter("scale")
+
+    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
+        """See `Method.combine`."""
+        return block.weights[0].mul_(self.weights[0])
+
+    @classmethod
+    def without_base(cls) -> type[Method] | None:
+        """See `Method.without_base`."""
+        return cls

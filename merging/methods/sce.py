@@ -1,0 +1,95 @@
+"""SCE: select where the models differ, calculate weights from sizes, erase what disagrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from merging.methods.contract import Method, parameter
+from merging.methods.signs import elect_sign, sum_agreeing
+from merging.methods.task_arithmetic import add_to_base
+from merging.methods.trim import Trim, measure_largest
+from streaming.blocks import Block, Scan, TensorSpec
+
+LEAST_SUM = 1e-6
+"""mergekit's bound on sums of weights."""
+
+
+class Sizes(NamedTuple):
+    """What `measure` finds: which elements are selected (None: all), and the weight of each model."""
+
+    trim: Trim | None
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Sce(Method):
+    """Keep the elements in which the models differ most, weigh the models by the size of what is left, elect signs.
+
+        v = variance of d_i over the models, each element for itself
+        d_i <- d_i at the int(select_topk * (number of v > 0)) largest v, else 0        (all where select_topk is 1)
+        w_i = mean(d_i^2) / sum of these        (all alike where the sum is below 1e-6)
+        s = sign(sum d_i), 0 counts as +
+        out = b + sum of w_i d_i with sign s / max(sum of their w_i, 1e-6)
+
+    Source: arXiv:2408.07990; mergekit's `sce`. Deviations: float32 inside, variances and sums in float64; of equal variances the
+    lower index is kept.
+    """
+
+    select_topk: float = parameter("select_topk")
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> Sizes:
+        """See `Sizes`; one reading, and two more and a sample below select_topk 1."""
+        if not tensor.numel:
+            return Sizes(None, ())  # no block will ask for it
+        trim = None if self.select_topk >= 1.0 else self._select(tensor, scan)
+
+        def squares(block: Block) -> torch.Tensor:
+            select_(block, trim)
+            return torch.stack([values.double().square_().sum() for values in block.task_vectors]).cpu()
+
+        means = torch.stack(list(scan(squares))).sum(dim=0) / tensor.numel
+        total = float(means.sum())
+        shares = means / total if total >= LEAST_SUM else torch.full_like(means, 1 / len(means))
+        return Sizes(trim, tuple(shares.tolist()))
+
+    def _select(self, tensor: TensorSpec, scan: Scan) -> Trim:
+        changed = sum(scan(lambda block: int(variance(block.task_vectors).count_nonzero())))
+
+        def of_variance(measure: Any, regions: Any = None) -> Any:
+            return scan(lambda block: measure(replace(block, task_vectors=[variance(block.task_vectors)])), regions)
+
+        (trim,) = measure_largest(tensor, of_variance, [int(self.select_topk * changed)])
+        return trim
+
+    def combine(self, block: Block, statistics: Sizes) -> torch.Tensor:
+        """See `Method.combine`."""
+        assert block.base is not None
+        select_(block, statistics.trim)
+        sign = elect_sign(block.task_vectors)
+        for values, weight in zip(block.task_vectors, statistics.weights, strict=True):
+            values.mul_(weight)
+        return add_to_base(block.base, sum_agreeing(block.task_vectors, sign, statistics.weights, LEAST_SUM), 1.0)
+
+
+def variance(task_vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Population variance over the models, computed in float64: `[n]` float32 each -> `[n]` float32."""
+    mean = torch.zeros_like(task_vectors[0], dtype=torch.float64)
+    for values in task_vectors:
+        mean.add_(values)
+    mean.div_(len(task_vectors))
+    total = torch.zeros_like(mean)
+    for values in task_vectors:
+        total.add_((values - mean).square_())
+    return total.div_(len(task_vectors)).float()
+
+
+def select_(block: Block, trim: Trim | None) -> None:
+    """Set to 0, in place, the elements of every task vector that are not selected by variance."""
+    if trim is not None:
+        dropped = trim.apply_(variance(block.task_vectors), block.region.start) == 0
+        for values in block.task_vectors:
+            values.masked_fill_(dropped, 0.0)

@@ -1,0 +1,96 @@
+"""What trimming and dropping methods share: thin out the task vectors, then add them up, as they are or by elected sign."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from merging.methods.contract import Method, parameter
+from merging.methods.linear import check_weight_sum
+from merging.methods.signs import elect_and_sum
+from merging.methods.task_arithmetic import add_to_base, weighted_sum
+from streaming.blocks import Block, Scan, TensorSpec
+
+LEAST_NORM = 1e-7
+"""An l1 norm below this is not restored, nor restored to: mergekit's bound."""
+
+
+class Thinning(NamedTuple):
+    """What `measure` finds: what `select` did, and what each thinned task vector is multiplied with, where it is."""
+
+    selection: Any = None
+    factors: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SparseTaskVectors(Method):
+    """Keep a share of each task vector, and add up what is kept.
+
+        d_i <- d_i where it is kept, else 0;   d_i <- d_i * |d_i before|_1 / |d_i|_1  (where `rescale` is true)
+        D_i  = w_i d_i
+        out  = b + lambda * sum D_i          (`elects`: of the D_i with the sign of sum D_i, 0 counts as +)
+
+    Where `normalize` is true, the sum is divided by the sum of its w_i. A task vector of density 1 stays as it is.
+    `rescale` None is the method's own rule: no rescaling, unless it says otherwise.
+    """
+
+    elects: ClassVar[bool] = False
+    """Whether a sign is elected for each element."""
+    restores_norm: ClassVar[bool] = False
+    """Whether the l1 norm is restored where `rescale` is None."""
+
+    weights: tuple[float, ...] = parameter("weight")
+    densities: tuple[float, ...] = parameter("density")
+    lambda_: float = parameter("lambda")
+    normalize: bool = parameter("normalize")
+    rescale: bool | None = parameter("rescale", optional=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.elects:
+            check_weight_sum(self.weights, self.normalize)
+
+    def select(self, tensor: TensorSpec, scan: Scan) -> Any:
+        """What `thin_` must know of the whole tensor; None where it needs nothing."""
+        return None
+
+    @abstractmethod
+    def thin_(self, block: Block, selection: Any) -> None:
+        """Set to 0, in place, what is not kept of the block's task vectors; those of density 1 are left alone."""
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> Thinning:
+        """See `Thinning`; one reading more where l1 norms are restored."""
+        selection = self.select(tensor, scan)
+        thinned = [density < 1.0 for density in self.densities]
+        wanted = self.restores_norm if self.rescale is None else self.rescale
+        if not (wanted and any(thinned) and tensor.numel):
+            return Thinning(selection)
+
+        def norms(block: Block) -> torch.Tensor:
+            # A block's sum is float32, so that a tensor of one block has the reference program's bits; blocks add up in float64.
+            before = [values.abs().sum() for values in block.task_vectors]
+            self.thin_(block, selection)
+            after = [values.abs().sum() for values in block.task_vectors]
+            return torch.stack([*before, *after]).cpu().double()
+
+        before, after = torch.stack(list(scan(norms))).sum(dim=0).float().chunk(2)
+        restored = (before >= LEAST_NORM) & (after >= LEAST_NORM) & torch.tensor(thinned)
+        return Thinning(selection, tuple(torch.where(restored, before / after, 1.0).tolist()))
+
+    def combine(self, block: Block, statistics: Thinning | None) -> torch.Tensor:
+        """See `Method.combine`; without statistics where nothing was measured."""
+        assert block.base is not None
+        selection, factors = statistics or Thinning()
+        self.thin_(block, selection)
+        for values, factor in zip(block.task_vectors, factors or (), strict=bool(factors)):
+            values.mul_(factor)
+        if self.elects:
+            delta = elect_and_sum(block.task_vectors, self.weights, normalize=self.normalize)
+        else:
+            delta = weighted_sum(block.task_vectors, self.weights)
+            if self.normalize:
+                delta.div_(sum(self.weights))
+        return add_to_base(block.base, delta, self.lambda_)

@@ -1,0 +1,362 @@
+"""Which tensor of which model goes into each output tensor: whole models by name, slices by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from checkpoints.architecture import build_meta_model
+from checkpoints.errors import ArgumentError, InputError
+from checkpoints.model import Model
+from checkpoints.sidecars import SideFiles
+from checkpoints.source import Source, TensorInfo, TensorRef, dtype_name
+from merging.layers import LayerName, Layers, find_layers, position
+from merging.recipe import ModelInput, Recipe, Slice, identity
+from streaming.layout import Arranged, Layout, arrange
+from streaming.matching import Matched, left_out
+
+SAME_ARCHITECTURE = "Stack layers of models of one architecture."
+
+
+@dataclass(frozen=True)
+class Place:
+    """One output tensor.
+
+    Attributes:
+        name: its name; part: the recipe's slice; t: where among the slice's layers it is.
+        reference: the tensor that decides the shape, and is copied where nothing is merged: the base's where there is one.
+        dtype: as the reference is stored.
+        inputs: of each source of the slice, in order; None where that does not store it.
+        names: what each source calls it; empty where all call it so.
+    """
+
+    name: str
+    part: int
+    t: float
+    reference: TensorRef
+    dtype: torch.dtype
+    inputs: tuple[TensorRef | None, ...]
+    names: tuple[str, ...] = ()
+
+
+@dataclass
+class Places:
+    """Every output tensor, and what stands in the way.
+
+    Attributes:
+        places: in the order of the reference's names.
+        files: the output's side files.
+        layout: the recipe's, `tokenizer_source` decided.
+        notes, problems: see `Matched`.
+        is_stacked: whether the output's layers are not simply the first model's.
+    """
+
+    files: SideFiles
+    layout: Layout
+    places: list[Place] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str | InputError] = field(default_factory=list)
+    is_stacked: bool = False
+
+
+def find_places(recipe: Recipe, models: Mapping[Any, Model], primary: Model) -> Places:
+    """Find the inputs of every output tensor.
+
+    Args:
+        recipe: what to merge.
+        models: the opened inputs, by `identity` of their names.
+        primary: the base, or the model that stands in for it.
+    """
+    if _takes_whole_models(recipe, models, primary):
+        return _place_whole_models(recipe, models, primary)
+    dropped = left_out(primary)
+    names = [name for name in primary.weights.tensors if name not in dropped]
+    return _Stack(recipe, models, primary, names).place()
+
+
+def _takes_whole_models(recipe: Recipe, models: Mapping[Any, Model], primary: Model) -> bool:
+    """Whether the one slice has every layer of every model."""
+    if len(recipe.slices) > 1:
+        return False
+    only = recipe.slices[0]
+    ranges = [(models[identity(source.name)], source.layers) for source in only.sources]
+    ranges += [(primary, only.base_layers)] if only.base_layers else []
+    return all(layers is None or layers in _whole_ranges(model) for model, layers in ranges)
+
+
+def _whole_ranges(model: Model) -> set[tuple[int, int]]:
+    return {(0, count) for count in find_layers(model.weights.tensors).counts.values()}
+
+
+def _place_whole_models(recipe: Recipe, models: Mapping[Any, Model], primary: Model) -> Places:
+    arranged, refs = _arrange(recipe, [models[identity(one.name)] for one in recipe.models], primary)
+    found = Places(arranged.files, arranged.layout, notes=arranged.notes, problems=arranged.problems)
+    layers = find_layers(arranged.names)
+    for name in arranged.names:
+        inputs = tuple(tensors.get(name) for tensors, _ in refs)
+        own = tuple(names.get(name, name) for _, names in refs)
+        place = Place(name, 0, layers.position(name), arranged.primary[name], arranged.dtypes[name], inputs, own)
+        found.places.append(place)
+    return found
+
+
+def _arrange(
+    recipe: Recipe, sources: Sequence[Model], primary: Model
+) -> tuple[Arranged, list[tuple[Mapping[str, TensorRef], Mapping[str, str]]]]:
+    """Bring models into the output's shape; and of each source its tensors and what it calls them, by the output's names."""
+    others = list({id(model): model for model in sources if model is not primary}.values())
+    arranged = arrange(primary, others, recipe.layout, optional=lambda name: bool(recipe.why_copied(name)))
+    found: dict[int, tuple[Mapping[str, TensorRef], Mapping[str, str]]] = {id(primary): (arranged.primary, {})}
+    for model, tensors, names in zip(others, arranged.others, arranged.own_names, strict=True):
+        found[id(model)] = (tensors, names)
+    return arranged, [found[id(model)] for model in sources]
+
+
+class _Stack:
+    """Layers of the models on top of each other, as the recipe's slices say.
+
+    Tensors outside of the layers come from the first slice's sources where the model uses them before its layers
+    (embeddings), else from the last slice's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        models: Mapping[Any, Model],
+        primary: Model,
+        names: Sequence[str],
+    ):
+        self.recipe = recipe
+        self.models = models
+        self.primary = primary
+        self.names = names
+        self.layers = find_layers(names)
+        self.found = Places(primary.side_files(), recipe.layout, is_stacked=True)
+        self._known_kinds: dict[int, dict[int, list[str]]] = {}
+
+    def place(self) -> Places:
+        """Find everything."""
+        stack = self._stack_of_layers()
+        if stack is None:
+            return self.found
+        problems = [problem for part in self.recipe.slices for problem in self._check_ranges(part, stack)]
+        self.found.problems += problems
+        if problems:
+            return self.found
+        self._place_outside([name for name in self.names if not self._is_layer(name, stack)])
+        first = 0
+        origins: list[tuple[Model, int]] = []
+        for index, part in enumerate(self.recipe.slices):
+            origins += self._place_slice(index, part, stack, first)
+            first = len(origins)
+        self.found.files.set_config(self._config(origins, stack))
+        return self.found
+
+    def _is_layer(self, name: str, stack: str) -> bool:
+        parts = self.layers.split(name)
+        return parts is not None and parts.prefix == stack
+
+    def _stack_of_layers(self) -> str | None:
+        """The prefix of the layers that slices mean; refused where that is not clear."""
+        counts = self.layers.counts
+        if len(counts) == 1:
+            return next(iter(counts))
+        expected = {value for _, value in _entries(self.primary.config, {_layers_key(self.primary)})}
+        fitting = [prefix for prefix, count in counts.items() if count in expected]
+        if len(fitting) == 1:
+            return fitting[0]
+        found = ", ".join(f"{prefix}0 to {count - 1}" for prefix, count in counts.items()) or "no layers"
+        self.found.problems.append(
+            InputError(
+                f"slices: {self.primary.label}: expected one stack of layers, got {found}. Merge whole models instead."
+            )
+        )
+        return None
+
+    def _model(self, source: ModelInput) -> Model:
+        return self.models[identity(source.name)]
+
+    def _check_ranges(self, part: Slice, stack: str) -> Iterator[InputError]:
+        ranges = [(self._model(source), source.layers) for source in part.sources]
+        ranges += [(self.primary, part.base_layers)] if part.base_layers else []
+        for model, layers in ranges:
+            count = find_layers(model.weights.tensors).counts.get(stack, 0)
+            if layers and layers[1] > count:
+                yield ArgumentError(
+                    f"layer_range {list(layers)} of {model.label}: has {count} layers named {stack}0 and so on, the last of "
+                    f"which is {count - 1}. Name at most [0, {count}]."
+                )
+
+    def _place_outside(self, names: Sequence[str]) -> None:
+        """Match what is not in the layers: by name, vocabulary rows by token."""
+        ends = (0, len(self.recipe.slices) - 1)
+        sources = {end: [self._model(source) for source in self.recipe.slices[end].sources] for end in ends}
+        models = list({id(model): model for end in ends for model in sources[end]}.values())
+        base = cast(Model, _Outside(self.primary, names))
+        seen = [base if model is self.primary else cast(Model, self._outside_of(model, names)) for model in models]
+        arranged, refs = _arrange(self.recipe, seen, base)
+        self.found.files, self.found.layout = arranged.files, arranged.layout
+        self.found.notes += arranged.notes
+        self.found.problems += arranged.problems
+        tensors = {id(model): own for model, (own, _) in zip(models, refs, strict=True)}
+        before = self._used_before_layers(arranged.names) if len(self.recipe.slices) > 1 else set(arranged.names)
+        for name in arranged.names:
+            part = 0 if name in before else ends[-1]
+            inputs = tuple(tensors[id(model)].get(name) for model in sources[part])
+            reference, dtype = arranged.primary[name], arranged.dtypes[name]
+            self.found.places.append(Place(name, part, 0.0, reference, dtype, inputs))
+
+    def _outside_of(self, model: Model, names: Sequence[str]) -> _Outside:
+        """A model without its layers."""
+        stored = find_layers(model.weights.tensors)
+        return _Outside(model, [name for name in model.weights.tensors if stored.split(name) is None or name in names])
+
+    def _used_before_layers(self, names: Sequence[str]) -> set[str]:
+        """The tensors that the model class lists before its layers, and all embeddings."""
+        primary = self.primary
+        built = build_meta_model(primary.folder, label=primary.label, trust_remote_code=primary.trust_remote_code)
+        order = {
+            parameter: index for index, (parameter, _) in enumerate(built.named_parameters(remove_duplicate=False))
+        }
+        placed = primary.architecture.placements
+        numbers = [
+            order.get(placed[name].parameter, 0) for name in self.names if name in placed and self.layers.split(name)
+        ]
+        first = min(numbers, default=0)
+        return {
+            name
+            for name in names
+            if name in placed and (placed[name].kind == "embedding" or order.get(placed[name].parameter, first) < first)
+        }
+
+    def _place_slice(self, index: int, part: Slice, stack: str, first: int) -> list[tuple[Model, int]]:
+        """Place the layers of a slice from the output's layer `first` on; which layer of which model decides each."""
+        has_base = self.recipe.base_model is not None and part.base_layers is not None
+        sources = [(self._model(source), source.layers or (0, 0)) for source in part.sources]
+        deciding, range_ = (self.primary, part.base_layers or (0, 0)) if has_base else sources[0]
+        kinds = self._kinds(deciding, stack)
+        matches = [Matched(advice=SAME_ARCHITECTURE) for _ in sources]
+        count = range_[1] - range_[0]
+        for offset in range(count):
+            own = kinds.get(range_[0] + offset, [])
+            for rest in own:
+                out = LayerName(stack, first + offset, rest)
+                reference = TensorRef(deciding.weights, out.at(range_[0] + offset))
+                names = tuple(out.at(layers[0] + offset) for _, layers in sources)
+                inputs = tuple(
+                    _take(model, name, reference, deciding.label, match)
+                    for (model, _), name, match in zip(sources, names, matches, strict=True)
+                )
+                where = position(offset, count)
+                place = Place(out.at(out.layer), index, where, reference, reference.info.plain_dtype, inputs, names)
+                self.found.places.append(place)
+            for (model, layers), match in zip(sources, matches, strict=True):
+                for rest in self._kinds(model, stack).get(layers[0] + offset, []):
+                    if rest not in own:
+                        name = f"{stack}{layers[0] + offset}{rest}"
+                        match.refuse(
+                            name, f"expected no such tensor, as {deciding.label} has none, got one. {SAME_ARCHITECTURE}"
+                        )
+        for (model, _), match in zip(sources, matches, strict=True):
+            match.sum_up(model.label)
+            self.found.problems += match.problems
+        return [(deciding, range_[0] + offset) for offset in range(count)]
+
+    def _kinds(self, model: Model, stack: str) -> dict[int, list[str]]:
+        """Per layer of a model the ends of its tensors' names, without what loading ignores."""
+        if id(model) not in self._known_kinds:
+            dropped = set(left_out(model))
+            found = self._known_kinds[id(model)] = {}
+            for name in model.weights.tensors:
+                parts = Layers({stack: 0}).split(name)
+                if parts and name not in dropped:
+                    found.setdefault(parts.layer, []).append(parts.rest)
+        return self._known_kinds[id(model)]
+
+    def _config(self, origins: Sequence[tuple[Model, int]], stack: str) -> dict[str, Any]:
+        """Entries of config.json that change: how many layers there are, and, where it lists the layers, what each is."""
+        old = self.layers.counts[stack]
+        if origins == [(self.primary, layer) for layer in range(old)]:
+            return {}
+        changed: dict[str, Any] = {}
+        key = _layers_key(self.primary)
+        entries = list(_entries(self.primary.config, {key}))
+        for name in [name for name, value in entries if value == old] or [key]:
+            changed[name] = len(origins)
+            parent = name.rpartition(".")[0]
+            for entry, value in _entries(self.primary.config, None):
+                if entry.rpartition(".")[0] == parent and isinstance(value, list) and len(value) == old:
+                    changed[entry] = [_listed(model, entry, layer, value) for model, layer in origins]
+        return changed
+
+
+def _take(model: Model, name: str, reference: TensorRef, owner: str, match: Matched) -> TensorRef | None:
+    """A source's tensor of a layer, where it fits the one that decides."""
+    if name not in model.weights.tensors:
+        match.refuse(name, f"expected as in {owner}, got no such tensor. {match.advice}")
+        return None
+    info = model.weights.tensors[name]
+    if info.shape != reference.info.shape:
+        match.refuse(
+            name,
+            f"expected shape {list(reference.info.shape)} as in {owner}, got {list(info.shape)}. {match.advice}",
+        )
+    elif info.dtype.is_floating_point != reference.info.dtype.is_floating_point:
+        match.refuse(
+            name,
+            f"expected {dtype_name(reference.info.dtype)} as in {owner}, got {dtype_name(info.dtype)}. {match.advice}",
+        )
+    return TensorRef(model.weights, name)
+
+
+def _layers_key(model: Model) -> str:
+    """What the model's config class calls the number of layers on disk."""
+    from transformers import CONFIG_MAPPING
+
+    kind = model.config.get("model_type")
+    known = kind in CONFIG_MAPPING
+    names: Mapping[str, str] = CONFIG_MAPPING[kind].attribute_map if known else {}
+    return names.get("num_hidden_layers", "num_hidden_layers")
+
+
+def _entries(config: Mapping[str, Any], keys: set[str] | None, parent: str = "") -> Iterator[tuple[str, Any]]:
+    """Entries of a config and of the configs in it, by dotted name: those of certain keys, or all."""
+    for key, value in config.items():
+        if keys is None or key in keys:
+            yield parent + key, value
+        if isinstance(value, dict):
+            yield from _entries(value, keys, f"{parent}{key}.")
+
+
+def _listed(model: Model, entry: str, layer: int, fallback: Sequence[Any]) -> Any:
+    """What a config's list of layers says of one layer."""
+    there = dict(_entries(model.config, None)).get(entry)
+    listed = there if isinstance(there, list) and layer < len(there) else fallback
+    return listed[min(layer, len(listed) - 1)]
+
+
+class _Outside:
+    """A model of which some tensors are seen, and everything else is as it was."""
+
+    def __init__(self, model: Model, names: Iterable[str]):
+        self._model = model
+        self.weights = _Subset(model.weights, names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class _Subset:
+    """A source with some of another source's tensors."""
+
+    def __init__(self, inner: Source, names: Iterable[str]):
+        self.label = inner.label
+        self._inner = inner
+        self.tensors: Mapping[str, TensorInfo] = {name: inner.tensors[name] for name in names}
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`."""
+        return self._inner.read(name, start, stop, buffer)

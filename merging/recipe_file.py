@@ -1,0 +1,57 @@
+"""Recipes in files: mergekit's YAML and our merge_recipe.json, read and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from checkpoints.errors import InputError, Refusals
+from merging.recipe import Recipe
+from merging.recipe_reader import Reader
+from merging.safe_yaml import read_data
+
+
+def read_recipe_file(
+    path: Path | str,
+    *,
+    seed: int | None = None,
+    out_dtype: str | None = None,
+    exclude: str | None = None,
+    only: str | None = None,
+    layout: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Read a recipe: mergekit's YAML with our own keys besides, or the merge_recipe.json of a merge.
+
+    Args:
+        path: the file. Folders named in it are relative to the current one.
+        seed, out_dtype, exclude, only, layout (keys of `Layout`): what flags say besides; refused where the file says
+            something else.
+
+    Raises: Refusals (an InputError): every problem; exit code 2.
+    """
+    where = str(path)
+    content = read_data(Path(path).expanduser(), where)
+    reader = Reader(where)
+    flags = {"seed": seed, "out_dtype": out_dtype, "exclude": exclude, "only": only, "layout": layout or {}}
+    recipe = reader.read(content, flags)
+    if reader.problems:
+        raise Refusals(reader.problems)
+    assert recipe is not None
+    return recipe
+
+
+def write_recipe_file(recipe: Recipe, path: Path, aim: Mapping[str, Any] | None = None) -> None:
+    """Write a recipe as YAML that `read_recipe_file` reads. Raises InputError where it cannot be written."""
+    content = {key: value for key, value in recipe.as_json().items() if value is not None and value != {}}
+    if recipe.out_dtype == "auto":  # which is what a file means that says nothing
+        del content["out_dtype"]
+    if aim:
+        content["aim"] = dict(aim)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}. Name another file.") from error

@@ -1,0 +1,212 @@
+"""A recipe from what a user typed, checked against the method before a model is opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.location import ModelName, parse_model
+from merging.methods import METHODS, get_method
+from merging.methods.contract import Method
+from merging.parameters import PARAMETERS, Parameter, flag_of
+from merging.recipe import OUT_DTYPES, ModelInput, Recipe, Slice, check_count, check_expression, identity, twice
+from merging.values import Value
+from streaming.layout import Layout
+
+
+def make_recipe(
+    method: str,
+    base_model: str,
+    models: str,
+    *,
+    parameters: Mapping[str, str | float | bool | None] | None = None,
+    seed: int | None = None,
+    out_dtype: str = "auto",
+    exclude: str | None = None,
+    only: str | None = None,
+    layout: Layout | None = None,
+) -> Recipe:
+    """Make a recipe from what a user typed; everything wrong is said at once.
+
+    Args:
+        method: name of a method, in any case.
+        base_model: folder or hub name, `NAME@REVISION`.
+        models: comma-separated, `A,B,C`, or with weights, `A:0.5,B:0.3`.
+        parameters: recipe key (`weight`, `density`, `lambda`, `normalize`, `widen_ratio` ...) -> what was given, None where
+            nothing was. A per-model one is a number for all or as many as models, comma-separated.
+        seed: None for the default, 0 where the method draws.
+        out_dtype, exclude, only: see `Recipe`.
+        layout: see `Recipe`; None for the default, the union of the vocabularies where a model adds tokens.
+
+    Raises: Refusals (an InputError): every problem; exit code 2.
+    """
+    cls = get_method(method)
+    method = method.lower()
+    problems: list[str | InputError] = []
+    given = {key: value for key, value in (parameters or {}).items() if value is not None}
+    names, inline = _split_models(models, problems)
+    if inline:
+        if "weight" in given:
+            problems.append(ArgumentError("--weights: the models already carry weights (NAME:WEIGHT). Give them once."))
+        given["weight"] = ",".join(inline)
+    base = _parse("--base_model", base_model, problems)
+    if base is not None and cls.max_models is not None and len(names) == cls.max_models + 1:
+        # mergekit lists the base of slerp among the models.
+        names = [name for name in names if identity(name) != identity(base)]
+    if names:
+        try:
+            check_count(cls, method, len(names))
+        except ArgumentError as error:
+            problems.append(ArgumentError(f"--models_to_merge: {error}"))
+    _check_used(cls, method, given, seed, problems)
+    values = {key: _read_values(key, method, given.get(key), len(names), problems) for key in cls.parameters()}
+    _check_values(cls, values, problems)
+    if out_dtype not in OUT_DTYPES:
+        problems.append(ArgumentError(f"--dtype: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
+    check_expression("--exclude", exclude, problems)
+    check_expression("--only", only, problems)
+    for name in twice(names):
+        problems.append(
+            ArgumentError(f"--models_to_merge: {name} is named twice. Give it once, with the sum of its weights.")
+        )
+    if problems:
+        raise Refusals(problems)
+    assert base is not None
+    own = {key for key in values if PARAMETERS[key].per_model}
+    sources = tuple(
+        ModelInput(name, {key: Value.constant(values[key][index]) for key in values if key in own})
+        for index, name in enumerate(names)
+    )
+    shared = {key: Value.constant(value) for key, value in values.items() if key not in own and value is not None}
+    return Recipe(
+        merge_method=method,
+        base_model=base,
+        slices=(Slice(sources),),
+        parameters=shared,
+        seed=(seed or 0) if cls.draws else None,
+        out_dtype=out_dtype,
+        exclude=exclude,
+        only=only,
+        layout=layout or Layout(),
+    )
+
+
+def _parse(flag: str, text: str, problems: list[str | InputError]) -> ModelName | None:
+    try:
+        return parse_model(text)
+    except InputError as error:
+        problems.append(ArgumentError(f"{flag}: {error}"))
+        return None
+
+
+def _split_models(text: str, problems: list[str | InputError]) -> tuple[list[ModelName], list[str]]:
+    """`A,B` or `A:0.5,B:0.3` -> names, and the weights where they are given inline."""
+    names: list[ModelName] = []
+    weights: list[str] = []
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        problems.append(ArgumentError(f"--models_to_merge: expected names separated by commas, got {text!r}."))
+        return names, weights
+    for part in parts:
+        name, colon, weight = part.rpartition(":")
+        if not colon or os.path.lexists(os.path.expanduser(part)) or "/" in weight or "\\" in weight:
+            name = part
+        elif _is_number(weight):
+            weights.append(weight)
+        else:
+            problems.append(
+                ArgumentError(f"--models_to_merge: {part}: expected a weight after the colon, got {weight!r}.")
+            )
+            continue
+        parsed = _parse("--models_to_merge", name, problems)
+        if parsed is not None:
+            names.append(parsed)
+    if weights and len(weights) != len(names):
+        problems.append(
+            ArgumentError(
+                f"--models_to_merge: {len(weights)} of {len(names)} models carry a weight. Give it to all or to none."
+            )
+        )
+        weights = []
+    return names, weights
+
+
+def _check_used(
+    cls: type[Method], method: str, given: Mapping[str, Any], seed: int | None, problems: list[str | InputError]
+) -> None:
+    """A flag that the method does not use is an error, never ignored."""
+    used = cls.parameters()
+    for key in given:
+        if key not in used:
+            problems.append(
+                ArgumentError(
+                    f"{flag_of(key)}: {method} does not use it. Its parameters: {', '.join(map(flag_of, used))}."
+                )
+            )
+    if seed is not None and not cls.draws:
+        problems.append(ArgumentError(f"--seed: {method} draws no random numbers. Leave it out."))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_values(cls: type[Method], values: Mapping[str, Any], problems: list[str | InputError]) -> None:
+    """Ranges, and what the values forbid each other."""
+    fields = cls.parameters()
+    found: list[ArgumentError] = []
+    for key in fields:
+        try:
+            for number in values[key] if PARAMETERS[key].per_model else (values[key],):
+                PARAMETERS[key].check(number)
+        except ArgumentError as error:
+            found.append(error)
+    if not found:
+        try:
+            cls(**{one.name: values[key] for key, one in fields.items()})
+        except ArgumentError as error:
+            found.append(error)
+    for problem in found:  # a method names its parameter by the recipe's key
+        key, colon, rest = str(problem).partition(":")
+        problems.append(ArgumentError(flag_of(key) + colon + rest if key in fields else str(problem)))
+
+
+def _read_values(key: str, method: str, text: Any, models: int, problems: list[str | InputError]) -> Any:
+    """One parameter's value, a tuple for a per-model one, from what was given or its default."""
+    parameter = PARAMETERS[key]
+    default = METHODS[method].defaults[key]
+    fallback = (default,) * models if parameter.per_model else default
+    if text is None:
+        return fallback
+    if parameter.is_switch:
+        return text
+    try:
+        numbers = [_read_number(parameter, part) for part in str(text).split(",")]
+    except ValueError:
+        what = "numbers separated by commas" if parameter.per_model else "a number"
+        problems.append(ArgumentError(f"{parameter.flag}: expected {what}, got {text!r}."))
+        return fallback
+    if not parameter.per_model:
+        if len(numbers) != 1:
+            problems.append(ArgumentError(f"{parameter.flag}: expected one number, got {text!r}."))
+        return numbers[0]
+    if len(numbers) not in (1, models):
+        problems.append(
+            ArgumentError(
+                f"{parameter.flag}: expected one number or {models}, one for each model, got {len(numbers)}: {text}."
+            )
+        )
+        return fallback
+    return tuple(numbers * models if len(numbers) == 1 else numbers)
+
+
+def _read_number(parameter: Parameter, text: str) -> float | int:
+    """A number as typed, an int for a whole one. Raises ValueError."""
+    number = float(text)
+    return int(number) if parameter.kind == "whole" and number.is_integer() else number

@@ -1,0 +1,471 @@
+"""A recipe file's content, read key by key into a `Recipe`, every problem collected with its place in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.location import ModelName, parse_model
+from merging.methods import METHODS, get_method
+from merging.methods.contract import Method
+from merging.parameters import PARAMETERS, REQUIRED
+from merging.recipe import (
+    OUT_DTYPES,
+    ModelInput,
+    Recipe,
+    Slice,
+    check_count,
+    check_expression,
+    class_of,
+    default_of,
+    identity,
+    twice,
+)
+from merging.values import Value, describe, parse_value
+from streaming.layout import Layout
+
+KEYS = (
+    "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
+    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "tie_word_embeddings", "exclude", "only", "seed", "aim",
+)  # fmt: skip
+RECORD_KEYS = ("schema", "inputs", "outputs", "versions", "command", "notes", "warnings", "report", "identity")
+"""What merge_recipe.json has besides: it says what came of the recipe, and is passed over."""
+NOT_SUPPORTED = {
+    "residual_weight": "mergekit reads it and does nothing with it. Leave it out",
+}
+INT8_MASK = "int8_mask has no effect: it says how masks are stored, and changes no number."
+
+
+class Reader:
+    """Reads one file, collecting what is wrong with it.
+
+    Args:
+        where: the file, for messages.
+    """
+
+    def __init__(self, where: str):
+        self.where = where
+        self.problems: list[str | InputError] = []
+        self.notes: list[str] = []
+        self.pinned: dict[str, str] = {}
+        self.method = ""
+
+    def refuse(self, place: str, problem: str) -> None:
+        """Note a problem at a place in the file (`models[1].parameters.density`)."""
+        self.problems.append(
+            ArgumentError(f"{self.where}: {place}: {problem}" if place else f"{self.where}: {problem}")
+        )
+
+    def note(self, text: str) -> None:
+        """Note something once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    # ------------------------------------------------------------------------------------------------- the whole file
+
+    def read(self, content: Any, flags: Mapping[str, Any]) -> Recipe | None:
+        """The recipe; None where problems keep it from being made."""
+        if not isinstance(content, dict):
+            self.refuse("", f"expected keys such as merge_method and models, got {describe(content)}. Give a recipe.")
+            return None
+        is_record = "schema" in content
+        if content.get("name") is not None:
+            self.note("name has no effect: --save_path names the merge.")
+        self.check_keys("", content, (*KEYS, "name", *RECORD_KEYS) if is_record else (*KEYS, "name"))
+        content = self.unwrap(content)
+        if is_record:
+            self.pinned = _revisions(content.get("inputs"))
+        cls = self.read_method(content)
+        base = None if content.get("base_model") is None else self.read_model("base_model", content["base_model"])
+        if cls is not None and content.get("base_model") is None:
+            try:
+                cls = class_of(self.method, False)
+            except ArgumentError as error:
+                self.refuse("", str(error))
+                cls = None
+        shared = self.read_values("parameters", content.get("parameters"), shared=True)
+        slices = self.read_slices(content, cls, base)
+        seed = self.agree("seed", self.read_seed(content.get("seed"), cls), flags["seed"])
+        out_dtype = self.agree("out_dtype", self.read_dtypes(content), flags["out_dtype"], "--dtype") or "auto"
+        exclude = self.agree("exclude", self.read_text("exclude", content.get("exclude")), flags["exclude"])
+        check_expression(f"{self.where}: exclude", exclude, self.problems)
+        only = self.agree("only", self.read_text("only", content.get("only")), flags["only"])
+        check_expression(f"{self.where}: only", only, self.problems)
+        layout = self.read_layout(content, flags["layout"])
+        aim = content.get("aim")
+        if aim is not None and not isinstance(aim, dict):
+            self.refuse("aim", f"expected keys such as omega, got {describe(aim)}.")
+        if flags["seed"] is not None and cls is not None and not cls.draws:
+            self.problems.append(ArgumentError(f"--seed: {self.method} draws no random numbers. Leave it out."))
+        if self.problems or cls is None:
+            return None
+        recipe = Recipe(
+            merge_method=self.method,
+            base_model=base,
+            slices=slices,
+            parameters=shared,
+            seed=(seed or 0) if cls.draws else None,
+            out_dtype=out_dtype,
+            exclude=exclude,
+            only=only,
+            layout=layout,
+            aim=aim,
+            notes=tuple(self.notes),
+        )
+        return self.with_defaults(recipe, cls)
+
+    def check_keys(self, place: str, content: Mapping[Any, Any], known: Iterable[str]) -> None:
+        """Refuse keys that mean nothing, naming the nearest that does."""
+        for key in content:
+            if key in known:
+                continue
+            if key in NOT_SUPPORTED:
+                self.refuse(_join(place, key), f"is not supported: {NOT_SUPPORTED[key]}.")
+            else:
+                self.refuse(place, unknown("key", str(key), known))
+
+    def unwrap(self, content: dict[str, Any]) -> dict[str, Any]:
+        """The recipe without `modules`, in which newer versions of mergekit wrap the slices of a model's one part."""
+        modules = content.get("modules")
+        if modules is None:
+            return content
+        if not isinstance(modules, dict) or len(modules) != 1 or not isinstance(next(iter(modules.values())), dict):
+            self.refuse(
+                "modules", "expected one, default. Merge models of several parts whole: name them under models."
+            )
+            return content
+        ((name, module),) = modules.items()
+        self.check_keys(f"modules.{name}", module, ("models", "slices", "parameters"))
+        inner = {key: module[key] for key in ("models", "slices") if key in module}
+        for key in inner.keys() & content.keys():
+            self.refuse(f"modules.{name}", f"{key} is given beside modules too. Leave one of the two out.")
+        shared = [part for part in (content.get("parameters"), module.get("parameters")) if part is not None]
+        if all(isinstance(part, dict) for part in shared):
+            inner["parameters"] = {key: value for part in shared for key, value in part.items()}
+        else:
+            self.refuse(f"modules.{name}.parameters", "expected parameters such as weight.")
+        return {**content, **inner}
+
+    def read_method(self, content: Mapping[str, Any]) -> type[Method] | None:
+        """The class of the method."""
+        name = content.get("merge_method")
+        if not isinstance(name, str):
+            self.refuse(
+                "merge_method", f"expected the name of a method, got {describe(name)}. Known: {', '.join(METHODS)}."
+            )
+            return None
+        try:
+            cls = get_method(name)
+        except ArgumentError as error:
+            self.refuse("merge_method", str(error).removeprefix("--method: "))
+            return None
+        self.method = name.lower()
+        return cls
+
+    def with_defaults(self, recipe: Recipe, cls: type[Method]) -> Recipe | None:
+        """The recipe with every default written out, so that it means the same wherever it is read."""
+        shared, slices = dict(recipe.parameters), list(recipe.slices)
+        for key in cls.parameters():
+            default = default_of(self.method, key)
+            if key in shared or default is None:
+                continue
+            if PARAMETERS[key].per_model:
+                slices = [
+                    replace(
+                        part,
+                        sources=tuple(
+                            replace(one, parameters={**one.parameters, key: Value.constant(default)})
+                            if key not in one.parameters and key not in part.parameters
+                            else one
+                            for one in part.sources
+                        ),
+                    )
+                    for part in slices
+                ]
+            elif all(key in part.parameters or part.as_is for part in slices):
+                continue
+            elif default is REQUIRED:
+                self.refuse(
+                    "parameters",
+                    f"{key}: {self.method} needs it: a number, a list of numbers over the layers, or filters.",
+                )
+            else:
+                shared[key] = Value.constant(default)
+        return None if self.problems else replace(recipe, parameters=shared, slices=tuple(slices))
+
+    def agree(self, key: str, said: Any, flag: Any, name: str = "") -> Any:
+        """What file and flag say, where they do not contradict each other."""
+        if flag is None or said is None or flag == said:
+            return said if flag is None else flag
+        self.problems.append(
+            ArgumentError(f"{name or '--' + key}: {self.where} says {key}: {said}. Leave one of the two out.")
+        )
+        return said
+
+    # --------------------------------------------------------------------------------------------- models and slices
+
+    def read_slices(
+        self, content: Mapping[str, Any], cls: type[Method] | None, base: ModelName | None
+    ) -> tuple[Slice, ...]:
+        """What is merged: `models`, or `slices`."""
+        models, slices = content.get("models"), content.get("slices")
+        if (models is None) == (slices is None):
+            self.refuse(
+                "", f"expected models or slices, got {'neither' if models is None else 'both'}. Give one of them."
+            )
+            return ()
+        if models is not None:
+            sources = [
+                self.read_source(place, entry, ("model", "parameters"))
+                for place, entry in self.entries("models", models)
+            ]
+            known = [source for source in sources if source is not None]
+            return (self.make_slice("models", known, {}, cls, base),) if len(known) == len(sources) and known else ()
+        found = []
+        for place, entry in self.entries("slices", slices):
+            if not isinstance(entry, dict):
+                self.refuse(place, f"expected the key sources, got {describe(entry)}.")
+                continue
+            self.check_keys(place, entry, ("sources", "parameters"))
+            keys = ("model", "layer_range", "parameters")
+            listed = self.entries(f"{place}.sources", entry.get("sources"))
+            sources = [self.read_source(inner, one, keys) for inner, one in listed]
+            own = self.read_values(f"{place}.parameters", entry.get("parameters"), shared=True)
+            known = [source for source in sources if source is not None]
+            if known and len(known) == len(sources):
+                found.append(self.make_slice(place, known, own, cls, base))
+        return tuple(found)
+
+    def entries(self, place: str, content: Any) -> list[tuple[str, Any]]:
+        """A list's entries with their places."""
+        if not isinstance(content, list) or not content:
+            self.refuse(place, f"expected a list with at least one entry, got {describe(content)}.")
+            return []
+        return [(f"{place}[{index}]", entry) for index, entry in enumerate(content)]
+
+    def read_source(self, place: str, entry: Any, keys: Sequence[str]) -> ModelInput | None:
+        """One model with its parameters, and its layers in a slice."""
+        if not isinstance(entry, dict) or "model" not in entry:
+            self.refuse(
+                place,
+                f"expected the key model, got {', '.join(map(str, entry)) if isinstance(entry, dict) else describe(entry)}.",
+            )
+            return None
+        self.check_keys(place, entry, keys)
+        name = self.read_model(f"{place}.model", entry["model"])
+        parameters = self.read_values(f"{place}.parameters", entry.get("parameters"), shared=False)
+        layers = None
+        if "layer_range" in keys:
+            layers = self.read_layers(f"{place}.layer_range", entry.get("layer_range"))
+        return None if name is None else ModelInput(name, parameters, layers)
+
+    def read_layers(self, place: str, content: Any) -> tuple[int, int] | None:
+        """`[first, one after the last]`."""
+        is_pair = isinstance(content, list) and len(content) == 2 and all(type(part) is int for part in content)
+        if is_pair and 0 <= content[0] < content[1] <= 1_000_000:
+            return content[0], content[1]
+        self.refuse(
+            place, f"expected [FIRST, END], the first layer and the one after the last, got {describe(content)}."
+        )
+        return None
+
+    def read_model(self, place: str, content: Any) -> ModelName | None:
+        """A model by name, or as mergekit spells one out: `{model: {path: ..., revision: ...}, lora: ...}`."""
+        text = _model_text(content)
+        if text is None:
+            self.refuse(place, f"expected a folder or the name of a model, got {describe(content)}.")
+            return None
+        try:
+            name = parse_model(text)
+        except InputError as error:
+            self.refuse(place, str(error))
+            return None
+        if name.revision is None and not name.is_local and text in self.pinned:
+            return replace(name, revision=self.pinned[text])
+        return name
+
+    def make_slice(
+        self,
+        place: str,
+        listed: Sequence[ModelInput],
+        own: Mapping[str, Value],
+        cls: type[Method] | None,
+        base: ModelName | None,
+    ) -> Slice:
+        """A slice of what the file lists: the base is no model of its own where the method works against it."""
+        for name in twice(source.name for source in listed):
+            self.refuse(place, f"{name} is named twice. Give it once, with the sum of its weights.")
+        is_sliced = place != "models"
+        lengths = {source.layers[1] - source.layers[0] for source in listed if source.layers}
+        if len(lengths) > 1:
+            self.refuse(
+                place,
+                f"expected as many layers of each model, got {', '.join(map(str, sorted(lengths)))}. Name equally many.",
+            )
+        if cls is None:
+            return Slice(tuple(listed), own)
+        bases = [source for source in listed if base is not None and identity(source.name) == identity(base)]
+        against_base = base is not None and cls.reads_base
+        if (
+            is_sliced
+            and len(listed) == 1
+            and ((cls.space == "weights" and not cls.additive) or (against_base and bases))
+        ):
+            return Slice(tuple(listed), own, as_is=True)
+        sources = [source for source in listed if not (against_base and source in bases)]
+        base_layers = None
+        if against_base and is_sliced:
+            ranges = {source.layers for source in (bases or sources)}
+            base_layers = ranges.pop() if len(ranges) == 1 else None
+            if base_layers is None:
+                self.refuse(
+                    place, f"expected {base} among the sources, to know which of its layers belong here. Add it."
+                )
+        try:
+            check_count(cls, self.method, len(sources))
+        except ArgumentError as error:
+            self.refuse(place, str(error))
+        return Slice(tuple(sources), own, base_layers, bool(bases) and against_base)
+
+    # -------------------------------------------------------------------------------------------------------- values
+
+    def read_values(self, place: str, content: Any, *, shared: bool) -> dict[str, Value]:
+        """The parameters at one place that the method uses; what it does not use is noted, what nobody knows refused."""
+        if content is None:
+            return {}
+        if not isinstance(content, dict):
+            self.refuse(place, f"expected parameters such as weight, got {describe(content)}.")
+            return {}
+        used = get_method(self.method).parameters() if self.method else {}
+        found: dict[str, Value] = {}
+        for key, setting in content.items():
+            if key == "int8_mask":
+                self.note(INT8_MASK)
+            elif key not in PARAMETERS:
+                self.refuse(place, unknown("parameter", str(key), [*PARAMETERS, "int8_mask"]))
+            elif setting is None or not self.method:
+                continue
+            elif key not in used:
+                self.note(f"{place}.{key} has no effect: {self.method} does not use it.")
+            elif not shared and not PARAMETERS[key].per_model:
+                self.note(f"{place}.{key} has no effect: it holds for all models. Write it under parameters.")
+            else:
+                try:
+                    found[key] = parse_value(setting, PARAMETERS[key])
+                except ArgumentError as error:
+                    self.refuse(f"{place}.{key}", str(error))
+        return found
+
+    # ------------------------------------------------------------------------------------------------- the other keys
+
+    def read_seed(self, content: Any, cls: type[Method] | None) -> int | None:
+        if content is None or type(content) is int:
+            if content is not None and cls is not None and not cls.draws:
+                self.note(f"seed has no effect: {self.method} draws no random numbers.")
+                return None
+            return content
+        self.refuse("seed", f"expected a whole number, got {describe(content)}.")
+        return None
+
+    def read_dtypes(self, content: Mapping[str, Any]) -> str | None:
+        """The output's dtype: `out_dtype`, else `dtype`, as in mergekit."""
+        read: dict[str, str | None] = {}
+        for key in ("dtype", "out_dtype"):
+            text = self.read_text(key, content.get(key))
+            read[key] = None if text is None else text.removeprefix("torch.")
+            if read[key] is not None and read[key] not in OUT_DTYPES:
+                self.refuse(key, unknown("dtype", str(text), OUT_DTYPES))
+        if read["dtype"] not in (None, "auto", "float32"):
+            self.note(
+                f"dtype {read['dtype']}: the arithmetic is float32 in any case"
+                + ("; out_dtype says what is written." if read["out_dtype"] else f", and {read['dtype']} is written.")
+            )
+        return read["out_dtype"] or read["dtype"]
+
+    def read_text(self, key: str, content: Any) -> str | None:
+        if content is None or isinstance(content, str):
+            return content
+        self.refuse(key, f"expected text, got {describe(content)}.")
+        return None
+
+    def read_layout(self, content: Mapping[str, Any], flags: Mapping[str, Any]) -> Layout:
+        """The keys of vocabulary, head and side files, from the file and from flags."""
+        before = len(self.problems)
+        source, further = self.read_vocabulary(content)
+        if len(self.problems) > before:
+            return Layout()
+        said = {**further, "tokenizer_source": source}
+        agreed = {key: self.agree(key, said.get(key), flags.get(key)) for key in {*said, *flags}}
+        try:
+            return Layout(**{"tokenizer_source": "base", **{k: v for k, v in agreed.items() if v is not None}})
+        except InputError as error:
+            self.problems.append(error)
+            return Layout()
+
+    def read_vocabulary(self, content: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+        """`tokenizer_source` or `tokenizer`, None where neither is there, and the keys of vocabulary and side files beside it."""
+        further = {
+            key: content[key]
+            for key in ("pad_to_multiple_of", "new_token_rows", "chat_template", "tie_word_embeddings")
+            if content.get(key) is not None
+        }
+        source, place = content.get("tokenizer_source"), "tokenizer_source"
+        detailed = content.get("tokenizer")
+        if detailed is not None:
+            if source is not None:
+                self.refuse("tokenizer", "tokenizer_source is given too. Leave one of the two out.")
+            if not isinstance(detailed, dict):
+                self.refuse("tokenizer", f"expected keys such as source, got {describe(detailed)}.")
+                return None, {}
+            self.check_keys("tokenizer", detailed, ("source", "pad_to_multiple_of", "tokens"))
+            if detailed.get("tokens"):
+                self.refuse("tokenizer.tokens", "is not supported: new_token_rows says what new tokens start from.")
+            source, place = detailed.get("source", "union"), "tokenizer.source"
+            if detailed.get("pad_to_multiple_of") is not None:
+                further["pad_to_multiple_of"] = detailed["pad_to_multiple_of"]
+        multiple = further.get("pad_to_multiple_of", 1)
+        if type(multiple) is not int or multiple < 1:
+            self.refuse("pad_to_multiple_of", f"expected a whole number above 0, got {describe(multiple)}.")
+        self.read_text("chat_template", further.get("chat_template"))
+        choices = {"new_token_rows": ("owner", "mean"), "tie_word_embeddings": (True, False)}
+        for key, allowed in choices.items():
+            if key in further and further[key] not in allowed:
+                self.refuse(
+                    key, f"expected {' or '.join(str(one).lower() for one in allowed)}, got {describe(further[key])}."
+                )
+        if source is None or source in ("base", "union", "auto"):
+            return source, further
+        if isinstance(source, str):
+            source = source.removeprefix("model:")  # as older recipes have it
+        return str(self.read_model(place, source)), further
+
+
+def _model_text(content: Any) -> str | None:
+    """`NAME@REVISION+LORA` of a model, however it is spelt."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, dict):
+        return None
+    if "path" in content and set(content) <= {"path", "revision"} and isinstance(content["path"], str):
+        return content["path"] if content.get("revision") is None else f"{content['path']}@{content['revision']}"
+    if "model" in content and set(content) <= {"model", "lora"}:
+        model, lora = _model_text(content["model"]), content.get("lora")
+        adapter = None if lora is None else _model_text(lora)
+        return model if lora is None or model is None or adapter is None else f"{model}+{adapter}"
+    return None
+
+
+def _revisions(inputs: Any) -> dict[str, str]:
+    """Of merge_recipe.json: hub name -> commit it was merged from."""
+    entries = inputs if isinstance(inputs, list) else []
+    return {
+        entry["model"]: entry["revision"]
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("model"), str) and isinstance(entry.get("revision"), str)
+    }
+
+
+def _join(place: str, key: Any) -> str:
+    return f"{place}.{key}" if place else str(key)

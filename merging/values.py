@@ -1,0 +1,130 @@
+"""A parameter's value: a constant, a gradient over the layers, or either of them by part of a tensor's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoints.errors import ArgumentError, unknown
+from merging.parameters import Parameter
+
+Number = float | int | bool
+
+NOTHING: Any = object()
+"""What a value says of a tensor that no filter matches."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What mergekit's YAML allows for one parameter.
+
+    Attributes:
+        entries: (part of a tensor's name, numbers); the first whose part is in the name counts, None is in every name. One
+            number is constant, several are spread evenly over the layers of a slice and interpolated; yes and no step.
+    """
+
+    entries: tuple[tuple[str | None, tuple[Number, ...]], ...]
+
+    @classmethod
+    def constant(cls, number: Number) -> Value:
+        """The same for every tensor."""
+        return cls(((None, (number,)),))
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is the same for every tensor."""
+        return self.entries[0][0] is None and len(self.entries[0][1]) == 1
+
+    def at(self, tensor: str, t: float) -> Any:
+        """What it is for one tensor; NOTHING where no filter matches.
+
+        Args:
+            tensor: its name.
+            t: where among the layers it is, 0 for the first and 1 for the last.
+        """
+        for part, numbers in self.entries:
+            if part is None or part in tensor:
+                position = t * (len(numbers) - 1)
+                first = int(position)
+                if isinstance(numbers[first], bool) or len(numbers) == 1:
+                    return numbers[first]
+                share = position - first
+                return (1 - share) * numbers[first] + share * numbers[min(first + 1, len(numbers) - 1)]
+        return NOTHING
+
+    def as_json(self) -> Any:
+        """As a recipe file has it: a number, a list of them, or a list of `{filter, value}`."""
+
+        def one(numbers: tuple[Number, ...]) -> Any:
+            return numbers[0] if len(numbers) == 1 else list(numbers)
+
+        if self.entries[0][0] is None:
+            return one(self.entries[0][1])
+        return [
+            {"value": one(numbers)} if part is None else {"filter": part, "value": one(numbers)}
+            for part, numbers in self.entries
+        ]
+
+
+def parse_value(setting: Any, parameter: Parameter) -> Value:
+    """Read a number, a gradient or filters, as a recipe file has them.
+
+    Raises: ArgumentError: it is none of these, or a number is out of the parameter's range.
+    """
+    if isinstance(setting, list) and not setting:
+        raise ArgumentError("expected a value, got an empty list.")
+    entries = setting if isinstance(setting, list) else [setting]
+    if not any(isinstance(entry, dict) for entry in entries):
+        return Value(((None, _parse_numbers(setting, parameter)),))
+    found = []
+    for entry in entries:
+        if not isinstance(entry, dict) or "value" not in entry:
+            raise ArgumentError("expected a number, a list of numbers, or a list of entries with filter and value.")
+        for key in entry.keys() - {"filter", "value"}:
+            raise ArgumentError(unknown("key", str(key), ("filter", "value")))
+        part = entry.get("filter")
+        if part is not None and not isinstance(part, str):
+            raise ArgumentError(f"expected a part of a tensor's name as filter, got {describe(part)}.")
+        found.append((None if part == "*" else part, _parse_numbers(entry["value"], parameter)))
+    return Value(tuple(found))
+
+
+def _parse_numbers(content: Any, parameter: Parameter) -> tuple[Number, ...]:
+    """One number, or several over the layers."""
+    numbers = []
+    for one in content if isinstance(content, list) and content else [content]:
+        number = _number(one, parameter)
+        if number is None:
+            raise ArgumentError(f"expected {parameter.expectation}, got {describe(one)}.")
+        parameter.check(number, place=False)
+        numbers.append(number)
+    return tuple(numbers)
+
+
+def _number(content: Any, parameter: Parameter) -> Number | None:
+    """A scalar of a file as a number: YAML reads 1e-5 as text, and mergekit's name of its rule for rescale is l1."""
+    if isinstance(content, str):
+        if parameter.kind == "rule" and content == "l1":
+            return True
+        try:
+            content = float(content)
+        except ValueError:
+            return None
+    if isinstance(content, float) and parameter.kind == "whole" and content.is_integer():
+        return int(content)
+    if parameter.is_switch and content in (0, 1):
+        return bool(content)
+    return content if isinstance(content, bool | int | float) else None
+
+
+def describe(content: Any) -> str:
+    """What a part of the file is, for messages."""
+    if content is None:
+        return "nothing"
+    if isinstance(content, dict):
+        return "a mapping"
+    if isinstance(content, list):
+        return (
+            "an empty list" if not content else f"a list of {len(content)}" if len(content) > 4 else f"{content!r:.100}"
+        )
+    return f"{str(content).lower() if isinstance(content, bool) else repr(content):.100}"
