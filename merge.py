@@ -45,6 +45,7 @@ def build_parser() -> command_line.Parser:
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
+    what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that a result is what its run wrote (sizes, digests), that every number is finite, and shapes")  # fmt: skip
     how = parser.add_argument_group("how (a flag that the method does not use is an error)")
     for parameter in PARAMETERS.values():
         add_parameter(how, parameter)
@@ -100,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_complete(parser: command_line.Parser, arguments: argparse.Namespace) -> None:
     """Exit with a message where flags are missing without which nothing is said, before anything heavy is imported."""
+    if arguments.verify is not None:
+        return
     needed = [] if arguments.config is not None else ["--method", "--base_model", "--models_to_merge"]
     needed += [] if arguments.write_config is not None else ["--save_path"]
     missing = [flag for flag in needed if vars(arguments)[flag.removeprefix("--")] is None]
@@ -109,6 +112,9 @@ def check_complete(parser: command_line.Parser, arguments: argparse.Namespace) -
 
 def run(arguments: argparse.Namespace, command: list[str]) -> None:
     """Flags -> recipe and options -> plan -> merge, relaxed by AIM where asked."""
+    if arguments.verify is not None:
+        verify(arguments)
+        return
     if arguments.write_config is not None:
         write_config(arguments)
         return
@@ -260,6 +266,23 @@ def write_config(arguments: argparse.Namespace) -> None:
         print(f"{path}: written. Merge with: python merge.py --config {path} --save_path FOLDER")
 
 
+def verify(arguments: argparse.Namespace) -> None:
+    """Check the results of an earlier run. Raises InputError: everything that is wrong with them."""
+    from streaming.verify import bytes_in, results_in, verify
+
+    folder = command_line.parse_save_path(arguments.verify)
+    for result in results_in(folder):
+        with command_line.progress_bar("verifying", bytes_in(result), quiet=arguments.quiet) as advance:
+            found = verify(result, trust_remote_code=arguments.trust_remote_code, progress=advance)
+        for note in found.notes:
+            print(f"note: {result}: {note}", file=sys.stderr)
+        if found.undigested:
+            print(f"note: {result}: the run took no digests, so that only sizes were compared.", file=sys.stderr)
+        if not arguments.quiet:
+            size = command_line.gigabytes(found.bytes)
+            print(f"{result}: as written: {found.files} weight file(s), {found.tensors} tensors, {size}, all finite.")
+
+
 def check_relaxable(job: Job) -> None:
     """Raise ArgumentError where AIM has no base to relax to: the output's layers are not the base's."""
     if job.plan.is_stacked:
@@ -297,6 +320,8 @@ def merge(job: Job, request: AimRequest | None) -> None:
     job.options.log("plan", **job.plan.as_json())
     for note in job.plan.notes:
         console.note(f"note: {note}")
+    for warning in job.plan.warnings:
+        console.note(f"warning: {warning}")
     with job.staged() as stage:
         relaxations = request.relaxations(job.base, job.plan.tensors, console, stage) if request else None
         variants = relaxations.variants if relaxations else [Variant()]

@@ -17,6 +17,7 @@ from checkpoints.writer import Shard, plan_shards
 from merging.parameters import PARAMETERS, text_of
 from merging.places import Place, find_places
 from merging.recipe import Recipe, Slice, identity
+from merging.remarks import remarks
 from streaming.blocks import TensorSpec, kind_of
 from streaming.matching import check_plain, list_kinds
 from streaming.output import bytes_read
@@ -32,6 +33,7 @@ class Plan:
         shards: the files to be written.
         files: the output's config, tokenizer and the rest.
         notes: what a user should know of it: tensors left out, rows matched by token.
+        warnings: parameters that a user may not have meant.
         models: the fine-tuned models' labels, in order.
         is_stacked: whether the output's layers are not simply the base's.
     """
@@ -42,6 +44,7 @@ class Plan:
     shards: list[Shard]
     files: SideFiles
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     is_stacked: bool = False
 
     @property
@@ -95,6 +98,7 @@ class Plan:
             "files": [{"name": shard.file_name, "bytes": shard.size} for shard in self.shards],
             "groups": self.groups(),
             "notes": self.notes,
+            "warnings": self.warnings,
         }
 
     def as_text(self) -> str:
@@ -117,6 +121,7 @@ class Plan:
                 f"  {group['count']:5d} x {group['tensors']}: {group['action']}{why}, {group['elements']:,} elements, {group['dtype']}"
             )
         lines += [f"note: {note}" for note in self.notes]
+        lines += [f"warning: {warning}" for warning in self.warnings]
         lines.append(
             f"reads {self.bytes_to_read:,} bytes; writes {self.bytes_to_write:,} bytes in {len(self.shards)} file(s). Nothing was written."
         )
@@ -194,7 +199,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     shards = plan_shards(infos, max_shard_bytes)
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
     labels = tuple(models[identity(source.name)].label for source in recipe.models)
-    return Plan(recipe, labels, ordered, shards, found.files, notes, found.is_stacked)
+    return Plan(recipe, labels, ordered, shards, found.files, notes, remarks(recipe), found.is_stacked)
 
 
 def _embeddings(recipe: Recipe, base: Model) -> set[str]:

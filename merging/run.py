@@ -36,7 +36,7 @@ class Result:
         save_path: the finished folder.
         plan: what was carried out.
         report: see `DeltaReport.as_json`; None where none was asked for.
-        warnings: what a user should look at.
+        warnings: what a user should look at, beside the plan's.
         written: bytes, seconds, memory.
     """
 
@@ -160,7 +160,7 @@ class Job:
                 **variant.details(),
                 "outputs": outputs,
                 "notes": self.plan.notes,
-                "warnings": self._warnings(findings),
+                "warnings": [*self.plan.warnings, *self._warnings(findings)],
                 "report": report.as_json() if report else None,
             },
             identity=stage.identity,

@@ -1,0 +1,151 @@
+"""merge.py --verify, and what is said of parameters that do nothing or too much."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import merge
+import performAIM
+from merging import make_recipe
+from merging.remarks import remarks
+
+INPUTS = Path(__file__).parent / "goldens" / "inputs"
+CALIBRATION = [f"--calibration_data={INPUTS / 'calib.jsonl.gz'}", "--n_samples=8", "--block_size=64"]
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merge in three files, a sweep, a relaxed model, and a merge without digests."""
+    folder = tmp_path_factory.mktemp("results")
+    models = [f"--base_model={INPUTS / 'base'}", f"--models_to_merge={INPUTS / 'math'},{INPUTS / 'code'}", "--quiet"]
+    assert merge.main([*models, "--method=ties", "--max_shard_size=80kB", f"--save_path={folder / 'merged'}"]) == 0
+    assert merge.main([*models, "--method=ties", "--digest=none", f"--save_path={folder / 'undigested'}"]) == 0
+    sweep = ["--method=linear", "--omegas=0,0.5", *CALIBRATION, f"--save_path={folder / 'sweep'}"]
+    assert merge.main([*models, *sweep]) == 0
+    relax = [
+        f"--merged_model={folder / 'merged'}",
+        f"--pretrained_model_name={INPUTS / 'base'}",
+        *CALIBRATION,
+        "--quiet",
+    ]
+    assert performAIM.main([*relax, f"--save_path={folder / 'relaxed'}"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["merged", "undigested", "sweep", "relaxed"])
+def test_what_a_run_wrote_is_as_written(results, capsys, name):
+    assert merge.main([f"--verify={results / name}"]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("as written") == (2 if name == "sweep" else 1)
+    assert ("no digests" in said.err) == (name == "undigested")
+
+
+def first_file(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def flip(folder: Path) -> None:
+    path = first_file(folder)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def shorten(folder: Path) -> None:
+    path = first_file(folder)
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def change_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit": (flip, "its bytes are not those that the run wrote"),
+    "the end": (shorten, "bytes, got"),
+    "a file": (lambda folder: first_file(folder).unlink(), "is missing"),
+    "one more": (lambda folder: shutil.copy(first_file(folder), folder / "more.safetensors"), "did not write it"),
+    "config": (change_config, "does not fit config.json"),
+    "recipe": (lambda folder: (folder / "merge_recipe.json").write_text("{}"), "expected a recipe of ours"),
+    "path": (
+        lambda folder: (folder / "merge_recipe.json").write_text('{"outputs": {"../x": {"bytes": 1}}}'),
+        "expected a recipe of ours",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found(results, tmp_path, capsys, name):
+    damage, says = DAMAGE[name]
+    folder = shutil.copytree(results / "merged", tmp_path / "copy")
+    damage(folder)
+    assert merge.main([f"--verify={folder}"]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_numbers_that_are_not_finite_are_found(results, tmp_path, capsys):
+    """Without digests nothing else tells."""
+    folder = shutil.copytree(results / "undigested", tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[UP][1, 2] = torch.inf
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    size = (folder / "model.safetensors").stat().st_size
+    recipe = json.loads((folder / "merge_recipe.json").read_text())
+    recipe["outputs"]["model.safetensors"]["bytes"] = size
+    (folder / "merge_recipe.json").write_text(json.dumps(recipe))
+    assert merge.main([f"--verify={folder}"]) == 1
+    assert f"{UP}: holds a NaN or an infinity" in capsys.readouterr().err
+
+
+def test_a_folder_that_no_run_wrote(tmp_path, capsys):
+    assert merge.main([f"--verify={tmp_path}"]) == 1
+    assert "expected merge_recipe.json, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "says"),
+    [
+        ("task_arithmetic", {}, []),
+        ("ties", {"density": "0.5,1"}, []),
+        ("task_arithmetic", {"lambda": 0}, ["lambda 0"]),
+        ("ties", {"density": 1}, ["density 1: ties drops and trims nothing."]),
+        ("dare_linear", {"density": 0}, ["density 0: every change is dropped"]),
+        ("task_arithmetic", {"weight": "0,0"}, ["weight 0 for every model"]),
+        ("task_arithmetic", {"weight": "1,-1"}, ["weights that sum to 0: the task vectors are subtracted"]),
+        ("task_arithmetic", {"weight": "1,-1.5"}, ["weights that sum to -0.5"]),
+        ("task_arithmetic", {"weight": "2,1"}, ["weights times lambda sum to 3 for 2 models"]),
+        ("task_arithmetic", {"weight": "2,1", "normalize": True}, []),
+        ("task_arithmetic", {"lambda": 1.5}, ["weights times lambda sum to 3 for 2 models"]),
+        ("linear", {"weight": "0.7,0.7", "normalize": False}, ["weights that sum to 1.4 without normalize"]),
+        ("linear", {"weight": "0.7,0.7"}, []),
+        ("linear", {"weight": "0.7,0.3", "normalize": False}, []),
+        ("widen", {}, []),
+    ],
+)
+def test_remarks(method, parameters, says):
+    found = remarks(make_recipe(method, "base", "a,b", parameters=parameters))
+    assert len(found) == len(says)
+    for remark, part in zip(found, says, strict=True):
+        assert part in remark
+
+
+def test_remarks_are_printed_logged_and_recorded(tmp_path, capsys):
+    models = [f"--base_model={INPUTS / 'base'}", f"--models_to_merge={INPUTS / 'math'}"]
+    out, log = tmp_path / "out", tmp_path / "run.jsonl"
+    flags = [*models, "--method=ties", "--density=1", f"--save_path={out}", f"--log_file={log}", "--quiet"]
+    assert merge.main(flags) == 0
+    says = "density 1: ties drops and trims nothing."
+    assert capsys.readouterr().err == f"warning: {says}\n"
+    assert json.loads((out / "merge_recipe.json").read_text())["warnings"] == [says]
+    assert [
+        json.loads(line)["message"] for line in log.read_text().splitlines() if '"warning"' in line.split("warnings")[0]
+    ] == [says]
