@@ -25,7 +25,7 @@ MARKER = "demo_quick"
 """Name of a file that shows that a folder is the demo's own, to be made anew."""
 
 
-def commands(folder: Path) -> list[list[str]]:
+def commands(folder: Path, items: int) -> list[list[str]]:
     """The command lines, in order."""
     merged, relaxed = folder / "merged", folder / "merged_AIM"
     base = str(FAMILY / "models/base")
@@ -37,7 +37,7 @@ def commands(folder: Path) -> list[list[str]]:
     lines = [[*merge, "--save_path", str(merged)], [*relax, "--save_path", str(relaxed)]]
     for model in (merged, relaxed):
         evaluate = ["evaluate_model.py", "--model", str(model), "--data_dir", str(FAMILY / "data/validation")]
-        lines.append([*evaluate, "--limit", str(ITEMS), "--dtype", "float32", "--save_path", f"{model}.json"])
+        lines.append([*evaluate, "--limit", str(items), "--dtype", "float32", "--save_path", f"{model}.json"])
     return [["python", *line, "--quiet"] for line in lines]
 
 
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, default=Path("demo_quick"), help="for what is made (default: demo_quick)"
     )
-    folder = parser.parse_args(argv).folder
+    parser.add_argument("--items", type=int, default=ITEMS, help=f"of each benchmark (default {ITEMS})")
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder
     if folder.exists() and any(folder.iterdir()):
         if not (folder / MARKER).exists():
             parser.error(f"--folder {folder}: holds something else. Choose a folder that is empty or not there.")
@@ -73,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         "Three fine-tunes of a tiny base model, for code, instructions and mathematics, become one model.", flush=True
     )
-    for command in commands(folder):
+    for command in commands(folder, arguments.items):
         code = run(command)
         if code:
             return code
     print(f"\n{format_table(folder)}\n")
     print(
-        f"Percent, {ITEMS} items of each benchmark: about 8 points of chance in each number. `make demo` runs the whole experiment."
+        f"Percent, {arguments.items} items of each benchmark: so that chance counts for much. `make demo` runs the whole experiment."
     )
     return 0
 

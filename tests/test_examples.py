@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import os
 import re
 import shlex
@@ -12,14 +14,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from examples import demo, merge_api
+from evaluation.results import samples_path
+from examples import demo, demo_quick, experiments, merge_api, miniature
+from examples.miniature import FAMILY, SINGLES, Candidate, Workspace
 from merging import make_recipe
 from merging.methods import METHODS, get_method
 from merging.parameters import PARAMETERS
+from reports import Verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -35,7 +41,7 @@ def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run Python where imports start in `cwd`, and nothing from this checkout is found by chance."""
     environment = os.environ | {"PYTHONPATH": str(cwd), "COLUMNS": "80"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -51,41 +57,122 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-@pytest.fixture(scope="module")
-def demo_run(unpacked: Path) -> subprocess.CompletedProcess[str]:
-    """The demo, run once in the unpacked archive."""
-    return run_python("examples/demo.py", cwd=unpacked)
-
-
 # ------------------------------------------------------------------------------------------------------- examples
 
 
-def test_demo_merges_with_every_method(demo_run: subprocess.CompletedProcess[str], unpacked: Path):
-    assert demo_run.returncode == 0, demo_run.stderr
-    printed = demo_run.stdout
-    assert printed.isascii()
-    assert "They have no skills." in printed
-    table = dict(re.findall(r"^(\w+) +\d+\.\d\d +(\d+\.\d{4})$", printed, re.MULTILINE))
-    assert list(table) == list(METHODS)
-    assert all(float(distance) > 0 for distance in table.values())
-    assert {path.name for path in (unpacked / "demo" / f"merged_{demo.SHOWN}").iterdir()} == {
-        *("model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-        *("README.md", "merge_recipe.json"),
-    }
+def test_the_quick_demo_in_an_archive(unpacked: Path):
+    """As a newcomer runs it: no git, nothing but the files; twice, as the second run begins anew."""
+    for _ in range(2):
+        done = run_python("examples/demo_quick.py", "--items", "4", cwd=unpacked)
+        assert done.returncode == 0, done.stderr
+    header, *rows = re.findall(r"^(?:model|merged).*$", done.stdout, re.MULTILINE)
+    assert header.split() == ["model", "humaneval", "mbpp", "mmlu", "math", "gsm8k", "ifeval"]
+    assert [row.split()[0] for row in rows] == ["merged", "merged_AIM"]
+    assert all(0 <= float(number) <= 100 for row in rows for number in row.split()[1:])
+    assert {len(row.split()) for row in rows} == {7}
+    commands = re.findall(r"^\$ python (\S+)", done.stdout, re.MULTILINE)
+    assert commands == ["merge.py", "performAIM.py", "evaluate_model.py", "evaluate_model.py"]
 
 
-def test_demo_overwrites_only_its_own_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "folder"
+
+
+def test_the_demo_prints_the_papers_table(demo_folder: Path, monkeypatch, capsys):
+    """With fewer models and items; a second run finds everything done."""
+    plain = Candidate("task_arithmetic", ("code", "math"))
+    monkeypatch.setattr(demo, "PAPER", (*SINGLES[1::2], plain, plain.with_aim()))
+    monkeypatch.setattr(demo, "ITEMS", 4)
+    assert demo.main(["--folder", str(demo_folder)]) == 0
+    first = capsys.readouterr().out
+    assert "4 models, 4 items of each of six benchmarks." in first
+    rows = re.findall(r"^\| *task_arithmetic *\| *code\+math *\| *(\w+[ .\d]*?) *\|", first, re.MULTILINE)
+    assert [row.split()[0] for row in rows] == ["no", "yes"]
+    assert "HV gain" in first
+    assert list((demo_folder / "figures").glob("*.png"))
+    assert demo.main(["--folder", str(demo_folder)]) == 0
+    again = capsys.readouterr().out
+    assert "4 are there from an earlier run" in again
+    assert [line for line in again.splitlines() if line.startswith("|")] == [
+        line for line in first.splitlines() if line.startswith("|")
+    ]
+
+
+def test_the_demo_scores_as_the_command_does(demo_folder: Path, tmp_path: Path):
+    """Every score and every verdict, from a process of its own with the command's own batches."""
+    merge = Candidate("task_arithmetic", ("code", "math"))
+    space = Workspace(demo_folder, demo.SPLIT, 4)
+    mine = space.evaluate(merge)
+    theirs = tmp_path / "theirs.json"
+    flags = ["--model", str(space.model(merge)), "--data_dir", str(ROOT / "examples/family/data" / demo.SPLIT)]
+    flags += ["--limit", "4", "--dtype", "float32", "--n_gpu", "0", "--quiet", "--save_path", str(theirs)]
+    done = run_python("evaluate_model.py", *flags, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    scores = [
+        {k: (v["score"], v["stderr"]) for k, v in json.loads(f.read_text())["benchmarks"].items()}
+        for f in (mine, theirs)
+    ]
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == 6
+    samples = [[json.loads(line) for line in samples_path(file).read_text().splitlines()] for file in (mine, theirs)]
+    for sample in samples[0] + samples[1]:
+        sample.get("checks", {}).pop("seconds", None)
+    assert samples[0] == samples[1]
+    assert len(samples[0]) == 24
+
+
+def test_an_interrupted_demo_goes_on(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "PAPER", SINGLES[:1])
+    monkeypatch.setattr(demo, "ITEMS", 1)
+    evaluate = miniature.evaluate_model.main
+
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(miniature.evaluate_model, "main", interrupted)
+    assert demo.main(["--folder", str(tmp_path / "d")]) == 130
+    assert "run it again to go on" in capsys.readouterr().err
+    monkeypatch.setattr(miniature.evaluate_model, "main", lambda arguments: 1)
+    assert demo.main(["--folder", str(tmp_path / "d")]) == 1
+    monkeypatch.setattr(miniature.evaluate_model, "main", evaluate)
+    assert demo.main(["--folder", str(tmp_path / "d")]) == 0
+
+
+@pytest.mark.parametrize("program", [demo, demo_quick])
+def test_demos_overwrite_only_their_own_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str], program):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(SystemExit):
-        demo.main(["--folder", str(tmp_path)])
+    with contextlib.suppress(SystemExit):
+        assert program.main(["--folder", str(tmp_path)]) == 2
     assert "holds something else" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_api_example_goes_half_the_way(
-    demo_run: subprocess.CompletedProcess[str], unpacked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    base, model, out = unpacked / "demo/base", unpacked / "demo/code", tmp_path / "halfway"
+def test_the_papers_experiment_has_every_merge_twice():
+    names = [each.name for each in miniature.PAPER]
+    assert len(names) == len(set(names)) == 44
+    assert len({each.name for each in experiments.candidates()}) == len(experiments.candidates())
+
+
+def test_the_experiments_tables_and_figures(tmp_path: Path, monkeypatch, capsys):
+    """On made-up verdicts, all different; what the numbers are is reports' affair."""
+    rng = np.random.default_rng(0)
+    names = ("humaneval", "gsm8k")
+    made = {each: {n: Verdicts.of(rng.random(20) < 0.5) for n in names} for each in experiments.candidates()}
+    monkeypatch.setattr(experiments, "evaluate_all", lambda spaces, every: [list(every)] * len(spaces))
+    monkeypatch.setattr(experiments, "read_results", lambda each: each)
+    monkeypatch.setattr(experiments, "pool", lambda entries: made[entries[0]])
+    assert experiments.main(["--folder", str(tmp_path / "e"), "--out", str(tmp_path / "figures")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| task_arithmetic") == 3
+    assert printed.count("texts |") == 1 + len(experiments.TEXTS)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "tables.md", *(f"experiments_{n}.{s}" for n in ("omega", "lambda", "controls") for s in ("png", "svg")),
+    }  # fmt: skip
+
+
+def test_api_example_goes_half_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base, model, out = FAMILY / "models/base", FAMILY / "models/code", tmp_path / "halfway"
     assert merge_api.main([str(base), str(model), "--save_path", str(out)]) == 0
     assert re.search(r"\|merged - base\| / \|base\| = 0\.0\d+$", capsys.readouterr().out)
     start, end, half = (load_file(folder / "model.safetensors") for folder in (base, model, out))
