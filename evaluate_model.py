@@ -98,4 +98,4 @@ def fetch(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.end(main())

@@ -340,4 +340,4 @@ def merge(job: Job, request: AimRequest | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.end(main())

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -134,4 +133,4 @@ def relax(job: AimJob, request: AimRequest) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.end(main())

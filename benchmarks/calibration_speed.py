@@ -2,20 +2,24 @@
 
     python benchmarks/calibration_speed.py
     python benchmarks/calibration_speed.py --device cuda --blocks 32 --dtypes bfloat16
+    python benchmarks/calibration_speed.py --hidden 2048 --layers 22 --intermediate 5632 --heads 32 --kv_heads 4 --json
 
-A random Llama of 220 million parameters, blocks of 512 tokens, one block at a time. Bare and watched runs alternate, so
-that what else the machine does falls on both; the table has the median of each. Where other programs want the same cores,
-set OMP_WAIT_POLICY=passive or --threads 1: threads that wait by spinning make many small steps cost what few do not.
+A random Llama, of 220 million parameters where no sizes are given, blocks of 512 tokens, one block at a time. Bare and
+watched runs alternate, so that what else the machine does falls on both; the table has the median of each. Where other
+programs want the same cores, set OMP_WAIT_POLICY=passive or --threads 1: threads that wait by spinning make many small
+steps cost what few do not.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +28,28 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aim.activations import Target, Watcher
+from benchmarks.synthetic import Shape, add_shape_flags, read_shape
 
-BLOCK = 512
-VOCABULARY = 32000
+DEFAULT = Shape(hidden=1024, layers=12, intermediate=2816, heads=16, kv_heads=16)
 
 
-def make_model(dtype: torch.dtype, device: torch.device) -> Any:
-    """A random Llama: 12 layers of 1024 channels."""
+@dataclass(frozen=True)
+class Comparison:
+    """One dtype of the forward pass: tokens a second, and bare over watched by the clock and in processor time (medians)."""
+
+    dtype: str
+    bare_tokens_s: float
+    watched_tokens_s: float
+    share: float
+    cpu_share: float
+
+
+def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
+    """A random Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 12, "intermediate_size": 2816, "num_attention_heads": 16}
-    config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=False, **sizes)
+    config = LlamaConfig(**{key: value for key, value in shape.config().items() if key != "torch_dtype"})
     return LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
 
 
@@ -49,7 +63,7 @@ def targets_of(model: Any) -> dict[str, Target]:
 
 
 def run(model: Any, tokens: torch.Tensor, watching: AbstractContextManager[None]) -> tuple[float, float]:
-    """Seconds, and seconds of processor time, of a forward pass over each of the blocks `[blocks, BLOCK]`."""
+    """Seconds, and seconds of processor time, of a forward pass over each of the blocks `[blocks, block size]`."""
     with watching, torch.no_grad():
         _wait(tokens.device)
         started, started_cpu = time.perf_counter(), time.process_time()
@@ -64,10 +78,10 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(dtype: torch.dtype, device: torch.device, blocks: int, repeats: int) -> str:
-    """One row of the table."""
-    model = make_model(dtype, device)
-    tokens = torch.randint(VOCABULARY, (blocks, BLOCK), device=device)
+def measure(shape: Shape, dtype: str, device: torch.device, blocks: int, block_size: int, repeats: int) -> Comparison:
+    """Run bare and watched in turn."""
+    model = make_model(shape, getattr(torch, dtype), device)
+    tokens = torch.randint(shape.vocabulary, (blocks, block_size), device=device)
     watcher = Watcher(model, targets_of(model))
     run(model, tokens[:1], watcher.watching())  # what is slow only once
     bare, watched = [], []
@@ -78,8 +92,13 @@ def measure(dtype: torch.dtype, device: torch.device, blocks: int, repeats: int)
     ratios = [
         statistics.median(one[kind] / other[kind] for one, other in zip(bare, watched, strict=True)) for kind in (0, 1)
     ]
-    cells = [str(dtype).removeprefix("torch."), *(f"{rate:,.0f} tokens/s" for rate in rates)]
-    return "| " + " | ".join([*cells, *(f"{100 * ratio:.1f} %" for ratio in ratios)]) + " |"
+    return Comparison(dtype, *rates, *ratios)
+
+
+def as_row(one: Comparison) -> str:
+    """A row of the table."""
+    rates = [f"{rate:,.0f} tokens/s" for rate in (one.bare_tokens_s, one.watched_tokens_s)]
+    return f"| {one.dtype} | {' | '.join(rates)} | {100 * one.share:.1f} % | {100 * one.cpu_share:.1f} % |"
 
 
 def main() -> None:
@@ -88,17 +107,29 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of the forward pass (float32,bfloat16)")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of a run (8)")
+    parser.add_argument("--block_size", type=int, default=512, help="tokens of a block (512)")
     parser.add_argument("--threads", type=int, help="of torch (default: one per core)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (3)")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
+    add_shape_flags(parser)
     arguments = parser.parse_args()
+    try:
+        shape = read_shape(arguments, DEFAULT)
+    except ValueError as error:
+        parser.error(str(error))
     device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    sizes = (arguments.blocks, arguments.block_size, arguments.repeats)
+    found = (measure(shape, dtype, device, *sizes) for dtype in arguments.dtypes.split(","))
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in found]))
+        return
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{where}, {os.cpu_count()} cores, torch {torch.__version__}, Python {sys.version.split()[0]}")
     print("| dtype | bare | watched | bare / watched seconds | processor seconds |\n" + "|---" * 5 + "|")
-    for name in arguments.dtypes.split(","):
-        print(measure(getattr(torch, name), device, arguments.blocks, arguments.repeats), flush=True)
+    for one in found:
+        print(as_row(one), flush=True)
 
 
 if __name__ == "__main__":

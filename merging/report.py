@@ -44,8 +44,9 @@ class DeltaReport:
             vectors = torch.stack(
                 [v[part] for v in block.task_vectors] or [w[part] - base for w in block.weights]
             )  # [models, n]
-            up, down = (vectors > 0).any(dim=0), (vectors < 0).any(dim=0)
-            counts = [base.numel(), int((up | down).sum()), int((up & down).sum())]
+            # By the extremes: `any` over the models costs twenty times as much, a quarter of a whole merge.
+            up, down = vectors.amax(dim=0) > 0, vectors.amin(dim=0) < 0
+            counts = [base.numel(), count_true(up | down), count_true(up & down)]
             found.append([*counts, float(base.dot(base)), *(vectors @ vectors.T).double().flatten().tolist()])
         return found
 
@@ -99,6 +100,11 @@ class DeltaReport:
             "sign_conflicts": _rounded(conflicts, changed),
             "merged_relative_norm": _rounded(math.sqrt(merged), size),
         }
+
+
+def count_true(flags: torch.Tensor) -> int:
+    """How many of at most 2^24 flags are set: `[n]` bool. Added as float32, exactly, which is faster than as bool."""
+    return int(flags.to(torch.float32).sum())
 
 
 def _rounded(numerator: float, denominator: float) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -324,4 +325,4 @@ def check_finite(values: torch.Tensor, ref: TensorRef, region: Region) -> None:
 
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no element is NaN or infinite. A sum shows it at a fraction of the cost of looking at each; `[n]` float."""
-    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
+    return math.isfinite(float(values.sum(dtype=torch.float32))) or bool(values.isfinite().all())

@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -583,3 +585,22 @@ def test_no_architecture_is_named() -> None:
     source = Path(architecture.__file__).read_text().lower()
     names = ("llama", "mistral", "qwen", "gemma", "phi", "gpt", "falcon", "bloom", "mixtral", "olmo", "deepseek")
     assert [name for name in names if name in source] == []
+
+
+SCIKIT_LEARN = """
+import importlib.util, sys
+from pathlib import Path
+from checkpoints.architecture import build_meta_model
+if sys.argv[2] == "imported before":
+    import sklearn
+build_meta_model(Path(sys.argv[1]))
+print("sklearn" in sys.modules, importlib.util.find_spec("sklearn") is not None)
+"""
+
+
+@pytest.mark.parametrize(("case", "loaded"), [("untouched", False), ("imported before", True)])
+def test_scikit_learn_is_not_imported_and_stays_importable(case, loaded):
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-c", SCIKIT_LEARN, str(root / "tests/goldens/inputs/base"), case]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == f"{loaded} True\n"

@@ -1,0 +1,1 @@
+"""Every figure on speed has a script here."""
