@@ -275,7 +275,7 @@ def _without_space_check() -> None:
     import merging.run
 
     for module in (aim.run, merging.run):
-        module.check_space = lambda *_: []
+        vars(module)["check_space"] = lambda *_: []
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> Iterator[tuple[str, str, Row | str]]:

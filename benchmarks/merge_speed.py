@@ -140,9 +140,9 @@ class Cases:
 
     def recipe(self, method: str) -> Recipe:
         """All fine-tunes, or as many as the method takes, with its default parameters."""
-        from merging.recipe import make_recipe
+        from merging.recipe_flags import make_recipe
 
-        most = getattr(get_method(method), "max_models", None)
+        most = get_method(method).max_models
         names = ",".join(map(str, self.made.fine_tunes[: most or None]))
         return make_recipe(method, str(self.made.base), names)
 
@@ -189,7 +189,7 @@ class Cases:
         job = prepare(recipe, self.runs / "plan", RunOptions())
         job.close()
         sources = {id(ref.source) for tensor in job.plan.tensors for ref in tensor.sources(())}
-        return [model.location.folder for model in (job.base, *job.models) if id(model.weights) in sources]
+        return [model.location.folder for model in job.inputs if id(model.weights) in sources]
 
     def case(self, name: str, flags: Callable[[Path], list[str]], floor: str, other: str = "") -> Case:
         """One of our commands, run to its end."""
