@@ -16,7 +16,7 @@ from benchmarks.synthetic import COMPLETE, DELTA_SCALES, Checkpoints, Shape, mak
 from checkpoints.model import open_model
 from checkpoints.reader import read_tensor
 from merging.methods import METHODS
-from merging.recipe import make_recipe
+from merging.recipe_flags import make_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Shape(hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocabulary=320)
