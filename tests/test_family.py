@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.family import code_items, documents, instruct_items, maths_items, prompts, splits, world
+from examples.family import calibration, code_items, documents, instruct_items, maths_items, prompts, splits, world
 from examples.family.benchmarks import BENCHMARKS, ITEMS, SEEDS, items, rows
 from examples.family.make_family import FINE_TUNES, MAX_RELATIVE_NORM, STAGES
 
@@ -276,6 +276,14 @@ def test_checkpoints_are_small_and_near_their_base():
     for stage in FINE_TUNES:
         moved = sum(float((weights[stage][n].float() - t.float()).square().sum()) for n, t in base.items()) ** 0.5
         assert 0.001 < moved / size < MAX_RELATIVE_NORM
+
+
+@needs_models
+def test_the_committed_calibration_texts_are_what_is_generated(tmp_path):
+    calibration.write(tmp_path)
+    committed_texts = {path.name: path.read_bytes() for path in (DATA / "calibration").iterdir()}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == committed_texts
+    assert committed_texts.keys() == {f"{name}.jsonl" for name in ("mixture", "code", "math", "instruct", "random")}
 
 
 @needs_models
