@@ -93,11 +93,13 @@ class Trial:
         self.out = self.folder / "out"
         self.command = command
         self.clear()
-        started = time.monotonic()
-        code = self.run()
-        if code:
-            raise RuntimeError(f"{command.name}: {self.messages()}")
-        self.seconds = time.monotonic() - started
+        self.seconds = 1e9
+        for _ in range(3):
+            self.clear()
+            started = time.monotonic()
+            if self.run():
+                raise RuntimeError(f"{command.name}: {self.messages()}")
+            self.seconds = min(self.seconds, time.monotonic() - started)
         self.expected = content(self.out)
 
     def clear(self) -> None:
@@ -177,11 +179,13 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def kills(trial: Trial, count: int, rng: random.Random) -> Row:
-    """kill -9 at random moments."""
+    """kill -9 at random moments, until as many have come before the end of the run."""
     row = Row()
-    for _ in range(count):
+    for _ in range(4 * count):
+        if row.faults == count:
+            break
         trial.clear()
-        moment = rng.uniform(0.2, 1.1) * trial.seconds
+        moment = rng.uniform(0.05, 1.0) * trial.seconds
         trial.judge(row, f"kill after {moment:.4f} s", trial.kill(moment))
     return row
 
@@ -190,7 +194,9 @@ def power_losses(trial: Trial, count: int, rng: random.Random) -> Row:
     """Power losses at random moments, every third one followed by another."""
     row = Row()
     calls = count_calls(trial, (*WRITES, *FLUSHES))
-    for number in range(count):
+    for number in range(4 * count):
+        if row.faults == count:
+            break
         trial.clear()
         code = 0
         for _ in range(1 + (number % 3 == 2)):
