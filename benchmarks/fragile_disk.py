@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,7 @@ class FragileDisk:
     _contents: dict[int, bytes] = field(default_factory=dict)
     _entries: dict[int, dict[str, tuple[int, bool]]] = field(default_factory=dict)
     _held: list[int] = field(default_factory=list)
+    _lock: Any = field(default_factory=threading.RLock)
 
     def install(self) -> None:
         """Begin."""
@@ -66,6 +68,10 @@ class FragileDisk:
 
     def _wrapped(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **keywords: Any) -> Any:
+            with self._lock:  # one at a time, so that what is left is of one moment
+                return attempt(*arguments, **keywords)
+
+        def attempt(*arguments: Any, **keywords: Any) -> Any:
             if self.fault is not None and name in self.fault.calls:
                 self.count += 1
                 if self.count > self.fault.at and self.fault.kind == "error":
