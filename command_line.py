@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from checkpoints import VERSION
+from checkpoints.chat_templates import known_templates
 from checkpoints.errors import AlreadyComplete, ArgumentError, InputError, Refusals, unknown
 
 if TYPE_CHECKING:
     import torch
 
     from aim.console import Console
+    from checkpoints.upload import Upload
     from streaming.log import Log
     from streaming.output import RunOptions, Written
 
@@ -152,8 +154,14 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         "--digest", default="outputs", metavar="WHAT",
         help="digests in merge_recipe.json: none, outputs (default; taken as they are written) or full (reads local inputs once more)",
     )  # fmt: skip
-    output.add_argument("--overwrite", action="store_true", help="replace SAVE_PATH where it holds an earlier result")
+    output.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace SAVE_PATH where it holds an earlier result, and so the repo of --push_to_hub",
+    )
     output.add_argument("--no_resume", action="store_true", help="begin anew where an interrupted run left something to go on with")  # fmt: skip
+    output.add_argument("--push_to_hub", metavar="NAME", help="when it is complete, push it to the repo NAME or USER/NAME of the Hugging Face hub, a private one; each checkpoint of a sweep to NAME-omega_0.2 and so on")  # fmt: skip
+    output.add_argument("--public", action="store_true", help="with --push_to_hub: a repo that everybody can see")
     running = parser.add_argument_group("running")
     running.add_argument(
         "--device",
@@ -178,6 +186,8 @@ def add_layout_flags(group: argparse._ArgumentGroup) -> None:
     """The flags of what a checkpoint with another vocabulary or head than its base's looks like."""
     group.add_argument("--new_token_rows", metavar="R", help="rows of a token that a model lacks: owner (the row of the first model that has it; default) or mean (of the model's own rows)")  # fmt: skip
     group.add_argument("--tie_word_embeddings", metavar="YES|NO", help="whether the output's head is its embedding (default: as in the model that gives its config)")  # fmt: skip
+    group.add_argument("--chat_template", metavar="T", help=f"the output's chat template: {', '.join(known_templates())}, a Jinja file, or auto, the one that most inputs have (default: as the tokenizer has it)")  # fmt: skip
+    group.add_argument("--copy_tokenizer_from", metavar="MODEL", help="tokenizer files and chat template of any model with the output's vocabulary, in place of the output's")  # fmt: skip
 
 
 def parse_yes_or_no(flag: str, text: str | None) -> bool | None:
@@ -245,6 +255,8 @@ def run_options(arguments: argparse.Namespace, device: torch.device, command: li
     from streaming.output import RunOptions
     from streaming.stream import StreamOptions
 
+    if arguments.public and arguments.push_to_hub is None:
+        raise ArgumentError("--public: nothing is pushed. Add --push_to_hub NAME, or leave it out.")
     return RunOptions(
         stream=StreamOptions(device, arguments.workers, allow_non_finite=arguments.allow_non_finite),
         max_shard_bytes=parse_size("--max_shard_size", arguments.max_shard_size),
@@ -255,6 +267,37 @@ def run_options(arguments: argparse.Namespace, device: torch.device, command: li
         quiet=arguments.quiet,
         command=command,
     )
+
+
+def read_upload(arguments: argparse.Namespace, folders: Sequence[str]) -> Upload | None:
+    """What `--push_to_hub` asks for, found possible; None without. Raises InputError, see `plan_upload`.
+
+    Args:
+        folders: of the checkpoints, below the save path.
+    """
+    from checkpoints.upload import plan_upload
+
+    if arguments.push_to_hub is None:
+        return None
+    return plan_upload(arguments.push_to_hub, folders, public=arguments.public, overwrite=arguments.overwrite)
+
+
+@contextmanager
+def pushing(upload: Upload | None, save_path: Path, options: RunOptions) -> Iterator[None]:
+    """Push what the block makes, or finds complete already. Raises InputError, see `Upload.push`.
+
+    Args:
+        upload: from `read_upload`; None pushes nothing.
+    """
+    try:
+        yield
+    except AlreadyComplete as done:
+        if upload is None:
+            raise
+        print(done)
+    for pushed in upload.push(save_path, quiet=options.quiet) if upload else ():
+        options.log("pushed", url=pushed.url, commit=pushed.commit)
+        console(options).say(f"pushed to {pushed.url} ({pushed.visibility}), commit {pushed.commit}")
 
 
 @contextmanager

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from aim.console import AimRequest
+    from checkpoints.upload import Upload
     from merging.recipe import Recipe
     from merging.run import Job
     from streaming.layout import Layout
@@ -123,14 +124,18 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
 
         recipe, options, save_path, request = read_flags(arguments, command)
         options = replace(options, log=log)
+        upload = command_line.read_upload(arguments, request.how.folders if request else [""])
         aim: dict[str, Any] = {}
         if request:
             aim = {"folders": request.how.folders, "aim": request.identity(), "check": request.check}
-        with closing(prepare(recipe, save_path, options, download=not arguments.dry_run, **aim)) as job:
+        with (
+            command_line.pushing(None if arguments.dry_run else upload, save_path, options),
+            closing(prepare(recipe, save_path, options, download=not arguments.dry_run, **aim)) as job,
+        ):
             if request:
                 check_relaxable(job)
             if arguments.dry_run:
-                show_plan(job, request, as_json=arguments.json)
+                show_plan(job, request, upload, as_json=arguments.json)
             else:
                 merge(job, request)
 
@@ -201,7 +206,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
 
 def given_layout(arguments: argparse.Namespace) -> dict[str, Any]:
     """What flags say of the output's vocabulary and head, by recipe key. Raises ArgumentError where one is wrong."""
-    keys = ("tokenizer_source", "new_token_rows", "pad_to_multiple_of")
+    keys = ("tokenizer_source", "new_token_rows", "pad_to_multiple_of", "chat_template", "copy_tokenizer_from")
     given = {key: vars(arguments)[key] for key in keys}
     given["tie_word_embeddings"] = command_line.parse_yes_or_no("--tie_word_embeddings", arguments.tie_word_embeddings)
     return {key: value for key, value in given.items() if value is not None}
@@ -296,11 +301,12 @@ def read_report(arguments: argparse.Namespace) -> Literal["none", "sample", "ful
     return command_line.parse_choice("--report", arguments.report, ("none", "sample", "full"))  # type: ignore[return-value]
 
 
-def show_plan(job: Job, request: AimRequest | None, *, as_json: bool) -> None:
-    """Print the plan, and AIM's where it takes part."""
+def show_plan(job: Job, request: AimRequest | None, upload: Upload | None, *, as_json: bool) -> None:
+    """Print the plan, AIM's where it takes part, and what would be pushed."""
     described = request.describe(job.base, job.plan.tensors) if request else None
     if as_json:
-        plan = job.plan.as_json() if described is None else {**job.plan.as_json(), "aim": described}
+        more = {"aim": described, "push_to_hub": upload and upload.as_json()}
+        plan = job.plan.as_json() | {key: value for key, value in more.items() if value is not None}
         print(json.dumps(plan, indent=2, ensure_ascii=False))
         return
     if described is not None:
@@ -308,6 +314,8 @@ def show_plan(job: Job, request: AimRequest | None, *, as_json: bool) -> None:
 
         print(format_check(described))
     print(job.plan.as_text())
+    if upload:
+        print(upload.as_text())
 
 
 def merge(job: Job, request: AimRequest | None) -> None:

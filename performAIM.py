@@ -23,6 +23,7 @@ from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 if TYPE_CHECKING:
     from aim.console import AimRequest
     from aim.run import AimJob
+    from checkpoints.upload import Upload
     from streaming.layout import Layout
     from streaming.output import RunOptions
 
@@ -58,12 +59,16 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
 
         request, options, save_path, layout = read_flags(arguments, command)
         options = replace(options, log=log)
+        upload = command_line.read_upload(arguments, request.how.folders)
         base, merged = arguments.pretrained_model_name, arguments.merged_model
         keywords: dict[str, Any] = {"check": request.check, "download": not arguments.dry_run}
         keywords |= {"out_dtype": arguments.dtype, "layout": layout, "aim": request.identity()}
-        with closing(open_job(base, merged, save_path, request.how, options, **keywords)) as job:
+        with (
+            command_line.pushing(None if arguments.dry_run else upload, save_path, options),
+            closing(open_job(base, merged, save_path, request.how, options, **keywords)) as job,
+        ):
             if arguments.dry_run:
-                show_plan(job, request, as_json=arguments.json)
+                show_plan(job, request, upload, as_json=arguments.json)
             else:
                 relax(job, request)
 
@@ -94,22 +99,26 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[AimRe
 
 
 def read_layout(arguments: argparse.Namespace) -> Layout:
-    """The output's vocabulary and head. Raises InputError where a flag is wrong."""
+    """The output's vocabulary, head and tokenizer files. Raises InputError where a flag is wrong."""
     from aim.run import layout_of
 
     tie = command_line.parse_yes_or_no("--tie_word_embeddings", arguments.tie_word_embeddings)
-    return layout_of(arguments.numerics or "float32", arguments.new_token_rows, tie)
+    more = {"chat_template": arguments.chat_template, "copy_tokenizer_from": arguments.copy_tokenizer_from}
+    return layout_of(arguments.numerics or "float32", arguments.new_token_rows, tie_word_embeddings=tie, **more)
 
 
-def show_plan(job: AimJob, request: AimRequest, *, as_json: bool) -> None:
+def show_plan(job: AimJob, request: AimRequest, upload: Upload | None, *, as_json: bool) -> None:
     """Print what would be done."""
     from aim.console import format_check
 
     described = request.describe(job.base, job.tensors)
     if as_json:
-        print(json.dumps({**job.as_json(), "aim": described}, indent=2, ensure_ascii=False))
+        pushed = {"push_to_hub": upload.as_json()} if upload else {}
+        print(json.dumps({**job.as_json(), "aim": described, **pushed}, indent=2, ensure_ascii=False))
     else:
         print(f"{format_check(described)}\n{job.as_text()}")
+        if upload:
+            print(upload.as_text())
 
 
 def relax(job: AimJob, request: AimRequest) -> None:

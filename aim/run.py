@@ -37,6 +37,7 @@ from streaming.output import (
     write_description,
 )
 from streaming.stream import PlannedTensor
+from streaming.tokenizer_choice import choose_tokenizer_files
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ITS_BASE = "Name the base that the merged model was made from."
@@ -129,7 +130,7 @@ class AimJob:
         """What decides the output's bytes."""
         recipe = {"merged_model": self.merged.label, "base_model": self.base.label, "out_dtype": self.out_dtype}
         recipe |= self.layout.as_json()
-        return identity_of(recipe, (self.base, self.merged), self.shards, self.options, aim=self.aim)
+        return identity_of(recipe, (self.base, self.merged), self.shards, self.files, self.options, aim=self.aim)
 
     def staged(self) -> AbstractContextManager[Stage]:
         """The folder to `run` in, which becomes the output when the context ends well. Raises as `checkpoints.staging.staged`."""
@@ -208,7 +209,7 @@ def prepare(
         how: omegas and numerics.
         aim: what decides how it is relaxed, for JSON; it is part of the run's identity.
         layout: `new_token_rows` decides on a token that the base lacks: `owner` leaves it as merged, `mean` takes the mean of
-            the base's rows for the base's; `tie_word_embeddings` on the head. The tokenizer is the merged model's.
+            the base's rows for the base's; the rest on head and tokenizer files. The vocabulary is the merged model's.
 
     Raises: Refusals: everything that does not fit; AlreadyComplete: it has been done.
     """
@@ -220,6 +221,7 @@ def prepare(
     if problems:
         raise Refusals(problems)
     arranged = arrange(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
+    choose_tokenizer_files(arranged.files, arranged.layout, (merged, base), arranged.notes, arranged.problems)
     problems += arranged.problems
     if problems:
         raise Refusals(problems)
@@ -241,19 +243,20 @@ def prepare(
     return job
 
 
-def layout_of(
-    numerics: Numerics, new_token_rows: NewTokenRows | None = None, tie_word_embeddings: bool | None = None
-) -> Layout:
-    """The output's layout: the merged model's vocabulary, and its head unless `tie_word_embeddings` says otherwise.
+def layout_of(numerics: Numerics, new_token_rows: NewTokenRows | None = None, **more: Any) -> Layout:
+    """The output's layout: the merged model's vocabulary.
 
-    Raises: ArgumentError: the published program knows mean rows only.
+    Args:
+        more: what else `Layout` has, such as `tie_word_embeddings`.
+
+    Raises: ArgumentError: the published program knows mean rows only; InputError: as `Layout`.
     """
     if numerics == "reference" and new_token_rows not in (None, "mean"):
         raise ArgumentError(
             f"--new_token_rows {new_token_rows}: --numerics reference takes the mean, as the published program does. Leave it out."
         )
     default: NewTokenRows = "mean" if numerics == "reference" else "owner"
-    return Layout("base", new_token_rows or default, tie_word_embeddings=tie_word_embeddings)
+    return Layout("base", new_token_rows or default, **more)
 
 
 def open_job(

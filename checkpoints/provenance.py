@@ -106,12 +106,19 @@ def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, c
 
     Args:
         title: the model's name.
-        base, models: the inputs; the front matter names them as the user did, a hub model without its revision.
+        base, models: the inputs; the front matter names those that are on the hub, without their revisions.
         text: Markdown between the title and the command: what was made of which models, and how.
         command: argument list as run; None where it was called from Python.
     """
-    names = dict.fromkeys(location.name.path_or_id for model in (base, *models) for location, _ in model.parts)
-    front = ["---", "base_model:", *(f"- {json.dumps(name, ensure_ascii=False)}" for name in names)]
+    named = [location.name for model in (base, *models) for location, _ in model.parts]
+    on_hub = dict.fromkeys(
+        name.path_or_id for name in named if not name.is_local
+    )  # it refuses a card that names others
+    front = [
+        "---",
+        *(["base_model:"] if on_hub else []),
+        *(f"- {json.dumps(name, ensure_ascii=False)}" for name in on_hub),
+    ]
     front += ["library_name: transformers", "tags:", "- merge"]
     licence = common_licence([base, *models])
     if licence:

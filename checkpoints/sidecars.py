@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,11 @@ class SideFiles:
         if name not in self._content or self.read_json(name) != content:
             self._content[name] = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
+    def write_text(self, name: str, text: str) -> None:
+        """Put a text in the place of a file; one that says the same is left as it is."""
+        if name not in self._content or self.read(name) != text.encode():
+            self._content[name] = text.encode()
+
     def set_config(self, entries: Mapping[str, Any]) -> None:
         """Give entries of config.json other values, by dotted name (`text_config.num_hidden_layers`)."""
         config = self.read_json("config.json")
@@ -95,13 +101,20 @@ class SideFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._content
 
+    def drop(self, patterns: Sequence[str]) -> None:
+        """Leave the files of these patterns out."""
+        self._content = {name: one for name, one in self._content.items() if not _matches(name, patterns)}
+
     def take(self, folder: Path, patterns: Sequence[str]) -> None:
         """Take the files of these patterns from another folder, in place of all that there are."""
-        kept = {name: one for name, one in self._content.items() if not _matches(name, patterns)}
-        taken: dict[str, Path | bytes] = {
-            path.as_posix(): folder / path for path in list_side_files(folder) if _matches(path.as_posix(), patterns)
-        }
-        self._content = kept | taken
+        self.drop(patterns)
+        found = (path for path in list_side_files(folder) if _matches(path.as_posix(), patterns))
+        self._content |= {path.as_posix(): folder / path for path in found}
+
+    def digest(self) -> str:
+        """Equal where the names and the bytes of all are."""
+        each = (f"{name}\0{hashlib.sha256(self.read(name)).hexdigest()}\n" for name in self.names)
+        return hashlib.sha256("".join(each).encode()).hexdigest()
 
     def write(self, target: Path, *, dtype: str | None = None) -> list[str]:
         """Write them into a folder that exists.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError, first_line
-from checkpoints.sidecars import CHAT_TEMPLATE_FILES, SideFiles
+from checkpoints.sidecars import SideFiles
 from checkpoints.vocabulary import Vocabulary, read_vocabulary
 
 # Tokenizers without tokenizer.json, and programs that read these files beside it, look for added tokens elsewhere.
@@ -53,6 +53,13 @@ def add_tokens(files: SideFiles, tokens: Iterable[NewToken]) -> None:
         files.write_json("added_tokens.json", listed)
 
 
+def tokens_of(files: SideFiles, *, trust_remote_code: bool = False) -> Vocabulary | None:
+    """The tokens that side files will have, as `read_vocabulary` reads them from a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        files.write(Path(folder))
+        return read_vocabulary(Path(folder), files.label, trust_remote_code=trust_remote_code)
+
+
 def check_tokens(files: SideFiles, expected: Vocabulary, *, trust_remote_code: bool = False) -> None:
     """Raise InputError where the library that will load the changed tokenizer files gives other ids than `expected`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -76,24 +83,6 @@ def check_tokens(files: SideFiles, expected: Vocabulary, *, trust_remote_code: b
         raise InputError(
             f"{files.label}: its tokenizer cannot take more tokens: {reason}. Use --tokenizer_source base, or mend it."
         )
-
-
-def take_chat_template(files: SideFiles, donor: SideFiles, donor_folder: Path) -> bool:
-    """Take another model's chat template where there is none; whether there was one to take."""
-    if _has_template(files) or not _has_template(donor):
-        return False
-    files.take(donor_folder, CHAT_TEMPLATE_FILES)
-    template = donor.read_json("tokenizer_config.json").get("chat_template")
-    if template is not None:
-        files.write_json(
-            "tokenizer_config.json", {**files.read_json("tokenizer_config.json"), "chat_template": template}
-        )
-    return True
-
-
-def _has_template(files: SideFiles) -> bool:
-    has_file = any(name.startswith("chat_template") for name in files.names)
-    return has_file or files.read_json("tokenizer_config.json").get("chat_template") is not None
 
 
 def end_tokens(files: SideFiles, tokens: Vocabulary) -> list[str]:

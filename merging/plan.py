@@ -22,6 +22,7 @@ from streaming.blocks import TensorSpec, kind_of
 from streaming.matching import check_plain, list_kinds
 from streaming.output import bytes_read
 from streaming.stream import PlannedTensor
+from streaming.tokenizer_choice import choose_tokenizer_files
 
 
 @dataclass
@@ -173,6 +174,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     models = {identity(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
     found = find_places(recipe, models, primary)
     recipe = replace(recipe, layout=found.layout)
+    choose_tokenizer_files(found.files, recipe.layout, opened, found.notes, found.problems)
     notes = [*recipe.notes, *(where.note for model in opened for where, _ in model.parts if where.note), *found.notes]
     problems += found.problems
     names = [place.name for place in found.places]

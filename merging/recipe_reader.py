@@ -28,7 +28,8 @@ from streaming.layout import Layout
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "tie_word_embeddings", "exclude", "only", "seed", "aim",
+    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "tie_word_embeddings", "exclude", "only",
+    "seed", "aim",
 )  # fmt: skip
 RECORD_KEYS = ("schema", "inputs", "outputs", "versions", "command", "notes", "warnings", "report", "identity")
 """What merge_recipe.json has besides: it says what came of the recipe, and is passed over."""
@@ -408,7 +409,10 @@ class Reader:
         """`tokenizer_source` or `tokenizer`, None where neither is there, and the keys of vocabulary and side files beside it."""
         further = {
             key: content[key]
-            for key in ("pad_to_multiple_of", "new_token_rows", "chat_template", "tie_word_embeddings")
+            for key in (
+                *("pad_to_multiple_of", "new_token_rows", "tie_word_embeddings"),
+                *("chat_template", "copy_tokenizer_from"),
+            )
             if content.get(key) is not None
         }
         source, place = content.get("tokenizer_source"), "tokenizer_source"
@@ -428,7 +432,8 @@ class Reader:
         multiple = further.get("pad_to_multiple_of", 1)
         if type(multiple) is not int or multiple < 1:
             self.refuse("pad_to_multiple_of", f"expected a whole number above 0, got {describe(multiple)}.")
-        self.read_text("chat_template", further.get("chat_template"))
+        for key in ("chat_template", "copy_tokenizer_from"):
+            self.read_text(key, further.get(key))
         choices = {"new_token_rows": ("owner", "mean"), "tie_word_embeddings": (True, False)}
         for key, allowed in choices.items():
             if key in further and further[key] not in allowed:

@@ -26,6 +26,7 @@ from streaming.output import (
     write_checkpoints,
     write_description,
 )
+from streaming.tokenizer_choice import template_label
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class Job:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides the output's bytes."""
-        return identity_of(self.plan.recipe.as_json(), self.inputs, self.plan.shards, self.options, aim=self.aim)
+        plan = self.plan
+        return identity_of(plan.recipe.as_json(), self.inputs, plan.shards, plan.files, self.options, aim=self.aim)
 
     @property
     def base(self) -> Model:
@@ -171,10 +173,20 @@ class Job:
 def card_text(recipe: Recipe) -> str:
     """The part of a model card that says what was merged with what parameters."""
     keys = recipe.as_json()
-    chosen = ("seed", "exclude", "only", "pad_to_multiple_of", "tie_word_embeddings", "out_dtype")
+    chosen = (
+        "seed",
+        "exclude",
+        "only",
+        "pad_to_multiple_of",
+        "tie_word_embeddings",
+        "copy_tokenizer_from",
+        "out_dtype",
+    )
     given = {**keys["parameters"], **{key: keys[key] for key in chosen}}
     if keys["tokenizer_source"] != "base":
         given["tokenizer_source"] = keys["tokenizer_source"]
+    if keys["chat_template"] is not None:
+        given["chat_template"] = template_label(keys["chat_template"])
     settings = [
         f"{key} `{text_of(value) if isinstance(value, bool | list) else value}`"
         for key, value in given.items()

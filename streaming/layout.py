@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 import torch
 
+from checkpoints.chat_templates import read_template
 from checkpoints.dequantise import FLOAT8
-from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.errors import ArgumentError, InputError, Refusals, collecting, unknown
+from checkpoints.location import ModelName, parse_name
 from checkpoints.model import Model
 from checkpoints.reader import equal_tensors
 from checkpoints.sidecars import SideFiles
@@ -40,12 +42,16 @@ class Layout:
             before all others, so that its task vector is zero; `mean`: the mean of the model's own rows.
         pad_to_multiple_of: rows of the vocabulary tables are a multiple of it; None: as many as tokens or the base ask for.
         tie_word_embeddings: whether the output's head is its embedding; None: as in the base.
+        chat_template: the name of a known template, a file, a template itself, or `auto`: the one that most inputs have.
+        copy_tokenizer_from: the model, among the inputs or not, whose tokenizer files take the place of the output's.
     """
 
     tokenizer_source: str = "auto"
     new_token_rows: NewTokenRows = "owner"
     pad_to_multiple_of: int | None = None
     tie_word_embeddings: bool | None = None
+    chat_template: str | None = None
+    copy_tokenizer_from: str | None = None
 
     def __post_init__(self) -> None:
         problems: list[str | InputError] = []
@@ -57,6 +63,12 @@ class Layout:
             problems.append(
                 ArgumentError(f"--pad_to_multiple_of: expected a whole number above 0, got {self.pad_to_multiple_of}.")
             )
+        if self.chat_template is not None:
+            with collecting(problems):
+                read_template(self.chat_template)
+        if self.copy_tokenizer_from is not None:
+            with collecting(problems):
+                parse_donor(self.copy_tokenizer_from)
         if problems:
             raise Refusals(problems)
 
@@ -67,7 +79,17 @@ class Layout:
             "new_token_rows": self.new_token_rows,
             "pad_to_multiple_of": self.pad_to_multiple_of,
             "tie_word_embeddings": self.tie_word_embeddings,
+            "chat_template": self.chat_template,
+            "copy_tokenizer_from": self.copy_tokenizer_from,
         }
+
+
+def parse_donor(text: str) -> ModelName:
+    """The model of `--copy_tokenizer_from`. Raises ArgumentError."""
+    try:
+        return parse_name(text)
+    except ArgumentError as error:
+        raise ArgumentError(f"--copy_tokenizer_from: {error}") from None
 
 
 @dataclass

@@ -281,12 +281,17 @@ def write_description(
 
 
 def identity_of(
-    recipe: Mapping[str, Any], inputs: Sequence[Model], shards: Sequence[Shard], options: RunOptions, **more: Any
+    recipe: Mapping[str, Any],
+    inputs: Sequence[Model],
+    shards: Sequence[Shard],
+    files: SideFiles,
+    options: RunOptions,
+    **more: Any,
 ) -> dict[str, Any]:
     """Everything that decides the bytes of an output, for `checkpoints.staging.staged`.
 
     Args:
-        recipe: what is done; inputs: with what; shards: into which files; options: digests, report and device count.
+        recipe: what is done; inputs: with what; shards: into which files; files: beside them; options: digests, report and device count.
         more: what else counts.
     """
     headers = hashlib.sha256(b"".join(shard.file_name.encode() + shard.header for shard in shards)).hexdigest()
@@ -294,6 +299,7 @@ def identity_of(
         "recipe": dict(recipe),
         "inputs": [describe_input(model, "outputs") for model in inputs],
         "files": headers,
+        "side_files": files.digest(),
         "digest": options.digest,
         "report": options.report,
         "device": options.stream.device.type,

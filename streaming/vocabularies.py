@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from checkpoints.chat_templates import take_templates
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.model import Model
 from checkpoints.rows import AlignedRows, MeanRows
@@ -22,7 +23,6 @@ from checkpoints.tokenizer_files import (
     renumber_tokens,
     set_end_tokens,
     set_vocabulary_size,
-    take_chat_template,
 )
 from checkpoints.vocabulary import MISSING, PLAIN, Vocabulary, match_rows
 from streaming.matching import Matched
@@ -90,7 +90,7 @@ def align_vocabularies(
     is_plain = source in ("auto", "base", "union") and layout.pad_to_multiple_of is None
     if is_plain and _are_alike(primary, others, refs, matches):
         if source == "union":
-            _unite_configs([primary, *others], primary.vocabulary, files, notes)
+            _unite_configs([primary, *others], primary.vocabulary, layout, files, notes)
         return Tables("base" if source == "auto" else source)
     names = vocabulary_tables(primary, refs)
     if not names:
@@ -225,7 +225,7 @@ def _match_by_token(
         notes.append(_describe_new(new, first))
     if source == "union":
         rows = _rows_owned(tokens, members, rows)
-        _unite_configs([member.model for member in members], tokens, files, notes)
+        _unite_configs([member.model for member in members], tokens, layout, files, notes)
     if donor is not first:
         _take_tokenizer(first, donor, files)
     rows = _padded(rows, layout)
@@ -304,8 +304,11 @@ def _take_tokenizer(first: _Member, donor: _Member, files: SideFiles) -> None:
     files.write_json("config.json", {**files.read_json("config.json"), **stated})
 
 
-def _unite_configs(models: Sequence[Model], tokens: Vocabulary | None, files: SideFiles, notes: list[str]) -> None:
-    """Every token that ends a model's text ends the output's; a chat template comes from the first model that has one."""
+def _unite_configs(
+    models: Sequence[Model], tokens: Vocabulary | None, layout: Layout, files: SideFiles, notes: list[str]
+) -> None:
+    """Every token that ends a model's text ends the output's; a chat template comes from the first model that has one,
+    unless another one was asked for."""
     if tokens is None:
         return
     ends = [end_tokens(model.side_files(), model.vocabulary) for model in models if model.vocabulary is not None]
@@ -313,8 +316,8 @@ def _unite_configs(models: Sequence[Model], tokens: Vocabulary | None, files: Si
     if list(united) != ends[0]:
         set_end_tokens(files, [tokens.ids[token] for token in united])
         notes.append(f"the output's text ends at any of {', '.join(map(repr, united))}.")
-    for model in models[1:]:
-        if take_chat_template(files, model.side_files(), model.tokenizer_folder):
+    for model in models[1:] if layout.chat_template is None else ():
+        if take_templates(files, model.side_files()):
             notes.append(f"the chat template is that of {model.label}.")
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
+import yaml
 
 LARGE_FILE = re.compile(r".*\.(safetensors|bin|model|h5|gguf|msgpack|onnx|parquet|pt|pth)")
 HUB_VARIABLES = re.compile(r"HF_.*|HUGGING.*|TRANSFORMERS_OFFLINE|DISABLE_TELEMETRY|.*_proxy", re.IGNORECASE)
@@ -91,6 +92,8 @@ class FakeHub:
         bytes_sent: bytes of all bodies so far.
         status: set it to 503, say, and the hub answers nothing else.
         ignore_ranges: set it, and the hub sends whole files to those who ask for a part.
+        role: of the token: write, read, or fineGrained with the permissions `scopes`.
+        uploads_fail: set it, and the hub takes no more files.
     """
 
     def __init__(
@@ -109,6 +112,8 @@ class FakeHub:
         self.bytes_sent = 0
         self.status: int | None = None
         self.ignore_ranges = False
+        self.role, self.scopes = "write", ["repo.content.read"]
+        self.uploads_fail = False
         for kind, repos in (("models", models), ("datasets", datasets)):
             for repo, folder in (repos or {}).items():
                 self.publish(repo, folder, kind=kind)
@@ -301,7 +306,12 @@ class _Handler(BaseHTTPRequestHandler):
     def on_whoami(self) -> dict[str, Any]:
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             raise _Refusal(401, "", "Invalid username or password.")
-        return {"type": "user", "name": "tester", "orgs": [], "auth": {"type": "access_token"}}
+        token: dict[str, Any] = {"role": self.hub.role}
+        if self.hub.role == "fineGrained":
+            scope = {"entity": {"type": "user", "name": "tester"}, "permissions": self.hub.scopes}
+            token["fineGrained"] = {"global": [], "scoped": [scope]}
+        orgs = [{"type": "org", "name": "org"}]
+        return {"type": "user", "name": "tester", "orgs": orgs, "auth": {"type": "access_token", "accessToken": token}}
 
     def on_info(self, kind: str, repo: str, revision: str = "main") -> dict[str, Any]:
         commit, files = self._files(kind, repo, revision)
@@ -365,14 +375,24 @@ class _Handler(BaseHTTPRequestHandler):
         if (kind, repo) in self.hub.repos:
             return {"error": "You already created this model repo", **answer}, 409, {}
         self.hub.repos[kind, repo] = Repo()
-        self.hub.repos[kind, repo].commit({}, "main")
+        self.hub.repos[kind, repo].commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "main")
+        if asked.get("visibility") == "private":
+            self.hub.private.add(repo)
         return answer
 
-    def on_validate_yaml(self) -> dict[str, list[str]]:
-        return {"errors": [], "warnings": []}
+    def on_validate_yaml(self) -> Any:
+        card = re.match(r"---\n(.*?)---\n", json.loads(self.body)["content"], re.DOTALL)
+        front = yaml.safe_load(card[1]) if card else {}
+        wrong = [
+            name for name in front.get("base_model", ()) if not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", name)
+        ]
+        errors = [{"message": f'"base_model" with value "{name}" is not valid.'} for name in wrong]
+        return {"errors": errors, "warnings": []}, 400 if errors else 200, {}
 
     def on_preupload(self, kind: str, repo: str, revision: str) -> dict[str, Any]:
         self.on_whoami()
+        if self.hub.uploads_fail:
+            raise _Refusal(403, "", "Private repository storage limit reached.")
         _, there = self._files(kind, repo, revision)
         files = [
             {

@@ -170,7 +170,8 @@ def test_merging_adapters(family: Family, tmp_path: Path, capsys: pytest.Capture
         (str(adapters[1]), ["adapter_model.safetensors"])
     ]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert all(f'- "{folder}"\n' in card for folder in (base, *adapters, family.models[0]))
+    assert all(str(folder) in card for folder in (base, *adapters, family.models[0]))
+    assert "base_model:" not in card  # the hub takes no card that names folders
 
 
 def test_an_adapter_as_the_base_gives_its_dtype(family: Family, tmp_path: Path):
@@ -259,6 +260,7 @@ def test_adapters_on_the_hub(family: Family, tmp_path: Path, monkeypatch: pytest
             run(merge, *how, "--models_to_merge", name, "--save_path", tmp_path / "out", "--overwrite")
             ours, theirs = (load_file(tmp_path / one / "model.safetensors") for one in ("out", "expected"))
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert 'base_model:\n- "org/base"\n- "org/lora"\nlibrary_name' in (tmp_path / "out" / "README.md").read_text()
     (entry,) = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())["inputs"][1:]
     assert entry["revision"] != entry["adapters"][0]["revision"]
     assert "sha256" in entry["adapters"][0]["files"]["adapter_model.safetensors"]

@@ -610,7 +610,7 @@ def test_the_fake_hub_takes_uploads(serve: Serve, tmp_path: Path) -> None:
     HfApi().create_repo("tester/merge", exist_ok=True)
     HfApi().upload_folder(repo_id="tester/merge", folder_path=folder)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert hub.files("tester/merge") == files
+    assert hub.files("tester/merge") == files | {".gitattributes": hub.files("tester/merge")[".gitattributes"]}
     assert ("PUT", f"/large/{find('tester/merge').hub_sha256['model-00001-of-00002.safetensors']}") in hub.requests
     HfApi().delete_file("README.md", "tester/merge")
-    assert hub.files("tester/merge").keys() == files.keys() - {"README.md"}
+    assert hub.files("tester/merge").keys() == (files.keys() | {".gitattributes"}) - {"README.md"}

@@ -229,11 +229,7 @@ def test_model_card(run):
     flags = ("--weights=0.6,0.4", "--density=0.3", "--exclude=norm")
     run(*flags)
     front, text = card()
-    assert front == {
-        "base_model": ["in/base", "in/math", "in/code"],
-        "library_name": "transformers",
-        "tags": ["merge"],
-    }
+    assert front == {"library_name": "transformers", "tags": ["merge"]}  # the hub takes no card that names folders
     assert "\n# out\n" in text
     assert (
         "| model | weight | density |\n| --- | ---: | ---: |\n| `in/math` | 0.6 | 0.3 |\n| `in/code` | 0.4 | 0.3 |\n"
@@ -289,7 +285,7 @@ def test_recipe_file(run):
     content = recipe()
     assert list(content) == [
         "schema", "merge_method", "base_model", "models", "parameters", "tokenizer_source", "new_token_rows",
-        "pad_to_multiple_of", "tie_word_embeddings", "out_dtype", "exclude", "only", "seed",
+        "pad_to_multiple_of", "tie_word_embeddings", "chat_template", "copy_tokenizer_from", "out_dtype", "exclude", "only", "seed",
         "outputs", "notes", "warnings", "report", "inputs", "versions", "command", "identity",
     ]  # fmt: skip
     assert content["merge_method"] == "dare_ties"
@@ -640,7 +636,10 @@ def test_names_with_everything_in_them(run, models, tmp_path):
     run("--weights=0.5,0.3", "--save_path=expected")
     assert same_bytes("o ü:t", "expected")
     front, text = card("o ü:t")
-    assert front["base_model"] == [f"{odd}/{name}:2" for name in ("base", "math", "code")]
+    assert "base_model" not in front
+    assert [line for line in text.splitlines() if line.startswith("- ")] == [
+        f"- `{odd}/{name}:2`" for name in ("math", "code")
+    ]
     assert "# o ü:t\n" in text
     assert shlex.split(text.split("```sh\n")[1].split("\n```")[0])[-1] == "o ü:t"
     assert recipe("o ü:t")["models"][0] == {"model": f"{odd}/math:2", "parameters": {"weight": 0.5, "density": 0.5}}
