@@ -69,31 +69,31 @@ def records() -> list[dict]:
 
 
 def cut_off(monkeypatch: pytest.MonkeyPatch, main: Main, argv: list[str], after: int, error: BaseException) -> int:
-    """Run until `after` commits are made, then fail in the middle of a write; gives the exit code."""
+    """Run until `after` blocks are written and some tensor is committed, then fail in the next write; gives the exit code."""
     append, write = Journal.append, CheckpointWriter.write
-    made: list[int] = []
-    reached = threading.Event()
+    written: list[str] = []
+    committed = threading.Event()
 
-    def count(journal, record):
+    def note(journal, record):
         append(journal, record)
-        made.append(1)
-        if len(made) >= after:
-            reached.set()
+        if "tensors" in record:
+            committed.set()
 
-    def fail(writer, *arguments):
-        if reached.is_set():
+    def fail(writer, name, *arguments):
+        if len(written) >= after:
+            assert committed.wait(60)
             raise error
-        write(writer, *arguments)
-        reached.wait(0.01)  # for the commits to keep pace
+        written.append(name)
+        write(writer, name, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "append", count)
+        patch.setattr(Journal, "append", note)
         patch.setattr(CheckpointWriter, "write", fail)
         return main([*argv, "--workers=1"])
 
 
 @pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("after", [1, 9])
+@pytest.mark.parametrize("after", [8, 16])
 def test_a_run_goes_on_where_it_was(place, monkeypatch, capsys, name, after):
     main, argv = RUNS[name]
     expected = undisturbed(main, argv)
@@ -113,8 +113,8 @@ def test_a_run_goes_on_where_it_was(place, monkeypatch, capsys, name, after):
 def test_a_run_cut_off_many_times(place, monkeypatch):
     main, argv = RUNS["ties"]
     expected = undisturbed(main, argv)
-    for _ in range(4):
-        assert cut_off(monkeypatch, main, argv, 3, KeyboardInterrupt()) == 130
+    for _ in range(3):
+        assert cut_off(monkeypatch, main, argv, 4, KeyboardInterrupt()) == 130
     assert main(argv) == 0
     assert content(Path("out")) == expected
 
@@ -123,7 +123,7 @@ def test_a_full_disk_loses_nothing(place, monkeypatch, capsys):
     main, argv = RUNS["ties"]
     expected = undisturbed(main, argv)
     full = WriteError(Path("out.partial/model.safetensors"), OSError(28, "No space left on device"))
-    assert cut_off(monkeypatch, main, argv, 3, full) == 1
+    assert cut_off(monkeypatch, main, argv, 8, full) == 1
     assert "No space left on device. Free space and run the same command again" in capsys.readouterr().err
     assert main(argv) == 0
     assert "going on: " in capsys.readouterr().err
@@ -151,7 +151,7 @@ def test_an_input_error_leaves_nothing(place, monkeypatch):
     from checkpoints.errors import InputError
 
     main, argv = RUNS["ties"]
-    assert cut_off(monkeypatch, main, argv, 3, InputError("a NaN")) == 1
+    assert cut_off(monkeypatch, main, argv, 8, InputError("a NaN")) == 1
     assert not Path("out.partial").exists()
 
 
@@ -168,7 +168,7 @@ def test_another_run_does_not_go_on_with_it(place, monkeypatch, capsys, name):
     main, argv = RUNS["task_arithmetic"]
     flags, says = CHANGES[name]
     expected = undisturbed(main, [*argv, *flags, "--no_resume"])
-    assert cut_off(monkeypatch, main, argv, 3, KeyboardInterrupt()) == 130
+    assert cut_off(monkeypatch, main, argv, 8, KeyboardInterrupt()) == 130
     before = content(Path("out.partial"))
     capsys.readouterr()
     assert main([*argv, *flags]) == 1
@@ -182,7 +182,7 @@ def test_another_run_does_not_go_on_with_it(place, monkeypatch, capsys, name):
 
 def test_an_input_that_changed_is_not_gone_on_with(place, monkeypatch, capsys):
     main, argv = RUNS["task_arithmetic"]
-    assert cut_off(monkeypatch, main, argv, 3, KeyboardInterrupt()) == 130
+    assert cut_off(monkeypatch, main, argv, 8, KeyboardInterrupt()) == 130
     os.utime("in/math/model.safetensors")
     assert main(argv) == 1
     assert "inputs[1].files.model.safetensors.mtime_ns" in capsys.readouterr().err
@@ -277,7 +277,7 @@ def test_the_state_is_no_checkpoint(place, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     main, argv = RUNS["ties"]
-    assert cut_off(monkeypatch, main, argv, 3, KeyboardInterrupt()) == 130
+    assert cut_off(monkeypatch, main, argv, 8, KeyboardInterrupt()) == 130
     with pytest.raises((OSError, ValueError)):
         AutoModelForCausalLM.from_pretrained("out.partial")
 
