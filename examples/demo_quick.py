@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     print(f"\n{format_table(folder)}\n")
     print(
-        f"Percent, {arguments.items} items of each benchmark: so that chance counts for much. `make demo` runs the whole experiment."
+        f"Percent, {arguments.items} items of each benchmark, so that chance counts for much. `make demo` runs the whole experiment."
     )
     return 0
 
