@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from checkpoints.errors import InputError, Refusals, collecting
 from checkpoints.location import Location, ModelName, locate, parse_name, remote_headers
 from checkpoints.reader import Checkpoint, RemoteFile, open_checkpoint
-from checkpoints.sidecars import licence_of, read_config
+from checkpoints.sidecars import Stamps, licence_of, read_config, side_file_stamps
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ class Model:
     def config(self) -> dict[str, Any]:
         """config.json. Raises InputError where it is missing or damaged."""
         return read_config(self.location.folder, self.label)
+
+    @cached_property
+    def side_file_stamps(self) -> Stamps:
+        """What its side files looked like when this was first asked for."""
+        return side_file_stamps(self.location.folder)
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
@@ -127,7 +132,7 @@ def open_models(
     for name in names:
         try:
             opened.append(open_model(name, weights=weights, quiet=quiet, trust_remote_code=trust_remote_code))
-            _ = opened[-1].config
+            _ = opened[-1].config, opened[-1].side_file_stamps
         except InputError as error:
             problems.append(error)
     if problems:

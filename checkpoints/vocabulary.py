@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,13 +63,21 @@ def read_vocabulary(folder: Path, label: str, *, trust_remote_code: bool = False
             model = content["model"]["vocab"]
             # Unigram models list [token, score] pairs, all others map tokens to ids.
             ids = dict(model) if isinstance(model, dict) else {pair[0]: index for index, pair in enumerate(model)}
-            ids.update({token["content"]: token["id"] for token in content.get("added_tokens") or ()})
-            if not all(isinstance(token, str) and type(index) is int and index >= 0 for token, index in ids.items()):
+            misnumbered = _add_tokens(ids, len(model), content.get("added_tokens") or ())
+            if not all(
+                isinstance(token, str) and type(index) is int and 0 <= index < 1 << 32 for token, index in ids.items()
+            ):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise InputError(
                 f"{label}: tokenizer.json: expected model.vocab and added_tokens, tokens with whole numbers as ids, got something else. Download it again."
             ) from None
+        if misnumbered:
+            token, index = misnumbered
+            raise InputError(
+                f"{label}: tokenizer.json: the added token {token!r:.100} has the id {index!r:.100}, and {ids[token]} where tokenizers are "
+                "run, which count on behind the vocabulary. Mend the ids."
+            )
     elif vocabulary_digest(folder) is None:
         return None
     else:
@@ -84,14 +93,50 @@ def read_vocabulary(folder: Path, label: str, *, trust_remote_code: bool = False
     return Vocabulary(ids)
 
 
+def _add_tokens(ids: dict[str, int], size: int, added: Iterable[Mapping[str, Any]]) -> tuple[str, Any] | None:
+    """Give the added tokens of a tokenizer.json their ids, which are the vocabulary's, or count on from its size.
+
+    Returns: the first token, and its id in the file, where that is another one.
+    Source: tokenizers 0.23, `AddedVocabulary::add_tokens`, which never looks at the id in the file.
+    """
+    misnumbered = None
+    for token in added:
+        name, index = token["content"], token["id"]
+        if name:  # an empty one is passed over
+            size += name not in ids
+            if (ids.setdefault(name, size - 1), int) != (index, type(index)) and misnumbered is None:
+                misnumbered = name, index
+    return misnumbered
+
+
 def _ask_transformers(folder: Path, label: str, trust_remote_code: bool) -> dict[str, int]:
     from transformers import AutoTokenizer
 
     try:
+        _check_pieces(folder / "tokenizer.model")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         return dict(tokenizer.get_vocab())
     except Exception as error:  # a tokenizer's own code fails in every way there is
-        raise InputError(f"{label}: the tokenizer cannot be read: {first_line(error)}. Download it again.") from error
+        own_code = "trust_remote_code" in str(error)
+        advice = "Pass --trust_remote_code to run its own code, if you trust it" if own_code else "Download it again"
+        raise InputError(f"{label}: the tokenizer cannot be read: {first_line(error)}. {advice}.") from error
+
+
+def _check_pieces(path: Path) -> None:
+    """Raise ValueError where the first number in a sentencepiece model's table of characters is more than its bytes: the
+    tokenizers library, whose authors trust it, would allocate as many, and end the process where it cannot."""
+    if not path.is_file():
+        return
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception:  # another kind of file, or a damaged one: transformers tells
+        return
+    table = model.normalizer_spec.precompiled_charsmap
+    if int.from_bytes(table[:4], "little") > len(table):
+        raise ValueError("tokenizer.model: a table of characters that is shorter than it says")
 
 
 def match_rows(out_tokens: Vocabulary, out_rows: int, tokens: Vocabulary, rows: int) -> torch.Tensor:

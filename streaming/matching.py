@@ -146,9 +146,16 @@ def _align_vocabulary(
     if ours is not None and theirs is not None and ours.ids == theirs.ids and same_shapes:
         return model.weights, set()
     tables = [name for name in vocabulary_tables(base) if name in model.weights.tensors]
-    if not tables:
+    lost = [name for name in _ends(base) if base.architecture.stored_name(name) not in base.weights.tensors]
+    if lost and ours is not None and theirs is not None and ours.ids != theirs.ids:
+        match.problems.append(
+            f"{base.label}: expected {lost[0]}, in which to match the other tokens of {model.label}, by config.json, got no such tensor. "
+            "Use matching files."
+        )
+        return model.weights, set(tables)
+    if not tables or not model.weights.tensors[tables[0]].shape:  # without rows: refused as any other shape is
         return model.weights, set()
-    out_rows, rows = base.weights.tensors[tables[0]].shape[0], model.weights.tensors[tables[0]].shape[0]
+    out_rows, rows = (one.weights.tensors[tables[0]].shape[0] for one in (base, model))
     if ours is None or theirs is None:
         nameless = (base if ours is None else model).label
         if out_rows == rows:
@@ -160,6 +167,15 @@ def _align_vocabulary(
             f"{model.label}: {tables[0]}: expected {out_rows} rows as in {base.label}, got {rows}, and {nameless} has no tokenizer to match them by. "
             "Add its tokenizer files."
         )
+        return model.weights, set(tables)
+    uneven = [name for name in tables if not _is_table(base, model, name, out_rows, rows)]
+    for name in uneven:
+        match.refuse(
+            name,
+            f"expected {rows} rows like {tables[0]}, of a shape as in {base.label}, got {list(model.weights.tensors[name].shape)} for "
+            f"{list(base.weights.tensors[name].shape)} there. {match.advice}",
+        )
+    if uneven:
         return model.weights, set(tables)
     row_of = match_rows(ours, out_rows, theirs, rows)
     used = int((row_of != MISSING).sum())
@@ -174,14 +190,25 @@ def _align_vocabulary(
         f"{out_rows - used} {'taken from ' + base.label if new_rows == 'base' else 'set to the mean row'}."
     )
     fallback = MeanRows(model.weights, tables) if new_rows == "mean" and used < out_rows else base.weights
-    return AlignedRows(model.weights, fallback, row_of, {name: name for name in tables}), set(tables)
+    return AlignedRows(model.weights, fallback, row_of, {name: name for name in tables}), set()
+
+
+def _is_table(base: Model, model: Model, name: str, out_rows: int, rows: int) -> bool:
+    """Whether a tensor has a row for each token in both models, `out_rows` and `rows` of them, alike but for their number."""
+    ours, theirs = base.weights.tensors[name], model.weights.tensors[name]
+    alike = ours.dtype.is_floating_point and theirs.dtype.is_floating_point and ours.shape[1:] == theirs.shape[1:]
+    return alike and ours.shape[:1] == (out_rows,) and theirs.shape[:1] == (rows,)
+
+
+def _ends(model: Model) -> list[str]:
+    """The embedding and the head, as far as the model has them, stored or not."""
+    return [name for name in (model.architecture.input_embedding, model.architecture.output_head) if name is not None]
 
 
 def vocabulary_tables(model: Model) -> list[str]:
-    """The stored tensors whose rows belong to tokens: embedding, head, and what else is as long in the head's module."""
+    """The stored tensors whose rows belong to tokens: embedding, head, and what else is as long in their modules."""
     architecture = model.architecture
-    ends = [name for name in (architecture.input_embedding, architecture.output_head) if name is not None]
-    stored = [name for name in ends if name in model.weights.tensors]
+    stored = [name for name in _ends(model) if name in model.weights.tensors and model.weights.tensors[name].shape]
     if not stored:
         return []
     rows = model.weights.tensors[stored[0]].shape[0]

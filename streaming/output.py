@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints.files import sync_folder, write_file
+from checkpoints.files import in_utf8, sync_folder, write_file
 from checkpoints.model import Model, close_all
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
 from checkpoints.sidecars import copy_side_files
@@ -227,9 +227,9 @@ def write_description(
     dtype = None if out_dtype == "auto" else out_dtype
     if dtype is None and "float64" in (primary.config.get("dtype"), primary.config.get("torch_dtype")):
         dtype = "float32"  # the widest that is written
-    copy_side_files(primary.location.folder, folder, dtype=dtype)
+    copy_side_files(primary.location.folder, folder, dtype=dtype, stamps=primary.side_file_stamps)
     text = model_card(title=title, base=inputs[0], models=inputs[1:], text=card, command=options.command)
-    write_file(folder / "README.md", text.encode())
+    write_file(folder / "README.md", in_utf8(text))
     write_recipe(
         folder,
         {
