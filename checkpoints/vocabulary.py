@@ -102,7 +102,7 @@ def _add_tokens(ids: dict[str, int], size: int, added: Iterable[Mapping[str, Any
     misnumbered = None
     for token in added:
         name, index = token["content"], token["id"]
-        if name:  # an empty one is passed over
+        if name != "":  # which is passed over there
             size += name not in ids
             if (ids.setdefault(name, size - 1), int) != (index, type(index)) and misnumbered is None:
                 misnumbered = name, index

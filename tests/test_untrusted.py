@@ -311,6 +311,14 @@ def test_added_tokens_whose_ids_are_not_those_they_get(scene):
     scene.refuse("the added token 'a' has the id 7, and 3")
 
 
+@pytest.mark.parametrize("change", [{"content": None}, {"content": 0.0}, {"id": True}, {"id": None}, {"id": "1"}])
+def test_added_tokens_that_are_none(scene, change):
+    content = json.loads((scene.one / "tokenizer.json").read_bytes())
+    content["added_tokens"][1].update(change)
+    (scene.one / "tokenizer.json").write_bytes(as_json(content))
+    scene.refuse("tokenizer.json", "id")
+
+
 def test_a_table_of_characters_that_is_shorter_than_it_says(scene):
     """The tokenizers library would allocate as much, and end the process where that fails."""
     from sentencepiece import sentencepiece_model_pb2

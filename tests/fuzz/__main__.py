@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as set_seed
 
 from tests.fuzz.mutants import KINDS, Mutant, mutants
-from tests.fuzz.trial import LIMIT_S, Place, Verdict
+from tests.fuzz.trial import HANG_S, Place, Verdict
 
 BATCH = 250
 """Mutants of one process. A process that dies or hangs costs the rest of its batch, and is told of."""
@@ -73,7 +73,7 @@ def work(kind: str, count: int, seed: int, folder: Path) -> None:
         for mutant in draw_mutants(kind, count, seed):
             pickle.dump(mutant, file)
             file.flush()
-            faulthandler.dump_traceback_later(3 * LIMIT_S, exit=True)
+            faulthandler.dump_traceback_later(HANG_S, exit=True)
             verdict = place.judge(mutant)
             faulthandler.cancel_dump_traceback_later()
             pickle.dump(verdict, file)

@@ -25,7 +25,9 @@ from tests.fuzz.mutants import Mutant
 from tests.fuzz.reading import check_merge
 
 LIMIT_S = 20.0
-"""Seconds that a mutant may take. Most take a hundredth of one; another process may be at work."""
+"""Seconds of a processor that a mutant may take. Most take a hundredth of one."""
+HANG_S = 300.0
+"""Seconds by the clock after which a mutant is taken to wait for something that never comes."""
 LIMIT_BYTES = 1 << 30
 """Memory that one may allocate beyond what the process has."""
 SIDE_FILES = (
@@ -47,7 +49,7 @@ class Verdict:
         error: type of the error that refused it.
         message: what was said of it.
         fault: what is wrong with that; empty where nothing is.
-        seconds, grown_bytes: how long it took, and by how much the largest resident memory exceeded that at the start.
+        seconds, grown_bytes: processor time that it took, and by how much the largest resident memory exceeded that at the start.
     """
 
     accepted: bool
@@ -85,9 +87,9 @@ class Place:
             write(self.trial / name, files)
         homes = {name: (self.trial if name in changed else sound) / name for name in models.family(mutant.layout)}
         before, open_before = peak_bytes(), open_files()
-        started = time.monotonic()
+        started = time.process_time()
         error, message, code = self._run(mutant, homes)
-        seconds = time.monotonic() - started
+        seconds = time.process_time() - started
         grown = max(0, peak_bytes() - before)
         faults = [code_fault(error, message, code)]
         if code == 0:
