@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 EXPERIMENT_ARGS ?=
 FAMILY_ARGS ?=
+FUZZ_ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -17,7 +18,7 @@ COMMANDS := $(wildcard *.py)
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .DEFAULT_GOAL := help
-.PHONY: help demo-quick demo experiments family test check clean
+.PHONY: help demo-quick demo experiments family test fuzz check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -37,6 +38,9 @@ family: $(RUNTIME)  ## train the tiny models again, from nothing (20 to 40 minut
 
 test: $(DEV)  ## all tests, without network
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
+
+fuzz: $(DEV)  ## 120,000 mutated checkpoints, each merged right or refused in one message (an hour; FUZZ_ARGS="--mutants 500")
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.fuzz $(FUZZ_ARGS)
 
 check: $(DEV)  ## lint, formatting, types, and which package may import which
 	$(PY) -m ruff check .

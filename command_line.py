@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import re
@@ -76,6 +77,10 @@ class Parser(argparse.ArgumentParser):
 def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
     """Parse, run `body`, and turn what a user can cause into one message and an exit code: 0, 1 (failed), 2 (bad arguments)."""
     arguments = parser.parse(argv)
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # what a terminal cannot show is escaped: bytes of a path that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _clean_end():
             body(arguments)

@@ -30,9 +30,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, first_line
+from checkpoints.limits import limited_building
 from checkpoints.sidecars import read_config
 
+# Modules, and parameters, of a model for each tensor that is stored: there are about as many of the former, fewer of the latter.
+PARTS_EACH = 10
+PARTS_AT_LEAST = 1000
 Kind = Literal["linear", "conv1d", "experts", "norm", "embedding", "bias", "other"]
 Shape = tuple[int, ...]
 
@@ -129,12 +133,27 @@ def describe(
         trust_remote_code: run model code that comes with the checkpoint.
 
     Raises:
-        InputError: as `build_meta_model`. Tensors that do not fit raise nothing: they are in `unplaced`, `missing` and
-            `mismatched`.
+        InputError: as `build_meta_model`; names or shapes that transformers fails on. Other tensors that do not fit raise
+            nothing: they are in `unplaced`, `missing` and `mismatched`.
     """
+    import transformers  # before, as it loads libraries that claim much more than they use
+
+    assert transformers.AutoConfig
+    with limited_building(PARTS_EACH * len(shapes) + PARTS_AT_LEAST):
+        model: Any = build_meta_model(folder, label=label, trust_remote_code=trust_remote_code)
+    try:
+        return _describe(model, shapes)
+    except Exception as error:  # conversions of transformers fail in every way there is on names and shapes of no model
+        raise InputError(
+            f"{label or folder}: its tensors are not those of a {type(model).__name__}, which config.json names: "
+            f"{type(error).__name__}: {first_line(error)}. Use matching files."
+        ) from error
+
+
+def _describe(model: Any, shapes: Mapping[str, Shape]) -> Architecture:
+    """See `describe`."""
     from transformers.utils.loading_report import LoadStateDictInfo
 
-    model: Any = build_meta_model(folder, label=label, trust_remote_code=trust_remote_code)
     with _quiet():
         state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
@@ -208,7 +227,7 @@ def build_meta_model(folder: Path, *, label: str | None = None, trust_remote_cod
         except Exception as error:  # config validators and constructors raise anything
             raise InputError(
                 f"{label}: config.json: expected what transformers {__version__} can build a model from, got "
-                f"{type(error).__name__}: {error}. Mend it, or install the version it was written for."
+                f"{type(error).__name__}: {first_line(error)}. Mend it, or install the version it was written for."
             ) from error
 
 

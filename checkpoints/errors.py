@@ -7,14 +7,20 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LONGEST_MESSAGE = 2000
+
 
 class InputError(Exception):
     """Something the user handed us does not fit: a checkpoint, a data file, a full disk. Exit code 1.
 
-    The message reads `<where>: expected X, got Y. What to do.`
+    Args:
+        message: reads `<where>: expected X, got Y. What to do.` It may quote what a stranger wrote: see `printable`.
     """
 
     exit_code = 1
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 class ArgumentError(InputError):
@@ -34,9 +40,10 @@ class Refusals(InputError):
         self.problems = list(problems)
         if all(isinstance(problem, ArgumentError) for problem in self.problems):
             self.exit_code = ArgumentError.exit_code
-        lines = [str(problem) for problem in self.problems]
-        super().__init__(
-            lines[0] if len(lines) == 1 else f"{len(lines)} problems:\n" + "\n".join(f"- {line}" for line in lines)
+        lines = [printable(str(problem)) for problem in self.problems]
+        Exception.__init__(
+            self,
+            lines[0] if len(lines) == 1 else f"{len(lines)} problems:\n" + "\n".join(f"- {line}" for line in lines),
         )
 
 
@@ -79,6 +86,16 @@ def first_line(error: BaseException) -> str:
     """What another library's error says, in one line that can stand inside a sentence."""
     line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return f"{line.strip().rstrip('.'):.300}"
+
+
+def printable(text: str) -> str:
+    """One line of bounded length that no terminal obeys: what cannot be printed is escaped, the middle of a long text cut out."""
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[: LONGEST_MESSAGE - 500]} [...] {text[-500:]}"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

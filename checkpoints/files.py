@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from checkpoints.errors import InputError, WriteError
+
+
+def parse_json(content: bytes, **hooks: Any) -> Any:
+    """JSON that every library reads alike: `json.loads` alone takes other encodings and half characters, too.
+
+    Args:
+        content: the file; hooks: of `json.loads`.
+
+    Raises: ValueError: anything else.
+    """
+    text = content.decode("utf-8")
+    try:
+        tree = json.loads(text, **hooks)
+        if "\\ud" in text or "\\uD" in text:  # half of a pair stands for nothing; UTF-8 has none
+            json.dumps(tree, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("a nesting too deep") from None
+    return tree
+
+
+def in_utf8(text: str) -> bytes:
+    """As bytes; those of a path that are no text become escapes, which JSON reads back."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name can only mean a file of the very folder that it is looked for in."""
+    plain = name.isprintable() and name not in ("", ".", "..") and Path(name).name == name
+    return plain and len(os.fsencode(name)) <= 255
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from checkpoints import VERSION
-from checkpoints.files import write_file
+from checkpoints.files import in_utf8, write_file
 from checkpoints.location import Location
 from checkpoints.model import Model
 from checkpoints.reader import WeightFile
@@ -92,7 +92,7 @@ def versions() -> dict[str, str]:
 def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Write merge_recipe.json: the recipe's keys, then what came of it."""
     content = {"schema": RECIPE_SCHEMA, **recipe}
-    write_file(folder / RECIPE_FILE, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(folder / RECIPE_FILE, in_utf8(json.dumps(content, indent=2, ensure_ascii=False) + "\n"))
 
 
 def common_licence(models: Sequence[Model]) -> str | None:

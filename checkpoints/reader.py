@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from checkpoints.errors import InputError, first_line
+from checkpoints.errors import InputError
+from checkpoints.files import is_plain_name, parse_json
+from checkpoints.pickle_format import load_pickle
 from checkpoints.safetensors_format import StoredTensor, pread_exactly, read_header
-from checkpoints.source import READ_ELEMENTS, SAFETENSORS_NAMES, Source, TensorInfo, TensorRef
+from checkpoints.source import READ_ELEMENTS, Source, TensorInfo, TensorRef
 
 if TYPE_CHECKING:
     from checkpoints.sidecars import SideFiles
@@ -29,6 +28,8 @@ WEIGHT_FILES = (
 )
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
+LONGEST_NAME = 1000
+"""Characters of a tensor's name. Python makes no number of some thousand digits, for one."""
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -51,16 +52,17 @@ def find_weight_files(
     if found.suffix != ".json":
         return [found], None
     try:
-        weight_map = json.loads(found.read_text("utf-8"))["weight_map"]
+        weight_map = parse_json(found.read_bytes())["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(
             f"{label}: {found.name}: expected a JSON object with a weight_map, got something else. Download it again."
         ) from None
     for name in names:
-        if Path(name).name != name or name in (".", ".."):
+        if not is_plain_name(name):
             raise InputError(
-                f"{label}: {found.name}: names the file '{name}', which lies outside the folder. Do not trust this checkpoint."
+                f"{label}: {found.name}: expected plain names of files in its folder, got '{name:.200}', which may lie outside. "
+                "Do not trust this checkpoint."
             )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
@@ -116,7 +118,7 @@ class Checkpoint:
     Args:
         folder: of the checkpoint; label: how messages name it; files: its weight files, open.
 
-    Raises: InputError: two files hold a tensor of one name.
+    Raises: InputError: two files hold a tensor of one name; a name that is none.
     """
 
     def __init__(self, folder: Path, label: str, files: Sequence[WeightFile]):
@@ -126,6 +128,10 @@ class Checkpoint:
         self._owner: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.tensors:
+                if not name.isprintable() or len(name) > LONGEST_NAME:
+                    raise InputError(
+                        f"{label}: {file.path.name}: expected names of tensors, got {name!r:.100}. The file is damaged; download it again."
+                    )
                 if name in self._owner:
                     other = self._owner[name].path.name
                     raise InputError(
@@ -208,41 +214,12 @@ class SafetensorsFile(WeightFile):
 
 
 class PickleFile(WeightFile):
-    """`pytorch_model.bin`, loaded by torch's unpickler for plain tensors, which calls nothing that the file names."""
+    """`pytorch_model.bin`; see `pickle_format`."""
 
     def __init__(self, path: Path, label: str):
         super().__init__(path, label, path.stat())
-        self._loaded = self._load()
+        self._loaded = load_pickle(path, self.where)
         self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._loaded.items()}
-
-    def _load(self) -> dict[str, torch.Tensor]:
-        advice = "Nothing in it was executed. Ask its author for safetensors."
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                # Files of torch before 1.6 are no zip archives and cannot be mapped: they are read whole.
-                state: Any = torch.load(
-                    self.path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(self.path)
-                )
-        except pickle.UnpicklingError as error:
-            # The error's own text advises to load the file with all it can execute; its context says what is wrong.
-            raise InputError(
-                f"{self.where}: expected a pickle of plain tensors, got something else: {first_line(error.__context__ or error)}. {advice}"
-            ) from None
-        except Exception as error:  # a damaged pickle fails in every way there is
-            raise InputError(
-                f"{self.where}: cannot be read as a torch checkpoint: {first_line(error)}. Download it again."
-            ) from None
-        if not isinstance(state, dict):
-            raise InputError(f"{self.where}: expected tensors by name, got {type(state).__name__}. {advice}")
-        for name, value in state.items():
-            if not isinstance(name, str):
-                raise InputError(f"{self.where}: expected tensors by name, got the name {name!r:.100}. {advice}")
-            if type(value) not in (torch.Tensor, torch.nn.Parameter):
-                raise InputError(f"{self.where}: {name}: expected a tensor, got {type(value).__name__}. {advice}")
-            if value.layout != torch.strided or value.dtype not in SAFETENSORS_NAMES:
-                kind = f"{value.layout}, {value.dtype}".replace("torch.", "")
-                raise InputError(f"{self.where}: {name}: expected a dense tensor of numbers, got {kind}. {advice}")
-        return {name: value.detach() for name, value in state.items()}
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """See `Source.read`; only the rows asked for are made contiguous."""
@@ -277,7 +254,8 @@ def _open_file(path: Path, label: str) -> WeightFile:
                 )
         return SafetensorsFile(path, label) if path.suffix == ".safetensors" else PickleFile(path, label)
     except OSError as error:
-        raise InputError(f"{label}: {path.name}: cannot be opened: {error.strerror}.") from error
+        advice = " Allow this process more of them (ulimit -n)." if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        raise InputError(f"{label}: {path.name}: cannot be opened: {error.strerror}.{advice}") from error
 
 
 def read_tensor(source: Source, name: str) -> torch.Tensor:

@@ -8,7 +8,9 @@ Format: https://github.com/huggingface/safetensors (README, "Format").
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,11 +20,12 @@ from typing import Any
 import torch
 
 from checkpoints.errors import InputError, WriteError
-from checkpoints.files import sync_folder
+from checkpoints.files import parse_json, sync_folder
 from checkpoints.source import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, TensorInfo
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MAX_DIMENSIONS = 64  # more than numpy and models have
 METADATA = {"format": "pt"}  # what transformers asks of a checkpoint it loads
 
 
@@ -46,7 +49,7 @@ def read_header(path: Path, label: str) -> dict[str, StoredTensor]:
 
     Raises:
         InputError: not a safetensors file; truncated; an unknown dtype; tensors that overlap, leave a gap or do not
-            fill their range; a header that claims more than the file holds.
+            fill their range; a header that claims more than the file holds, or that other readers would read otherwise.
     """
     where = f"{label}: {path.name}"
     size = path.stat().st_size
@@ -65,10 +68,14 @@ def read_header(path: Path, label: str) -> dict[str, StoredTensor]:
 def parse_header(raw: bytes, file_size: int, where: str) -> dict[str, StoredTensor]:
     """Parse the JSON header `raw` of a file of `file_size` bytes; `where` names the file. Raises as `read_header`."""
     try:
-        header = json.loads(raw)
+        header = parse_json(raw, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole)
         if not isinstance(header, dict):
             raise ValueError(f"a JSON {type(header).__name__}")
-    except (ValueError, RecursionError) as error:
+        metadata = header.get("__metadata__")
+        is_text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+        if metadata is not None and not is_text:
+            raise ValueError("metadata that are no text by name")
+    except ValueError as error:
         raise InputError(
             f"{where}: expected a JSON header, got {error}. The file is damaged; download it again."
         ) from None
@@ -90,16 +97,37 @@ def parse_header(raw: bytes, file_size: int, where: str) -> dict[str, StoredTens
     return {name: StoredTensor(info, start + begin) for name, (info, begin, _) in entries.items()}
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two entries with one name, readers choose differently."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        count = Counter(name for name, _ in pairs)
+        raise ValueError(f"the name {count.most_common(1)[0][0]!r:.100} twice")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text}, which is no JSON")
+
+
+def _whole(text: str) -> int | float:
+    """A whole number; the format's own reader takes -0 for none."""
+    return -0.0 if text == "-0" else int(text)
+
+
 def _entry(entry: Any, where: str) -> tuple[TensorInfo, int, int]:
     """One tensor of the header as (info, first byte, byte after the last), relative to the header's end."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+            raise TypeError
         numbers = [*shape, begin, end]
     except (TypeError, KeyError, ValueError):
         raise InputError(
             f"{where}: expected dtype, shape and data_offsets, got {entry!r:.200}. The header is damaged."
         ) from None
-    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+    sizes = [size for size in numbers[:-2] if size != 0]  # so that a 0 among them hides no overflow
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) or math.prod(sizes) >= 1 << 60:
         raise InputError(f"{where}: expected whole numbers, got {entry!r:.200}. The header is damaged.")
     if not isinstance(dtype, str) or dtype not in SAFETENSORS_DTYPES:
         raise InputError(

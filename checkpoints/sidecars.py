@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError
-from checkpoints.files import write_file
+from checkpoints.files import is_plain_name, parse_json, write_file
 
 CHAT_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*.jinja")
 TOKENIZER_FILES = (
@@ -40,9 +41,25 @@ SIDE_FILES = (
 )
 
 
+# What a cache of the hub calls the files that its snapshots link to.
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
 def list_side_files(folder: Path) -> list[Path]:
-    """Paths, relative to `folder`, of the side files it holds, sorted."""
+    """Paths, relative to `folder`, of the side files it holds, sorted.
+
+    Raises: InputError: a link out of the folder to something of another name. It can come with a checkpoint (in an archive,
+        say), and the output, which may be published, would hold what it points to.
+    """
     found = {path.relative_to(folder) for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
+    home = folder.resolve()
+    for relative in found:
+        target = (folder / relative).resolve()
+        if home not in target.parents and target.name != relative.name and not _BLOB.fullmatch(target.name):
+            raise InputError(
+                f"{folder / relative}: expected a file, got a link out of the folder, to {target}. Do not trust this checkpoint, or "
+                "replace the link by a copy."
+            )
     return sorted(found)
 
 
@@ -69,9 +86,11 @@ class SideFiles:
         return sum(sizes) + (1 << 20)
 
     def read(self, name: str) -> bytes:
-        """The content of one of them."""
+        """The content of one of them, as it was when first asked for."""
         content = self._content[name]
-        return content if isinstance(content, bytes) else content.read_bytes()
+        if isinstance(content, Path):
+            content = self._content[name] = content.read_bytes()
+        return content
 
     def read_json(self, name: str) -> dict[str, Any]:
         """The JSON object of one of them; empty where there is no such file. Raises InputError: it holds something else."""
@@ -112,7 +131,7 @@ class SideFiles:
         self._content |= {path.as_posix(): folder / path for path in found}
 
     def digest(self) -> str:
-        """Equal where the names and the bytes of all are."""
+        """Equal where the names and the bytes of all are, which are read now: what changes in a folder later is not seen."""
         each = (f"{name}\0{hashlib.sha256(self.read(name)).hexdigest()}\n" for name in self.names)
         return hashlib.sha256("".join(each).encode()).hexdigest()
 
@@ -139,26 +158,46 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def read_config(folder: Path, label: str) -> dict[str, Any]:
-    """config.json of a checkpoint. Raises InputError where it is missing or no JSON object."""
-    return read_json(folder / "config.json", label)
+    """config.json of a checkpoint.
+
+    Raises: InputError: it is missing or no JSON object; or it, or tokenizer_config.json, names a file outside the folder that
+        transformers would read in its place.
+    """
+    config = read_json(folder / "config.json", label)
+    _check_names(f"{label}: config.json", config.get("configuration_files", []))
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        content: dict[str, Any] = {}
+        with suppress(InputError):  # whoever needs it will say what is wrong with it
+            content = read_json(settings, label)
+        _check_names(f"{label}: {settings.name}", content.get("fast_tokenizer_files", []))
+    return config
+
+
+def _check_names(where: str, names: Any) -> None:
+    if not isinstance(names, list) or not all(isinstance(name, str) and is_plain_name(name) for name in names):
+        raise InputError(
+            f"{where}: expected plain names of files in its folder, got {names!r:.200}, which may lie outside. Do not trust this checkpoint."
+        )
 
 
 def read_json(path: Path, label: str) -> dict[str, Any]:
     """A JSON object from a file of the model `label`. Raises InputError where it is missing, or something else."""
+    if not path.is_file():  # a pipe would be waited for, and a device has no end
+        got = "no plain file" if path.exists() else "none"
+        raise InputError(
+            f"{label}: expected {path.name} in {path.parent}, got {got}. Give the folder of a Hugging Face checkpoint."
+        )
     try:
         return _parse(path.read_bytes(), path.name, label)
-    except FileNotFoundError:
-        raise InputError(
-            f"{label}: expected {path.name} in {path.parent}, got none. Give the folder of a Hugging Face checkpoint."
-        ) from None
     except OSError as error:
         raise InputError(f"{label}: {path.name}: expected JSON, got {error}. Download it again.") from None
 
 
 def _parse(raw: bytes, name: str, label: str) -> dict[str, Any]:
     try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(raw)
+    except ValueError as error:
         raise InputError(f"{label}: {name}: expected JSON, got {error}. Download it again.") from None
     if not isinstance(content, dict):
         raise InputError(f"{label}: {name}: expected a JSON object, got {type(content).__name__}. Download it again.")
@@ -175,6 +214,6 @@ def licence_of(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    front = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
+    front = re.match(r"---[ \t\r]*\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.DOTALL)
     entry = re.search(r"^license:[ \t]*['\"]?([\w.+-]+)", front.group(1), re.MULTILINE) if front else None
     return entry.group(1) if entry and entry.group(1) != "other" else None

@@ -32,8 +32,12 @@ class NewToken:
     ordinary: bool
 
 
-def add_tokens(files: SideFiles, tokens: Iterable[NewToken]) -> None:
-    """Add tokens to every tokenizer file that lists added tokens; the ids are the next after the largest, in order."""
+def add_tokens(files: SideFiles, known: Vocabulary, tokens: Iterable[NewToken]) -> None:
+    """Add tokens to every tokenizer file that lists added tokens.
+
+    Args:
+        known: what the files say so far; tokens: with the next ids after the largest, in order.
+    """
     tokens = list(tokens)
     entries = {token.id: {"content": token.token, **token.treatment} for token in tokens}
     has_slow = any(name in files for name in SLOW_FILES)
@@ -46,11 +50,24 @@ def add_tokens(files: SideFiles, tokens: Iterable[NewToken]) -> None:
         files.write_json("tokenizer.json", content)
     config = files.read_json("tokenizer_config.json")
     if has_slow or "added_tokens_decoder" in config or "tokenizer.json" not in files:
-        decoder = {**config.get("added_tokens_decoder", {}), **{str(index): one for index, one in entries.items()}}
+        decoder = {str(known.ids[token]): {"content": token, **treatment} for token, treatment in known.added.items()}
+        if "added_tokens_decoder" not in config:  # where it is, transformers reads no other list of tokens
+            config |= _named_tokens(files)
+        decoder |= {**config.get("added_tokens_decoder", {}), **{str(index): one for index, one in entries.items()}}
         files.write_json("tokenizer_config.json", {**config, "added_tokens_decoder": decoder})
     if has_slow or "added_tokens.json" in files:
         listed = {**files.read_json("added_tokens.json"), **{token.token: token.id for token in tokens}}
         files.write_json("added_tokens.json", listed)
+
+
+def _named_tokens(files: SideFiles) -> dict[str, Any]:
+    """What special_tokens_map.json says, as tokenizer_config.json says it."""
+    return {
+        key: {"__type": "AddedToken", **value, "special": True}
+        if isinstance(value, dict) and "content" in value
+        else value
+        for key, value in files.read_json("special_tokens_map.json").items()
+    }
 
 
 def tokens_of(files: SideFiles, *, trust_remote_code: bool = False) -> Vocabulary | None:
@@ -73,9 +90,10 @@ def check_tokens(files: SideFiles, expected: Vocabulary, *, trust_remote_code: b
             else:
                 found = read_vocabulary(Path(folder), files.label, trust_remote_code=trust_remote_code)
                 ids = found.ids if found else {}
-            wrong = next((token for token, index in expected.ids.items() if ids.get(token) != index), None)
+            tokens = (*expected.ids, *ids)
+            wrong = next((token for token in tokens if ids.get(token) != expected.ids.get(token)), None)
             reason = (
-                None if wrong is None else f"{wrong!r} would get the id {ids.get(wrong)}, not {expected.ids[wrong]}"
+                None if wrong is None else f"{wrong!r} would get the id {ids.get(wrong)}, not {expected.ids.get(wrong)}"
             )
         except Exception as error:  # the library raises plain exceptions
             reason = first_line(error)

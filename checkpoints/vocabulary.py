@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,8 @@ from checkpoints.sidecars import read_json
 
 MISSING = -1
 TOKEN_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "added_tokens.json")
+ADDED_FILES = ("tokenizer_config.json", "added_tokens.json")
+"""Where added tokens may stand beside those of the token files."""
 # How a tokenizer treats an added token, as tokenizer.json writes it; a token that nothing is said of is plain text.
 PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 
@@ -48,9 +50,9 @@ def vocabulary_digest(folder: Path) -> str | None:
         digest.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
     try:
         beside = _added_beside(folder, str(folder))
-    except InputError:  # whoever reads the tokens will say so
-        return None
-    digest.update(json.dumps(beside, sort_keys=True).encode() if beside else b"")
+        digest.update(json.dumps(beside, sort_keys=True).encode() if beside else b"")
+    except InputError:  # whoever reads the tokens will say so; equal damage needs no reading
+        digest.update(b"".join((folder / name).read_bytes() for name in ADDED_FILES if (folder / name).is_file()))
     return digest.hexdigest()
 
 
@@ -91,28 +93,58 @@ def _read_tokenizer_json(path: Path, label: str) -> tuple[dict[str, int], dict[s
         # Unigram models list [token, score] pairs, all others map tokens to ids.
         ids = dict(model) if isinstance(model, dict) else {pair[0]: index for index, pair in enumerate(model)}
         added = content.get("added_tokens") or ()
-        ids.update({token["content"]: token["id"] for token in added})
-        if not all(isinstance(token, str) and type(index) is int and index >= 0 for token, index in ids.items()):
+        misnumbered = _add_tokens(ids, len(model), added)
+        if not _are_ids(ids):
             raise ValueError
-        return ids, {token["content"]: treatment_of(token) for token in added}
+        treatments = {token["content"]: treatment_of(token) for token in added}
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise InputError(
             f"{label}: tokenizer.json: expected model.vocab and added_tokens, tokens with whole numbers as ids, got something else. Download it again."
         ) from None
+    if misnumbered:
+        token, index = misnumbered
+        raise InputError(
+            f"{label}: tokenizer.json: the added token {token!r:.100} has the id {index!r:.100}, and {ids[token]} where tokenizers are "
+            "run, which count on behind the vocabulary. Mend the ids."
+        )
+    return ids, treatments
+
+
+def _are_ids(ids: Mapping[Any, Any]) -> bool:
+    """Whether they are strings with whole numbers, of the 32 bits that tokenizers have for them."""
+    return all(isinstance(token, str) and type(index) is int and 0 <= index < 1 << 32 for token, index in ids.items())
+
+
+def _add_tokens(ids: dict[str, int], size: int, added: Iterable[Mapping[str, Any]]) -> tuple[str, Any] | None:
+    """Give the added tokens of a tokenizer.json their ids, which are the vocabulary's, or count on from its size.
+
+    Returns: the first token, and its id in the file, where that is another one.
+    Source: tokenizers 0.23, `AddedVocabulary::add_tokens`, which never looks at the id in the file.
+    """
+    misnumbered = None
+    for token in added:
+        name, index = token["content"], token["id"]
+        if name != "":  # which is passed over there
+            size += name not in ids
+            if (ids.setdefault(name, size - 1), int) != (index, type(index)) and misnumbered is None:
+                misnumbered = name, index
+    return misnumbered
 
 
 def _added_beside(folder: Path, label: str) -> dict[str, tuple[int, dict[str, bool]]]:
     """Added tokens that stand in tokenizer_config.json or added_tokens.json: token -> id, treatment."""
     found: dict[str, tuple[int, dict[str, bool]]] = {}
-    name = "tokenizer_config.json"
+    name, plain_name = ADDED_FILES
     try:
         if (folder / name).is_file():
-            decoder = read_json(folder / name, label).get("added_tokens_decoder") or {}
+            decoder = read_json(folder / name, label).get("added_tokens_decoder", {})
             found |= {token["content"]: (int(index), treatment_of(token)) for index, token in decoder.items()}
-        name = "added_tokens.json"
+        name = plain_name
         if (folder / name).is_file():
             plain = read_json(folder / name, label)
-            found |= {token: (int(index), dict(PLAIN)) for token, index in plain.items() if token not in found}
+            found |= {token: (index, dict(PLAIN)) for token, index in plain.items() if token not in found}
+        if not _are_ids({token: index for token, (index, _) in found.items()}):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"{label}: {name}: expected added tokens with whole numbers as ids, got something else. Download it again."
@@ -131,12 +163,32 @@ def _ask_transformers(
     from transformers import AutoTokenizer
 
     try:
+        _check_pieces(folder / "tokenizer.model")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         decoder = tokenizer.added_tokens_decoder
         added = {str(token): {key: bool(getattr(token, key)) for key in PLAIN} for token in decoder.values()}
         return dict(tokenizer.get_vocab()), added
     except Exception as error:  # a tokenizer's own code fails in every way there is
-        raise InputError(f"{label}: the tokenizer cannot be read: {first_line(error)}. Download it again.") from error
+        own_code = "trust_remote_code" in str(error)
+        advice = "Pass --trust_remote_code to run its own code, if you trust it" if own_code else "Download it again"
+        raise InputError(f"{label}: the tokenizer cannot be read: {first_line(error)}. {advice}.") from error
+
+
+def _check_pieces(path: Path) -> None:
+    """Raise ValueError where the first number in a sentencepiece model's table of characters is more than its bytes: the
+    tokenizers library, whose authors trust it, would allocate as many, and end the process where it cannot."""
+    if not path.is_file():
+        return
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception:  # another kind of file, or a damaged one: transformers tells
+        return
+    table = model.normalizer_spec.precompiled_charsmap
+    if int.from_bytes(table[:4], "little") > len(table):
+        raise ValueError("tokenizer.model: a table of characters that is shorter than it says")
 
 
 def match_rows(out_tokens: Vocabulary, out_rows: int, tokens: Vocabulary, rows: int) -> torch.Tensor:

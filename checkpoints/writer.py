@@ -26,7 +26,7 @@ ChunkDigests = Mapping[str, Mapping[str, str]]
 
 def natural_key(name: str) -> list[tuple[int, str]]:
     """Sort key under which `layers.2` comes before `layers.10`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if at % 2 else (-1, part) for at, part in enumerate(re.split(r"(\d+)", name))]
 
 
 @dataclass(frozen=True)

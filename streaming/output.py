@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints.files import sync_folder, write_file
+from checkpoints.files import in_utf8, sync_folder, write_file
 from checkpoints.model import Model, close_all
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
 from checkpoints.sidecars import SideFiles
@@ -267,7 +267,7 @@ def write_description(
         dtype = "float32"  # the widest that is written
     files.write(folder, dtype=dtype)
     text = model_card(title=title, base=inputs[0], models=inputs[1:], text=card, command=options.command)
-    write_file(folder / "README.md", text.encode())
+    write_file(folder / "README.md", in_utf8(text))
     write_recipe(
         folder,
         {

@@ -14,7 +14,7 @@ from checkpoints.errors import ArgumentError, InputError
 from checkpoints.model import Model
 from checkpoints.rows import AlignedRows, MeanRows
 from checkpoints.sidecars import TOKENIZER_FILES, SideFiles
-from checkpoints.source import Source, TensorRef
+from checkpoints.source import Source, TensorRef, dtype_name
 from checkpoints.tokenizer_files import (
     NewToken,
     add_tokens,
@@ -93,11 +93,22 @@ def align_vocabularies(
             _unite_configs([primary, *others], primary.vocabulary, layout, files, notes)
         return Tables("base" if source == "auto" else source)
     names = vocabulary_tables(primary, refs)
+    lost = _lost_table(primary)
+    if lost and not _have_equal_tokens(primary, others):
+        problems.append(
+            f"{primary.label}: expected {lost}, in which to match the other tokens of other models, by config.json, got no such tensor. "
+            "Use matching files."
+        )
+        return Tables("base", tuple(names))
     if not names:
         return Tables("base")
     inputs = zip((primary, *others), (refs, *(match.tensors for match in matches)), strict=True)
     members = [_member(model, {name: tensors[name] for name in names if name in tensors}) for model, tensors in inputs]
     members = [member for member in members if member.tables]
+    uneven = _uneven_tables(members, advice)
+    if uneven:
+        problems += uneven
+        return Tables("base", tuple(names))
     decided, refused = _decide(members, source, layout, files, notes, advice)
     notes += [note for member in members for note in member.notes]
     if refused:
@@ -131,10 +142,16 @@ def _are_alike(primary: Model, others: Sequence[Model], refs: dict[str, TensorRe
     return True
 
 
+def _have_equal_tokens(primary: Model, others: Sequence[Model]) -> bool:
+    """Whether all models that have a tokenizer have the primary one's tokens and ids, or it has none."""
+    known = [model.vocabulary.ids for model in (primary, *others) if model.vocabulary is not None]
+    return primary.vocabulary is None or all(ids == known[0] for ids in known)
+
+
 def vocabulary_tables(model: Model, refs: dict[str, TensorRef]) -> list[str]:
     """The output tensors whose rows belong to tokens: embedding, head, and what else is as long in the head's module."""
     architecture = model.architecture
-    ends = [name for name in (architecture.input_embedding, architecture.output_head) if name in refs]
+    ends = [name for name in _ends(model) if name in refs and refs[name].info.shape]
     if not ends:
         return []
     rows = refs[ends[0]].info.shape[0]
@@ -144,11 +161,38 @@ def vocabulary_tables(model: Model, refs: dict[str, TensorRef]) -> list[str]:
         for name, placement in architecture.placements.items()
         if placement.module in modules and name in refs and name not in ends and refs[name].info.shape[:1] == (rows,)
     ]
-    return [name for name in ends if name is not None] + beside
+    return ends + beside
+
+
+def _ends(model: Model) -> list[str]:
+    """The embedding and the head, as far as the model's class has them, stored or not."""
+    return [name for name in (model.architecture.input_embedding, model.architecture.output_head) if name is not None]
+
+
+def _lost_table(model: Model) -> str | None:
+    """The embedding or the head of a model, where it should be stored and is not."""
+    return next(
+        (name for name in _ends(model) if model.architecture.stored_name(name) not in model.weights.tensors), None
+    )
+
+
+def _uneven_tables(members: Sequence[_Member], advice: str) -> list[str | InputError]:
+    """What is wrong with tables that have other rows than the rest of their model's, or rows of another kind than the first's."""
+    first = members[0]
+    problems: list[str | InputError] = []
+    for member in members:
+        for name, ref in member.tables.items():
+            shape, expected = ref.info.shape, (member.rows, *first.tables[name].info.shape[1:])
+            if shape != expected or not ref.info.dtype.is_floating_point:
+                problems.append(
+                    f"{member.label}: {name}: expected floating-point numbers of shape {list(expected)}, with a row for each token, got "
+                    f"{dtype_name(ref.info.dtype)} of {list(shape)}. {advice}"
+                )
+    return problems
 
 
 def _member(model: Model, tables: dict[str, TensorRef]) -> _Member:
-    rows = next(iter(tables.values())).info.shape[0] if tables else 0
+    rows = next((ref.info.shape[0] for ref in tables.values() if ref.info.shape), 0)
     return _Member(model, tables, model.vocabulary or Vocabulary({}), rows)
 
 
@@ -216,8 +260,8 @@ def _match_by_token(
     donor = next((member for member in rest if member.label == source), first)
     tokens, rows = donor.tokens, donor.rows
     if new:
+        add_tokens(files, tokens, new)
         tokens = Vocabulary({**tokens.ids, **{token.token: token.id for token in new}})
-        add_tokens(files, new)
         try:
             check_tokens(files, tokens, trust_remote_code=first.model.trust_remote_code)
         except InputError as error:
@@ -228,6 +272,11 @@ def _match_by_token(
         _unite_configs([member.model for member in members], tokens, layout, files, notes)
     if donor is not first:
         _take_tokenizer(first, donor, files)
+    most = sum(member.rows + len(member.tokens.ids) for member in members)
+    if rows > most:  # as ids far beyond the rows would have it, to fill a disk
+        return source, [
+            f"{first.label}: expected at most {most:,} rows for all tokens, got ids for {rows:,}. Mend its tokenizer."
+        ]
     rows = _padded(rows, layout)
     for member in members:
         member.row_of = match_rows(tokens, rows, member.tokens, member.rows)

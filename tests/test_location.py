@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoints.errors import ArgumentError, InputError
+from checkpoints.errors import ArgumentError, InputError, printable
 from checkpoints.hub_headers import RemoteHeader
 from checkpoints.location import Location, ModelName, locate, parse_name, remote_headers
 from checkpoints.safetensors_format import read_header
@@ -146,7 +146,7 @@ def test_a_malformed_name_is_an_argument_error(text: str) -> None:
 @pytest.mark.parametrize("revision", ["a b", "../../x", "/x", "x/", "x:y", "x^", "a//b", "x.", "a\tb", "a@{1}"])
 def test_a_revision_that_git_cannot_have_is_an_argument_error(revision: str) -> None:
     message = refusal(partial(parse_name, f"org/model@{revision}"), ArgumentError)
-    assert message.startswith(f"org/model@{revision}: '{revision}' is no revision.")
+    assert message.startswith(printable(f"org/model@{revision}: '{revision}' is no revision."))
 
 
 def test_a_local_folder_has_no_revisions(tmp_path: Path) -> None:
