@@ -15,12 +15,13 @@ class InputError(Exception):
 
     Args:
         message: reads `<where>: expected X, got Y. What to do.` It may quote what a stranger wrote: see `printable`.
+        more: further lines, such as commands to be copied.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str):
-        super().__init__(printable(message))
+    def __init__(self, message: str, *more: str):
+        super().__init__("\n".join(map(printable, (message, *more))))
 
 
 class ArgumentError(InputError):

@@ -95,9 +95,9 @@ class Upload:
                     self._check_repo(repo)  # hours may have gone by
                     pushed = self._push(repo, save_path / folder, quiet=quiet)
             except InputError as error:
-                raise InputError(f"{error}\n{self._how_later(save_path, index)}") from error
+                raise InputError(str(error), *self._how_later(save_path, index)) from error
             except KeyboardInterrupt:
-                raise Interrupted(f"interrupted while pushing.\n{self._how_later(save_path, index)}") from None
+                raise Interrupted("interrupted while pushing.", *self._how_later(save_path, index)) from None
             yield pushed
 
     def _push(self, repo: str, folder: Path, *, quiet: bool) -> Pushed:
@@ -111,12 +111,12 @@ class Upload:
             )
         return Pushed(_url(repo), self.visibility, str(commit.oid))
 
-    def _how_later(self, save_path: Path, first: int) -> str:
-        """Commands that push the checkpoints from the one at `first` on."""
+    def _how_later(self, save_path: Path, first: int) -> list[str]:
+        """Lines that say how: commands that push the checkpoints from the one at `first` on."""
         more = [*([] if self.public else ["--private"]), *(["--delete", "*"] if self.overwrite else [])]
         left = zip(self.repos[first:], self.folders[first:], strict=True)
         commands = [shlex.join(["hf", "upload", repo, str(save_path / folder), ".", *more]) for repo, folder in left]
-        return "\n".join([f"{save_path} is complete. Push it later with:", *(f"  {line}" for line in commands)])
+        return [f"{save_path} is complete. Push it later with:", *(f"  {line}" for line in commands)]
 
 
 def plan_upload(name: str, folders: Sequence[str] = ("",), *, public: bool = False, overwrite: bool = False) -> Upload:

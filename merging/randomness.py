@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from streaming.twins import twin
+
 
 def _signed(value: int) -> int:
     """The int32 with the bits of an unsigned 32-bit number."""
@@ -57,23 +59,45 @@ def _xor_shift_(values: torch.Tensor, shift: int, scratch: torch.Tensor) -> None
     values.bitwise_xor_(scratch.bitwise_and_((1 << (32 - shift)) - 1))
 
 
-def drop_(values: torch.Tensor, density: float, *, seed: int, tensor: str, model: int, start: int) -> torch.Tensor:
+def drop_(
+    values: torch.Tensor,
+    density: float,
+    *,
+    seed: int,
+    tensor: str,
+    model: int,
+    start: int,
+    divisor: float | None = None,
+) -> torch.Tensor:
     """Set each element to zero with probability 1 - density, in place.
 
     Args:
         values: `[n]` float32, the elements `start` to `start + n` of a flattened tensor.
         density: share kept, in [0, 1]; an element is kept where its hash, unsigned, is below round(density * 2^32).
         seed, tensor, model: the recipe's seed, the output tensor's name, the model's position in the recipe.
+        divisor: what is kept is divided by it.
 
     Returns: `values`.
     """
     threshold = round(density * (1 << 32))
-    if threshold >= 1 << 32:
-        return values
-    for part, hashed in _hash_runs(values, seed, tensor, model, start):
-        kept = torch.lt(hashed, threshold + TOP_BIT, out=hashed).neg_()  # all bits set where kept, none where dropped
-        values[part].view(torch.int32).bitwise_and_(kept)
+    for part, position, key in _runs(values, seed, tensor, model, start):
+        keep_below_(values[part], position, key, threshold, divisor)
     return values
+
+
+@twin("merging.kernels")
+def keep_below_(values: torch.Tensor, start: int, key: tuple[int, int], threshold: int, divisor: float | None) -> None:
+    """Set to zero, in place, what has an index whose hash, unsigned, is not below a threshold, and divide the rest.
+
+    Args:
+        values: `[n]` float32; start, key: see `hash_indices`; threshold: at most 2^32, which keeps all.
+    """
+    if threshold < 1 << 32:
+        hashed = hash_indices(start, values.numel(), key, values.device)
+        kept = torch.lt(hashed, threshold + TOP_BIT, out=hashed).neg_()  # all bits set where kept, none where dropped
+        values.view(torch.int32).bitwise_and_(kept)
+    if divisor is not None:
+        values.div_(divisor)
 
 
 def drop_unevenly_(
@@ -88,19 +112,19 @@ def drop_unevenly_(
     Returns: `values`.
     """
     thresholds = (kept * (1 << 32)).round_().to(torch.int64).add_(TOP_BIT)
-    for part, hashed in _hash_runs(values, seed, tensor, model, start):
+    for part, position, key in _runs(values, seed, tensor, model, start):
+        hashed = hash_indices(position, part.stop - part.start, key, values.device)
         values[part].mul_(hashed < thresholds[part])
     return values
 
 
-def _hash_runs(
+def _runs(
     values: torch.Tensor, seed: int, tensor: str, model: int, start: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The hashes of a block's elements, and where in it they are, cut where the upper 32 bits of the index change."""
+) -> Iterator[tuple[slice, int, tuple[int, int]]]:
+    """A block's elements, the index of the first, and their keys, cut where the upper 32 bits of the index change."""
     position, stop = start, start + values.numel()
     while position < stop:
         high = position >> 32
         end = min(stop, (high + 1) << 32)
-        hashed = hash_indices(position, end - position, keys(seed, tensor, model, high), values.device)
-        yield slice(position - start, end - start), hashed
+        yield slice(position - start, end - start), position, keys(seed, tensor, model, high)
         position = end

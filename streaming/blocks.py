@@ -13,6 +13,9 @@ import torch
 GRID_ELEMENTS = 1 << 17
 """Elements of a measured block. A constant: sums over it are part of the result."""
 
+BLOCK_ELEMENTS = 4 * GRID_ELEMENTS
+"""Elements of other blocks on the CPU: threads get in each other's way less often than with smaller ones, and caches hold them."""
+
 Partial = TypeVar("Partial")
 
 
@@ -122,6 +125,20 @@ def tile(tensor: TensorSpec, max_elements: int) -> Iterator[Region]:
             continue
         for row in range(origin, origin + per_matrix, columns):
             yield from _cut(tensor, row, row + columns, max_elements)
+
+
+def in_groups(regions: Sequence[Region]) -> Iterator[list[Region]]:
+    """Small regions that follow each other together, of at most `GRID_ELEMENTS` in all, larger ones by themselves."""
+    group: list[Region] = []
+    elements = 0
+    for region in regions:
+        if group and elements + region.numel > GRID_ELEMENTS:
+            yield group
+            group, elements = [], 0
+        group.append(region)
+        elements += region.numel
+    if group:
+        yield group
 
 
 def _cut(tensor: TensorSpec, begin: int, end: int, elements: int) -> Iterator[Region]:

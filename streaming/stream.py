@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -15,9 +16,13 @@ import torch
 from checkpoints.errors import InputError
 from checkpoints.source import TensorRef, dtype_name
 from checkpoints.writer import CheckpointWriter
-from streaming.blocks import GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, tile
+from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, in_groups, tile
 from streaming.tally import Tally
+from streaming.twins import start_compiling, twin
 from streaming.workers import Workers
+
+WORTH_COMPILING = 2 * 10**9
+"""Bytes of input from which compiled loops repay the second that it takes to have them."""
 
 
 class Merger(Protocol):
@@ -122,20 +127,22 @@ class PlannedTensor:
 class StreamOptions:
     """How to run; nothing here changes a bit of the result.
 
-    block_elements: elements merged at a time (default: `GRID_ELEMENTS` on the CPU, 32 times that on a GPU).
+    block_elements: elements merged at a time (default: `BLOCK_ELEMENTS` on the CPU, 8 times that on a GPU).
     workers: threads; None for one per core.
     allow_non_finite: let a NaN or an infinity through, from an input or by overflow, and count it.
+    compiled: use compiled loops on a CPU (`streaming.twins`); None for where it is worth it.
     """
 
     device: torch.device = torch.device("cpu")
     workers: int | None = None
     block_elements: int | None = None
     allow_non_finite: bool = False
+    compiled: bool | None = None
 
     @property
     def elements(self) -> int:
         """Elements of a block of `combine`."""
-        return self.block_elements or (GRID_ELEMENTS if self.device.type == "cpu" else 32 * GRID_ELEMENTS)
+        return self.block_elements or (BLOCK_ELEMENTS if self.device.type == "cpu" else 8 * BLOCK_ELEMENTS)
 
 
 def stream(
@@ -166,7 +173,10 @@ def stream(
 
     Raises: InputError: a number that is not finite, a file that cannot be read or written.
     """
-    with closing(Workers(options.workers)) as workers:
+    compiled = options.device.type == "cpu" and _is_worth_compiling(tensors, options)
+    if compiled:
+        start_compiling()
+    with closing(Workers(options.workers, compiled=compiled)) as workers:
         state = _Stream(workers, outputs, options, observer, progress, non_finite or count_non_finite())
         state.changed.update(changed)
 
@@ -177,6 +187,12 @@ def stream(
 
         workers.run_tensors(merge_tensor, tensors)
     return state.changed
+
+
+def _is_worth_compiling(tensors: Sequence[PlannedTensor], options: StreamOptions) -> bool:
+    if options.compiled is not None:
+        return options.compiled
+    return sum(ref.info.nbytes for tensor in tensors for ref in tensor.sources(())) >= WORTH_COMPILING
 
 
 def count_non_finite() -> Tally:
@@ -228,7 +244,10 @@ class _Stream:
     def _scan(self, tensor: PlannedTensor) -> Callable[..., Iterator[Any]]:
         def scan(measure: Callable[[Block], Partial], regions: Sequence[Region] | None = None) -> Iterator[Partial]:
             chosen = list(tile(tensor.spec, GRID_ELEMENTS)) if regions is None else regions
-            return self._workers.map_ordered(lambda region: measure(self._fetch(tensor, region)), chosen)
+            work: Callable[[list[Region]], list[Partial]] = lambda group: [  # noqa: E731
+                measure(self._fetch(tensor, region)) for region in group
+            ]
+            return itertools.chain.from_iterable(self._workers.map_ordered(work, list(in_groups(chosen))))
 
         return scan
 
@@ -250,8 +269,8 @@ class _Stream:
 
     def _write(self, output: Output, tensor: PlannedTensor, region: Region, result: torch.Tensor) -> None:
         """Round once, and write."""
-        rounded = result.to(tensor.dtype).cpu()
-        if not all_finite(rounded):
+        rounded, is_finite = round_to(result, tensor.dtype)
+        if not is_finite:
             if self._options.allow_non_finite:
                 self._count(output, tensor, region, rounded)
                 output.writer.write(tensor.spec.name, region.start, rounded)
@@ -269,8 +288,8 @@ class _Stream:
 
     def _copy(self, tensor: PlannedTensor, region: Region) -> None:
         raw = tensor.base.read(region.start, region.stop, self._buffer(0, region.numel * 8))
-        if raw.dtype.is_floating_point:
-            self._check_finite(raw.to(torch.float32), tensor.base, region)
+        if raw.dtype.is_floating_point and not self._options.allow_non_finite and not all_finite(raw.float()):
+            raise not_finite(raw, tensor.base, region)
         for output in self._outputs:
             self._write(output, tensor, region, raw if raw.dtype == tensor.dtype else raw.to(torch.float32))
         self._progress(region.numel * (raw.itemsize + tensor.dtype.itemsize * len(self._outputs)))
@@ -280,27 +299,24 @@ class _Stream:
         assert tensor.method is not None
         needs_base = base_for or tensor.needs_base(self._transforms)
         base = self._read(tensor.base, region, 0) if needs_base else None
-        models = [self._read(ref, region, slot) for slot, ref in enumerate(tensor.inputs, 1)]
+        minus = base if tensor.method.space == "task_vectors" else None
+        models = [self._read(ref, region, slot, minus) for slot, ref in enumerate(tensor.inputs, 1)]
         if tensor.method.space == "weights":
             return Block(region, base, [], models)
-        assert base is not None
-        task_vectors = [model.sub_(base) for model in models]
-        for index in range(len(task_vectors)):
-            if index not in self.changed and task_vectors[index].any():
-                self.changed.add(index)
-        return Block(region, base, task_vectors, [])
+        return Block(region, base, models, [])
 
-    def _read(self, ref: TensorRef, region: Region, slot: int) -> torch.Tensor:
-        """One input's region in this thread's buffers of that slot; refused where it holds a NaN or an infinity."""
+    def _read(self, ref: TensorRef, region: Region, slot: int, minus: torch.Tensor | None = None) -> torch.Tensor:
+        """One input's region in this thread's buffers of that slot, `minus` another; refused where it holds a NaN or an infinity."""
         raw = ref.read(region.start, region.stop, self._buffer(2 * slot, region.numel * 8, pinned=True))
         values = self._buffer(2 * slot + 1, region.numel * 4, self._options.device).view(torch.float32)
-        values.copy_(raw, non_blocking=False)
-        self._check_finite(values, ref, region)
+        model = slot - 1
+        look = minus is not None and model not in self.changed
+        is_finite, is_changed = load(raw, values, minus, look)
+        if not is_finite and not self._options.allow_non_finite:
+            raise not_finite(raw, ref, region)
+        if is_changed:
+            self.changed.add(model)
         return values
-
-    def _check_finite(self, values: torch.Tensor, ref: TensorRef, region: Region) -> None:
-        if not self._options.allow_non_finite:
-            check_finite(values, ref, region)
 
     def _buffer(
         self, key: int, nbytes: int, device: torch.device = torch.device("cpu"), *, pinned: bool = False
@@ -313,14 +329,37 @@ class _Stream:
         return buffers[key][:nbytes]
 
 
-def check_finite(values: torch.Tensor, ref: TensorRef, region: Region) -> None:
-    """Raise InputError, naming model, tensor and element, where a region's values `[region.numel]` hold a NaN or an infinity."""
-    if not all_finite(values):
-        index = int((~values.isfinite()).nonzero()[0])
-        raise InputError(
-            f"{ref.source.label}: {ref.name}: element {region.start + index} is {float(values[index])}. "
-            "The checkpoint is damaged; use another one, or let it through with --allow_non_finite."
-        )
+@twin("streaming.kernels")
+def load(raw: torch.Tensor, values: torch.Tensor, base: torch.Tensor | None, look: bool) -> tuple[bool, bool]:
+    """Make float32 numbers of what is stored.
+
+    Args:
+        raw: `[n]` of any floating-point dtype, on the CPU; values: `[n]` float32, overwritten with them.
+        base: `[n]` float32, which is subtracted; look: whether to look for what then differs from 0.
+
+    Returns: whether every number is finite, and whether one was found that differs from 0.
+    """
+    values.copy_(raw)
+    is_finite = all_finite(values)
+    if base is not None:
+        values.sub_(base)
+    return is_finite, look and bool(values.any())
+
+
+@twin("streaming.kernels")
+def round_to(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+    """Round float32 numbers `[n]` to a dtype: on the CPU, and whether all are finite there. Copied numbers may have any dtype."""
+    rounded = values.to(dtype).cpu()
+    return rounded, all_finite(rounded)
+
+
+def not_finite(raw: torch.Tensor, ref: TensorRef, region: Region) -> InputError:
+    """What is said of a region `[region.numel]` that holds a NaN or an infinity: model, tensor and element."""
+    index = int((~raw.isfinite()).nonzero()[0])
+    return InputError(
+        f"{ref.source.label}: {ref.name}: element {region.start + index} is {float(raw[index])}. "
+        "The checkpoint is damaged; use another one, or let it through with --allow_non_finite."
+    )
 
 
 def all_finite(values: torch.Tensor) -> bool:

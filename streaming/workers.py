@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from streaming.twins import use_compiled
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 16 << 20
 
@@ -33,6 +35,11 @@ def _keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
+def _prepare_thread(compiled: bool) -> None:
+    torch.set_num_threads(1)
+    use_compiled(compiled)
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -43,14 +50,15 @@ class Workers:
 
     Args:
         count: number of threads; None for one per core that this process may use.
+        compiled: whether they may use compiled loops (`streaming.twins`).
     """
 
-    def __init__(self, count: int | None = None):
+    def __init__(self, count: int | None = None, *, compiled: bool = False):
         self.count = count or available_cores()
         _keep_freed_memory()
         self._cancelled = threading.Event()
         self._pool = ThreadPoolExecutor(
-            self.count, thread_name_prefix="block", initializer=torch.set_num_threads, initargs=(1,)
+            self.count, thread_name_prefix="block", initializer=_prepare_thread, initargs=(compiled,)
         )
         self._tensors = ThreadPoolExecutor(self.count + 1, thread_name_prefix="tensor")
 

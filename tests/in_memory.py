@@ -87,9 +87,9 @@ class InMemory:
 
 
 def patch_grid(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    """Make the grid that is measured `elements` wide, so that small tensors have many blocks."""
+    """Make the grid that is measured, and other blocks, `elements` wide, so that small tensors have many blocks."""
     for name, module in list(sys.modules.items()):
-        for constant in ("GRID_ELEMENTS", "READ_ELEMENTS"):
+        for constant in ("GRID_ELEMENTS", "BLOCK_ELEMENTS", "READ_ELEMENTS"):
             if name.split(".")[0] in ("checkpoints", "merging", "streaming") and hasattr(module, constant):
                 monkeypatch.setattr(module, constant, elements)
 

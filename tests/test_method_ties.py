@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from checkpoints.errors import ArgumentError
 from merging.methods import trim
 from merging.methods.trim import KEEP_ALL, KEEP_NONE, measure_trims
-from streaming.blocks import GRID_ELEMENTS, tile
+from streaming.blocks import BLOCK_ELEMENTS, tile
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs, shifted
 from tests.reference import merging as reference
@@ -180,7 +180,7 @@ def check_trim(vectors: Sequence[torch.Tensor], densities: Sequence[float], cut:
         wrong = int((got != expected).sum())
         assert wrong == 0, f"density {density}: {wrong} of {d.numel()} elements are kept or dropped wrongly"
     for regions in memory.scans:
-        assert all(region.numel <= trim.GRID_ELEMENTS for region in regions)
+        assert all(region.numel <= trim.BLOCK_ELEMENTS for region in regions)
     return memory
 
 
@@ -252,7 +252,7 @@ def test_trim_of_several_blocks(kind: str):
     check_trim([d] * len(densities), densities, 4096 * 10)
 
 
-@pytest.mark.parametrize("shape", [(3 * GRID_ELEMENTS + 5,), (1, 2 * GRID_ELEMENTS + 77), (3, 60, 1000), (300, 1001)])
+@pytest.mark.parametrize("shape", [(3 * BLOCK_ELEMENTS + 5,), (1, 2 * BLOCK_ELEMENTS + 77), (3, 60, 1000), (300, 1001)])
 def test_trim_of_several_blocks_of_any_shape(shape: tuple[int, ...]):
     check_trim([make_vector(shape, "coarse", 1), make_vector(shape, "normal", 2)], [0.2, 0.6], 12345)
 
@@ -265,8 +265,8 @@ def test_trim_is_exact_where_a_sample_misleads(density: float, loudness: float):
     for rows in (slice(0, None, 32), slice(1, None, 2), slice(0, 32), slice(95, 96)):
         d = noise.clone()
         d[rows] *= loudness
-        assert full_readings(check_trim([d], [density], GRID_ELEMENTS)) <= 2
-        check_trim([(d * 4).round() / 4], [density], GRID_ELEMENTS)
+        assert full_readings(check_trim([d], [density], BLOCK_ELEMENTS)) <= 2
+        check_trim([(d * 4).round() / 4], [density], BLOCK_ELEMENTS)
 
 
 def test_the_comparison_sees_another_choice_among_equals(monkeypatch: pytest.MonkeyPatch):

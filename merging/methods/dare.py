@@ -23,9 +23,10 @@ class _Dare(SparseTaskVectors):
         region = block.region
         for model, (values, density) in enumerate(zip(block.task_vectors, self.densities, strict=True)):
             if density < 1.0:
-                drop_(values, density, seed=self.seed, tensor=region.tensor.name, model=model, start=region.start)
-                if density > 0.0 and self.rescale is None:
-                    values.div_(density)
+                divisor = density if density > 0.0 and self.rescale is None else None
+                drop_(
+                    values, density, seed=self.seed, tensor=region.tensor.name, model=model, start=region.start, divisor=divisor
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +11,16 @@ import torch
 from checkpoints.errors import ArgumentError
 from merging.methods.contract import Method, parameter
 from streaming.blocks import Block
+from streaming.twins import twin
+
+
+@twin("merging.kernels")
+def weighted_sum(vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """sum w_i v_i, in the order of the models, over `[n]` float32 each; overwrites the vectors, returns the first."""
+    total = vectors[0].mul_(weights[0])
+    for vector, weight in zip(vectors[1:], weights[1:], strict=True):
+        total.add_(vector.mul_(weight))
+    return total
 
 
 @dataclass(frozen=True)
@@ -36,9 +47,7 @@ class Linear(Method):
 
     def combine(self, block: Block, statistics: Any) -> torch.Tensor:
         """See `Method.combine`."""
-        total = block.weights[0].mul_(self.weights[0])
-        for weights, weight in zip(block.weights[1:], self.weights[1:], strict=True):
-            total.add_(weights.mul_(weight))
+        total = weighted_sum(block.weights, self.weights)
         return total.div_(sum(self.weights)) if self.normalize else total
 
     @classmethod

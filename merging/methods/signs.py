@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from streaming.twins import twin
 
+
+@twin("merging.kernels")
 def elect_and_sum(task_vectors: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
     """Sum what agrees with the elected sign.
 

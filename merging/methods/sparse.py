@@ -9,9 +9,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from merging.methods.contract import Method, parameter
-from merging.methods.linear import check_weight_sum
+from merging.methods.linear import check_weight_sum, weighted_sum
 from merging.methods.signs import elect_and_sum
-from merging.methods.task_arithmetic import add_to_base, weighted_sum
+from merging.methods.task_arithmetic import add_to_base
 from streaming.blocks import Block, Scan, TensorSpec
 
 LEAST_NORM = 1e-7

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from merging.methods.contract import Method, parameter
-from merging.methods.linear import check_weight_sum
+from merging.methods.linear import check_weight_sum, weighted_sum
 from streaming.blocks import Block
+from streaming.twins import twin
 
 
-def weighted_sum(task_vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """sum w_i d_i, in the order of the models, over `[n]` float32 each; overwrites the task vectors, returns the first."""
-    total = task_vectors[0].mul_(weights[0])
-    for task_vector, weight in zip(task_vectors[1:], weights[1:], strict=True):
-        total.add_(task_vector.mul_(weight))
-    return total
-
-
+@twin("merging.kernels")
 def add_to_base(base: torch.Tensor, delta: torch.Tensor, lambda_: float) -> torch.Tensor:
     """b + lambda * delta over `[n]` float32; overwrites and returns `delta`."""
     return delta.mul_(lambda_).add_(base)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 
-from streaming.blocks import GRID_ELEMENTS, Block, Region, Scan, TensorSpec, tile
+from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Region, Scan, TensorSpec, tile
+from streaming.twins import twin
 
 MAGNITUDE_BITS = 0x7FFFFFFF
 INFINITY_BITS = 0x7F800000
@@ -51,6 +52,7 @@ KEEP_ALL = Trim(threshold=0, last_kept=1 << 62)
 KEEP_NONE = Trim(threshold=INFINITY_BITS, last_kept=-1)
 
 
+@twin("merging.kernels")
 def keep_above_(values: torch.Tensor, bits: int) -> None:
     """Set to zero what is not larger in magnitude than the float32 that `bits` spells, in place: `[n]` float32."""
     if values.numel():
@@ -145,7 +147,7 @@ def measure_largest(tensor: TensorSpec, scan: Scan, kept: Sequence[int]) -> tupl
     open_models = [model for model, trim in enumerate(trims) if trim is None]
     if not open_models:
         return tuple(trim for trim in trims if trim is not None)
-    grid = list(tile(tensor, GRID_ELEMENTS))
+    grid = list(tile(tensor, BLOCK_ELEMENTS))
     samples = _take_samples(scan, tensor, {model: kept[model] / n for model in open_models}, kept)
     widening = 1
     while samples:
@@ -230,17 +232,23 @@ def _count(scan: Scan, grid: Sequence[Region], brackets: dict[int, _Bracket]) ->
 
 
 def _count_block(values: torch.Tensor, bracket: _Bracket) -> _Count:
+    return _Count(*count_against(values, bracket.low, bracket.high))
+
+
+@twin("merging.kernels")
+def count_against(values: torch.Tensor, low: int, high: int) -> tuple[int, int, int, np.ndarray]:
+    """Count magnitudes, as bits, against a bracket; see `_Count`. `values`: `[n]` float32."""
     tensor = magnitude_bits(values)
     on_cpu = tensor.device.type == "cpu"
     # On the CPU numpy compares and picks several times faster than torch does; the functions have the same names.
     bits, library = cast(Any, (tensor.numpy(), np) if on_cpu else (tensor, torch))
     # The ends are numbers that occur, and in 16-bit models often: counted apart, they need not be picked out.
-    at_high = int(library.count_nonzero(bits == bracket.high))
-    at_low = int(library.count_nonzero(bits == bracket.low)) if bracket.low < bracket.high else 0
+    at_high = int(library.count_nonzero(bits == high))
+    at_low = int(library.count_nonzero(bits == low)) if low < high else 0
     # By index: numpy picks by mask element by element, and mispredicts.
-    inside = bits[library.where((bits > bracket.low) & (bits < bracket.high))]
-    above = int(library.count_nonzero(bits > bracket.high))
-    return _Count(above, at_high, at_low, torch.as_tensor(inside).cpu().numpy())
+    inside = bits[library.where((bits > low) & (bits < high))]
+    above = int(library.count_nonzero(bits > high))
+    return above, at_high, at_low, torch.as_tensor(inside).cpu().numpy()
 
 
 def _locate(tally: _Tally, k: int) -> tuple[int, int] | None:

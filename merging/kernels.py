@@ -1,0 +1,191 @@
+"""Compiled twins of the loops of `merging`; what each does is said there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from merging.randomness import FIRST_MULTIPLIER, SECOND_MULTIPLIER, SPREAD
+from streaming.kernels import MAGNITUDE_32, bits_of, compiled
+
+LOW_32 = 0xFFFFFFFF
+PIECE = 4096
+"""Elements of each vector that are worked on together."""
+COUNTED = 64
+"""Elements that are looked at together for one that lies in a bracket."""
+MULTIPLIERS = tuple(np.uint32(one & LOW_32) for one in (SPREAD, FIRST_MULTIPLIER, SECOND_MULTIPLIER))
+
+_scratch = threading.local()
+
+
+def weighted_sum(vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """See `merging.methods.linear.weighted_sum`."""
+    total = vectors[0].numpy()
+    _scale(total, np.float32(weights[0]))
+    for vector, weight in zip(vectors[1:], weights[1:], strict=True):
+        _add_scaled(total, vector.numpy(), np.float32(weight))
+    return vectors[0]
+
+
+def add_to_base(base: torch.Tensor, delta: torch.Tensor, lambda_: float) -> torch.Tensor:
+    """See `merging.methods.task_arithmetic.add_to_base`."""
+    _scale_and_add(delta.numpy(), base.numpy(), np.float32(lambda_))
+    return delta
+
+
+def elect_and_sum(vectors: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
+    """See `merging.methods.signs.elect_and_sum`. Compiled anew for each number of models."""
+    agreed = torch.empty(vectors[0].shape)
+    _elect(tuple(vector.numpy() for vector in vectors), np.array(weights, np.float32), normalize, agreed.numpy())
+    return agreed
+
+
+def keep_above_(values: torch.Tensor, bits: int) -> None:
+    """See `merging.methods.trim.keep_above_`."""
+    _keep_above(bits_of(values), np.uint32(bits))
+
+
+def count_against(values: torch.Tensor, low: int, high: int) -> tuple[int, int, int, Any]:
+    """See `merging.methods.trim.count_against`."""
+    inside = _room("inside", values.numel() + 1).view(np.uint32)
+    above, at_high, at_low, found = _count(bits_of(values), np.uint32(low), np.uint32(high), inside)
+    return above, at_high, at_low if low < high else 0, inside[:found].view(np.int32).copy()
+
+
+def keep_below_(values: torch.Tensor, start: int, key: tuple[int, int], threshold: int, divisor: float | None) -> None:
+    """See `merging.randomness.keep_below_`."""
+    if threshold < 1 << 32:
+        keys = (np.uint32(one & LOW_32) for one in key)
+        _keep_below(bits_of(values), np.uint32(start & LOW_32), *keys, np.uint32(threshold), *MULTIPLIERS)
+    if divisor is not None:
+        _divide_by(values.numpy(), np.float32(divisor))
+
+
+def _room(name: str, count: int) -> Any:
+    """This thread's array of a name, `[count]` float32, with any content."""
+    rooms = _scratch.__dict__
+    if name not in rooms or rooms[name].size < count:
+        rooms[name] = np.empty(count, dtype=np.float32)
+    return rooms[name][:count]
+
+
+@compiled
+def _scale(values: Any, factor: Any) -> None:
+    for i in range(values.size):
+        values[i] = values[i] * factor
+
+
+@compiled
+def _add_scaled(total: Any, values: Any, factor: Any) -> None:
+    for i in range(total.size):
+        total[i] = total[i] + values[i] * factor
+
+
+@compiled
+def _scale_and_add(values: Any, base: Any, factor: Any) -> None:
+    for i in range(values.size):
+        values[i] = values[i] * factor + base[i]
+
+
+@compiled
+def _divide_by(values: Any, divisor: Any) -> None:
+    for i in range(values.size):
+        values[i] = values[i] / divisor
+
+
+@compiled
+def _elect(vectors: Any, weights: Any, normalize: bool, agreed: Any) -> None:
+    """A piece of all vectors at a time, which the nearest cache holds."""
+    total_room = np.empty(PIECE, np.float32)
+    divisor_room = np.empty(PIECE, np.float32)
+    for start in range(0, agreed.size, PIECE):
+        out = agreed[start : start + PIECE]
+        total, divisor = total_room[: out.size], divisor_room[: out.size]
+        for i in range(out.size):
+            total[i], divisor[i], out[i] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for model in range(len(vectors)):
+            values, weight = vectors[model][start : start + PIECE], weights[model]
+            for i in range(out.size):
+                values[i] = values[i] * weight
+                total[i] = total[i] + values[i]
+        for i in range(out.size):
+            total[i] = np.float32(1.0) if total[i] >= np.float32(0.0) else np.float32(-1.0)
+        for model in range(len(vectors)):
+            values, weight = vectors[model][start : start + PIECE], weights[model]
+            for i in range(out.size):
+                turned = values[i] * total[i]
+                out[i] = out[i] + (np.float32(0.0) if turned < np.float32(0.0) else turned)
+                divisor[i] = divisor[i] + (weight if turned > np.float32(0.0) else np.float32(0.0))
+        for i in range(out.size):
+            out[i] = out[i] * total[i]
+        if normalize:
+            for i in range(out.size):
+                out[i] = out[i] / (np.float32(1.0) if divisor[i] == np.float32(0.0) else divisor[i])
+
+
+@compiled
+def _keep_above(bits: Any, least: Any) -> None:
+    for i in range(bits.size):
+        bits[i] = bits[i] if (bits[i] & MAGNITUDE_32) > least else np.uint32(0)
+
+
+@compiled
+def _count(bits: Any, low: Any, high: Any, inside: Any) -> Any:
+    """How many magnitudes are above a bracket, at its ends, and strictly inside; the last are put into `inside`."""
+    above: Any = 0
+    at_high: Any = 0
+    at_low: Any = 0
+    found: Any = 0
+    width = high - low - np.uint32(1) if high > low else np.uint32(0)
+    for start in range(0, bits.size, COUNTED):
+        part = bits[start : start + COUNTED]
+        larger, equal, smaller, within = np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0)
+        for i in range(part.size):
+            magnitude = part[i] & MAGNITUDE_32
+            larger += np.uint32(magnitude > high)
+            equal += np.uint32(magnitude == high)
+            smaller += np.uint32(magnitude == low)
+            within |= np.uint32(np.uint32(magnitude - low - np.uint32(1)) < width)
+        above, at_high, at_low = above + larger, at_high + equal, at_low + smaller
+        if within:
+            for i in range(part.size):
+                magnitude = part[i] & MAGNITUDE_32
+                inside[found] = magnitude  # without a branch, which would be mispredicted
+                found += np.uint32(magnitude - low - np.uint32(1)) < width
+    return above, at_high, at_low, found
+
+
+@compiled
+def _keep_below(
+    bits: Any, start: Any, first_key: Any, second_key: Any, threshold: Any, spread: Any, first: Any, second: Any
+) -> None:
+    """`merging.randomness.hash_indices`, and what it decides."""
+    for i in range(bits.size):
+        x = np.uint32((start + np.uint32(i)) * spread) ^ first_key
+        x ^= x >> np.uint32(16)
+        x = np.uint32(x * first)
+        x ^= x >> np.uint32(15)
+        x = np.uint32((x ^ second_key) * second)
+        bits[i] = bits[i] if x < threshold else np.uint32(0)
+
+
+def warm_up() -> Iterator[str]:
+    """See `streaming.twins.twin`."""
+    one, two = torch.ones(64), torch.ones(64)
+    weighted_sum([one, two], [1.0, 1.0])
+    yield "weighted_sum"
+    add_to_base(one, two, 1.0)
+    yield "add_to_base"
+    keep_below_(one, 0, (1, 2), 3, 0.5)
+    yield "keep_below_"
+    keep_above_(one, 1)
+    yield "keep_above_"
+    count_against(one, 1, 2)
+    yield "count_against"
+    for count in (2, 3):
+        elect_and_sum([torch.ones(64) for _ in range(count)], [1.0] * count, normalize=True)
+    yield "elect_and_sum"

@@ -1,0 +1,257 @@
+"""Compiled loops and the plain ones they stand in for: the same to the bit, and none where they cannot be had."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from merging import randomness
+from merging.methods import linear, signs, task_arithmetic, trim
+from merging.recipe_flags import make_recipe
+from merging.run import merge
+from streaming import stream, twins
+from streaming.output import RunOptions
+from streaming.stream import StreamOptions
+from streaming.twins import compile_all, twin, use_compiled
+from tests.pico import make_family
+
+SIZES = (0, 1, 63, 64, 65, 4096, 10_007)
+EDGES = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.0,
+    1e-45,
+    -1e-45,
+    1e-39,
+    3.4e38,
+    -3.4e38,
+    65504.0,
+    0.5,
+    2.0**-126,
+    1.0039,
+    1.00390625,
+    1.0117,
+]
+ODD = [float("nan"), float("inf"), -float("inf")]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    compile_all()
+
+
+def numbers(size: int, seed: int, *, odd: bool = False) -> Tensor:
+    """Random float32 of many magnitudes, with repetitions and edges of the format."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(size, generator=generator) * 10.0 ** torch.randint(-6, 3, (size,), generator=generator)
+    pool = torch.tensor(EDGES + (ODD if odd else []))
+    special = torch.rand(size, generator=generator) < 0.2
+    return torch.where(special, pool[torch.randint(len(pool), (size,), generator=generator)], values)
+
+
+def spelt(value: object) -> object:
+    """Anything that a twin returns or changes, with the bits of tensors in place of their numbers; any NaN is one."""
+    if isinstance(value, Tensor):
+        whole = value.masked_fill(value.isnan(), torch.nan) if value.is_floating_point() else value
+        return str(value.dtype), whole.view(torch.uint8).tolist() if value.numel() else []
+    if isinstance(value, list | tuple):
+        return [spelt(one) for one in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def check(function, *arguments, changes=None, **keywords):
+    """Run both twins, each on copies of its arguments, and compare what they return, and the argument that they change."""
+    copied = functools.partial(
+        torch.utils._pytree.tree_map, lambda one: one.clone() if isinstance(one, Tensor) else one
+    )
+    found = []
+    for use in (False, True):
+        use_compiled(use)
+        try:
+            given = copied(arguments)
+            result = function(*given, **keywords)
+        finally:
+            use_compiled(False)
+        found.append(spelt([result, [] if changes is None else given[changes]]))
+    assert found[0] == found[1]
+
+
+def test_all_twins_are_compiled_and_tested_here():
+    known = {(module, name) for module, name in twins._compiled}
+    assert known == {
+        *(("streaming.kernels", name) for name in ("load", "round_to")),
+        *(("merging.kernels", name) for name in ("weighted_sum", "add_to_base", "elect_and_sum", "keep_above_", "count_against", "keep_below_")),
+    }  # fmt: skip
+    for module, name in known:
+        plain = next(
+            getattr(place, name)
+            for place in (stream, linear, task_arithmetic, signs, trim, randomness)
+            if hasattr(place, name)
+        )
+        parameters = [
+            list(inspect.signature(one).parameters.values()) for one in (plain, twins._compiled[module, name])
+        ]
+        assert [one.kind for one in parameters[0]] == [one.kind for one in parameters[1]]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("odd", [False, True])
+def test_loading(size, dtype, odd):
+    raw, base = numbers(size, 1, odd=odd).to(dtype), numbers(size, 2)
+    for minus in (None, base, raw.float()):
+        for look in (False, True):
+            check(stream.load, raw, torch.full((size,), 7.0), minus, look, changes=1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+@pytest.mark.parametrize("odd", [False, True])
+def test_rounding(size, dtype, odd):
+    values = numbers(size, 3, odd=odd)
+    values = values if odd or dtype != torch.float16 else values.clamp(-6e4, 6e4)
+    check(stream.round_to, values, dtype)
+    check(stream.round_to, values.to(dtype), dtype)
+    check(stream.round_to, torch.arange(size), torch.int64)
+
+
+def test_every_bfloat16_and_every_tie_is_rounded_alike():
+    upper = torch.arange(1 << 16, dtype=torch.int64) << 16
+    for lower in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        bits = upper + lower
+        values = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+        check(stream.round_to, values, torch.bfloat16)
+        check(stream.round_to, values[values.isfinite()], torch.bfloat16)
+    assert stream.round_to(values[:10], torch.bfloat16)[1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("models", [1, 2, 3, 5])
+@pytest.mark.parametrize("odd", [False, True])
+def test_sums(size, models, odd):
+    vectors = [numbers(size, seed, odd=odd) for seed in range(models)]
+    weights = [0.3, -1.7, 1.0, 0.1, 1e-3][:models]
+    check(linear.weighted_sum, vectors, weights)
+    check(task_arithmetic.add_to_base, numbers(size, 9), vectors[0], 0.7)
+    for normalize in (False, True):
+        check(signs.elect_and_sum, vectors, weights, normalize=normalize)
+        check(signs.elect_and_sum, vectors, [0.0] * models, normalize=normalize)
+        check(signs.elect_and_sum, [vectors[0], *(-vector for vector in vectors[:-1])], weights, normalize=normalize)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("odd", [False, True])
+def test_thresholds(size, odd):
+    values = numbers(size, 4, odd=odd)
+    magnitudes = sorted(trim.magnitude_bits(values).tolist()) or [5]
+    picked = [0, 1, trim.INFINITY_BITS, magnitudes[0], magnitudes[len(magnitudes) // 2], magnitudes[-1]]
+    for bits in picked:
+        if bits <= trim.INFINITY_BITS:
+            check(trim.keep_above_, values, bits, changes=0)
+    for low in picked:
+        for high in (one for one in picked if one >= low):
+            check(trim.count_against, values, low, high)
+    check(trim.count_against, values, 0, trim.ABOVE_ALL)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("density", [0.0, 1e-9, 0.3, 0.5, 1 - 1e-12])
+@pytest.mark.parametrize("start", [0, 12345, (1 << 31) - 10, (1 << 32) - 100, 5 * (1 << 32) - 31])
+def test_masks(size, density, start):
+    for divisor in (None, 0.3, density or None):
+        check(randomness.drop_, numbers(size, 5), density, seed=3, tensor="w", model=1, start=start, divisor=divisor)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    return {
+        dtype: make_family(tmp_path_factory.mktemp(dtype), "llama", dtype=getattr(torch, dtype))
+        for dtype in ("bfloat16", "float16", "float32")
+    }
+
+
+METHODS = [
+    ("linear", {}), ("task_arithmetic", {"lambda": 0.7}), ("ties", {"density": 0.3}), ("dare_linear", {"density": 0.4}),
+    ("dare_ties", {"density": 0.6}), ("widen", {}), ("della", {"density": 0.5}), ("breadcrumbs_ties", {"density": 0.5}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "parameters"), METHODS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_whole_merges(tmp_path, families, method, parameters, dtype):
+    """With blocks whose edges are anywhere."""
+    family = families[dtype]
+    written = []
+    for use in (False, True):
+        recipe = make_recipe(method, str(family.base), ",".join(map(str, family.models)), parameters=parameters)
+        options = RunOptions(stream=StreamOptions(compiled=use, block_elements=1001, workers=2))
+        merge(recipe, tmp_path / f"out{use}", options)
+        written.append((tmp_path / f"out{use}" / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+def test_only_threads_that_ask_use_what_is_compiled(monkeypatch):
+    used = []
+    monkeypatch.setitem(twins._compiled, ("streaming.kernels", "round_to"), lambda *arguments: used.append(arguments))
+    stream.round_to(torch.ones(3), torch.bfloat16)
+    assert not used
+    thread = threading.Thread(target=lambda: (use_compiled(True), stream.round_to(torch.ones(3), torch.bfloat16)))
+    thread.start()
+    thread.join()
+    assert len(used) == 1
+    stream.round_to(torch.ones(3), torch.bfloat16)
+    assert len(used) == 1
+
+
+def test_what_cannot_be_compiled_stays_plain(monkeypatch, tmp_path):
+    (tmp_path / "broken_kernels.py").write_text(
+        "def warm_up():\n    yield 'first'\n    raise RuntimeError\ndef first():\n    return 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(twins, "_modules", set())
+
+    @twin("broken_kernels")
+    def first() -> int:
+        return 1
+
+    @twin("broken_kernels")
+    def second() -> int:
+        return 1
+
+    monkeypatch.setattr(twins, "_compilers", {})
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    compile_all()
+    assert not twins._compilers
+    monkeypatch.delenv("NUMBA_DISABLE_JIT")
+    compile_all()
+    use_compiled(True)
+    try:
+        assert (first(), second()) == (2, 1)
+    finally:
+        use_compiled(False)
+        del twins._compiled["broken_kernels", "first"]
+
+
+def test_without_numba(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(twins, "_compilers", {})
+    compile_all()
+    assert not twins._compilers
+
+
+@pytest.mark.parametrize(("worth", "expected"), [(1, True), (10**9, False)])
+def test_large_merges_are_compiled(tmp_path, monkeypatch, families, worth, expected):
+    started = []
+    monkeypatch.setattr(stream, "WORTH_COMPILING", worth)
+    monkeypatch.setattr(stream, "start_compiling", lambda: started.append(True))
+    family = families["bfloat16"]
+    merge(make_recipe("linear", str(family.base), str(family.models[0])), tmp_path / "out")
+    assert bool(started) == expected
