@@ -15,6 +15,8 @@ from streaming.kernels import MAGNITUDE_32, bits_of, compiled
 LOW_32 = 0xFFFFFFFF
 PIECE = 4096
 """Elements of each vector that are worked on together."""
+COLUMNS = 64
+"""Columns that are summed together."""
 COUNTED = 64
 """Elements that are looked at together for one that lies in a bracket."""
 MULTIPLIERS = tuple(np.uint32(one & LOW_32) for one in (SPREAD, FIRST_MULTIPLIER, SECOND_MULTIPLIER))
@@ -63,6 +65,26 @@ def keep_below_(values: torch.Tensor, start: int, key: tuple[int, int], threshol
         _keep_below(bits_of(values), np.uint32(start & LOW_32), *keys, np.uint32(threshold), *MULTIPLIERS)
     if divisor is not None:
         _divide_by(values.numpy(), np.float32(divisor))
+
+
+def sum_products(one: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
+    """See `merging.methods.widen.sum_products`."""
+    matrices, rows, columns = one.shape
+    sums = torch.empty((matrices, columns if dim == -2 else rows), dtype=torch.float64)
+    fold = _fold_rows if dim == -2 else _fold_columns
+    fold(one.numpy(), other.numpy(), sums.numpy())
+    return sums
+
+
+def add_weighed(
+    base: torch.Tensor, task_vectors: Sequence[torch.Tensor], scores: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """See `merging.methods.widen.add_weighed`."""
+    total = torch.zeros_like(base)
+    for values, score in zip(task_vectors, scores, strict=True):
+        _add_weighed(total.view(values.shape).numpy(), values.numpy(), score.expand(values.shape).numpy())
+    _add(total.numpy(), base.numpy())
+    return total
 
 
 def _room(name: str, count: int) -> Any:
@@ -173,6 +195,67 @@ def _keep_below(
         bits[i] = bits[i] if x < threshold else np.uint32(0)
 
 
+@compiled
+def _fold_rows(one: Any, other: Any, sums: Any) -> None:
+    """Some columns at a time, whose products the nearest cache holds."""
+    matrices, rows, columns = one.shape
+    products = np.empty((rows, COLUMNS))
+    for matrix in range(matrices):
+        for start in range(0, columns, COLUMNS):
+            width = min(COLUMNS, columns - start)
+            for row in range(rows):
+                first, second = one[matrix, row, start : start + width], other[matrix, row, start : start + width]
+                line = products[row]
+                for i in range(first.size):
+                    line[i] = np.float64(first[i]) * np.float64(second[i])
+            count = rows
+            while count > 1:
+                half = count // 2
+                for row in range(half):
+                    lower, upper = products[row], products[count - half + row]
+                    for i in range(COLUMNS):
+                        lower[i] = lower[i] + upper[i]
+                count -= half
+            out, line = sums[matrix, start : start + width], products[0]
+            for i in range(out.size):
+                out[i] = line[i]
+
+
+@compiled
+def _fold_columns(one: Any, other: Any, sums: Any) -> None:
+    matrices, rows, columns = one.shape
+    products = np.empty(columns)
+    for matrix in range(matrices):
+        for row in range(rows):
+            first, second = one[matrix, row], other[matrix, row]
+            for i in range(first.size):
+                products[i] = np.float64(first[i]) * np.float64(second[i])
+            count = columns
+            while count > 1:
+                half = count // 2
+                lower, upper = products[:half], products[count - half : count]
+                for i in range(lower.size):
+                    lower[i] = lower[i] + upper[i]
+                count -= half
+            sums[matrix, row] = products[0]
+
+
+@compiled
+def _add_weighed(total: Any, values: Any, scores: Any) -> None:
+    matrices, rows, _ = total.shape
+    for matrix in range(matrices):
+        for row in range(rows):
+            out, added, factors = total[matrix, row], values[matrix, row], scores[matrix, row]
+            for i in range(out.size):
+                out[i] = out[i] + added[i] * factors[i]
+
+
+@compiled
+def _add(total: Any, values: Any) -> None:
+    for i in range(total.size):
+        total[i] = total[i] + values[i]
+
+
 def warm_up() -> Iterator[str]:
     """See `streaming.twins.twin`."""
     one, two = torch.ones(64), torch.ones(64)
@@ -186,6 +269,13 @@ def warm_up() -> Iterator[str]:
     yield "keep_above_"
     count_against(one, 1, 2)
     yield "count_against"
+    matrix = torch.ones(1, 8, 8)
+    for dim in (-2, -1):
+        sum_products(matrix, matrix, dim)
+    yield "sum_products"
+    for score in (torch.ones(1, 1, 8), torch.ones(1, 8, 1), matrix):
+        add_weighed(matrix.view(-1), [matrix], [score])
+    yield "add_weighed"
     for count in (2, 3):
         elect_and_sum([torch.ones(64) for _ in range(count)], [1.0] * count, normalize=True)
     yield "elect_and_sum"

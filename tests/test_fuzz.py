@@ -17,7 +17,7 @@ from tests.fuzz.mutants import KINDS, Mutant, mutants
 from tests.fuzz.trial import Place
 
 EACH = 84
-"""Mutants of each of the six kinds: 504 in all. `make fuzz` judges 20,000 of each."""
+"""Mutants of each of the six kinds: 504 in all. `make fuzz` judges 4,000 of each."""
 SOUND = Mutant("headers", "plain", ("one",), ("--method=ties", "--density=0.7"), (("dress_header", 1),))
 BROKEN = Mutant("headers", "plain", ("one",), ("--method=linear",), (("header_length", 3),))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 import threading
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from merging import randomness
-from merging.methods import linear, signs, task_arithmetic, trim
+from merging.methods import linear, signs, task_arithmetic, trim, widen
 from merging.recipe_flags import make_recipe
 from merging.run import merge
 from streaming import stream, twins
@@ -88,12 +89,12 @@ def test_all_twins_are_compiled_and_tested_here():
     known = {(module, name) for module, name in twins._compiled}
     assert known == {
         *(("streaming.kernels", name) for name in ("load", "round_to")),
-        *(("merging.kernels", name) for name in ("weighted_sum", "add_to_base", "elect_and_sum", "keep_above_", "count_against", "keep_below_")),
+        *(("merging.kernels", name) for name in ("weighted_sum", "add_to_base", "elect_and_sum", "keep_above_", "count_against", "keep_below_", "sum_products", "add_weighed")),
     }  # fmt: skip
     for module, name in known:
         plain = next(
             getattr(place, name)
-            for place in (stream, linear, task_arithmetic, signs, trim, randomness)
+            for place in (stream, linear, task_arithmetic, signs, trim, randomness, widen)
             if hasattr(place, name)
         )
         parameters = [
@@ -160,6 +161,24 @@ def test_thresholds(size, odd):
         for high in (one for one in picked if one >= low):
             check(trim.count_against, values, low, high)
     check(trim.count_against, values, 0, trim.ABOVE_ALL)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 7, 130), (3, 5, 64), (2, 33, 1), (1, 1, 200), (4, 64, 65), (1, 130, 3)]
+)
+@pytest.mark.parametrize("odd", [False, True])
+def test_channels(shape, odd):
+    count = math.prod(shape)
+    one, other = (numbers(count, seed, odd=odd).view(shape) for seed in (1, 2))
+    scores = [torch.rand(1, 1, shape[2]), torch.rand(shape[0], shape[1], 1), torch.rand(shape)]
+    for dim in (-2, -1):
+        check(widen.sum_products, one, other, dim)
+        check(widen.sum_products, one, one, dim)
+        torch.testing.assert_close(
+            widen.sum_products(one, other, dim), (one.double() * other.double()).sum(dim), equal_nan=True
+        )
+    for number in (1, 2, 3):
+        check(widen.add_weighed, one.flatten(), [one, other, one * 3][:number], scores[:number])
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ import torch
 
 from merging.methods.contract import Method, parameter
 from streaming.blocks import Block, Region, Scan, TensorSpec
+from streaming.twins import twin
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,7 @@ class Widen(Method):
         else:
             piece = statistics[:, *_place(region)]  # [models, matrices, channels]
             scores = list(piece.unsqueeze(-1 if region.tensor.is_embedding else -2))
-        total = torch.zeros_like(block.base)
-        for values, score in zip(block.task_vectors, scores, strict=True):
-            total.add_((region.as_stack(values) * score).view(-1))
-        return total.add_(block.base)
+        return add_weighed(block.base, [region.as_stack(values) for values in block.task_vectors], scores)
 
     def _vector_scores(self, task_vectors: list[torch.Tensor], means: torch.Tensor) -> list[torch.Tensor]:
         """Scores of a vector's elements, `[1, 1, n]` float32 per model."""
@@ -100,12 +99,47 @@ def _channel_sums(block: Block) -> tuple[Region, torch.Tensor]:
     """Per channel sum b^2, then for each model sum b d_i and sum d_i^2: `[1 + 2 * models, matrices, channels]` float64."""
     assert block.base is not None
     dim = -1 if block.region.tensor.is_embedding else -2
-    base = block.region.as_stack(block.base).double()
-    rows = [base.square().sum(dim=dim)]
+    base = block.region.as_stack(block.base)
+    rows = [sum_products(base, base, dim)]
     for task_vector in block.task_vectors:
-        values = block.region.as_stack(task_vector).double()
-        rows += [(base * values).sum(dim=dim), values.square_().sum(dim=dim)]
+        values = block.region.as_stack(task_vector)
+        rows += [sum_products(base, values, dim), sum_products(values, values, dim)]
     return block.region, torch.stack(rows)
+
+
+@twin("merging.kernels")
+def sum_products(one: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sums of products, in float64 and by halves: the second half of the products is added to the first, and so on.
+
+    Args:
+        one, other: `[matrices, rows, columns]` float32; dim: -2, to sum over rows, or -1, over columns; neither may be empty.
+
+    Returns: `[matrices, columns]` or `[matrices, rows]` float64.
+    """
+    products = one.double() * other.double()
+    while (count := products.shape[dim]) > 1:
+        half = count // 2
+        upper = products.narrow(dim, count - half, half)
+        products = products.narrow(dim, 0, count - half)
+        products.narrow(dim, 0, half).add_(upper)
+    return products.squeeze(dim)
+
+
+@twin("merging.kernels")
+def add_weighed(
+    base: torch.Tensor, task_vectors: Sequence[torch.Tensor], scores: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """b + sum S_i d_i, from a sum that starts at 0.
+
+    Args:
+        base: `[n]` float32; task_vectors: `[matrices, rows, columns]` float32 each; scores: broadcast to them, float32.
+
+    Returns: `[n]` float32.
+    """
+    total = torch.zeros_like(base)
+    for values, score in zip(task_vectors, scores, strict=True):
+        total.add_((values * score).view(-1))
+    return total.add_(base)
 
 
 def _differences(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -182,7 +182,7 @@ def table(rows: dict[str, Row]) -> str:
 def main() -> int:
     """Run the command; exit code 1 where a mutant has a fault, or fewer than a tenth of a kind were accepted."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--mutants", type=int, default=20_000, help="of each kind (20000)")
+    parser.add_argument("--mutants", type=int, default=4000, help="of each kind (4000)")
     parser.add_argument("--kinds", default=",".join(KINDS), help="which, separated by commas (all)")
     parser.add_argument("--seed", type=int, default=0, help="another one draws other mutants (0)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time (one per core)")
