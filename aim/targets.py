@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aim.activations import Target
-from checkpoints.architecture import Placement
 from checkpoints.errors import InputError
 from checkpoints.model import Model
+from checkpoints.placements import Placement
 from checkpoints.reader import equal_tensors
 
 REASONS = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from checkpoints.adapters import ADAPTER_CONFIG, AdaptedWeights, AdapterConfig, is_adapter, read_adapter_config
+from checkpoints.architecture_cache import remembered
 from checkpoints.dequantise import DequantisedWeights, is_float8
 from checkpoints.errors import InputError, Refusals, collecting
 from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
@@ -19,7 +20,7 @@ from checkpoints.source import Weights
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
 
 if TYPE_CHECKING:
-    from checkpoints.architecture import Architecture
+    from checkpoints.placements import Architecture
 
 Planned = TypeVar("Planned")
 
@@ -90,10 +91,17 @@ class Model:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What holds each tensor; builds the model class without its weights, which takes seconds."""
+        """What holds each tensor; builds the model class without its weights, which takes seconds the first time."""
+        shapes = {name: info.shape for name, info in self.weights.tensors.items()}
+        config = self.folder / "config.json"
+        if self.trust_remote_code or not config.is_file():
+            return self._describe(shapes)
+        return remembered(config.read_bytes(), shapes, lambda: self._describe(shapes))
+
+    def _describe(self, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+        """What would hold tensors of these names and shapes in this model's class."""
         from checkpoints.architecture import describe
 
-        shapes = {name: info.shape for name, info in self.weights.tensors.items()}
         return describe(self.folder, shapes, label=self.label, trust_remote_code=self.trust_remote_code)
 
     def find_same(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -104,13 +112,9 @@ class Model:
 
         Returns: nothing for a name that has no place, or where transformers does not know the class.
         """
-        from checkpoints.architecture import describe
-
         try:
             ours = {(one.parameter, one.expert): name for name, one in self.architecture.placements.items()}
-            placed = describe(
-                self.folder, shapes, label=self.label, trust_remote_code=self.trust_remote_code
-            ).placements
+            placed = self._describe(shapes).placements
         except InputError:
             return {}
         keys = {name: (one.parameter, one.expert) for name, one in placed.items()}

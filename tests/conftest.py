@@ -10,12 +10,18 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
     MPLBACKEND="Agg",
+    MERGE_AIM_CACHE="off",
 )
 
+import signal
 import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# A job in the background ignores Ctrl-C, and one below nohup the end of its terminal; tests send both.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # too_slow measures time, which a busy machine decides; everything else about a run is fixed.
 settings.register_profile(

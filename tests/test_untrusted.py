@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import socket
+import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -486,6 +487,18 @@ def test_paths_of_all_kinds(scene, capsys, name):
     (moved.one / WEIGHTS).write_bytes(b"")
     shutil.rmtree(moved.out)
     moved.refuse("one: model.safetensors: expected a safetensors header")
+
+
+def test_an_output_on_another_file_system(scene):
+    elsewhere = Path("/dev/shm")
+    if not os.access(elsewhere, os.W_OK) or elsewhere.stat().st_dev == scene.folder.stat().st_dev:
+        pytest.skip("no other file system to write to")
+    assert scene.run() == (0, "")
+    expected = (scene.out / WEIGHTS).read_bytes()
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        scene.out = Path(folder) / "out"
+        assert scene.run() == (0, "")
+        assert (scene.out / WEIGHTS).read_bytes() == expected
 
 
 def test_read_only_inputs(scene):

@@ -1,6 +1,6 @@
 """A fuzzer of what strangers hand us: mutated checkpoints through merge.py, each merged right or refused in one message.
 
-    make fuzz                                             # 20,000 mutants of each kind
+    make fuzz                                             # 4,000 mutants of each kind
     make fuzz FUZZ_ARGS="--mutants 500 --kinds headers,indexes --seed 7 --json faults.json"
 
 models.py             tiny sound checkpoints, one family for each way of storing them

@@ -1,0 +1,81 @@
+"""What is known of an architecture, kept on the disk: finding it out takes two seconds, most of them to import transformers.
+
+One JSON file for each config.json and set of tensors, below `$XDG_CACHE_HOME/merge_aim` (`~/.cache/merge_aim`). Its name is
+a digest of everything that decides what is in it, so that none is ever out of date. Nothing of a user's weights is in it, and
+nothing is lost with it: `MERGE_AIM_CACHE=off` does without, as does a disk that takes no files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from checkpoints.placements import Architecture, Placement, Shape
+
+MOST_FILES = 200
+ELSEWHERE = ("auto_map", "configuration_files")
+"""Entries of a config.json that name further files, which decide too."""
+
+
+def remembered(config: bytes, shapes: Mapping[str, Shape], find_out: Callable[[], Architecture]) -> Architecture:
+    """What `find_out` says, or said of the same config and tensors before.
+
+    Args:
+        config: the bytes of config.json; shapes: name and shape of every stored tensor.
+
+    Raises: as `find_out`, whose refusals are not kept.
+    """
+    path = _path(config, shapes)
+    if path is None:
+        return find_out()
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        return _read(path)
+    found = find_out()
+    with suppress(OSError):
+        _write(path, found)
+    return found
+
+
+def _path(config: bytes, shapes: Mapping[str, Shape]) -> Path | None:
+    """The file of an architecture; None where none is to be kept."""
+    if os.environ.get("MERGE_AIM_CACHE") == "off" or any(f'"{entry}"'.encode() in config for entry in ELSEWHERE):
+        return None
+    code = [Path(__file__).with_name(f"{name}.py") for name in ("architecture", "architecture_cache", "placements")]
+    facts = [
+        *(f"{name} {version(name)}" for name in ("transformers", "torch")),
+        *(hashlib.sha256(one).hexdigest() for one in (config, *(path.read_bytes() for path in code))),
+        *(f"{name} {list(shape)}" for name, shape in sorted(shapes.items())),
+    ]
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        return None
+    return home / "merge_aim" / "architectures" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
+
+
+def _read(path: Path) -> Architecture:
+    content: dict[str, Any] = json.loads(path.read_bytes())
+    for name in ("buffers", "ignored", "unplaced", "missing"):
+        content[name] = tuple(content[name])
+    content["placements"] = {
+        name: Placement(**{**one, "others": tuple(one["others"])}) for name, one in content["placements"].items()
+    }
+    return Architecture(**content)
+
+
+def _write(path: Path, found: Architecture) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
+        json.dump(asdict(found), file)
+    os.replace(file.name, path)
+    others = sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime, reverse=True)
+    for old in others[MOST_FILES:]:
+        old.unlink(missing_ok=True)

@@ -1,0 +1,65 @@
+"""Where the tensors of a checkpoint end up in its model, as plain data; `checkpoints.architecture` finds it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["linear", "conv1d", "experts", "norm", "embedding", "bias", "other"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one tensor on disk ends up in the model."""
+
+    parameter: str
+    """Name of the parameter, as in `model.get_parameter`."""
+    kind: Kind
+    """linear: a matrix that its module multiplies the input with; conv1d: the same, stored input first; experts: such
+    matrices fused for all experts of a layer; norm: one-dimensional, and a norm if the module's input is as wide (who
+    sees inputs checks that); embedding: an nn.Embedding, or what one is tied to; bias; other: anything else."""
+    input_dim: int | None = None
+    """The dimension of the tensor ON DISK that runs over the module's input channels; None where none does."""
+    expert: int | None = None
+    """Which expert, where the disk tensor is one slice of a fused parameter."""
+    others: tuple[str, ...] = ()
+    """Further parameters cut from the same disk tensor: a projection that is fused on disk and not in the model."""
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the module that holds the parameter; its input is what `input_dim` runs over."""
+        return self.parameter.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A checkpoint's tensors, by their names on disk.
+
+    A stored tensor is in exactly one of `placements`, `buffers`, `ignored` and `unplaced`.
+    """
+
+    model_class: str
+    placements: Mapping[str, Placement]
+    tied: Mapping[str, str]
+    """Tensor -> tensor that has its values, where the config ties them; the second is stored if one of them is. If
+    both are stored they may differ, and then they are not tied after all: transformers compares them."""
+    input_embedding: str | None
+    """The token embedding; the name to expect if it is not stored; None for a model without one."""
+    output_head: str | None
+    """The matrix that makes the logits; the name to expect if it is not stored; None for a model without one."""
+    buffers: tuple[str, ...]
+    """Stored, and loaded, but no parameter (a router's correction bias): no weight, and not to be left out either."""
+    ignored: tuple[str, ...]
+    """Stored, and skipped on loading on purpose: the model computes it (rotary frequencies, masks)."""
+    unplaced: tuple[str, ...]
+    """Stored, and nothing in the model takes it."""
+    missing: tuple[str, ...]
+    """Parameters, by their names in the model, that no stored tensor fills and the model class expects."""
+    mismatched: Mapping[str, str]
+    """Stored tensor -> what does not fit, a clause: its shape is not what the config says."""
+
+    def stored_name(self, name: str) -> str:
+        """The disk tensor with the values of `name`: the one that it is tied to, or itself."""
+        return self.tied.get(name, name)

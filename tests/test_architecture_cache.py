@@ -1,0 +1,141 @@
+"""What is remembered of an architecture: the same as what was found out, and nothing where it might not be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints import architecture_cache
+from checkpoints.errors import InputError
+from checkpoints.location import parse_name
+from checkpoints.model import Model, open_model
+from tests.pico import make_family
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGE_AIM_CACHE", "on")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "merge_aim" / "architectures"
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The models whose class was built."""
+    found = []
+    describe = Model._describe
+    monkeypatch.setattr(Model, "_describe", lambda model, shapes: found.append(model.label) or describe(model, shapes))
+    return found
+
+
+def look(folder, **options):
+    model = open_model(parse_name(str(folder)), **options)
+    try:
+        return model.architecture
+    finally:
+        model.weights.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3", "mixtral", "gemma3"])
+def test_it_is_what_was_found_out(tmp_path, home, asked, architecture):
+    folder = make_family(tmp_path / "models", architecture, n_models=1).base
+    found, remembered = look(folder), look(folder)
+    assert asked == [str(folder)]
+    assert remembered == found
+    assert list(remembered.placements) == list(found.placements)
+    assert type(remembered.buffers) is type(found.buffers) is tuple
+    assert len(list(home.iterdir())) == 1
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make_family(tmp_path / "models", "llama", n_models=1).base
+
+
+def edit(folder, **entries):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_another_config_is_another_file(base, home, asked):
+    look(base)
+    edit(base, rope_theta=20000.0)
+    look(base)
+    assert len(asked) == len(list(home.iterdir())) == 2
+
+
+@pytest.mark.parametrize("entry", [{"auto_map": {}}, {"configuration_files": []}])
+def test_configs_that_name_other_files_are_not_remembered(base, home, asked, entry):
+    edit(base, **entry)
+    assert look(base) == look(base)
+    assert len(asked) == 2
+    assert not home.exists()
+
+
+def test_trusted_code_is_not_remembered(base, home):
+    look(base, trust_remote_code=True)
+    assert not home.exists()
+
+
+def test_refusals_are_not_remembered(base, home):
+    edit(base, model_type="nothing that exists")
+    for _ in range(2):
+        with pytest.raises(InputError, match="expected a model_type"):
+            look(base)
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"placements": 3}', b"\xff"])
+def test_a_damaged_file_is_made_again(base, home, asked, damage):
+    found = look(base)
+    (path,) = home.iterdir()
+    path.write_bytes(damage)
+    assert look(base) == found == look(base)
+    assert len(asked) == 2
+
+
+def test_a_disk_that_takes_no_files(base, home, asked):
+    home.parent.parent.write_bytes(b"a file in the way")
+    assert look(base) == look(base)
+    assert len(asked) == 2
+
+
+def test_it_can_be_switched_off(base, home, asked, monkeypatch):
+    monkeypatch.setenv("MERGE_AIM_CACHE", "off")
+    assert look(base) == look(base)
+    assert len(asked) == 2
+
+
+def test_the_oldest_go(base, home, monkeypatch):
+    monkeypatch.setattr(architecture_cache, "MOST_FILES", 2)
+    for number in range(4):
+        edit(base, rope_theta=float(number + 1))
+        look(base)
+        for age, path in enumerate(sorted(home.iterdir(), key=lambda one: one.stat().st_mtime_ns, reverse=True)):
+            os.utime(path, (10**9 - age, 10**9 - age))
+    assert len(list(home.iterdir())) == 2
+    assert not list(home.glob("*.part"))
+
+
+def test_a_second_merge_starts_without_transformers(tmp_path, base, home):
+    program = "import sys, merge\ncode = merge.main(sys.argv[1:])\nprint(code, 'transformers' in sys.modules)\n"
+    said = []
+    for number in range(2):
+        flags = [
+            "--method=widen",
+            f"--base_model={base}",
+            f"--models_to_merge={base}",
+            f"--save_path={tmp_path / str(number)}",
+        ]
+        run = subprocess.run(
+            [sys.executable, "-c", program, *flags, "--quiet"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        said.append(run.stdout.splitlines()[-1])
+    assert said == ["0 True", "0 False"]
