@@ -109,7 +109,8 @@ def end_tokens(files: SideFiles, tokens: Vocabulary) -> list[str]:
     for name in reversed(CONFIGS):
         ids = files.read_json(name).get("eos_token_id")
         if ids is not None:
-            return [strings[index] for index in (ids if isinstance(ids, list) else [ids]) if index in strings]
+            listed = ids if isinstance(ids, list) else [ids]
+            return [strings[index] for index in listed if type(index) is int and index in strings]
     return []
 
 
@@ -155,7 +156,11 @@ def set_vocabulary_size(files: SideFiles, old: int, new: int) -> None:
     changed = change(config)
     if changed == config:  # the class's own default, which it does not state
         inner = config.get("text_config")
-        changed = {**config, "text_config": {**inner, "vocab_size": new}} if inner else {**config, "vocab_size": new}
+        changed = (
+            {**config, "text_config": {**inner, "vocab_size": new}}
+            if isinstance(inner, dict)
+            else {**config, "vocab_size": new}
+        )
     files.write_json("config.json", changed)
 
 

@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors.torch import load_file, save
+from transformers import AutoTokenizer
 
 import merge
 from checkpoints.errors import LONGEST_MESSAGE, InputError
@@ -175,6 +176,50 @@ def test_other_tokens_and_no_table_to_match_them_in(scene):
         1,
         1,
     )
+
+
+@pytest.mark.parametrize("ids", [{"a": 1}, [{}, 2], [[1]], "</s>", True, 2.0, [None]])
+def test_ends_of_text_that_are_no_ids(scene, ids):
+    """Where the models' tokens differ, so that their ends are united."""
+    scene.lay("vocabularies")
+    edit_json(scene.one / "generation_config.json", eos_token_id=ids)
+    assert scene.run()[0] == 0
+
+
+@pytest.mark.parametrize("inner", [[1], "x", 3, {}])
+def test_a_text_config_that_is_none(scene, inner):
+    """Where the number of rows is written into it, as it stands nowhere else."""
+    scene.lay("vocabularies")
+    config = json.loads((scene.base / "config.json").read_bytes())
+    del config["vocab_size"]
+    (scene.base / "config.json").write_bytes(as_json({**config, "text_config": inner}))
+    code, message = scene.run()
+    assert (code in (0, 1), "Traceback" in message) == (True, False)
+
+
+def test_old_tokenizers_keep_their_special_tokens_when_more_are_added(scene):
+    """They stand in special_tokens_map.json, which transformers reads only where no added_tokens_decoder is."""
+    scene.lay("byte pairs")
+    settings = json.loads((scene.base / "tokenizer_config.json").read_bytes())
+    del settings["eos_token"]
+    (scene.base / "tokenizer_config.json").write_bytes(as_json(settings))
+    assert scene.run()[0] == 0
+    before = AutoTokenizer.from_pretrained(scene.base)
+    after = AutoTokenizer.from_pretrained(scene.out)
+    assert (after.eos_token, after.bos_token, after.unk_token) == (before.eos_token, before.bos_token, before.unk_token)
+    assert after.get_vocab() == {**before.get_vocab(), "z": len(before)}
+
+
+def test_tokens_far_beyond_the_rows(scene):
+    """Four billion rows for one token, which would fill the memory."""
+    scene.lay("vocabularies")
+    for folder, index in ((scene.base, 4_000_000_000), (scene.one, 20)):
+        content = json.loads((folder / "tokenizer.json").read_bytes())
+        for word in ("more", "most"):
+            content["model"]["vocab"].pop(word, None)
+        content["model"]["vocab"]["far"] = index
+        (folder / "tokenizer.json").write_bytes(as_json(content))
+    assert "ids for 4,000,000,001" in scene.refuse("expected at most")
 
 
 def test_an_index_may_not_name_what_no_folder_can_hold(scene):

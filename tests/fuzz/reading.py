@@ -86,7 +86,9 @@ def read_tokens(files: Files, *, is_sound: bool) -> dict[str, int] | None:
     if not is_sound and ("tokenizer.model" in files or "vocab.json" in files or "added_tokens.json" in files):
         with tempfile.TemporaryDirectory() as folder:
             for name, content in files.items():
-                Path(folder, name).write_bytes(content)
+                path = Path(folder, name)
+                path.parent.mkdir(exist_ok=True)
+                path.write_bytes(content)
             return dict(AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab())
     if "tokenizer.model" in files:
         model = sentencepiece_model.ModelProto()

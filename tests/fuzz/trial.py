@@ -180,9 +180,10 @@ def changed_config(base: Files, out: dict[str, Tensor]) -> Any:
     config = json.loads(base["config.json"].decode().replace("float64", "float32"))
     stored = read_tensors(base)
     rows = [len(tensors[EMBEDDING]) if EMBEDDING in tensors else None for tensors in (stored, out)]
-    if rows[0] != rows[1] and config.get("vocab_size") == rows[0]:
+    if rows[0] != rows[1]:
         config["vocab_size"] = rows[1]
-    if EMBEDDING in out and HEAD in out and not torch.equal(stored[EMBEDDING].double(), stored[HEAD].double()):
+    is_tied = bool(config.get("tie_word_embeddings")) and EMBEDDING in out and HEAD in out
+    if is_tied and not torch.equal(stored[EMBEDDING].double(), stored[HEAD].double()):
         config["tie_word_embeddings"] = False
     return config
 
@@ -238,4 +239,4 @@ def write(folder: Path, files: Files) -> None:
 
 
 def read(folder: Path) -> Files:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*")}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
