@@ -354,8 +354,8 @@ def round_to(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bo
 
 
 def not_finite(raw: torch.Tensor, ref: TensorRef, region: Region) -> InputError:
-    """What is said of a region `[region.numel]` that holds a NaN or an infinity: model, tensor and element."""
-    index = int((~raw.isfinite()).nonzero()[0])
+    """What is said of a region `[region.numel]` that holds a NaN, or an infinity in float32: model, tensor and element."""
+    index = int((~raw.float().isfinite()).nonzero()[0])
     return InputError(
         f"{ref.source.label}: {ref.name}: element {region.start + index} is {float(raw[index])}. "
         "The checkpoint is damaged; use another one, or let it through with --allow_non_finite."
