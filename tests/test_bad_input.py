@@ -263,6 +263,10 @@ SPOILT_WEIGHTS: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "nan": (lambda m: rewrite(m, lambda t: t[GATE][3].fill_(torch.nan)), (GATE, "element 192 is nan", "damaged")),
     "inf": (lambda m: rewrite(m, lambda t: t[NORM][5:].fill_(torch.inf)), (NORM, "element 5 is inf", "damaged")),
+    "beyond float32": (
+        lambda m: rewrite(m, lambda t: t.update({NORM: torch.full((64,), 1e300, dtype=torch.float64)})),
+        (NORM, "element 0 is 1e+300"),
+    ),
     "minus inf": (lambda m: rewrite(m, lambda t: t[NORM][:1].fill_(-torch.inf)), (NORM, "element 0 is -inf")),
 }
 
