@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,6 +85,12 @@ def add_weighed(
         _add_weighed(total.view(values.shape).numpy(), values.numpy(), score.expand(values.shape).numpy())
     _add(total.numpy(), base.numpy())
     return total
+
+
+def count_signs(vectors: torch.Tensor) -> tuple[int, int]:
+    """See `merging.report.count_signs`."""
+    changed, contested = _count_signs(vectors.numpy())
+    return int(changed), int(contested)
 
 
 def _room(name: str, count: int) -> Any:
@@ -256,26 +262,52 @@ def _add(total: Any, values: Any) -> None:
         total[i] = total[i] + values[i]
 
 
-def warm_up() -> Iterator[str]:
-    """See `streaming.twins.twin`."""
-    one, two = torch.ones(64), torch.ones(64)
-    weighted_sum([one, two], [1.0, 1.0])
-    yield "weighted_sum"
-    add_to_base(one, two, 1.0)
-    yield "add_to_base"
-    keep_below_(one, 0, (1, 2), 3, 0.5)
-    yield "keep_below_"
-    keep_above_(one, 1)
-    yield "keep_above_"
-    count_against(one, 1, 2)
-    yield "count_against"
+@compiled
+def _count_signs(vectors: Any) -> Any:
+    """A piece of all vectors at a time: 1 where one is positive, 2 negative, 4 no number, which counts as neither."""
+    flags_room = np.empty(PIECE, np.uint8)
+    changed, contested = 0, 0
+    for start in range(0, vectors.shape[1], PIECE):
+        flags = flags_room[: min(PIECE, vectors.shape[1] - start)]
+        for i in range(flags.size):
+            flags[i] = np.uint8(0)
+        for model in range(vectors.shape[0]):
+            values = vectors[model, start : start + PIECE]
+            for i in range(flags.size):
+                positive, negative = values[i] > np.float32(0.0), values[i] < np.float32(0.0)
+                flags[i] |= np.uint8(positive) | (np.uint8(negative) << 1) | (np.uint8(values[i] != values[i]) << 2)
+        for i in range(flags.size):
+            changed += (flags[i] > 0) & (flags[i] < 4)
+            contested += flags[i] == 3
+    return changed, contested
+
+
+def _elect_each() -> None:
+    for count in (2, 3):
+        elect_and_sum([torch.ones(64) for _ in range(count)], [1.0] * count, normalize=True)
+
+
+def _sum_each() -> None:
     matrix = torch.ones(1, 8, 8)
     for dim in (-2, -1):
         sum_products(matrix, matrix, dim)
-    yield "sum_products"
+
+
+def _weigh_each() -> None:
+    matrix = torch.ones(1, 8, 8)
     for score in (torch.ones(1, 1, 8), torch.ones(1, 8, 1), matrix):
         add_weighed(matrix.view(-1), [matrix], [score])
-    yield "add_weighed"
-    for count in (2, 3):
-        elect_and_sum([torch.ones(64) for _ in range(count)], [1.0] * count, normalize=True)
-    yield "elect_and_sum"
+
+
+EXAMPLES: dict[str, Callable[[], object]] = {
+    "weighted_sum": lambda: weighted_sum([torch.ones(64), torch.ones(64)], [1.0, 1.0]),
+    "add_to_base": lambda: add_to_base(torch.ones(64), torch.ones(64), 1.0),
+    "elect_and_sum": _elect_each,
+    "keep_above_": lambda: keep_above_(torch.ones(64), 1),
+    "count_against": lambda: count_against(torch.ones(64), 1, 2),
+    "keep_below_": lambda: keep_below_(torch.ones(64), 0, (1, 2), 3, 0.5),
+    "sum_products": _sum_each,
+    "add_weighed": _weigh_each,
+    "count_signs": lambda: count_signs(torch.ones(2, 64)),
+}
+"""See `streaming.twins`."""

@@ -10,6 +10,7 @@ import torch
 
 from streaming.blocks import Block, Region
 from streaming.tally import SAMPLE_EVERY, Tally, sample_of
+from streaming.twins import twin
 
 DIGITS = 4
 
@@ -44,10 +45,14 @@ class DeltaReport:
             vectors = torch.stack(
                 [v[part] for v in block.task_vectors] or [w[part] - base for w in block.weights]
             )  # [models, n]
-            # By the extremes: `any` over the models costs twenty times as much, a quarter of a whole merge.
-            up, down = vectors.amax(dim=0) > 0, vectors.amin(dim=0) < 0
-            counts = [base.numel(), count_true(up | down), count_true(up & down)]
-            found.append([*counts, float(base.dot(base)), *(vectors @ vectors.T).double().flatten().tolist()])
+            found.append(
+                [
+                    base.numel(),
+                    *count_signs(vectors),
+                    float(base.dot(base)),
+                    *(vectors @ vectors.T).double().flatten().tolist(),
+                ]
+            )
         return found
 
     def record(self, block: Block, merged: torch.Tensor, sampled: Sequence[slice], seen: list[list[float]]) -> None:
@@ -100,6 +105,14 @@ class DeltaReport:
             "sign_conflicts": _rounded(conflicts, changed),
             "merged_relative_norm": _rounded(math.sqrt(merged), size),
         }
+
+
+@twin("merging.kernels")
+def count_signs(vectors: torch.Tensor) -> tuple[int, int]:
+    """How many elements some model changes, and how many two models change in opposite directions: `[models, n]` float32."""
+    # By the extremes: `any` over the models costs twenty times as much, a quarter of a whole merge.
+    up, down = vectors.amax(dim=0) > 0, vectors.amin(dim=0) < 0
+    return count_true(up | down), count_true(up & down)
 
 
 def count_true(flags: torch.Tensor) -> int:

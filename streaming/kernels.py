@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -83,11 +83,14 @@ def _subtract(values: Any, base: Any) -> None:
         values[i] = values[i] - base[i]
 
 
-def warm_up() -> Iterator[str]:
-    """See `streaming.twins.twin`."""
+def _load_each() -> None:
     values = torch.ones(64)
     load(values.bfloat16(), values, values.clone(), True)
     load(values.clone(), values, None, True)
-    yield "load"
-    round_to(values, torch.bfloat16)
-    yield "round_to"
+
+
+EXAMPLES: dict[str, Callable[[], object]] = {
+    "load": _load_each,
+    "round_to": lambda: round_to(torch.ones(64), torch.bfloat16),
+}
+"""See `streaming.twins`."""

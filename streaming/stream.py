@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -18,7 +18,7 @@ from checkpoints.source import TensorRef, dtype_name
 from checkpoints.writer import CheckpointWriter
 from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, in_groups, tile
 from streaming.tally import Tally
-from streaming.twins import start_compiling, twin
+from streaming.twins import compiling, twin
 from streaming.workers import Workers
 
 WORTH_COMPILING = 2 * 10**9
@@ -174,9 +174,7 @@ def stream(
     Raises: InputError: a number that is not finite, a file that cannot be read or written.
     """
     compiled = options.device.type == "cpu" and _is_worth_compiling(tensors, options)
-    if compiled:
-        start_compiling()
-    with closing(Workers(options.workers, compiled=compiled)) as workers:
+    with compiling() if compiled else nullcontext(), closing(Workers(options.workers, compiled=compiled)) as workers:
         state = _Stream(workers, outputs, options, observer, progress, non_finite or count_non_finite())
         state.changed.update(changed)
 

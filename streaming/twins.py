@@ -3,8 +3,9 @@
     @twin("merging.kernels")
     def add_to_base(base, delta, lambda_): ...      # in torch: the definition, and what GPUs and small merges run
 
-A function of the same name and arguments in the named module is its compiled version. It runs in threads that have called
-`use_compiled`, from the moment on when `start_compiling` has it ready; which of the two makes a block changes nothing in it.
+A function of the same name and arguments in the named module is its compiled version; the module's `EXAMPLES` calls each once, on
+any numbers. It runs in threads that have called `use_compiled`, from the moment on when the thread of `compiling` has it ready;
+which of the two makes a block changes nothing in it.
 """
 
 from __future__ import annotations
@@ -14,36 +15,43 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
-_compiled: dict[tuple[str, str], Callable[..., Any]] = {}
-_modules: set[str] = set()
+Key = tuple[str, str]
+"""Module and name of a compiled version."""
+
+_compiled: dict[Key, Callable[..., Any]] = {}
+_known: set[Key] = set()
+_wanted: SimpleQueue[Key | None] = SimpleQueue()
+_asked_for: set[Key] = set()
 _thread = threading.local()
-_lock = threading.Lock()
-_compilers: dict[str, threading.Thread] = {}
 
 
 def twin(module: str) -> Callable[[Callable[Arguments, Returned]], Callable[Arguments, Returned]]:
     """Decorator of a function on CPU or GPU tensors whose compiled version, for CPU tensors, is in `module`.
 
     Args:
-        module: by its full name; imported only to be compiled. Its `warm_up()` calls each of its functions once, on any
-            numbers, and yields the name of each when it has.
+        module: by its full name; imported only to be compiled.
     """
-    _modules.add(module)
 
     def decorate(plain: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
         key = module, plain.__name__
+        _known.add(key)
 
         @functools.wraps(plain)
         def either(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Returned:
-            chosen = _compiled.get(key, plain) if getattr(_thread, "uses_compiled", False) else plain
-            return chosen(*arguments, **keywords)
+            if not getattr(_thread, "uses_compiled", False):
+                return plain(*arguments, **keywords)
+            if key not in _compiled and key not in _asked_for:
+                _asked_for.add(key)
+                _wanted.put(key)
+            return _compiled.get(key, plain)(*arguments, **keywords)
 
         return either
 
@@ -55,28 +63,41 @@ def use_compiled(use: bool) -> None:
     _thread.uses_compiled = use
 
 
-def start_compiling() -> None:
-    """Compile the twins of every function that has been imported, while the plain versions are at work.
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Have a thread that compiles the twins that are run, while their plain versions are at work.
 
     What was compiled once is kept in a cache on the disk. Without numba, or where it fails, the plain versions stay in use.
     """
-    if importlib.util.find_spec("numba") is None or os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
+    if not can_compile():
+        yield
         return
-    with _lock:
-        for module in sorted(_modules - _compilers.keys()):
-            _compilers[module] = threading.Thread(target=_compile, args=[module], name=f"compiler of {module}")
-            _compilers[module].start()
+    threading.Thread(target=_compile_wanted, name="compiler").start()
+    try:
+        yield
+    finally:
+        _wanted.put(None)
+
+
+def can_compile() -> bool:
+    """Whether numba is there, and not switched off, which would have its loops run uncompiled."""
+    return importlib.util.find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 
 
 def compile_all() -> None:
-    """As `start_compiling`, and wait for it."""
-    start_compiling()
-    for thread in _compilers.values():
-        thread.join()
+    """Compile every twin that has been imported, before anything else."""
+    if can_compile():
+        for key in sorted(_known):
+            _compile(key)
 
 
-def _compile(name: str) -> None:
+def _compile_wanted() -> None:
+    while (key := _wanted.get()) is not None:
+        _compile(key)
+
+
+def _compile(key: Key) -> None:
     with suppress(Exception):  # no cache can be written, no such processor: nothing that a merge needs
-        module = importlib.import_module(name)
-        for function in module.warm_up():
-            _compiled[name, function] = getattr(module, function)
+        module, function = importlib.import_module(key[0]), key[1]
+        module.EXAMPLES[function]()
+        _compiled[key] = getattr(module, function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from merging import randomness
+from merging import randomness, report
 from merging.methods import linear, signs, task_arithmetic, trim, widen
 from merging.recipe_flags import make_recipe
 from merging.run import merge
@@ -89,12 +90,12 @@ def test_all_twins_are_compiled_and_tested_here():
     known = {(module, name) for module, name in twins._compiled}
     assert known == {
         *(("streaming.kernels", name) for name in ("load", "round_to")),
-        *(("merging.kernels", name) for name in ("weighted_sum", "add_to_base", "elect_and_sum", "keep_above_", "count_against", "keep_below_", "sum_products", "add_weighed")),
+        *(("merging.kernels", name) for name in ("weighted_sum", "add_to_base", "elect_and_sum", "keep_above_", "count_against", "keep_below_", "sum_products", "add_weighed", "count_signs")),
     }  # fmt: skip
     for module, name in known:
         plain = next(
             getattr(place, name)
-            for place in (stream, linear, task_arithmetic, signs, trim, randomness, widen)
+            for place in (stream, linear, task_arithmetic, signs, trim, randomness, widen, report)
             if hasattr(place, name)
         )
         parameters = [
@@ -142,6 +143,8 @@ def test_sums(size, models, odd):
     weights = [0.3, -1.7, 1.0, 0.1, 1e-3][:models]
     check(linear.weighted_sum, vectors, weights)
     check(task_arithmetic.add_to_base, numbers(size, 9), vectors[0], 0.7)
+    if size:
+        check(report.count_signs, torch.stack(vectors))
     for normalize in (False, True):
         check(signs.elect_and_sum, vectors, weights, normalize=normalize)
         check(signs.elect_and_sum, vectors, [0.0] * models, normalize=normalize)
@@ -230,12 +233,26 @@ def test_only_threads_that_ask_use_what_is_compiled(monkeypatch):
     assert len(used) == 1
 
 
+BROKEN = """
+def first():
+    return 2
+
+def second():
+    return 2
+
+def fail():
+    raise RuntimeError
+
+EXAMPLES = {"first": first, "second": fail}
+"""
+
+
 def test_what_cannot_be_compiled_stays_plain(monkeypatch, tmp_path):
-    (tmp_path / "broken_kernels.py").write_text(
-        "def warm_up():\n    yield 'first'\n    raise RuntimeError\ndef first():\n    return 2\n"
-    )
+    (tmp_path / "broken_kernels.py").write_text(BROKEN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(twins, "_modules", set())
+    monkeypatch.setattr(twins, "_compiled", {})
+    monkeypatch.setattr(twins, "_known", set())
+    monkeypatch.setattr(twins, "_asked_for", set())
 
     @twin("broken_kernels")
     def first() -> int:
@@ -245,10 +262,9 @@ def test_what_cannot_be_compiled_stays_plain(monkeypatch, tmp_path):
     def second() -> int:
         return 1
 
-    monkeypatch.setattr(twins, "_compilers", {})
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
     compile_all()
-    assert not twins._compilers
+    assert not twins._compiled
     monkeypatch.delenv("NUMBA_DISABLE_JIT")
     compile_all()
     use_compiled(True)
@@ -256,21 +272,37 @@ def test_what_cannot_be_compiled_stays_plain(monkeypatch, tmp_path):
         assert (first(), second()) == (2, 1)
     finally:
         use_compiled(False)
-        del twins._compiled["broken_kernels", "first"]
+
+
+def test_what_is_run_is_compiled_beside_it(monkeypatch):
+    monkeypatch.setattr(twins, "_compiled", {})
+    monkeypatch.setattr(twins, "_asked_for", set())
+    use_compiled(True)
+    try:
+        with twins.compiling():
+            for _ in range(2):
+                assert stream.round_to(torch.ones(3), torch.bfloat16)[1]
+            (compiler,) = (thread for thread in threading.enumerate() if thread.name == "compiler")
+        compiler.join()
+    finally:
+        use_compiled(False)
+    assert list(twins._compiled) == [("streaming.kernels", "round_to")]
 
 
 def test_without_numba(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(twins, "_compilers", {})
+    monkeypatch.setattr(twins, "_compiled", {})
     compile_all()
-    assert not twins._compilers
+    with twins.compiling():
+        assert not [thread for thread in threading.enumerate() if thread.name == "compiler"]
+    assert not twins._compiled
 
 
 @pytest.mark.parametrize(("worth", "expected"), [(1, True), (10**9, False)])
 def test_large_merges_are_compiled(tmp_path, monkeypatch, families, worth, expected):
     started = []
     monkeypatch.setattr(stream, "WORTH_COMPILING", worth)
-    monkeypatch.setattr(stream, "start_compiling", lambda: started.append(True))
+    monkeypatch.setattr(stream, "compiling", lambda: started.append(True) or contextlib.nullcontext())
     family = families["bfloat16"]
     merge(make_recipe("linear", str(family.base), str(family.models[0])), tmp_path / "out")
     assert bool(started) == expected
