@@ -10,6 +10,9 @@ from checkpoints.safetensors_format import load_tensors, save_tensors
 from checkpoints.staging import Stage
 from streaming import commits
 
+KEEP_EVERY = 5
+"""In units of the time between commits of tensors: each time all sums are written, not only new ones."""
+
 
 class UnfinishedCalibration:
     """The sums so far, and at the end the statistics, beside the output; the journal says how many blocks are in them.
@@ -44,7 +47,7 @@ class UnfinishedCalibration:
 
     def keep(self, watcher: Watcher, blocks: int) -> None:
         """Keep the sums over the first `blocks` blocks, now and then. Raises WriteError: the disk is full or fails."""
-        if time.monotonic() - self._kept >= commits.COMMIT_S:
+        if time.monotonic() - self._kept >= KEEP_EVERY * commits.COMMIT_S:
             save_tensors(self._sums, watcher.sums(), {"blocks": str(blocks)})
             self._stage.journal.append({"blocks": blocks})
             self._kept = time.monotonic()

@@ -6,7 +6,7 @@
 Each trial runs a command on the tiny golden models, with a fault, then, where that ended it, again without one, and compares
 all files with those of a run that nothing disturbed. Faults: kill -9 at a random moment; a power loss at a random moment
 that takes everything that was not flushed, or random parts of it; a write, and a flush, that fails from the N-th on, for
-every N; a file system that is full. Commits are made every 2 ms instead of every 5 s. Linux only.
+every N; a file system that is full. Commits are made every 2 ms instead of every second. Linux only.
 """
 
 from __future__ import annotations

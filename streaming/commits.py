@@ -10,8 +10,8 @@ from typing import Any
 from checkpoints.journal import Journal
 from checkpoints.writer import CheckpointWriter
 
-COMMIT_S = 5.0
-"""Seconds between commits: about what an interruption costs. Each flushes the files, which the disk does anyway."""
+COMMIT_S = 1.0
+"""Seconds between commits: about what an interruption costs. Each flushes the files, so that little is left to flush at the end."""
 
 
 class Commits:
