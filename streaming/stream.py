@@ -24,6 +24,8 @@ from streaming.workers import Workers
 WORTH_COMPILING = 2 * 10**9
 """Bytes of input from which compiled loops repay the second that it takes to have them."""
 
+_thread = threading.local()
+
 
 class Merger(Protocol):
     """How the blocks of one tensor become one: a merging method with its parameters (`merging.methods`)."""
@@ -337,11 +339,28 @@ def load(raw: torch.Tensor, values: torch.Tensor, base: torch.Tensor | None, loo
 
     Returns: whether every number is finite, and whether one was found that differs from 0.
     """
-    values.copy_(raw)
+    if values.is_cuda:
+        _send(raw, values)
+    else:
+        values.copy_(raw)
     is_finite = all_finite(values)
     if base is not None:
         values.sub_(base)
     return is_finite, look and bool(values.any())
+
+
+def _send(raw: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy what is stored, as it is, to a GPU, on a stream of this thread's own, and make float32 of it there.
+
+    While it is on its way, the GPU works on other threads' blocks; from pinned memory the processor does not wait either.
+    """
+    if not hasattr(_thread, "sending"):
+        _thread.sending = torch.cuda.Stream(values.device)
+    working = torch.cuda.current_stream(values.device)
+    _thread.sending.wait_stream(working)  # which may not be done with what these values were before
+    with torch.cuda.stream(_thread.sending):
+        values.copy_(raw.to(values.device, non_blocking=True))
+    working.wait_stream(_thread.sending)
 
 
 @twin("streaming.kernels")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from checkpoints.errors import InputError, Refusals
 from checkpoints.reader import Checkpoint
 from merging import RunOptions, make_recipe, merge
 from merging.methods import METHODS, get_method
+from streaming import stream
 from streaming.blocks import BLOCK_ELEMENTS, Region, TensorSpec
 from streaming.layout import Layout
 from streaming.stream import StreamOptions
@@ -80,6 +82,7 @@ def run(
     out_dtype: str = "auto",
     exclude: str | None = None,
     seed: int | None = None,
+    device: str = "cpu",
     layout: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Any:
@@ -94,7 +97,7 @@ def run(
         method, str(base), ",".join(map(str, models)), parameters=parameters, seed=seed, out_dtype=out_dtype,
         exclude=exclude, layout=Layout(**(layout or {})),
     )  # fmt: skip
-    how = StreamOptions(workers=workers, block_elements=block_elements)
+    how = StreamOptions(torch.device(device), workers=workers, block_elements=block_elements)
     return merge(recipe, out, RunOptions(stream=how, quiet=True, **options))
 
 
@@ -1058,3 +1061,48 @@ def test_inputs_are_closed_however_a_merge_ends(tmp_path: Path, fails: str, monk
     for checkpoint in opened:
         with pytest.raises(InputError, match="cannot be read"):
             checkpoint.read("a.weight", 0, 1, torch.empty(8, dtype=torch.uint8))
+
+
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+
+def test_what_is_sent_to_a_gpu_waits_for_it_and_it_for_that(monkeypatch: pytest.MonkeyPatch):
+    """The order of a GPU's streams, recorded without one."""
+    log: list[tuple[str, ...]] = []
+
+    class Recorded:
+        def __init__(self, name: str):
+            self.name = name
+
+        def wait_stream(self, other: Recorded) -> None:
+            log.append((self.name, "waits for", other.name))
+
+        def __enter__(self) -> None:
+            log.append((self.name, "begins"))
+
+        def __exit__(self, *arguments: object) -> None:
+            log.append((self.name, "ends"))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Recorded("sending"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Recorded("working"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda one: one)
+    monkeypatch.setattr(stream, "_thread", threading.local())
+    values = torch.zeros(3)
+    stream._send(torch.tensor([1.0, 2.0, 3.0]).bfloat16(), values)
+    assert values.tolist() == [1.0, 2.0, 3.0]
+    assert log == [
+        ("sending", "waits for", "working"), ("sending", "begins"), ("sending", "ends"), ("working", "waits for", "sending"),
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_the_cpu_gives_to_one_rounding(tmp_path: Path, hundred_blocks: Family):
+    for method in METHODS:
+        outs = []
+        for device in ("cpu", "cuda"):
+            out = tmp_path / f"{method}-{device}"
+            run(out, method, hundred_blocks.base, hundred_blocks.models, device=device)
+            outs.append(load_file(out / "model.safetensors"))
+        for name, on_cpu in outs[0].items():
+            steps = (on_cpu.view(torch.int16).int() - outs[1][name].view(torch.int16).int()).abs()
+            assert int(steps.max()) <= 1, f"{method}: {name}"
