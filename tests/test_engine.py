@@ -1097,7 +1097,7 @@ def test_what_is_sent_to_a_gpu_waits_for_it_and_it_for_that(monkeypatch: pytest.
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_what_the_cpu_gives_to_one_rounding(tmp_path: Path, hundred_blocks: Family):
-    for method in METHODS:
+    for method in sorted(set(METHODS) - {"widen"}):  # in which a rank that flips may change a column
         outs = []
         for device in ("cpu", "cuda"):
             out = tmp_path / f"{method}-{device}"
