@@ -321,7 +321,8 @@ def show_plan(job: Job, request: AimRequest | None, upload: Upload | None, *, as
 def merge(job: Job, request: AimRequest | None) -> None:
     """Merge, and say what came of it."""
     from merging.report import format_report
-    from streaming.output import Variant, bytes_read, bytes_written, unfinished
+    from streaming.output import Variant, bytes_written, unfinished
+    from streaming.stream import bytes_read
 
     quiet = job.options.quiet
     console = command_line.console(job.options)

@@ -29,14 +29,13 @@ from streaming.output import (
     RunOptions,
     Variant,
     Written,
-    bytes_read,
     bytes_written,
     identity_of,
     unfinished,
     write_checkpoints,
     write_description,
 )
-from streaming.stream import PlannedTensor
+from streaming.stream import PlannedTensor, bytes_read
 from streaming.tokenizer_choice import choose_tokenizer_files
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -53,7 +53,7 @@ def keep_above_(values: torch.Tensor, bits: int) -> None:
 
 def count_against(values: torch.Tensor, low: int, high: int) -> tuple[int, int, int, Any]:
     """See `merging.methods.trim.count_against`."""
-    inside = _room("inside", values.numel() + 1).view(np.uint32)
+    inside = _room(values.numel() + 1)
     above, at_high, at_low, found = _count(bits_of(values), np.uint32(low), np.uint32(high), inside)
     return above, at_high, at_low if low < high else 0, inside[:found].view(np.int32).copy()
 
@@ -93,12 +93,11 @@ def count_signs(vectors: torch.Tensor) -> tuple[int, int]:
     return int(changed), int(contested)
 
 
-def _room(name: str, count: int) -> Any:
-    """This thread's array of a name, `[count]` float32, with any content."""
-    rooms = _scratch.__dict__
-    if name not in rooms or rooms[name].size < count:
-        rooms[name] = np.empty(count, dtype=np.float32)
-    return rooms[name][:count]
+def _room(count: int) -> Any:
+    """An array of this thread's own, `[count]` uint32, with any content: a new one for each block would be page faults."""
+    if not hasattr(_scratch, "room") or _scratch.room.size < count:
+        _scratch.room = np.empty(count, dtype=np.uint32)
+    return _scratch.room[:count]
 
 
 @compiled

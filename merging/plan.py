@@ -20,8 +20,7 @@ from merging.recipe import Recipe, Slice, identity
 from merging.remarks import remarks
 from streaming.blocks import TensorSpec, kind_of
 from streaming.matching import check_plain, list_kinds
-from streaming.output import bytes_read
-from streaming.stream import PlannedTensor
+from streaming.stream import PlannedTensor, bytes_read
 from streaming.tokenizer_choice import choose_tokenizer_files
 
 

@@ -26,6 +26,7 @@ from streaming.stream import (
     PlannedTensor,
     StreamOptions,
     Transform,
+    bytes_read,
     count_non_finite,
     expect_changes,
     stream,
@@ -230,11 +231,6 @@ def unfinished(tensors: Sequence[PlannedTensor], stage: Stage) -> list[PlannedTe
 def bytes_written(tensors: Sequence[PlannedTensor]) -> int:
     """Bytes of output tensors."""
     return sum(tensor.spec.numel * tensor.dtype.itemsize for tensor in tensors)
-
-
-def bytes_read(tensors: Sequence[PlannedTensor], transforms: Sequence[Transform | None] = ()) -> int:
-    """Bytes of every input tensor that a stream needs, each counted once."""
-    return sum(ref.info.nbytes for tensor in tensors for ref in tensor.sources(transforms))
 
 
 def write_description(

@@ -125,6 +125,11 @@ class PlannedTensor:
         return (self.base, *inputs) if self.needs_base(transforms) else inputs
 
 
+def bytes_read(tensors: Sequence[PlannedTensor], transforms: Sequence[Transform | None] = ()) -> int:
+    """Bytes of every input tensor that a stream needs, each counted once."""
+    return sum(ref.info.nbytes for tensor in tensors for ref in tensor.sources(transforms))
+
+
 @dataclass(frozen=True)
 class StreamOptions:
     """How to run; nothing here changes a bit of the result.
@@ -192,7 +197,7 @@ def stream(
 def _is_worth_compiling(tensors: Sequence[PlannedTensor], options: StreamOptions) -> bool:
     if options.compiled is not None:
         return options.compiled
-    return sum(ref.info.nbytes for tensor in tensors for ref in tensor.sources(())) >= WORTH_COMPILING
+    return bytes_read(tensors) >= WORTH_COMPILING
 
 
 def count_non_finite() -> Tally:

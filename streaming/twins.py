@@ -96,13 +96,18 @@ def compile_all() -> None:
 
 
 def _compile_wanted() -> None:
-    # Importing numba is half a second of Python, in which every other thread would wait 5 ms for each of its turns.
+    while (key := _wanted.get()) is not None:
+        with _short_turns(), _without_linear_algebra():
+            _compile(key)
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Importing numba is half a second of Python, in which every other thread would wait 5 ms for each of its turns."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_S)
     try:
-        while (key := _wanted.get()) is not None:
-            with _without_linear_algebra():
-                _compile(key)
+        yield
     finally:
         sys.setswitchinterval(before)
 

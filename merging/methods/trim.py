@@ -222,17 +222,16 @@ def _count(scan: Scan, grid: Sequence[Region], brackets: dict[int, _Bracket]) ->
     """Read everything once and count each model's magnitudes against its bracket."""
 
     def count(block: Block) -> dict[int, _Count]:
-        return {model: _count_block(block.task_vectors[model], bracket) for model, bracket in brackets.items()}
+        return {
+            model: _Count(*count_against(block.task_vectors[model], bracket.low, bracket.high))
+            for model, bracket in brackets.items()
+        }
 
     tallies = {model: _Tally(bracket) for model, bracket in brackets.items()}
     for partial in scan(count, grid):
         for model, one in partial.items():
             tallies[model].add(one)
     return tallies
-
-
-def _count_block(values: torch.Tensor, bracket: _Bracket) -> _Count:
-    return _Count(*count_against(values, bracket.low, bracket.high))
 
 
 @twin("merging.kernels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Tree = Any
@@ -78,6 +79,27 @@ def dump(tree: Tree) -> bytes:
         return json.dumps(tree).encode()
     except (ValueError, RecursionError):  # a whole number of thousands of digits, or a tree that holds itself
         raise Unfit from None
+
+
+def edit(rng: random.Random, content: bytes) -> bytes:
+    """JSON with one or two things in its tree changed. Raises Unfit where there is none."""
+    tree = parse(content)
+    for _ in range(rng.choice([1, 1, 2])):
+        spoil(rng, tree)
+    return dump(tree)
+
+
+def set_entries(rng: random.Random, tree: dict[str, Any], options: Mapping[str, Sequence[Any]]) -> bytes:
+    """A JSON object with one or two entries set to what they may be."""
+    for _ in range(rng.choice([1, 1, 2])):
+        key = rng.choice(list(options))
+        tree[key] = rng.choice(options[key])
+    return dump(tree)
+
+
+def spoil_text(rng: random.Random, content: bytes) -> bytes:
+    """Text with other bytes, or in another encoding."""
+    return rng.choice([scratch, reencode])(rng, content)
 
 
 def dress(rng: random.Random, tree: Tree) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import sentencepiece.sentencepiece_model_pb2 as sentencepiece_model
 
-from tests.fuzz.change_json import Unfit, dress, dump, parse, reencode, scratch, spoil
+from tests.fuzz.change_json import Unfit, dress, dump, edit, parse, set_entries, spoil, spoil_text
 from tests.fuzz.models import Files, as_json, tokenizer
 
 CONFIG = "config.json"
@@ -74,24 +74,18 @@ def other_generation_config(rng: random.Random, files: Files) -> None:
 
 
 def edit_config(rng: random.Random, files: Files) -> None:
-    config = parse(files[CONFIG])
-    for _ in range(rng.choice([1, 1, 2])):
-        spoil(rng, config)
-    files[CONFIG] = dump(config)
+    files[CONFIG] = edit(rng, files[CONFIG])
 
 
 def odd_setting(rng: random.Random, files: Files) -> None:
     config = parse(files[CONFIG])
     if not isinstance(config, dict):
         raise Unfit
-    for _ in range(rng.choice([1, 1, 2])):
-        key = rng.choice(list(SETTINGS))
-        config[key] = rng.choice(SETTINGS[key])
-    files[CONFIG] = dump(config)
+    files[CONFIG] = set_entries(rng, config, SETTINGS)
 
 
 def config_text(rng: random.Random, files: Files) -> None:
-    files[CONFIG] = rng.choice([scratch, reencode])(rng, files[CONFIG])
+    files[CONFIG] = spoil_text(rng, files[CONFIG])
 
 
 def lose_a_config(rng: random.Random, files: Files) -> None:
@@ -195,10 +189,7 @@ def edit_tokenizer(rng: random.Random, files: Files) -> None:
     name = rng.choice([name for name in tokenizer_files(files) if name.endswith(".json")] or [""])
     if not name:
         raise Unfit
-    tree = parse(files[name])
-    for _ in range(rng.choice([1, 1, 2])):
-        spoil(rng, tree)
-    files[name] = dump(tree)
+    files[name] = edit(rng, files[name])
 
 
 def edit_tokens(rng: random.Random, files: Files) -> None:
@@ -235,15 +226,12 @@ def odd_tokenizer_setting(rng: random.Random, files: Files) -> None:
         "legacy": [True, "x"],
         "init_inputs": [["../x"], 3, [[]]],
     }  # fmt: skip
-    for _ in range(rng.choice([1, 1, 2])):
-        key = rng.choice(list(options))
-        settings[key] = rng.choice(options[key])
-    files["tokenizer_config.json"] = dump(settings)
+    files["tokenizer_config.json"] = set_entries(rng, settings, options)
 
 
 def tokenizer_text(rng: random.Random, files: Files) -> None:
     name = rng.choice(tokenizer_files(files))
-    files[name] = rng.choice([scratch, reencode])(rng, files[name])
+    files[name] = spoil_text(rng, files[name])
 
 
 def lose_a_tokenizer_file(rng: random.Random, files: Files) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors
 import torch
 
-from tests.fuzz.change_json import Tree, Unfit, dress, dump, parse, places, reencode, scratch, spoil
+from tests.fuzz.change_json import Tree, Unfit, dress, dump, edit, parse, places, scratch, spoil, spoil_text
 from tests.fuzz.models import EMBEDDING, HEAD, INDEX, Files, as_json
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U32": 4, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -222,7 +222,7 @@ def index_names(files: Files, file: str, names: list[str]) -> None:
 def header_text(rng: random.Random, files: Files) -> None:
     name = weight_file(rng, files)
     header, data = split(files[name])
-    files[name] = join(rng.choice([scratch, reencode])(rng, header), data)
+    files[name] = join(spoil_text(rng, header), data)
 
 
 def header_length(rng: random.Random, files: Files) -> None:
@@ -353,10 +353,7 @@ def move_tensors(rng: random.Random, files: Files) -> None:
 
 
 def edit_index(rng: random.Random, files: Files) -> None:
-    index = parse(files[INDEX])
-    for _ in range(rng.choice([1, 1, 2])):
-        spoil(rng, index)
-    files[INDEX] = dump(index)
+    files[INDEX] = edit(rng, files[INDEX])
 
 
 def edit_weight_map(rng: random.Random, files: Files) -> None:
@@ -369,7 +366,7 @@ def edit_weight_map(rng: random.Random, files: Files) -> None:
 
 
 def index_text(rng: random.Random, files: Files) -> None:
-    files[INDEX] = rng.choice([scratch, reencode])(rng, files[INDEX])
+    files[INDEX] = spoil_text(rng, files[INDEX])
 
 
 def lose_a_file(rng: random.Random, files: Files) -> None:
