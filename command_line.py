@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from checkpoints import VERSION
 from checkpoints.chat_templates import known_templates
 from checkpoints.errors import AlreadyComplete, ArgumentError, InputError, Refusals, unknown
+from checkpoints.settings import as_flag
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequen
             body(arguments)
             sys.stdout.flush()
     except InputError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error.shown(as_flag)}", file=sys.stderr)
         return error.exit_code
     except AlreadyComplete as done:
         print(done)
@@ -315,7 +316,11 @@ def refusals_as_json(arguments: argparse.Namespace) -> Iterator[None]:
     except InputError as error:
         if arguments.json:
             problems = error.problems if isinstance(error, Refusals) else [error]
-            print(json.dumps({"refusals": [str(problem) for problem in problems]}, indent=2, ensure_ascii=False))
+            print(
+                json.dumps(
+                    {"refusals": [str(problem.shown(as_flag)) for problem in problems]}, indent=2, ensure_ascii=False
+                )
+            )
         raise
 
 

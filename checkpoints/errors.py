@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
+
+from checkpoints.settings import CLOSE, OPEN, VALUE, Show, as_in_python, show_settings
 
 LONGEST_MESSAGE = 2000
 
@@ -14,14 +17,26 @@ class InputError(Exception):
     """Something the user handed us does not fit: a checkpoint, a data file, a full disk. Exit code 1.
 
     Args:
-        message: reads `<where>: expected X, got Y. What to do.` It may quote what a stranger wrote: see `printable`.
+        message: reads `<where>: expected X, got Y. What to do.` It may quote what a stranger wrote: see `printable`. A
+            setting is named by `checkpoints.settings.setting`.
         more: further lines, such as commands to be copied.
+
+    Attributes:
+        marked: the message with its settings marked, for a door that shows them in its own way; `str` gives their bare names.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, *more: str):
-        super().__init__("\n".join(map(printable, (message, *more))))
+        self.marked = "\n".join(map(printable, (message, *more)))
+        super().__init__(show_settings(self.marked, as_in_python))
+
+    def shown(self, show: Show) -> Self:
+        """This error with its settings as one door shows them; see `checkpoints.settings`."""
+        other = type(self).__new__(type(self), *self.args)
+        vars(other).update(vars(self), marked=show_settings(self.marked, show))
+        other.args = (other.marked,)
+        return other.with_traceback(self.__traceback__)
 
 
 class ArgumentError(InputError):
@@ -38,14 +53,18 @@ class Refusals(InputError):
     """
 
     def __init__(self, problems: Iterable[str | InputError]):
-        self.problems = list(problems)
+        self.problems = [problem if isinstance(problem, InputError) else InputError(problem) for problem in problems]
         if all(isinstance(problem, ArgumentError) for problem in self.problems):
             self.exit_code = ArgumentError.exit_code
-        lines = [printable(str(problem)) for problem in self.problems]
-        Exception.__init__(
-            self,
-            lines[0] if len(lines) == 1 else f"{len(lines)} problems:\n" + "\n".join(f"- {line}" for line in lines),
+        lines = [printable(problem.marked) for problem in self.problems]
+        self.marked = (
+            lines[0] if len(lines) == 1 else f"{len(lines)} problems:\n" + "\n".join(f"- {line}" for line in lines)
         )
+        Exception.__init__(self, show_settings(self.marked, as_in_python))
+
+    def shown(self, show: Show) -> Self:
+        """These problems with their settings as one door shows them."""
+        return type(self)(problem.shown(show) for problem in self.problems)
 
 
 class WriteError(InputError):
@@ -90,11 +109,16 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """One line of bounded length that no terminal obeys: what cannot be printed is escaped, the middle of a long text cut out."""
+    """One line of bounded length that no terminal obeys: what cannot be printed is escaped, the middle of a long text cut out.
+
+    The marks of a setting stay; what is left of them in the end is invisible.
+    """
     if len(text) > LONGEST_MESSAGE:
         text = f"{text[: LONGEST_MESSAGE - 500]} [...] {text[-500:]}"
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        character
+        if character.isprintable() or character in (OPEN, VALUE, CLOSE)
+        else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
 

@@ -1,0 +1,67 @@
+"""Everything that keeps a run from working, collected, so that a user mends it all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from checkpoints.errors import InputError, Refusals
+
+
+class Problems:
+    """What is wrong, in the order in which it was found, each problem once; and what is only worth a note.
+
+        problems = Problems()
+        with problems.collect():
+            read_flags()
+        problems.add("model.safetensors: expected 8 tensors, got 7. Download it again.")
+        problems.raise_if_any()
+
+    Attributes:
+        found: the problems; notes: lines that stop nothing.
+    """
+
+    def __init__(self, found: Iterable[str | InputError] = ()):
+        self.found: list[InputError] = []
+        self.notes: list[str] = []
+        self.extend(found)
+
+    def __bool__(self) -> bool:
+        return bool(self.found)
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __iter__(self) -> Iterator[InputError]:
+        return iter(self.found)
+
+    def add(self, problem: str | InputError) -> None:
+        """Add a problem, or each of a refusal's, unless it is there already."""
+        if isinstance(problem, Refusals):
+            self.extend(problem.problems)
+            return
+        error = problem if isinstance(problem, InputError) else InputError(problem)
+        if all(error.marked != there.marked for there in self.found):
+            self.found.append(error)
+
+    def extend(self, problems: Iterable[str | InputError]) -> None:
+        """Add several."""
+        for problem in problems:
+            self.add(problem)
+
+    def note(self, text: str) -> None:
+        """Add a line that stops nothing."""
+        self.notes.append(text)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Add what the block refuses instead of raising it."""
+        try:
+            yield
+        except InputError as error:
+            self.add(error)
+
+    def raise_if_any(self) -> None:
+        """Raise Refusals with everything found; nothing where nothing is wrong."""
+        if self.found:
+            raise Refusals(self.found)
