@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import os
 import queue
+import secrets
 import shutil
 import sys
 import tempfile
@@ -46,6 +47,7 @@ from evaluation.jail.zygote import remove_tree
 
 MEMORY_BYTES = 1 << 30
 PATIENCE = 5.0
+IMPOSSIBLE_DRAWS = 2
 HOW_TO = (
     "Install bubblewrap (apt install bubblewrap), or allow user namespaces (user.max_user_namespaces above 0, on "
     "Ubuntu kernel.apparmor_restrict_unprivileged_userns=0), or use a kernel with Landlock (5.13 or newer)."
@@ -77,13 +79,15 @@ class Program:
 
     Attributes:
         source: the completed program.
-        test: its assertions, run after it in the same module.
+        test: its assertions, run in a process of their own.
         timeout_s: wall clock for both together.
+        names: what the test takes from the program; None: all names that it reads and that are not built in.
     """
 
     source: str
     test: str
     timeout_s: float = 3.0
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -251,21 +255,34 @@ class Sandbox:
 
 
 def judge(jail: Jail, program: Program, patience: float = 1.0) -> Verdict:
-    """Run a program in a jail, and if it passes once more against a test that cannot pass.
+    """Run a program against its test and, in random order, against tests that cannot pass, until one run decides.
+
+    No run differs for the program from another: it has to hold in each, and may pass where it can only.
 
     Args:
-        patience: as Jail.attempt has it, for both runs.
+        patience: as Jail.attempt has it, for every run.
     Raises: JailError: the jail failed.
     """
-    source, test, timeout_s = program.source, program.test, program.timeout_s
-    outcome = jail.attempt(source, test, timeout_s, patience=patience)
-    if outcome.timed_out:
-        return Verdict("timeout", outcome.detail, outcome.seconds)
-    if not outcome.passed:
-        return Verdict("failed", outcome.detail, outcome.seconds)
-    if jail.attempt(source, test, timeout_s, impossible=True, patience=patience).passed:
-        return Verdict("forged", "passed a test that cannot pass", outcome.seconds)
-    return Verdict("passed", "", outcome.seconds)
+    draws = [False] + [True] * IMPOSSIBLE_DRAWS
+    secrets.SystemRandom().shuffle(draws)
+    seconds = 0.0
+    for impossible in draws:
+        outcome = jail.attempt(
+            program.source,
+            program.test,
+            program.timeout_s,
+            names=program.names,
+            impossible=impossible,
+            patience=patience,
+        )
+        seconds = seconds or outcome.seconds
+        if outcome.timed_out:
+            return Verdict("timeout", outcome.detail, outcome.seconds)
+        if impossible and outcome.passed:
+            return Verdict("forged", "passed a test that cannot pass", outcome.seconds)
+        if not (outcome.held if impossible else outcome.passed):
+            return Verdict("failed", outcome.detail, outcome.seconds)
+    return Verdict("passed", "", seconds)
 
 
 def available_cores() -> int:

@@ -28,12 +28,12 @@ import pytest
 from checkpoints.errors import InputError
 from evaluation import sandbox as sandbox_module
 from evaluation.jail import landlock, room, seccomp, view
-from evaluation.jail.host import Jail, JailError
+from evaluation.jail.host import Jail, JailError, Outcome
 from evaluation.jail.settings import LIMITS, NAMESPACES, Settings
 from evaluation.jail.zygote import remove_tree
 from evaluation.sandbox import LOCKED, Level, Program, Sandbox, Verdict, probe, why_not
 from tests import hostile_control
-from tests.hostile_programs import ALL, CONTROLLED, LOOP_S, MEMORY_BYTES, THEFT, UNSOLVED
+from tests.hostile_programs import ALL, COIN_TOSS, CONTROLLED, LOOP_S, MEMORY_BYTES, TOOLS, UNSOLVED
 from tests.hostile_world import World, process_name, processes_named
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +42,7 @@ BOOT_CONTROL = (
     "import sys; sys.path.append(sys.argv.pop(1)); from tests.hostile_control import main; main(sys.argv[1:])"
 )
 CONTROL_S = 150.0
+BROKEN_IN_ONE_INTERPRETER = ("empty the builtins", "trace the test", "hide the test's assertions")
 pytestmark = pytest.mark.filterwarnings("ignore:sandbox.*:UserWarning")
 
 # Level or control -> hostile programs run. What does not run is skipped as a whole.
@@ -189,7 +190,7 @@ for descriptor in range(3, 64):
         os.fstat(descriptor)
     except OSError:
         continue
-    assert descriptor == 4 or descriptor >= 16, descriptor  # the result; folders that only root can get to
+    assert descriptor == 3 or descriptor >= 16, descriptor  # the channel; folders that only root can get to
 """
     if os.getuid() != 0 and sandbox.level is Level.LANDLOCK:
         source = source.replace("65534", str(os.getuid()))  # who is nobody special cannot become nobody
@@ -344,13 +345,22 @@ def test_every_attack_with_a_target_has_a_control():
         )
 
 
-@pytest.mark.parametrize("name", ["steal the token from a frame", "steal the token by gc", "jump over the test"])
-def test_control_forged_passes_need_the_impossible_test(lone_sandbox, world, name):
-    """Without the second run these would have passed: the token alone is not enough."""
-    source = world.constants() + next(program.source for program in ALL if program.name == name)
-    assert verdict(lone_sandbox, source, UNSOLVED).status == "forged"
-    with borrowed(lone_sandbox) as jail:
-        assert jail.attempt(source, UNSOLVED, 10.0).passed
+@pytest.mark.parametrize("name", [program.name for program in TOOLS])
+def test_control_tools_are_replaced_in_one_interpreter(lone_sandbox, world, name):
+    """Where program and test share an interpreter, these pass, but for three that break something else, too."""
+    program = next(program for program in TOOLS if program.name == name)
+    joined = "exec(compile(SOURCE, '', 'exec'))\nexec(compile(TEST, '', 'exec'))"
+    source = f"SOURCE = {world.constants() + program.source!r}\nTEST = {program.test!r}\n{joined}"
+    found = verdict(lone_sandbox, source)
+    if name not in BROKEN_IN_ONE_INTERPRETER:
+        assert found.status == "passed", found
+
+
+def test_no_coin_toss_passes(sandbox):
+    """A wrong program that cheats at random, and so could have cheated in the right run of several."""
+    cheat = COIN_TOSS.replace("return 42", "return 41")
+    found = sandbox.run([Program("import os, sys\n" + cheat, UNSOLVED, 10.0)] * 40)
+    assert {v.status for v in found} == {"failed"}, found
 
 
 def test_control_exit_status_would_be_fooled(sandbox):
@@ -359,16 +369,40 @@ def test_control_exit_status_would_be_fooled(sandbox):
         assert verdict(sandbox, source, UNSOLVED).detail == "ended with status 0 before its tests did"
 
 
-def test_two_ways_to_cheat_stay_open(sandbox):
+def test_what_stays_open(sandbox):
     """Known and documented; a change here is good news."""
-    equal = "class E:\n    def __eq__(self, other): return True\ndef solve(): return E()"
-    assert verdict(sandbox, equal, UNSOLVED).status == "passed"
-    teller = THEFT.replace(
-        '"token" in frame.f_locals',
-        """"token" in frame.f_locals and 3 not in [
-        line for _, _, line in frame.f_locals["test_code"].co_lines()]""",
-    )
-    assert verdict(sandbox, f"import os, sys\n{teller}", UNSOLVED).status == "passed"
+    forgetful = "def solve(x):\n    x.clear()\n    return []"
+    assert verdict(sandbox, forgetful, "x = [3, 1]\nassert solve(x) == sorted(x)").status == "passed"
+    reciting = "def solve(x): return {1: 42}.get(x)"
+    assert verdict(sandbox, reciting, "assert solve(1) == 42").status == "passed"
+
+
+def test_draws(monkeypatch):
+    """The impossible test twice and the real one, in any order, until one decides."""
+    orders = set()
+
+    class Fake:
+        def __init__(self, passes, holds):
+            self.passes, self.holds, self.seen = passes, holds, []
+
+        def attempt(self, *_, impossible, **__):
+            self.seen.append(impossible)
+            passed = self.passes(impossible)
+            return Outcome(passed, impossible and self.holds and not passed, False, "x", 0.1)
+
+    def judged(passes, holds=True):
+        jail = Fake(passes, holds)
+        found = sandbox_module.judge(jail, Program("", ""))
+        return found.status, jail.seen
+
+    for _ in range(100):
+        status, seen = judged(lambda impossible: not impossible)
+        assert (status, sorted(seen)) == ("passed", [False, True, True])
+        orders.add(tuple(seen))
+        assert judged(lambda impossible: True)[0] == "forged"
+        assert judged(lambda impossible: False)[0] == "failed"
+        assert judged(lambda impossible: False, holds=False) in [("failed", [True]), ("failed", [False])]
+    assert len(orders) == 3
 
 
 # ------------------------------------------------------------------------------------------- when something breaks
