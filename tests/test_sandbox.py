@@ -9,6 +9,7 @@ alone. Where bubblewrap works, a level that does not is a failure; elsewhere it 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -241,6 +242,25 @@ def test_nothing_of_a_run_reaches_the_next(sandbox):
     check = "import math, sys, os\nassert math.pi > 3.1 and sys.path and not os.environ and not os.listdir('.')"
     found = sandbox.run([Program(source, "", 10.0), Program(check, "", 10.0)] * 8)
     assert {v.status for v in found} == {"passed"}, found
+
+
+@pytest.mark.parametrize(
+    ("leave", "look"),
+    [
+        (
+            "for d in (0, 1, 2): fcntl.fcntl(d, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK)",
+            "for d in (0, 1, 2): assert not fcntl.fcntl(d, fcntl.F_GETFL) & (os.O_APPEND | os.O_NONBLOCK)",
+        ),
+        ("fcntl.flock(0, fcntl.LOCK_EX)", "fcntl.flock(os.open(os.devnull, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)"),
+    ],
+    ids=["flags", "lock"],
+)
+def test_nothing_of_a_run_stays_on_its_descriptors(lone_sandbox, leave, look):
+    verdict(lone_sandbox, "import fcntl, os\n" + leave)
+    found = verdict(lone_sandbox, "import fcntl, os\n" + look)
+    assert found.status == "passed", found
+    with open(os.devnull, "r+b", buffering=0) as outside:
+        fcntl.flock(outside, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_random_numbers_differ_between_runs(sandbox):
