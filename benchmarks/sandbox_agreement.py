@@ -17,7 +17,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -48,10 +48,11 @@ assert not found, ", ".join(found)
 """
 
 
-def broken(source: str, seed: str) -> str | None:
-    """A program of which one thing is another; None where there is nothing to change."""
+def broken(source: str, given_lines: int, seed: str) -> str | None:
+    """A program of which one thing is another, after the lines that its prompt gives; None where nothing can be."""
     tree = ast.parse(source)
-    places = [node for node in ast.walk(tree) if _changes(node) is not None]
+    nodes = [node for node in ast.walk(tree) if getattr(node, "lineno", 0) > given_lines]
+    places = [node for node in nodes if _changes(node) is not None]
     if not places:
         return None
     choice = random.Random(seed)
@@ -78,35 +79,56 @@ def _changes(node: ast.AST) -> tuple[str, list[object]] | None:
     return None
 
 
-def references(data_dir: Path) -> Iterator[tuple[str, Program]]:
-    """(item, its reference solution with its test) of both benchmarks."""
+@dataclass(frozen=True)
+class Item:
+    """A program with its test.
+
+    Attributes:
+        name: of the task.
+        judged: as it is graded here.
+        published: the test as the published checkers run it, in the program's interpreter.
+        given_lines: how many of the source's lines its prompt gives.
+    """
+
+    name: str
+    judged: Program
+    published: str
+    given_lines: int = 0
+
+    def in_one_interpreter(self) -> Program:
+        """A program that runs this one and its test, and has no test itself."""
+        parts = [("<program>", self.judged.source), ("<test>", self.published)]
+        lines = [f"exec(compile({text!r}, {name!r}, 'exec', dont_inherit=True), globals())" for name, text in parts]
+        return replace(self.judged, source="\n".join(lines), test="", names=())
+
+
+def references(data_dir: Path) -> Iterator[Item]:
+    """The reference solutions of both benchmarks."""
     for row in load_data(get_benchmark("humaneval"), data_dir).rows:
-        yield row["task_id"], humaneval.judged(row, row["prompt"] + row["canonical_solution"])
+        judged = humaneval.judged(row, row["prompt"] + row["canonical_solution"])
+        published = f"{row['test']}\ncheck({row['entry_point']})\n"
+        yield Item(row["task_id"], _patient(judged), published, row["prompt"].count("\n"))
     for row in load_data(get_benchmark("mbpp"), data_dir).rows:
-        yield f"MBPP/{row['task_id']}", mbpp.judged(row, row["code"])
+        judged = mbpp.judged(row, row["code"])
+        yield Item(f"MBPP/{row['task_id']}", _patient(judged), judged.test)
 
 
-def in_one_interpreter(program: Program) -> Program:
-    """A program that runs another and its test, and has no test itself."""
-    parts = [("<program>", program.source), ("<test>", program.test)]
-    lines = [f"exec(compile({text!r}, {name!r}, 'exec', dont_inherit=True), globals())" for name, text in parts]
-    return replace(program, source="\n".join(lines), test="", names=())
+def _patient(program: Program) -> Program:
+    return replace(program, timeout_s=TIMEOUT_S)
 
 
-def compare(kind: str, programs: Sequence[tuple[str, Program]], sandbox: Sandbox) -> int:
+def compare(kind: str, items: Sequence[Item], sandbox: Sandbox) -> int:
     """Print how the verdicts compare; returns how many differ."""
-    apart = sandbox.run([program for _, program in programs])
-    together = sandbox.run([in_one_interpreter(program) for _, program in programs])
+    apart = sandbox.run([item.judged for item in items])
+    together = sandbox.run([item.in_one_interpreter() for item in items])
     pairs = Counter((one.status, other.status) for one, other in zip(apart, together, strict=True))
-    print(f"{kind}: {len(programs)}")
+    print(f"{kind}: {len(items)}")
     for (one, other), count in sorted(pairs.items()):
         print(f"  {one} here, {other} in one interpreter: {count}")
-    differing = [index for index in range(len(programs)) if apart[index].status != together[index].status]
+    differing = [index for index in range(len(items)) if apart[index].status != together[index].status]
     for index in differing:
-        name, program = programs[index]
-        print(
-            f"  {name}: {apart[index].detail!r} here, {together[index].detail!r} in one interpreter\n{program.source}"
-        )
+        print(f"  {items[index].name}: {apart[index].detail!r} here, {together[index].detail!r} in one interpreter")
+        print(items[index].judged.source)
     return len(differing)
 
 
@@ -118,23 +140,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--broken", type=int, default=500, help="how many broken programs")
     arguments = parser.parse_args(argv)
-    right = [(name, replace(program, timeout_s=TIMEOUT_S)) for name, program in references(arguments.data_dir)]
-    wrong: list[tuple[str, Program]] = []
+    right = list(references(arguments.data_dir))
+    wrong: list[Item] = []
     attempt = 0
     while len(wrong) < arguments.broken:
-        for name, program in right:
-            source = broken(program.source, f"{name} {attempt}")
+        for item in right:
+            source = broken(item.judged.source, item.given_lines, f"{item.name} {attempt}")
             if source is not None:
-                wrong.append((name, replace(program, source=source, timeout_s=TIMEOUT_S / 10)))
+                wrong.append(replace(item, judged=replace(item.judged, source=source, timeout_s=TIMEOUT_S / 10)))
         attempt += 1
     random.Random(0).shuffle(wrong)
     with Sandbox() as sandbox:
         print(f"sandbox {sandbox.level.value}")
         differing = compare("reference solutions", right, sandbox)
         differing += compare("broken programs", wrong[: arguments.broken], sandbox)
-        looked = [replace(program, test=program.test + NO_LIVE_OBJECTS) for _, program in right]
+        looked = [replace(item.judged, test=item.judged.test + NO_LIVE_OBJECTS) for item in right]
         verdicts = sandbox.run(looked)
-    live = [(name, v.detail) for (name, _), v in zip(right, verdicts, strict=True) if v.status != "passed"]
+    live = [(item.name, v.detail) for item, v in zip(right, verdicts, strict=True) if v.status != "passed"]
     print(f"tests with plain values and functions only: {len(right) - len(live)} of {len(right)}")
     for name, detail in live:
         print(f"  {name}: {detail}")

@@ -13,6 +13,7 @@ import fcntl
 import functools
 import json
 import os
+import secrets
 import shutil
 import signal
 import struct
@@ -50,8 +51,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:sandbox.*:UserWarning")
 RAN: dict[str, int] = {}
 
 
-def count(what: str) -> None:
-    RAN[what] = RAN.get(what, 0) + 1
+def count(what: str, programs: int = 1) -> None:
+    RAN[what] = RAN.get(what, 0) + programs
 
 
 def summary() -> list[str]:
@@ -423,6 +424,45 @@ def test_draws(monkeypatch):
         assert judged(lambda impossible: False)[0] == "failed"
         assert judged(lambda impossible: False, holds=False) in [("failed", [True]), ("failed", [False])]
     assert len(orders) == 3
+
+
+BOOT_USER = "import sys; sys.path.append(sys.argv.pop(1)); from tests.hostile_user import main; main(int(sys.argv[1]))"
+
+
+def test_the_jail_as_an_unprivileged_user(open_folder):
+    """What most users are: nobody who may make namespaces or become another user without asking."""
+    if all(problem(level) for level in LOCKED):
+        pytest.skip("nothing can lock programs up here")
+    for package in ("checkpoints", "evaluation", "tests"):  # this checkout may lie where others cannot read
+        shutil.copytree(ROOT / package, open_folder / package, ignore=only_python)
+    user = hostile_control.USERS + secrets.randbelow(hostile_control.USERS)
+    command = [python_for_all(), "-I", "-S", "-B", "-c", BOOT_USER, str(open_folder), str(user)]
+    done = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, timeout=CONTROL_S, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["level"] for row in rows] == [level.value for level in LOCKED]
+    for row in rows:
+        assert not row["wrong"], row
+        count(
+            f"{row['level']} as an unprivileged user" + (f" ({row['problem']})" if row["problem"] else ""), row["ran"]
+        )
+    if all(row["problem"] for row in rows):
+        pytest.skip(f"no level works for an unprivileged user here: {rows}")
+
+
+def python_for_all() -> str:
+    """A Python that any user can start; root's own may lie in a folder that is closed to others."""
+    for python in (view.python(), "/usr/local/bin/python3", "/usr/bin/python3"):
+        if os.path.exists(python) and view._open_to_all(python):
+            check = "import sys; sys.exit(sys.version_info < (3, 11))"
+            if subprocess.run([python, "-I", "-S", "-c", check], check=False).returncode == 0:
+                return python
+    pytest.skip("no Python of 3.11 or newer that another user can start")
+
+
+def only_python(folder: str, names: list[str]) -> set[str]:
+    """For shutil.copytree: what it leaves out."""
+    return {name for name in names if not name.endswith((".py", "jail"))}
 
 
 # ------------------------------------------------------------------------------------------- when something breaks
