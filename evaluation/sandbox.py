@@ -5,7 +5,8 @@
 
 Each program runs as an unprivileged user in a process of its own, without network, home, environment, other processes
 or a terminal, in a fresh folder, under limits of memory, time, files and output; nothing of it is alive when the next
-one starts. How it is held depends on the machine; the first level that a trial run proves is taken:
+one starts. Its test runs in another process, locked up likewise: it calls the program's functions through a narrow channel
+of plain values, and compares what it gets by tools that the program cannot reach. How both are held depends on the machine; the first level that a trial run proves is taken:
 
     BUBBLEWRAP       bubblewrap's view of the file system, which holds the system's libraries, Python and numpy, all
                      read-only; for each run new namespaces and a small file system of its own; Landlock where the
@@ -15,10 +16,9 @@ one starts. How it is held depends on the machine; the first level that a trial 
                      asked for (not their contents), and only time bounds how many files a run makes in its folder.
     UNSAFE           limits and a clock. Only when asked for: a program can read, change and send what its user can.
 
-No level stops a bug in the kernel. A pass is never an exit code: a program has passed when a one-time token came back,
-and when with an impossible test (`assert False`) it did not; who passes that is `forged`. Two ways to cheat stay open,
-as in every checker that runs tests and program in one interpreter: an object that equals everything, and a program
-that tells the impossible test from the real one.
+No level stops a bug in the kernel. A pass is never an exit code: the test's process sends a one-time token back, and for the
+same test with an impossible end (`assert False`), run twice and in random order with the real one, it must not; a program
+for which it does is `forged`. docs/evaluation.md says what a test cannot do through the channel, and what stays possible.
 """
 
 from __future__ import annotations

@@ -147,6 +147,77 @@ def test_verdicts(sandbox, source, test, status, detail):
     assert (found.status, found.detail) == (status, detail)
 
 
+MAKES_POINTS = """
+import collections, decimal, fractions, numpy
+class Point:
+    def __init__(self, x): self.x = x
+    def __len__(self): return 3
+    def __getitem__(self, key): return key * 2
+    def __str__(self): return f"<{self.x}>"
+    def double(self, by=2): return Point(self.x * by)
+class Unhappy(ValueError): pass
+def total(points): return sum(point.x for point in points)
+def count(n):
+    yield from range(n)
+def numbers(): return [numpy.int64(1), numpy.float64(0.5), fractions.Fraction(1, 3), decimal.Decimal("0.1"), 10**5000, 1j]
+def sort(items):
+    items.sort()
+    items[0].append(9)
+def fail(what): raise {"mine": Unhappy, "key": KeyError, "more": UnicodeDecodeError}[what]("no")
+def counted(text): return collections.Counter(text)
+def keys(): return {1: 2}.keys()
+def itself(x): return x
+limit = 7
+"""
+WHAT_TESTS_CAN = {
+    "objects": "p = Point(3)\np.x = 4\nassert p.double().x == 8 and p.double(by=3).x == 12 and total([p, Point(1)]) == 5",
+    "their parts": "p = Point(3)\nassert len(p) == 3 and p[4] == 8 and str(p) == '<3>' and p and repr(p) == '<Point of the program>'",
+    "identity": "p = Point(3)\nassert itself(p) is p and itself(p) == p and Point(3) != Point(3) and p in [1, p]",
+    "generators": "assert list(count(3)) == [0, 1, 2] and next(count(3)) == 0 and 2 in count(3) and sum(count(5)) == 10",
+    "numbers": "from fractions import Fraction\nfrom decimal import Decimal\na, b, c, d, e, f = numbers()\n"
+    "assert [type(n) for n in (a, b, c, d, e, f)] == [int, float, Fraction, Decimal, int, complex]\n"
+    "assert (a, b, c, d, e, f) == (1, 0.5, Fraction(1, 3), Decimal('0.1'), 10**5000, 1j)",
+    "changes in place": "inner = [1]\nl = [[3], inner]\nassert sort(l) is None and l == [[1, 9], [3]]",
+    "exceptions": "for what, kind in (('mine', ValueError), ('key', KeyError)):\n"
+    "    try: fail(what)\n    except kind as error: assert 'no' in str(error)\n    else: assert False",
+    "subclasses": "assert counted('aab') == {'a': 2, 'b': 1} and type(counted('')) is dict",
+    "views as lists": "assert list(keys()) == [1] and keys() != {1}",
+    "globals": "assert limit == 7 and itself(float('inf')) > 1 and itself((1, [2], {3: {4}})) == (1, [2], {3: {4}})",
+    "arguments by name": "assert itself(x=[None, True, 'a', b'b', range(3)]) == [None, True, 'a', b'b', range(3)]",
+    "names of its own": "def check(candidate):\n    assert candidate(1) == 1 and sorted([2, 1]) == [1, 2]\ncheck(itself)",
+}
+
+
+@pytest.mark.parametrize("name", WHAT_TESTS_CAN)
+def test_what_tests_can_do_with_a_program(lone_sandbox, name):
+    found = verdict(lone_sandbox, MAKES_POINTS, WHAT_TESTS_CAN[name])
+    assert found.status == "passed", found.detail
+
+
+@pytest.mark.parametrize(
+    ("test", "detail"),
+    [
+        ("itself(len)", "TypeError: a builtin_function_or_method cannot be handed to the program"),
+        ("isinstance(Point(1), Point)", "TypeError: isinstance() arg 2 must be a type, a tuple of types, or a union"),
+        ("Point(1) + 1", "TypeError: unsupported operand type(s) for +: 'Remote' and 'int'"),
+        ("fail('mine')", "Unhappy: no"),
+        ("itself('x' * (9 << 20))", "the channel: expected at most 8388608 bytes, got 9437254"),
+        ("other(1)", "NameError: name 'other' is not defined"),
+    ],
+)
+def test_what_tests_cannot_do(lone_sandbox, test, detail):
+    found = verdict(lone_sandbox, MAKES_POINTS, test)
+    assert found.status == "failed"
+    assert found.detail.startswith(detail[:40]), found.detail
+
+
+def test_a_test_takes_only_the_names_that_it_asks_for(lone_sandbox):
+    program = Program(
+        "def sum(a): return 7\ndef abs(a): return 7", "assert sum([1, 1]) == 7 and abs(-1) == 1", names=("sum",)
+    )
+    assert lone_sandbox.run([program])[0].status == "passed"
+
+
 WHAT_PROGRAMS_NEED = {
     "numpy": "import numpy as np\nassert np.arange(6).reshape(2, 3).sum() == 15\n"
     "assert np.linalg.inv(np.eye(3))[0, 0] == 1",

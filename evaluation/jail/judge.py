@@ -107,7 +107,7 @@ class Program:
         except Closed:
             self.end(b"")
         except (BadValue, LookupError, TypeError, ValueError, RecursionError, MemoryError) as error:
-            self.end(FAILED + f"the program's answer: {error}".encode(errors="replace"))
+            self.end(FAILED + f"the channel: {error}".encode(errors="replace"))
         if raised is not None:
             if operation != "next" and isinstance(raised, ENDS_OF_LOOPS):
                 raised = RuntimeError(f"the program raised {type(raised).__name__}")
