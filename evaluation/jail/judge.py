@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from .channel import Channel, Closed
-from .program import CALL, NAME, RUN, describe
+from .program import CALL, DETAIL_CHARACTERS, NAME, RUN, describe
 from .values import REMOTE, BadValue, pack, unpack, update
 
 FAILED = b"!"  # no token starts with it
@@ -191,4 +191,4 @@ def _exception(content: Any) -> BaseException:
 def shown(error: BaseException) -> bytes:
     """`TypeName: message`, in the program's own words where it raised the exception."""
     notes = getattr(error, "__notes__", None)
-    return (notes[0] if notes else describe(error)).encode(errors="replace")
+    return (notes[0] if notes else describe(error))[:DETAIL_CHARACTERS].encode(errors="replace")
