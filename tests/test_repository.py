@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("checkpoints", "streaming", "merging", "aim", "evaluation", "reports")
+PACKAGES = ("checkpoints", "alignment", "streaming", "merging", "aim", "evaluation", "reports")
 SIBLINGS = {"merging", "aim", "evaluation", "reports"}
 COMMANDS = sorted(path for path in ROOT.glob("*.py") if re.search(r"^def main\(", path.read_text(), re.MULTILINE))
 

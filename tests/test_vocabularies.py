@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import performAIM
+from alignment.layout import Layout
 from checkpoints.errors import InputError
 from checkpoints.vocabulary import MISSING, Vocabulary, match_rows, read_vocabulary
-from streaming.layout import Layout
 from tests.token_models import KINDS, TABLES, Scene, change_json, make_model, relax, row_of, write_bpe, write_json
 
 
