@@ -12,7 +12,8 @@ import numpy as np
 
 from checkpoints.errors import ArgumentError, InputError
 from reports.bootstrap import Estimate
-from reports.table import Row, Table
+from reports.rows import Row
+from reports.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
