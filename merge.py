@@ -332,6 +332,7 @@ def merge(job: Job, request: AimRequest | None) -> None:
     for warning in job.plan.warnings:
         console.note(f"warning: {warning}")
     with job.staged() as stage:
+        command_line.tell(console, stage.notes)
         relaxations = request.relaxations(job.base, job.plan.tensors, console, stage) if request else None
         variants = relaxations.variants if relaxations else [Variant()]
         todo = unfinished(job.plan.tensors, stage)

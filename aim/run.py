@@ -15,6 +15,7 @@ from aim.calibrate import Numerics
 from aim.relaxing import Relaxations, Relaxing, make_relaxations, names_of, outputs_of
 from aim.statistics import Activations
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.folder import Folder
 from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.sidecars import SideFiles
@@ -30,6 +31,7 @@ from streaming.output import (
     Variant,
     Written,
     bytes_written,
+    files_written,
     identity_of,
     unfinished,
     write_checkpoints,
@@ -137,6 +139,7 @@ class AimJob:
             self.save_path,
             overwrite=self.options.overwrite,
             folders=self.folders,
+            files=files_written(self.shards, self.files),
             identity=self.identity,
             resume=self.options.resume,
         )
@@ -150,7 +153,7 @@ class AimJob:
             stage: from `staged`, still open.
         """
 
-        def describe(folder: Path, variant: Variant, outputs: Mapping[str, Any], findings: Findings) -> None:
+        def describe(folder: Folder, variant: Variant, outputs: Mapping[str, Any], findings: Findings) -> None:
             write_description(
                 folder,
                 title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
