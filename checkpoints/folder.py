@@ -160,8 +160,8 @@ class Folder:
             self._inner[name] = Folder(self / name, opened)
         return self._inner[name]
 
-    def open_file(self, name: str) -> int | None:
-        """The descriptor of a file that is there, for reading and writing; None where there is none.
+    def open_file(self, name: str, *, access: int = os.O_RDWR) -> int | None:
+        """The descriptor of a file that is there, to be read and written unless `access` says otherwise; None where there is none.
 
         Raises: ForeignFolder: a link, a pipe, a file with further names or of another user; WriteError: it cannot be opened.
         """
@@ -170,7 +170,7 @@ class Folder:
             if fault is not None:
                 raise self._refuse(name, fault)
             try:
-                descriptor = os.open(name, os.O_RDWR | _FLAGS, dir_fd=self.descriptor)
+                descriptor = os.open(name, access | _FLAGS, dir_fd=self.descriptor)
             except FileNotFoundError:
                 return None
             fault = self._fault_of(os.fstat(descriptor))  # once more: it may be another by now
@@ -188,7 +188,7 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         """A small file's content; None where there is none. Raises as `open_file`."""
-        descriptor = self.open_file(name)
+        descriptor = self.open_file(name, access=os.O_RDONLY)
         if descriptor is None:
             return None
         with self._writing(name), _closing(descriptor):

@@ -654,7 +654,8 @@ def test_side_files(tmp_path):
         (source / name).write_bytes(b"0123\xff\r\n")
     (source / "tokenizer").mkdir()
     assert [path.as_posix() for path in list_side_files(source)] == sorted(wanted)
-    assert SideFiles(source).write(target) == sorted(wanted)
+    with Folder.open(target) as opened:
+        assert SideFiles(source).write(opened) == sorted(wanted)
     assert {path.read_bytes() for path in target.rglob("*") if path.is_file()} == {b"0123\xff\r\n"}
     assert SideFiles(source).nbytes == 5 * 7 + 2**20
 
@@ -881,9 +882,10 @@ def test_common_licence(tmp_path):
 
 
 def test_recipe_file(tmp_path):
-    write_recipe(tmp_path, {"merge_method": "ties", "base_model": "ü"})
-    text = (tmp_path / "merge_recipe.json").read_text("utf-8")
-    assert text == '{\n  "schema": 1,\n  "merge_method": "ties",\n  "base_model": "ü"\n}\n'
+    with Folder.open(tmp_path) as folder:
+        write_recipe(folder, {"merge_method": "ties", "base_model": "ü"})
+        text = (tmp_path / "merge_recipe.json").read_text("utf-8")
+        assert text == '{\n  "schema": 1,\n  "merge_method": "ties",\n  "base_model": "ü",\n  "side_files": {}\n}\n'
     assert versions()["toolkit"] == VERSION
 
 

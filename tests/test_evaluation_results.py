@@ -1,6 +1,7 @@
 """The results file: its schema, what is comparable to the paper, writing, resuming."""
 
 import json
+import os
 
 import jsonschema
 import pytest
@@ -273,3 +274,38 @@ def test_only_results_of_ours_are_read(tmp_path):
         path.write_text(content)
         with pytest.raises(InputError, match=r"expected results of evaluate_model\.py"):
             results_module.read_results(path)
+
+
+def test_forged_results_are_refused_in_words(tmp_path):
+    """Whatever --resume reads may be missing, or something else."""
+    path = tmp_path / "r.json"
+    settings = {"profile": "paper", "apply_chat_template": False, "math_prompt_type": "wcot", "math_max_tokens": 8}
+    entry = {
+        "score": None, "partial": False, "counts": {}, "data": {"files": []}, "generation": None, "seconds": {},
+        "not_comparable_because": [], "responses_sha256": "",
+    }  # fmt: skip
+    good = {
+        "schema": 1, "settings": settings, "model": {"folder": "m", "files": {}}, "responses_file": None,
+        "benchmarks": {"gsm8k": entry}, "extra_tasks": {}, "limit": None, "wanted": [],
+    }  # fmt: skip
+    path.write_text(json.dumps(good))
+    assert results_module.read_results(path) == good
+    places = [(good, key) for key in good] + [(settings, key) for key in settings] + [(entry, key) for key in entry]
+    for place, key in [*places, (good["model"], "folder"), (good["model"], "files"), (entry["data"], "files")]:
+        kept = place.pop(key)
+        path.write_text(json.dumps(good))
+        with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
+            results_module.read_results(path)
+        place[key] = "x" if isinstance(kept, bool) else True
+        path.write_text(json.dumps(good))
+        with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
+            results_module.read_results(path)
+        place[key] = kept
+    for raw in ("[" * 100_000, '{"schema": 1' + "0" * 5000 + "}", '"\\ud800"', "null"):
+        path.write_text(raw)
+        with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
+            results_module.read_results(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="got no plain file"):
+        results_module.read_results(path)
