@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import xxhash
 
 from aim.activations import Watcher
 from aim.statistics import Activations, unpack_activations
@@ -26,7 +26,7 @@ LABEL = "the unfinished calibration"
 class UnfinishedCalibration:
     """The sums so far, and at the end the statistics, beside the output.
 
-    The journal says how many blocks are in them, in which file they are, and its crc32. The file of the last record that fits
+    The journal says how many blocks are in them, in which file they are, and its checksum. The file of the last record that fits
     is gone on with; where none does, the calibration begins again.
 
     Args:
@@ -68,11 +68,11 @@ class UnfinishedCalibration:
         self._write(WHOLE, activations.pack(), {"calibrated": True})
 
     def _write(self, name: str, pieces: Sequence[bytes | memoryview], record: Mapping[str, Any]) -> None:
-        crc = 0
+        hasher = xxhash.xxh3_64()
         for piece in pieces:
-            crc = zlib.crc32(piece, crc)
+            hasher.update(piece)
         self._stage.state.replace(name, pieces)
-        self._stage.journal.append({**record, "file": name, "crc32": crc})
+        self._stage.journal.append({**record, "file": name, "xxh3": hasher.intdigest()})
 
     def _find_statistics(self) -> Activations | None:
         for record in reversed(self._stage.journal.records):
@@ -111,4 +111,4 @@ class UnfinishedCalibration:
 def _content(state: Folder, record: Mapping[str, Any], name: str) -> bytes | None:
     """The file that a record speaks of; None where it is another, missing, or without a checksum."""
     content = state.read(name) if record.get("file") == name else None
-    return content if content is not None and zlib.crc32(content) == record.get("crc32") else None
+    return content if content is not None and xxhash.xxh3_64_intdigest(content) == record.get("xxh3") else None

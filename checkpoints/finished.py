@@ -3,7 +3,7 @@
 A record of the journal is a JSON object with some of these keys:
 
 - `tensors`: name -> notes of the run that wrote it; `written`: name -> for each checkpoint the file, and the tensor's pieces in
-  it as `[first byte, bytes, crc32, ...]`, taken of what was handed to the system; together they say that a tensor is finished;
+  it as `[first byte, bytes, checksum, ...]`, the checksum (xxh3, 64 bits) taken of what was handed to the system; together they say that a tensor is finished;
 - `changed`: positions of models that differ from the base; `chunks`: for each checkpoint the sha256 of complete 64 MiB pieces;
 - what others note: `checkpoints.finished` leaves other keys alone.
 """
@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import xxhash
+
 from checkpoints.folder import READ_BYTES, Folder
 
 Written = Sequence[tuple[str, Sequence[int]]]
-"""For each checkpoint, the file that a tensor is in, and its pieces: first byte, bytes, crc32, and so on."""
+"""For each checkpoint, the file that a tensor is in, and its pieces: first byte, bytes, checksum, and so on."""
 READERS = 4
 _HEX = re.compile(r"[0-9a-f]{64}")
 
@@ -118,18 +119,18 @@ def _fits(descriptor: int | None, pieces: Sequence[int]) -> bool:
     with suppress(OSError, OverflowError):
         size = os.fstat(descriptor).st_size
         return all(
-            begin + count <= size and _crc32(descriptor, begin, count) == crc
-            for begin, count, crc in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True)
+            begin + count <= size and _checksum(descriptor, begin, count) == checksum
+            for begin, count, checksum in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True)
         )
     return False
 
 
-def _crc32(descriptor: int, begin: int, count: int) -> int:
-    """crc32 of a range of a file that is as long."""
-    crc = 0
+def _checksum(descriptor: int, begin: int, count: int) -> int:
+    """Of a range of a file that is as long."""
+    hasher = xxhash.xxh3_64()
     for offset in range(begin, begin + count, READ_BYTES):
-        crc = zlib.crc32(os.pread(descriptor, min(READ_BYTES, begin + count - offset), offset), crc)
-    return crc
+        hasher.update(os.pread(descriptor, min(READ_BYTES, begin + count - offset), offset))
+    return hasher.intdigest()
 
 
 def is_record(record: Mapping[str, Any]) -> bool:
@@ -156,6 +157,6 @@ def _are_places(places: Any) -> bool:
         and all(part not in ("", ".", "..") and part.isprintable() for part in file.split("/"))
         and isinstance(pieces, list)
         and len(pieces) % 3 == 0
-        and all(type(number) is int and 0 <= number < 1 << 62 for number in pieces)
+        and all(type(number) is int and 0 <= number < 1 << 64 for number in pieces)
         for file, pieces in places
     )

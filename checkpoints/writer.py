@@ -7,12 +7,12 @@ import json
 import os
 import re
 import threading
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from checkpoints.errors import WriteError
 from checkpoints.folder import Folder
@@ -115,11 +115,11 @@ class CheckpointWriter:
         file = self._owner[name]
         raw = values.view(torch.uint8).numpy().data
         offset = file.shard.offsets[name] + start * values.element_size()
-        self._pieces[name].append((offset, len(raw), zlib.crc32(raw)))
+        self._pieces[name].append((offset, len(raw), xxhash.xxh3_64_intdigest(raw)))
         file.write(raw, offset)
 
     def written(self, name: str) -> tuple[str, list[int]]:
-        """The file of a tensor, and what was written of it: first byte, bytes and crc32 of each piece, in their order."""
+        """The file of a tensor, and what was written of it: first byte, bytes and checksum of each piece, in their order."""
         pieces = sorted(self._pieces[name])
         return self._owner[name].shard.file_name, [number for piece in pieces for number in piece]
 

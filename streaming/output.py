@@ -226,7 +226,7 @@ def _usable(
 
 
 def _cover(pieces: Sequence[int], begin: int, count: int) -> bool:
-    """Whether pieces (first byte, bytes, crc32, ...) follow each other from `begin` on, `count` bytes in all."""
+    """Whether pieces (first byte, bytes, checksum, ...) follow each other from `begin` on, `count` bytes in all."""
     position = begin
     for first, nbytes in zip(pieces[::3], pieces[1::3], strict=True):
         if first != position:
