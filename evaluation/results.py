@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,8 +152,15 @@ _SETTINGS_FORM: Mapping[str, tuple[type, ...]] = {
     "profile": (str,), "apply_chat_template": (bool,), "math_prompt_type": (str,), "math_max_tokens": (int,),
 }  # fmt: skip
 _ENTRY_FORM: Mapping[str, tuple[type, ...]] = {
-    "score": (*_NUMBER, _NONE), "partial": (bool,), "counts": (dict,), "data": (dict,), "generation": (dict, _NONE),
+    "score": (*_NUMBER, _NONE), "stderr": (*_NUMBER, _NONE), "n": (int,), "metrics": (dict,), "metrics_stderr": (dict,), "partial": (bool,), "counts": (dict,), "data": (dict,), "generation": (dict, _NONE),
     "seconds": (dict,), "not_comparable_because": (list,), "responses_sha256": (str,),
+}  # fmt: skip
+_INSIDE_FORM: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "data": {"files": (list,), "rows": (int,)},
+    "counts": {"rows_answered": (int,), "unanswered": (int,), "shortened": (int,)},
+    "generation": {
+        "dtype": (str,), "window": (int,), "chat_template": (bool,), "bos": (dict,), "max_new_tokens": (int, _NONE),
+    },
 }  # fmt: skip
 """What --resume reads of results, and of which types; results.schema.json has the whole form."""
 
@@ -165,21 +173,43 @@ def _check_form(results: Any) -> None:
     _check_types(results["settings"], _SETTINGS_FORM, "settings.")
     if results["model"] is not None:
         _check_types(results["model"], {"folder": (str,), "files": (dict,)}, "model.")
+    for name, task in results["extra_tasks"].items():
+        if not isinstance(task, dict) or not isinstance(task.get("metrics"), dict):
+            raise ValueError(f"no metrics at extra_tasks.{name}")
+        _check_types(task["metrics"], dict.fromkeys(task["metrics"], _NUMBER), f"extra_tasks.{name}.metrics.")
     for name, entry in results["benchmarks"].items():
         if name not in BENCHMARKS:
             raise ValueError(f"a benchmark of the name {name!r:.60}")
         if not isinstance(entry, dict):
             raise ValueError(f"{type(entry).__name__} at benchmarks.{name}")
         _check_types(entry, _ENTRY_FORM, f"benchmarks.{name}.")
-        _check_types(entry["data"], {"files": (list,)}, f"benchmarks.{name}.data.")
+        for key, form in _INSIDE_FORM.items():
+            if entry[key] is not None:
+                _check_types(entry[key], form, f"benchmarks.{name}.{key}.")
+        reasons = entry["not_comparable_because"]
+        _check_types(dict(enumerate(reasons)), dict.fromkeys(range(len(reasons)), (str,)), f"benchmarks.{name}.reason ")
+        for metrics in ("metrics", "metrics_stderr"):
+            _check_numbers(entry[metrics], f"benchmarks.{name}.{metrics}.")
+        if entry["metrics"].keys() != entry["metrics_stderr"].keys():
+            raise ValueError(f"other metrics at benchmarks.{name}.metrics_stderr")
+        if entry["generation"] is not None:
+            _check_types(entry["generation"]["bos"], {"bos_count": (int,)}, f"benchmarks.{name}.generation.bos.")
 
 
-def _check_types(content: Mapping[str, Any], form: Mapping[str, tuple[type, ...]], where: str) -> None:
+def _check_numbers(content: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError where a mapping holds something else than numbers, or None where there is none."""
+    _check_types(content, dict.fromkeys(content, (*_NUMBER, _NONE)), where)
+
+
+def _check_types(content: Mapping[Any, Any], form: Mapping[Any, tuple[type, ...]], where: str) -> None:
     for key, types in form.items():
         if key not in content:
             raise ValueError(f"nothing at {where}{key}")
-        if type(content[key]) not in types:
-            raise ValueError(f"{type(content[key]).__name__} at {where}{key}")
+        value = content[key]
+        if type(value) not in types:
+            raise ValueError(f"{type(value).__name__} at {where}{key}")
+        if type(value) in _NUMBER and not abs(value) <= sys.float_info.max:
+            raise ValueError(f"a number out of every range at {where}{key}")
 
 
 def check_resumable(

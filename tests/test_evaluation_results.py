@@ -281,7 +281,9 @@ def test_forged_results_are_refused_in_words(tmp_path):
     path = tmp_path / "r.json"
     settings = {"profile": "paper", "apply_chat_template": False, "math_prompt_type": "wcot", "math_max_tokens": 8}
     entry = {
-        "score": None, "partial": False, "counts": {}, "data": {"files": []}, "generation": None, "seconds": {},
+        "score": None, "metrics": {}, "metrics_stderr": {}, "partial": False, "counts": {"rows_answered": 1, "unanswered": 0, "shortened": 0}, "stderr": None,
+        "data": {"files": [], "rows": 1}, "seconds": {}, "n": 1,
+        "generation": {"dtype": "bfloat16", "window": 9, "chat_template": False, "bos": {"bos_count": 0}, "max_new_tokens": None},
         "not_comparable_because": [], "responses_sha256": "",
     }  # fmt: skip
     good = {
@@ -297,6 +299,13 @@ def test_forged_results_are_refused_in_words(tmp_path):
         with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
             results_module.read_results(path)
         place[key] = "x" if isinstance(kept, bool) else True
+        path.write_text(json.dumps(good))
+        with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
+            results_module.read_results(path)
+        place[key] = kept
+    for place, key in [(entry, "score"), (entry, "n"), (entry, "metrics"), (good, "limit"), (good, "extra_tasks")]:
+        kept = place[key]
+        place[key] = {"x": 10**400} if isinstance(kept, dict) else 10**400
         path.write_text(json.dumps(good))
         with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
             results_module.read_results(path)
