@@ -167,7 +167,7 @@ _INSIDE_FORM: Mapping[str, Mapping[str, tuple[type, ...]]] = {
 
 def _check_form(results: Any) -> None:
     """Raise ValueError where something that --resume reads is missing or of another type."""
-    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+    if not isinstance(results, dict) or type(results.get("schema")) is not int or results["schema"] != SCHEMA:
         raise ValueError(f"something else than results of schema {SCHEMA}")
     _check_types(results, _FORM, "")
     _check_types(results["settings"], _SETTINGS_FORM, "settings.")

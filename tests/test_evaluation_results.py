@@ -183,11 +183,14 @@ def test_the_schema_finds_what_does_not_belong():
 def test_results_appear_whole(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "out.json"
     write_results(path, {"a": 1})
-    monkeypatch.setattr(
-        results_module.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
-    with pytest.raises(InputError, match="No space left"):
-        write_results(path, {"a": 2})
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(InputError, match="No space left"):
+            write_results(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["out.json"]
     with pytest.raises(ValueError, match="nan"):
