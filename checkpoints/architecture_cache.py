@@ -88,11 +88,12 @@ def _check(found: Architecture) -> None:
     names = [*found.buffers, *found.ignored, *found.unplaced, *found.missing, found.model_class]
     for mapping in (found.tied, found.mismatched, found.placements):
         names += [*mapping, *(value for value in mapping.values() if not isinstance(value, Placement))]
+    names += [name for name in (found.input_embedding, found.output_head) if name is not None]
     for one in found.placements.values():
         names += [one.parameter, *one.others]
         if one.kind not in get_args(Kind) or any(type(n) not in (int, type(None)) for n in (one.input_dim, one.expert)):
             raise ValueError("a placement of no known kind")
-    if not all(isinstance(name, str) for name in (*names, found.input_embedding or "", found.output_head or "")):
+    if not all(isinstance(name, str) for name in names):
         raise ValueError("a name that is no text")
 
 

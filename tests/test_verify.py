@@ -84,7 +84,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "config": (change_config, "config.json: expected"),
     "config, as long": (
         lambda folder: (folder / "config.json").write_bytes(
-            (folder / "config.json").read_bytes().replace(b"true", b"1234")
+            (folder / "config.json").read_bytes().replace(b"\n", b" ", 1)
         ),
         "config.json: its bytes are not those that the run wrote",
     ),
