@@ -376,6 +376,12 @@ def run_log(path: str | None, command: list[str]) -> Iterator[Log]:
         log("end", result="complete")
 
 
+def tell(console: Console, notes: Sequence[str]) -> None:
+    """Say what a user should know of the work folder."""
+    for note in notes:
+        console.note(f"note: {note}")
+
+
 def note_finished(console: Console, todo: Sequence[object], tensors: Sequence[object]) -> None:
     """Say how much of an interrupted run is gone on with."""
     if len(todo) < len(tensors):

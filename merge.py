@@ -46,7 +46,7 @@ def build_parser() -> command_line.Parser:
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
-    what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that a result is what its run wrote (sizes, digests), that every number is finite, and shapes")  # fmt: skip
+    what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that every file of a result is what its run wrote (sizes, digests) and that none was added, that every number is finite, and shapes")  # fmt: skip
     how = parser.add_argument_group("how (a flag that the method does not use is an error)")
     for parameter in PARAMETERS.values():
         add_parameter(how, parameter)
@@ -285,7 +285,8 @@ def verify(arguments: argparse.Namespace) -> None:
             print(f"note: {result}: the run took no digests, so that only sizes were compared.", file=sys.stderr)
         if not arguments.quiet:
             size = command_line.gigabytes(found.bytes)
-            print(f"{result}: as written: {found.files} weight file(s), {found.tensors} tensors, {size}, all finite.")
+            files = f"{found.files - found.side_files} weight file(s), {found.side_files} other file(s)"
+            print(f"{result}: as written: {files}, {found.tensors} tensors, {size}, all finite.")
 
 
 def check_relaxable(job: Job) -> None:
@@ -332,6 +333,7 @@ def merge(job: Job, request: AimRequest | None) -> None:
     for warning in job.plan.warnings:
         console.note(f"warning: {warning}")
     with job.staged() as stage:
+        command_line.tell(console, stage.notes)
         relaxations = request.relaxations(job.base, job.plan.tensors, console, stage) if request else None
         variants = relaxations.variants if relaxations else [Variant()]
         todo = unfinished(job.plan.tensors, stage)

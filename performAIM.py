@@ -131,6 +131,7 @@ def relax(job: AimJob, request: AimRequest) -> None:
     for note in job.notes:
         console.note(f"note: {note}")
     with job.staged() as stage:
+        command_line.tell(console, stage.notes)
         relaxations = request.relaxations(job.base, job.tensors, console, stage)
         command_line.note_finished(console, unfinished(job.tensors, stage), job.tensors)
         with command_line.progress_bar("relaxing", job.bytes_to_move(stage, relaxations), quiet=quiet) as advance:

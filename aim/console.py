@@ -170,6 +170,8 @@ class AimRequest:
         Raises: InputError: see `calibrate` and `make_relaxations`.
         """
         unfinished = UnfinishedCalibration(stage)
+        if unfinished.lost and not self._loaded:
+            console.note("note: what an earlier run kept of the calibration is not as it wrote it, and is made again.")
         activations = self._loaded or unfinished.finished() or self._calibrate(base, console, unfinished)
         if self._loaded:
             console.say(f"statistics: {self._file}, taken with {blocks_of(activations)}")

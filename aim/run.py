@@ -19,6 +19,7 @@ from alignment.layout import Layout, NewTokenRows
 from alignment.stored import check_plain
 from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.folder import Folder
 from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.sidecars import SideFiles
@@ -32,6 +33,7 @@ from streaming.output import (
     Variant,
     Written,
     bytes_written,
+    files_written,
     identity_of,
     unfinished,
     write_checkpoints,
@@ -138,6 +140,7 @@ class AimJob:
             self.save_path,
             overwrite=self.options.overwrite,
             folders=self.folders,
+            files=files_written(self.shards, self.files),
             identity=self.identity,
             resume=self.options.resume,
         )
@@ -151,7 +154,7 @@ class AimJob:
             stage: from `staged`, still open.
         """
 
-        def describe(folder: Path, variant: Variant, outputs: Mapping[str, Any], findings: Findings) -> None:
+        def describe(folder: Folder, variant: Variant, outputs: Mapping[str, Any], findings: Findings) -> None:
             write_description(
                 folder,
                 title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),

@@ -24,6 +24,7 @@ from evaluation.results import (
     check_resumable,
     check_save_path,
     default_path,
+    drop_lost,
     read_results,
     responses_path,
 )
@@ -219,6 +220,12 @@ def _prepare_resume(prepared: Prepared) -> None:
     folder = None if prepared.location is None else str(prepared.location.folder)
     data = {name: describe_data(data) for name, data in prepared.data.items()}
     check_resumable(prepared.save_path, prepared.earlier, prepared.request.settings_as_json(), folder, data)
+    if prepared.request.stage != "score":
+        lost = drop_lost(prepared.earlier)
+        if lost:
+            prepared.notes.append(
+                f"{prepared.earlier['responses_file']}: does not have the responses of {', '.join(lost)} as the results say, which are made again."
+            )
 
 
 def _prepare_graders(prepared: Prepared) -> None:

@@ -31,7 +31,9 @@ KEYS = (
     "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "tie_word_embeddings", "exclude", "only",
     "seed", "aim",
 )  # fmt: skip
-RECORD_KEYS = ("schema", "inputs", "outputs", "versions", "command", "notes", "warnings", "report", "identity")
+RECORD_KEYS = (
+    "schema", "inputs", "outputs", "side_files", "versions", "command", "notes", "warnings", "report", "identity",
+)  # fmt: skip
 """What merge_recipe.json has besides: it says what came of the recipe, and is passed over."""
 NOT_SUPPORTED = {
     "residual_weight": "mergekit reads it and does nothing with it. Leave it out",

@@ -11,6 +11,7 @@ from typing import Any
 
 from alignment.tokenizer_choice import template_label
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
+from checkpoints.folder import Folder
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.reader import same_values
 from checkpoints.staging import Stage, check_complete, check_save_path, check_space, staged
@@ -23,6 +24,7 @@ from streaming.output import (
     RunOptions,
     Variant,
     Written,
+    files_written,
     identity_of,
     write_checkpoints,
     write_description,
@@ -68,6 +70,7 @@ class Job:
             self.save_path,
             overwrite=self.options.overwrite,
             folders=self.folders,
+            files=files_written(self.plan.shards, self.plan.files),
             identity=self.identity,
             resume=self.options.resume,
         )
@@ -143,7 +146,7 @@ class Job:
         self,
         report: DeltaReport | None,
         stage: Stage,
-        folder: Path,
+        folder: Folder,
         variant: Variant,
         outputs: Mapping[str, Mapping[str, int | str]],
         findings: Findings,

@@ -202,7 +202,7 @@ def _is_worth_compiling(tensors: Sequence[PlannedTensor], options: StreamOptions
 
 def count_non_finite() -> Tally:
     """A tally of elements that are NaN or infinite."""
-    return Tally(lambda sums: {"non_finite": int(sums[0])})
+    return Tally(1, lambda sums: {"non_finite": int(sums[0])})
 
 
 def expect_changes(tensors: Sequence[PlannedTensor]) -> set[int]:
