@@ -26,7 +26,7 @@ __all__ = ["Activations", "CalibrationData", "Omega", "Relaxing", "load_activati
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `--help` needs no torch."""
+    """Import on first use, so that the package is imported without torch."""
     if name not in _EXPORTS:
         raise AttributeError(f"module 'aim' has no attribute '{name}'")
     return getattr(importlib.import_module(_EXPORTS[name]), name)

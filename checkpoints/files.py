@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError, WriteError
+from checkpoints.settings import setting
 
 
 def parse_json(content: bytes, **hooks: Any) -> Any:
@@ -63,8 +64,8 @@ def sync_folder(folder: Path) -> None:
         raise WriteError(folder, error) from error
 
 
-def write_text(path: Path, text: str, *, flag: str = "--save_path") -> None:
-    """Write a file whole or not at all; folders above it are made. Raises InputError, which names `flag`: it cannot be written."""
+def write_text(path: Path, text: str, *, name: str = "save_path") -> None:
+    """Write a file whole or not at all; folders above it are made. Raises InputError, which names the setting `name`: it cannot be written."""
     temporary = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,4 +77,4 @@ def write_text(path: Path, text: str, *, flag: str = "--save_path") -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another {flag}.") from error
+        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another {setting(name)}.") from error

@@ -257,7 +257,7 @@ def _open_adapted(name: ModelName, location: Location, **options: bool) -> Model
     except InputError as error:
         if name.base is not None:
             raise
-        raise InputError(f"{label}: its base: {error} Or name the base yourself, as BASE+{label}.") from None
+        raise InputError(f"{label}: its base: {error.marked} Or name the base yourself, as BASE+{label}.") from None
     with ExitStack() as opened:
         opened.callback(base.weights.close)
         adapter = open_checkpoint(location.folder, label, ADAPTER_FILES)

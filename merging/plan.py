@@ -11,6 +11,7 @@ import torch
 
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model
+from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, dtype_name
 from checkpoints.writer import Shard, plan_shards
@@ -101,7 +102,7 @@ class Plan:
             "warnings": self.warnings,
         }
 
-    def as_text(self) -> str:
+    def as_text(self, show: Show = as_in_python) -> str:
         """The plan for people."""
         recipe = self.recipe.as_json()
         lines = [f"method {recipe['merge_method']}, base {recipe['base_model'] or 'none'}"]
@@ -116,12 +117,12 @@ class Plan:
             lines.append(f"  {entry['model']}: {numbers}" if numbers else f"  {entry['model']}")
         lines += ["tensors:"]
         for group in self.groups():
-            why = f" ({group['why']})" if group["why"] else ""
+            why = f" ({shown(group['why'], show)})" if group["why"] else ""
             lines.append(
                 f"  {group['count']:5d} x {group['tensors']}: {group['action']}{why}, {group['elements']:,} elements, {group['dtype']}"
             )
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [f"note: {shown(note, show)}" for note in self.notes]
+        lines += [f"warning: {shown(warning, show)}" for warning in self.warnings]
         lines.append(
             f"reads {self.bytes_to_read:,} bytes; writes {self.bytes_to_write:,} bytes in {len(self.shards)} file(s). Nothing was written."
         )
@@ -177,7 +178,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     notes = [*recipe.notes, *(where.note for model in opened for where, _ in model.parts if where.note), *found.notes]
     problems += found.problems
     names = [place.name for place in found.places]
-    for flag, expression in (("--exclude", recipe.exclude), ("--only", recipe.only)):
+    for flag, expression in ((setting("exclude"), recipe.exclude), (setting("only"), recipe.only)):
         if expression and names and not any(re.search(expression, name) for name in names):
             problems.append(
                 ArgumentError(f"{flag}: {expression!r} is found in no tensor's name. Names look like {names[0]}.")

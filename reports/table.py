@@ -87,7 +87,7 @@ class Table:
 
     def write(self, path: Path) -> None:
         """Write it, whole or not at all. Raises InputError: as `to_text`, or it cannot be written."""
-        write_text(path, self.to_text(path), flag="--out")
+        write_text(path, self.to_text(path), name="out")
 
 
 FORMATS = {".md": Table.to_markdown, ".csv": Table.to_csv, ".json": Table.to_json, ".tex": Table.to_latex}

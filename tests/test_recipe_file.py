@@ -20,7 +20,7 @@ from checkpoints.errors import InputError
 from merging.layers import find_layers, position
 from merging.recipe_file import read_recipe_file
 from merging.safe_yaml import MAX_BYTES
-from merging.values import NOTHING, Value
+from streaming.values import NOTHING, Value
 from tests.golden_files import assert_same_bits
 from tests.pico import make_family
 
