@@ -16,13 +16,30 @@ from typing import Any
 
 _EXPORTS = {
     "Activations": "aim.statistics",
+    "AimRequest": "aim.request",
+    "Calibration": "aim.request",
     "CalibrationData": "aim.calibration",
+    "CalibrationOptions": "aim.calibrate",
     "Omega": "aim.omegas",
-    "Relaxing": "aim.relaxing",
+    "Relaxing": "aim.request",
     "load_activations": "aim.statistics",
+    "read_request": "aim.reading",
+    "perform_aim": "aim.run",
     "relax_checkpoint": "aim.run",
 }
-__all__ = ["Activations", "CalibrationData", "Omega", "Relaxing", "load_activations", "relax_checkpoint"]
+__all__ = [
+    "Activations",
+    "AimRequest",
+    "Calibration",
+    "CalibrationData",
+    "CalibrationOptions",
+    "Omega",
+    "Relaxing",
+    "load_activations",
+    "perform_aim",
+    "read_request",
+    "relax_checkpoint",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -203,7 +203,7 @@ def prepare(
     )
 
 
-def relax(
+def perform_aim(
     merged: str,
     base: str,
     save_path: Path | str,

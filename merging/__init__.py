@@ -15,9 +15,11 @@ _EXPORTS = {
     "merge": "merging.run",
     "RunOptions": "streaming.output",
     "make_recipe": "merging.recipe_flags",
+    "read_recipe_file": "merging.recipe_file",
     "Recipe": "merging.recipe",
+    "Result": "streaming.job",
 }
-__all__ = ["Recipe", "RunOptions", "make_recipe", "merge"]
+__all__ = ["Recipe", "Result", "RunOptions", "make_recipe", "merge", "read_recipe_file"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 
-from checkpoints.architecture import build_meta_model
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.model import Model
 from checkpoints.sidecars import SideFiles
@@ -216,6 +215,8 @@ class _Stack:
 
     def _used_before_layers(self, names: Sequence[str]) -> set[str]:
         """The tensors that the model class lists before its layers, and all embeddings."""
+        from checkpoints.architecture import build_meta_model
+
         primary = self.primary
         built = build_meta_model(primary.folder, label=primary.label, trust_remote_code=primary.trust_remote_code)
         order = {

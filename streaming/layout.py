@@ -9,13 +9,12 @@ from typing import Any, Literal
 import torch
 
 from checkpoints.chat_templates import read_template
-from checkpoints.dequantise import FLOAT8
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting, unknown
 from checkpoints.location import ModelName, parse_name
 from checkpoints.model import Model
 from checkpoints.reader import equal_tensors
 from checkpoints.sidecars import SideFiles
-from checkpoints.source import TensorRef
+from checkpoints.source import FLOAT8, TensorRef
 from checkpoints.tokenizer_files import set_tied
 from streaming.matching import (
     MODELS_OF_THIS_BASE,
