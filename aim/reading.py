@@ -18,9 +18,9 @@ from aim.calibrate import CalibrationOptions
 from aim.calibration import CalibrationData
 from aim.omegas import Omega, read_omega, read_omegas
 from aim.request import AimRequest, Calibration, Relaxing
-from checkpoints.errors import ArgumentError, named_by, unknown
+from checkpoints.errors import ArgumentError, InputError, named_by, unknown
 from checkpoints.problems import Problems
-from checkpoints.settings import setting
+from checkpoints.settings import in_file, setting
 from streaming.values import describe
 
 RESULTS = ("base_fingerprint", "merged_fingerprint", "relaxed", "share_kept", "kept", "mean_change")
@@ -94,10 +94,12 @@ class Given:
     Attributes:
         values: setting -> its value.
         places: setting -> where a file gives it, `recipe.yml: aim.omega`.
+        problems: what was given and is no value of its kind; `make_request` refuses it, with everything else that is wrong.
     """
 
     values: Mapping[str, Any] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict)
+    problems: tuple[InputError, ...] = ()
 
     def as_block(self) -> dict[str, Any]:
         """The `aim:` block of a recipe that gives the same."""
@@ -118,15 +120,14 @@ def _as_json(value: Any) -> Any:
 
 
 def read_values(content: Mapping[str, Any]) -> Given:
-    """Values of what flags or a program give, by setting; None means not given. Raises Refusals: every value of a wrong kind."""
+    """Values of what flags or a program give, by setting; None means not given."""
     problems = Problems()
     values = {}
     for name, given in content.items():
         if given is not None:
             with problems.collect():
                 values[name] = READERS[name](name, given)
-    problems.raise_if_any()
-    return Given(values)
+    return Given(values, problems=tuple(problems))
 
 
 def read_block(block: Mapping[str, Any], where: str) -> Given:
@@ -135,7 +136,7 @@ def read_block(block: Mapping[str, Any], where: str) -> Given:
     Args:
         where: the file, for messages.
 
-    Raises: Refusals: unknown keys, and values of a wrong kind, each with its place in the file.
+    Returns: the values; unknown keys, and values of a wrong kind, are among its problems, each with its place in the file.
     """
     problems = Problems()
     content: dict[str, Any] = {}
@@ -163,34 +164,27 @@ def read_block(block: Mapping[str, Any], where: str) -> Given:
             else:
                 problems.add(ArgumentError(f"{where}: aim.{CALIBRATION}: {unknown('key', str(key), CALIBRATION_KEYS)}"))
     places = {name: place for name, place in places.items() if content[name] is not None}
-    given = Given()
-    with problems.collect(), named_by(places):
-        given = read_values(content)
-    problems.raise_if_any()
-    return Given(given.values, places)
+    given = read_values(content)
+    problems.extend(problem.shown(in_file(places)) for problem in given.problems)
+    return Given(given.values, places, tuple(problems))
 
 
 def agree(file: Given, flags: Given, where: str) -> Given:
-    """What a file and flags give together. Raises Refusals: settings to which they give different values.
+    """What a file and flags give together; settings to which they give different values are among the problems.
 
     Args:
         where: the file, for messages.
     """
-    problems = Problems()
+    problems = Problems([*file.problems, *flags.problems])
     for name, value in flags.values.items():
         said = file.values.get(name, value)
         if said != value:
             said = ",".join(map(str, said)) if isinstance(said, tuple) else said
             problems.add(ArgumentError(f"{setting(name)}: {where} says {said} under aim. Leave one of the two out."))
-    problems.raise_if_any()
+    if not problems and not (file.values.keys() | flags.values.keys()) & {"omega", "omegas"}:
+        problems.add(ArgumentError(f"{where}: aim: expected omega, got none. Add it, such as omega: 0.4."))
     places = {name: place for name, place in file.places.items() if name not in flags.values}
-    return Given({**file.values, **flags.values}, places)
-
-
-def check_omega(given: Given, where: str) -> None:
-    """Raise ArgumentError where a recipe's block, and flags beside it, say nothing of omega."""
-    if not given.values.keys() & {"omega", "omegas"}:
-        raise ArgumentError(f"{where}: aim: expected omega, got none. Add it, such as omega: 0.4.")
+    return Given({**file.values, **flags.values}, places, tuple(problems))
 
 
 def make_request(given: Given, device: torch.device | None = None) -> AimRequest:
@@ -201,7 +195,7 @@ def make_request(given: Given, device: torch.device | None = None) -> AimRequest
 
     Raises: Refusals: values that are out of range, or exclude each other.
     """
-    problems, values = Problems(), given.values
+    problems, values = Problems(given.problems), given.values
     relaxing = Relaxing()
     statistics: Calibration | Path = Calibration()
     with named_by(given.places):
@@ -219,11 +213,9 @@ def make_request(given: Given, device: torch.device | None = None) -> AimRequest
 def read_request(block: Mapping[str, Any], where: str = "aim") -> AimRequest:
     """The request of a recipe's `aim:` block, for a merge from Python: `merge(recipe, "OUT", aim=read_request(recipe.aim))`.
 
-    Raises: Refusals: as `read_block` and `make_request`, or the block says nothing of omega.
+    Raises: Refusals: the block is wrong somewhere, or says nothing of omega.
     """
-    given = read_block(block, where)
-    check_omega(given, where)
-    return make_request(given)
+    return make_request(agree(read_block(block, where), Given(), where))
 
 
 def _read_relaxing(values: Mapping[str, Any]) -> Relaxing:

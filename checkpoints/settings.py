@@ -13,6 +13,7 @@ from typing import Any
 # Three private characters, which no terminal prints and no well-meant text holds.
 OPEN, VALUE, CLOSE = "\ue000", "\ue001", "\ue002"
 _MARKED = re.compile(f"{OPEN}([A-Za-z_][A-Za-z0-9_.]*)(?:{VALUE}([^{OPEN}{VALUE}{CLOSE}]*))?{CLOSE}")
+_LONE = re.compile(f"[{OPEN}{VALUE}{CLOSE}]")
 
 Show = Callable[[str, str | None], str]
 """How a door shows a setting: its name and its value, None where the message names none, to text."""
@@ -32,7 +33,11 @@ def setting(name: str, value: object = None) -> str:
 
 def show_settings(text: str, show: Show) -> str:
     """A message with every mention of a setting replaced by what `show` makes of it; marks that mention none become `?`."""
-    return re.sub(f"[{OPEN}{VALUE}{CLOSE}]", "?", _MARKED.sub(lambda match: show(match[1], match[2]), text))
+    parts, end = [], 0
+    for match in _MARKED.finditer(text):
+        parts += [_LONE.sub("?", text[end : match.start()]), show(match[1], match[2])]
+        end = match.end()
+    return "".join([*parts, _LONE.sub("?", text[end:])])
 
 
 def as_in_python(name: str, value: str | None) -> str:

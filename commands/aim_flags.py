@@ -77,7 +77,7 @@ def are_given(arguments: argparse.Namespace) -> bool:
 
 
 def read_flags(arguments: argparse.Namespace) -> Given:
-    """What flags give of AIM's settings, each a value of its kind. Raises Refusals: every one that is none."""
+    """What flags give of AIM's settings, each a value of its kind."""
     from aim.reading import read_values
 
     return read_values({name: vars(arguments)[flag] for flag, name in SETTINGS.items()})

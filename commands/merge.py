@@ -181,24 +181,15 @@ def read_aim(arguments: argparse.Namespace, recipe: Recipe | None, device: torch
 
 
 def given_of_aim(arguments: argparse.Namespace, recipe: Recipe | None) -> Given | None:
-    """What flags and a recipe's block give of AIM's settings; None where AIM takes no part. Raises InputError."""
+    """What flags and a recipe's block give of AIM's settings; None where AIM takes no part. Raises InputError: flags stand alone."""
     block = recipe.aim if recipe else None
     if block is None and not (recipe is None and arguments.config is not None) and not aim_flags.are_given(arguments):
         return None
     if block is None:
         return aim_flags.read_flags(arguments)
-    from aim.reading import Given, agree, check_omega, read_block
+    from aim.reading import agree, read_block
 
-    problems = Problems()
-    file, flags = Given(), Given()
-    with problems.collect():
-        file = read_block(block, arguments.config)
-    with problems.collect():
-        flags = aim_flags.read_flags(arguments)
-    problems.raise_if_any()
-    given = agree(file, flags, arguments.config)
-    check_omega(given, arguments.config)
-    return given
+    return agree(read_block(block, arguments.config), aim_flags.read_flags(arguments), arguments.config)
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:

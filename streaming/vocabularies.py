@@ -13,6 +13,7 @@ from checkpoints.chat_templates import take_templates
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.model import Model
 from checkpoints.rows import AlignedRows, MeanRows
+from checkpoints.settings import setting
 from checkpoints.sidecars import TOKENIZER_FILES, SideFiles
 from checkpoints.source import Source, TensorRef, dtype_name
 from checkpoints.tokenizer_files import (
@@ -125,7 +126,7 @@ def _named_source(primary: Model, others: Sequence[Model], layout: Layout, probl
         return source
     if source != primary.label:
         known = ", ".join(["base", "union", *(model.label for model in others)])
-        problems.append(ArgumentError(f"--tokenizer_source: expected one of {known}, got {source!r}."))
+        problems.append(ArgumentError(f"{setting('tokenizer_source')}: expected one of {known}, got {source!r}."))
     return "base"
 
 
@@ -206,7 +207,7 @@ def _decide(
     problems = _match_by_position(members, layout, files)
     if source not in ("auto", "base"):
         problems.append(
-            f"--tokenizer_source {source}: {nameless} has no tokenizer. Add its tokenizer files, or leave the flag out."
+            f"{setting('tokenizer_source', source)}: {nameless} has no tokenizer. Add its tokenizer files, or leave the flag out."
         )
     return "base", problems
 

@@ -63,9 +63,9 @@ def test_a_recipe_differs_in_time_version_and_command_only(here: Path, name: str
     main, flags = RUNS[name]
     assert main([*flags, "--save_path=out", "--quiet"]) == 0
     written = sorted(Path("out").rglob("merge_recipe.json"))
-    expected = sorted((DATA / "recipes").glob(f"{name}_omega_*.json")) or [DATA / "recipes" / f"{name}.json"]
-    assert len(written) == len(expected)
-    for ours, before in zip(written, expected, strict=True):
+    assert len(written) == (2 if name == "sweep" else 1)
+    for ours in written:
+        before = DATA / "recipes" / ("_".join([name, *ours.parts[1:-1]]) + ".json")
         assert settled(json.loads(ours.read_text()), here) == settled(json.loads(before.read_text()), here)
 
 

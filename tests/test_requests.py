@@ -101,7 +101,7 @@ def test_what_differs_is_refused_with_both(here: Path, capsys: pytest.CaptureFix
     assert "- --n_samples: recipe.yml says 8 under aim. Leave one of the two out." in said
     file = read_block({"omegas": [0, 0.4]}, "r.yml")
     with pytest.raises(InputError, match=r"omegas: r.yml says 0,0.4 under aim"):
-        agree(file, read_values({"omegas": "0,0.5"}), "r.yml")
+        make_request(agree(file, read_values({"omegas": "0,0.5"}), "r.yml"))
 
 
 # ------------------------------------------------------------------------------------------------------------- filters
@@ -162,11 +162,11 @@ def test_omegas_are_told_apart_by_value():
         ({"aim": {"omega": [0.1, 0.4]}}, "recipe.yml: aim.omega: expected one number for each filter, got several."),
         ({"aim": {"omega": [{"filter": "mlp", "value": 0.1}]}}, "recipe.yml: aim.omega: expected one entry for the rest"),
         ({"parameters": {"lambda": [{"filter": "mlp", "value": "abc"}, {"value": 1}]}}, "recipe.yml: parameters.lambda: expected a finite number, got 'abc' for the filter 'mlp'."),
-        ({"tokenizer_source": "nonsense"}, "recipe.yml: tokenizer_source: nonsense"),
+        ({"tokenizer_source": "nonsense"}, "recipe.yml: tokenizer_source: expected one of base, union"),
         ({"new_token_rows": "zero"}, "recipe.yml: new_token_rows: expected owner or mean"),
         ({"chat_template": "nonsense"}, "recipe.yml: chat_template: unknown template 'nonsense'"),
         ({"exclude": "no_such_tensor"}, "recipe.yml: exclude: 'no_such_tensor' is found in no tensor's name"),
-        ({"parameters": {"lambda": [{"filter": "mlp", "value": 2}], "normalize": False}}, "recipe.yml: parameters.lambda: says nothing of"),
+        ({"merge_method": "slerp", "models": MODELS[:1], "parameters": {"t": [{"filter": "mlp", "value": 0.5}]}}, "recipe.yml: parameters.t: says nothing of"),
         ({"models": [{"model": "in/math"}, {"model": "in/../in/math"}]}, "recipe.yml: models"),
     ],
     ids=str,
