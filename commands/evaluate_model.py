@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.errors import ArgumentError
+from checkpoints.settings import shown
 from commands import shell
 from evaluation.benchmarks import MATHS, PAPER
 
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
     prepared = prepare(make_request(**flags, command=command))
     if not arguments.quiet:
         for note in prepared.notes:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {shown(note, shell.show_flag)}", file=sys.stderr)
     outcome = run_prepared(prepared)
     if not arguments.quiet:
         print(format_table(outcome.results))
