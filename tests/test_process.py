@@ -54,10 +54,10 @@ before = state()
 base, models = "INPUTS/base", "INPUTS/math,INPUTS/code"
 if how == "python":
     from merging import make_recipe, merge
-    merge(make_recipe("ties", base, models), out)
+    merge(make_recipe("widen", base, models), out)
 else:
     import merge
-    assert merge.main(["--method=ties", "--base_model=" + base, "--models_to_merge=" + models, "--save_path=" + out, "--quiet"]) == 0
+    assert merge.main(["--method=widen", "--base_model=" + base, "--models_to_merge=" + models, "--save_path=" + out, "--quiet"]) == 0
 print(json.dumps({"changes": sorted(set(changes)), "same": before == state(), "before": str(before), "after": str(state())}))
 """
 
@@ -129,6 +129,6 @@ def test_a_plain_merge_loads_few_modules(plain: code_size.Size):
 
 
 def test_the_count_sees_aim(tmp_path: Path):
-    calibration = [f"--calibration_data={INPUTS / 'calib.jsonl.gz'}", "--n_samples=4", "--block_size=32"]
+    calibration = [f"--calibration_data={INPUTS / 'calib.jsonl.gz'}", "--n_samples=4", "--block_size=64"]
     found = code_size.measure(ROOT, "--omega=0.4", *calibration)
     assert "aim.step" in found.modules

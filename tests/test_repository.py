@@ -139,7 +139,9 @@ def test_flag_check_finds_a_flag(line):
     assert len(flag_problems("merging/plan.py", line, {"omega", "resume"})) == 1
 
 
-@pytest.mark.parametrize("line", ["x = '--dir'", '"""The value of --omega."""', "x = 'a--omega'", "x = setting('omega')"])
+@pytest.mark.parametrize(
+    "line", ["x = '--dir'", '"""The value of --omega."""', "x = 'a--omega'", "x = setting('omega')"]
+)
 def test_flag_check_accepts_what_is_none(line):
     assert flag_problems("merging/plan.py", line, {"omega"}) == []
 
