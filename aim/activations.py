@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from aim.statistics import ChannelStatistics
 from checkpoints.errors import InputError
+from checkpoints.settings import setting
 
 ROWS_AT_ONCE = 1024
 """Rows of an input that are turned to float32 at a time, which bounds the memory that watching takes."""
@@ -194,7 +195,7 @@ class Watcher:
         for (module, _, _), sums in self._sums.items():  # in the order in which they were first seen
             if not bool(sums.sq.isfinite().all()):
                 raise InputError(
-                    f"{module}: its input holds NaN or an infinity, the first to do so. Use --calibration_dtype float32, or check the base model."
+                    f"{module}: its input holds NaN or an infinity, the first to do so. Use {setting('calibration.dtype', 'float32')}, or check the base model."
                 )
 
     def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, str]]:

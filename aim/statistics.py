@@ -13,6 +13,7 @@ import torch
 
 from checkpoints.errors import InputError
 from checkpoints.safetensors_format import load_tensors, pack_tensors, read_metadata, save_tensors, unpack_tensors
+from checkpoints.settings import setting
 
 SCHEMA = "aim-activations/1"
 
@@ -22,7 +23,7 @@ class ChannelStatistics:
     """What the input of one weight looked like over the calibration text.
 
     mean_abs: `[in]` float32 (`[experts, in]` for experts that are stored fused), mean |x| per input channel; the published
-        sums of block means under `--numerics reference`.
+        sums of block means under `reference` numerics.
     mean_sq: the same shape, mean x².
     tokens: `[]` int64 (`[experts]`): rows of the input that were counted; a per-head norm sees tokens times heads.
     """
@@ -95,11 +96,11 @@ def is_activations_file(path: Path, label: str) -> bool:
 
 def load_activations(path: Path) -> Activations:
     """Read what `Activations.save` wrote. Raises InputError: no such file, another kind of file, numbers that cannot be."""
-    if not is_activations_file(path, "--activations"):
+    if not is_activations_file(path, setting("statistics")):
         raise InputError(
-            f"--activations {path}: expected a file written by --save_activations ({SCHEMA}), got another."
+            f"{setting('statistics', path)}: expected a file written by {setting('save_activations')} ({SCHEMA}), got another."
         )
-    return _as_activations(*load_tensors(path, "--activations"), f"--activations {path}")
+    return _as_activations(*load_tensors(path, setting("statistics")), setting("statistics", path))
 
 
 def unpack_activations(content: bytes, where: str) -> Activations:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from checkpoints.settings import CLOSE, OPEN, VALUE, Show, as_in_python, show_settings
+from checkpoints.settings import CLOSE, OPEN, VALUE, Show, as_in_python, in_file, show_settings
 
 LONGEST_MESSAGE = 2000
 
@@ -104,6 +104,17 @@ def collecting(problems: list[str | InputError]) -> Iterator[None]:
         there = {str(problem) for problem in problems}
         found = error.problems if isinstance(error, Refusals) else [error]
         problems += [problem for problem in found if str(problem) not in there]
+
+
+@contextmanager
+def named_by(places: Mapping[str, str]) -> Iterator[None]:
+    """Have what the block refuses name the settings of a file by their places in it; see `checkpoints.settings.in_file`."""
+    try:
+        yield
+    except InputError as error:
+        if not places:
+            raise
+        raise error.shown(in_file(places)) from error.__cause__
 
 
 def first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from checkpoints.errors import InputError, WriteError
 from checkpoints.folder import Folder
+from checkpoints.settings import setting
 
 
 def parse_json(content: bytes, **hooks: Any) -> Any:
@@ -40,19 +41,19 @@ def is_plain_name(name: str) -> bool:
     return plain and len(os.fsencode(name)) <= 255
 
 
-def write_text(path: Path, text: str, *, flag: str = "--save_path") -> None:
+def write_text(path: Path, text: str, *, name: str = "save_path") -> None:
     """Write a file whole or not at all; folders above it are made.
 
     What is written goes to a name that nobody can guess, and takes the place of `path` by a rename, of a link itself rather
     than of what it points to.
 
-    Raises: InputError, which names `flag`: it cannot be written.
+    Raises: InputError, which names the setting `name`: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with Folder.open(path.parent) as folder:
             folder.replace(path.name, [text.encode()])
     except WriteError as error:
-        raise InputError(f"{path}: cannot be written: {error.reason}. Choose another {flag}.") from error
+        raise InputError(f"{path}: cannot be written: {error.reason}. Choose another {setting(name)}.") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another {flag}.") from error
+        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another {setting(name)}.") from error

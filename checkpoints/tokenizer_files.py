@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoints.errors import InputError, first_line
 from checkpoints.folder import Folder
+from checkpoints.settings import setting
 from checkpoints.sidecars import SideFiles
 from checkpoints.vocabulary import Vocabulary, read_vocabulary
 
@@ -102,7 +103,7 @@ def check_tokens(files: SideFiles, expected: Vocabulary, *, trust_remote_code: b
             reason = first_line(error)
     if reason is not None:
         raise InputError(
-            f"{files.label}: its tokenizer cannot take more tokens: {reason}. Use --tokenizer_source base, or mend it."
+            f"{files.label}: its tokenizer cannot take more tokens: {reason}. Use {setting('tokenizer_source', 'base')}, or mend it."
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.files import parse_json, write_text
+from checkpoints.settings import setting
 from evaluation.benchmarks import BENCHMARKS, PAPER
 from evaluation.entries import responses_sha256
 from evaluation.identity import environment
@@ -112,18 +113,18 @@ def check_save_path(path: Path, *, resume: bool) -> None:
     Raises: ArgumentError: it exists and is not to be resumed, or it is no file; InputError: its folder cannot be written to.
     """
     if path.suffix != ".json":
-        raise ArgumentError(f"--save_path {path}: expected a file that ends in .json.")
+        raise ArgumentError(f"{setting('save_path', path)}: expected a file that ends in .json.")
     if path.is_dir():
-        raise ArgumentError(f"--save_path {path}: is a folder. Give a file in it: {path / 'results.json'}.")
+        raise ArgumentError(f"{setting('save_path', path)}: is a folder. Give a file in it: {path / 'results.json'}.")
     if not resume:
         taken = [file for file in (path, responses_path(path), samples_path(path)) if file.exists()]
         if taken:
             raise ArgumentError(
-                f"--save_path {path}: {taken[0]} exists. Choose another file, or add --resume to go on with it."
+                f"{setting('save_path', path)}: {taken[0]} exists. Choose another file, or add {setting('resume')} to go on with it."
             )
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--save_path {path}: {folder} cannot be written to. Choose another file.")
+        raise InputError(f"{setting('save_path', path)}: {folder} cannot be written to. Choose another file.")
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -134,10 +135,12 @@ def read_results(path: Path) -> dict[str, Any]:
         results = parse_json(path.read_bytes())
         _check_form(results)
     except FileNotFoundError:
-        raise InputError(f"--resume: {path}: no such file. Leave --resume out to begin.") from None
+        raise InputError(
+            f"{setting('resume')}: {path}: no such file. Leave {setting('resume')} out to begin."
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: expected results of evaluate_model.py, got {error}. Choose another --save_path."
+            f"{path}: expected results of evaluate_model.py, got {error}. Choose another {setting('save_path')}."
         ) from None
     return dict(results)
 
@@ -230,7 +233,9 @@ def check_resumable(
         if name in data and entry["data"]["files"] != data[name]["files"]
     ]
     if differing:
-        raise ArgumentError(f"--resume: {path} was made otherwise: {'; '.join(differing)}. Choose another --save_path.")
+        raise ArgumentError(
+            f"{setting('resume')}: {path} was made otherwise: {'; '.join(differing)}. Choose another {setting('save_path')}."
+        )
 
 
 def drop_lost(results: dict[str, Any]) -> list[str]:

@@ -52,4 +52,4 @@ def write_recipe_file(recipe: Recipe, path: Path, aim: Mapping[str, Any] | None 
     if aim:
         content["aim"] = dict(aim)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
-    write_text(path, text, flag="--write_config")
+    write_text(path, text, name="write_config")

@@ -14,6 +14,7 @@ import torch
 from checkpoints.errors import InputError, Refusals
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.model import Model, open_model
+from checkpoints.settings import setting
 from checkpoints.source import READ_ELEMENTS
 from checkpoints.staging import RECIPE_FILE, SWEEP_PREFIX
 from checkpoints.writer import chunked_sha256
@@ -42,7 +43,7 @@ def results_in(folder: Path) -> list[Path]:
     found = [folder] if (folder / RECIPE_FILE).is_file() else sorted(folder.glob(f"{SWEEP_PREFIX}*/{RECIPE_FILE}"))
     if not found:
         raise InputError(
-            f"--verify {folder}: expected {RECIPE_FILE}, got none. Name a folder that merge.py or performAIM.py wrote."
+            f"{setting('verify', folder)}: expected {RECIPE_FILE}, got none. Name a folder that merge.py or performAIM.py wrote."
         )
     return [path if path.is_dir() else path.parent for path in found]
 

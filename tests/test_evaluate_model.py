@@ -81,7 +81,7 @@ def test_all_six_from_the_command_line(folder, tmp_path, capsys, runnable):
     assert [line["benchmark"] for line in logged] == [name for name in runnable for _ in range(4)]
     assert all(line["prompt"] and "score" in line and "status" in line for line in logged)
     captured = capsys.readouterr()
-    assert "PARTIAL: --limit 4, no full scores." in captured.out
+    assert "PARTIAL: limit 4, no full scores." in captured.out
     for name in runnable:
         assert f"{name} (partial)" in captured.out
     assert "Traceback" not in captured.err
