@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from evaluation.benchmarks.contract import Advance, Grade, Status
+from evaluation.benchmarks.contract import Grade, Status
+from evaluation.benchmarks.settings import Advance
 from evaluation.grading.tools import Tools
 
 if TYPE_CHECKING:

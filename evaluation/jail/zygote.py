@@ -233,7 +233,8 @@ def _fork_locked(
     os.close(numbers_end)
     with open(numbers, "rb") as file:
         os.waitpid(maker, 0)
-        return json.loads(file.read() or b"[]")
+        children: list[int] = json.loads(file.read() or b"[]")
+    return children
 
 
 def _fork(act: Callable[[], object], started: int) -> int:
