@@ -165,6 +165,22 @@ class Watcher:
             found |= {f"{name}.abs": sums.abs, f"{name}.sq": sums.sq, f"{name}.rows": torch.tensor(sums.rows)}
         return found
 
+    @staticmethod
+    def check_sums(tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError where this is not what `sums` gave, but somebody else wrote it."""
+        for name in {name.rpartition(".")[0] for name in tensors if not name.endswith(".means")}:
+            key = json.loads(name)
+            place, module, parameter, expert = key if isinstance(key, list) and len(key) == 4 else (None,) * 4
+            is_key = type(place) is int and isinstance(module, str) and isinstance(parameter, str)
+            parts = [tensors.get(f"{name}.{part}") for part in ("abs", "sq", "rows")]
+            if not (is_key and (expert is None or type(expert) is int)) or not all(part is not None for part in parts):
+                raise ValueError(f"{name}: no sums of a module's input")
+            absolute, square, rows = (part for part in parts if part is not None)
+            if absolute.shape != square.shape or absolute.ndim != 1 or rows.numel() != 1 or rows.is_floating_point():
+                raise ValueError(f"{name}: sums that do not fit each other")
+            if {absolute.dtype, square.dtype} != {torch.float64}:
+                raise ValueError(f"{name}: expected float64")
+
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take what another watcher's `sums` gave."""
         names = sorted((name.removesuffix(".abs") for name in tensors if name.endswith(".abs")), key=json.loads)
@@ -237,12 +253,12 @@ class _ExpertWatch(TorchFunctionMode):
     def entering(self, name: str) -> Any:
         def hook(module: torch.nn.Module, args: Any) -> None:
             self._name, self._module = name, module
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
         return hook
 
     def leaving(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.PRODUCTS and len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].ndim == 2:

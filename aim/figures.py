@@ -11,7 +11,7 @@ import torch
 
 from checkpoints.errors import InputError
 from checkpoints.settings import setting
-from streaming.blocks import kind_of
+from checkpoints.tensor_names import kind_of
 
 
 def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path, *, title: str = "") -> list[Path]:

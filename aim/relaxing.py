@@ -22,7 +22,7 @@ from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
 from checkpoints.settings import Show, as_in_python, setting, shown
-from streaming.blocks import kind_of
+from checkpoints.tensor_names import kind_of
 from streaming.output import Variant
 from streaming.stream import PlannedTensor
 

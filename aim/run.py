@@ -11,6 +11,10 @@ import torch
 from aim.calibrate import Numerics, select
 from aim.request import AimRequest, Relaxing
 from aim.statistics import Activations
+from alignment.align import Alignment, align
+from alignment.layout import Layout, NewTokenRows
+from alignment.stored import check_plain
+from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError, InputError, unknown
 from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, open_and_plan
@@ -21,11 +25,8 @@ from checkpoints.staging import read_recipe
 from checkpoints.writer import plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
 from streaming.job import Job, Result, Step, Work, plan_job
-from streaming.layout import Arranged, Layout, NewTokenRows, arrange
-from streaming.matching import check_plain
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
-from streaming.tokenizer_choice import choose_tokenizer_files
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ITS_BASE = "Name the base that the merged model was made from."
@@ -105,19 +106,19 @@ def make_work(
     if out_dtype not in OUT_DTYPES:
         problems.add(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     problems.raise_if_any()
-    arranged = arrange(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
-    choose_tokenizer_files(arranged.files, arranged.layout, (merged, base), arranged.notes, arranged.problems)
-    problems.extend(arranged.problems)
+    alignment = align(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
+    choose_tokenizer_files(alignment.files, alignment.layout, (merged, base), alignment.problems)
+    problems.take(alignment.problems)
     warnings: list[str] = []
     with problems.collect():
         warnings = select(base, how.numerics)[1]
     problems.raise_if_any()
-    notes = arranged.notes
+    notes = problems.notes
     if base.folders == merged.folders:
         notes.append(f"{merged.label}: is the base itself, so that relaxing changes nothing.")
     if how.numerics == "reference" and out_dtype == "auto":
         out_dtype = "bfloat16"  # what the published program writes, whatever the merge is stored in
-    tensors = tuple(_plan_tensor(arranged, name, out_dtype) for name in arranged.names)
+    tensors = tuple(_plan_tensor(alignment, name, out_dtype) for name in alignment.dtypes)
     infos = {tensor.spec.name: TensorInfo(tensor.dtype, tensor.spec.shape) for tensor in tensors}
     written = {"merged_model": merged.label, "base_model": base.label, "out_dtype": out_dtype}
     return Relaxed(
@@ -125,15 +126,15 @@ def make_work(
         inputs=(base, merged),
         tensors=tensors,
         shards=plan_shards(infos, options.max_shard_bytes),
-        files=arranged.files,
+        files=alignment.files,
         out_dtype=out_dtype,
-        decides={**written, **arranged.layout.as_json()},
+        decides={**written, **alignment.layout.as_json()},
         recipe={
             "merge_method": "passthrough",
             "base_model": base.label,
             "models": [{"model": merged.label, "parameters": {}}],
             "parameters": {},
-            **arranged.layout.as_json(),
+            **alignment.layout.as_json(),
             "out_dtype": out_dtype,
             "seed": None,
         },
@@ -259,12 +260,13 @@ def relax_checkpoint(
     return plan_job(make, (base, merged), save_path, options, step).run()
 
 
-def _plan_tensor(arranged: Arranged, name: str, out_dtype: str) -> PlannedTensor:
-    own, dtype = arranged.primary[name], arranged.dtypes[name]
-    base = arranged.others[0].get(name)
+def _plan_tensor(alignment: Alignment, name: str, out_dtype: str) -> PlannedTensor:
+    own, dtype = alignment.first.tensors[name], alignment.dtypes[name]
+    aligned = alignment.models[1]
+    base = aligned.tensors.get(name)
     spec = TensorSpec(name, own.info.shape)
     if dtype.is_floating_point:  # float64, in which nothing is computed, is written as float32
         dtype = FLOAT_DTYPES.get(out_dtype, torch.float32 if dtype == torch.float64 else dtype)
     if base is None or not dtype.is_floating_point:
         return PlannedTensor(spec, dtype, own, (), None, "not in the base" if base is None else "not a weight")
-    return PlannedTensor(spec, dtype, base, (own,), Keep(), base_name=arranged.own_names[0].get(name, name))
+    return PlannedTensor(spec, dtype, base, (own,), Keep(), base_name=aligned.own_names.get(name, name))

@@ -31,8 +31,8 @@ from checkpoints.model import Model
 from checkpoints.problems import Problems
 from checkpoints.settings import Show, setting, shown
 from checkpoints.staging import Stage
+from checkpoints.tensor_names import kind_of
 from checkpoints.writer import chunked_sha256
-from streaming.blocks import kind_of
 from streaming.job import Console
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
@@ -177,6 +177,8 @@ class AimStep:
 
     def _prepare(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Relaxations:
         unfinished, keep, figures = UnfinishedCalibration(stage), self.request.save_activations, self.request.figures
+        if unfinished.lost and not self._loaded:
+            console.note("note: what an earlier run kept of the calibration is not as it wrote it, and is made again.")
         activations = self._loaded or unfinished.finished() or self._calibrate(base, console, unfinished)
         if self._loaded:
             console.say(f"statistics: {self._origin}, taken with {blocks_of(activations)}")

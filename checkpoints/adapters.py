@@ -24,8 +24,9 @@ import torch
 from checkpoints.errors import InputError, Refusals
 from checkpoints.reader import ADAPTER_CONFIG, Checkpoint, WeightFile, read_tensor
 from checkpoints.sidecars import SideFiles, read_json
-from checkpoints.source import READ_ELEMENTS, TensorInfo, Weights
+from checkpoints.source import READ_ELEMENTS, TensorInfo
 from checkpoints.tokenizer_files import set_vocabulary_size
+from checkpoints.weights import Weights
 
 CACHED_PRODUCTS = 16
 """Tensors whose A and B are held: some for each of those that a run has at work."""

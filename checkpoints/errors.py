@@ -72,9 +72,13 @@ class WriteError(InputError):
 
     Args:
         path: what was written; error: what the system says.
+
+    Attributes:
+        reason: the system's words.
     """
 
     def __init__(self, path: Path, error: OSError):
+        self.reason = error.strerror
         super().__init__(
             f"{path}: cannot be written: {error.strerror}. Free space and run the same command again, which goes on with what "
             "is finished; or choose another place."

@@ -23,8 +23,9 @@ from checkpoints.reader import (
     open_checkpoint,
 )
 from checkpoints.sidecars import TOKENIZER_FILES, SideFiles, licence_of, read_config
-from checkpoints.source import FLOAT8, Weights
+from checkpoints.source import FLOAT8
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
+from checkpoints.weights import Weights
 
 if TYPE_CHECKING:
     from checkpoints.adapters import AdapterConfig

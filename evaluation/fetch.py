@@ -11,7 +11,7 @@ from checkpoints.errors import InputError
 from checkpoints.hub_errors import Unreachable, one_line_errors, progress_bars
 from checkpoints.settings import setting
 from evaluation.benchmarks.contract import Benchmark
-from evaluation.data import REVISIONS_FILE, Missing, missing_splits
+from evaluation.dataset_files import REVISIONS_FILE, Missing, missing_splits
 from evaluation.grading.sentences import RESOURCE, find_punkt
 
 

@@ -16,7 +16,8 @@ from checkpoints.location import Location, locate
 from checkpoints.settings import Remark, setting
 from evaluation.benchmarks import get_benchmark
 from evaluation.benchmarks.contract import Benchmark, Response
-from evaluation.data import Data, Missing, load_data
+from evaluation.data import Data, load_data
+from evaluation.dataset_files import Missing
 from evaluation.entries import describe_data
 from evaluation.request import Request
 from evaluation.responses import check_indices, read_responses
@@ -24,6 +25,7 @@ from evaluation.results import (
     check_resumable,
     check_save_path,
     default_path,
+    drop_lost,
     read_results,
     responses_path,
 )
@@ -223,6 +225,12 @@ def _prepare_resume(prepared: Prepared) -> None:
     folder = None if prepared.location is None else str(prepared.location.folder)
     data = {name: describe_data(data) for name, data in prepared.data.items()}
     check_resumable(prepared.save_path, prepared.earlier, prepared.request.settings_as_json(), folder, data)
+    if prepared.request.stage != "score":
+        lost = drop_lost(prepared.earlier)
+        if lost:
+            prepared.notes.append(
+                f"{prepared.earlier['responses_file']}: does not have the responses of {', '.join(lost)} as the results say, which are made again."
+            )
 
 
 def _prepare_graders(prepared: Prepared) -> None:

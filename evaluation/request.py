@@ -11,7 +11,7 @@ from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_name
 from checkpoints.settings import setting
 from evaluation.benchmarks import BENCHMARKS, MATHS, PAPER
-from evaluation.benchmarks.contract import Profile, Settings
+from evaluation.benchmarks.settings import Profile, Settings
 
 Stage = Literal["generate", "score", "all"]
 PROFILES = ("paper", "fixed")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from alignment.layout import Layout
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_model
 from checkpoints.settings import setting
@@ -13,7 +14,6 @@ from merging.methods import METHODS, get_method
 from merging.methods.contract import Method
 from merging.parameters import PARAMETERS, Parameter
 from merging.recipe import OUT_DTYPES, ModelInput, Recipe, Slice, check_count, check_expression, identity, twice
-from streaming.layout import Layout
 from streaming.values import Value
 
 

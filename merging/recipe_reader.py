@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from alignment.layout import Layout
 from checkpoints.errors import ArgumentError, InputError, named_by, unknown
 from checkpoints.location import ModelName, parse_model
 from checkpoints.settings import Remark, setting
@@ -24,7 +25,6 @@ from merging.recipe import (
     identity,
     twice,
 )
-from streaming.layout import Layout
 from streaming.values import Value, describe, parse_value
 
 KEYS = (
@@ -32,7 +32,9 @@ KEYS = (
     "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "tie_word_embeddings", "exclude", "only",
     "seed", "aim",
 )  # fmt: skip
-RECORD_KEYS = ("schema", "inputs", "outputs", "versions", "command", "notes", "warnings", "report", "identity")
+RECORD_KEYS = (
+    "schema", "inputs", "outputs", "side_files", "versions", "command", "notes", "warnings", "report", "identity",
+)  # fmt: skip
 """What merge_recipe.json has besides: it says what came of the recipe, and is passed over."""
 NOT_SUPPORTED = {
     "residual_weight": "mergekit reads it and does nothing with it. Leave it out",

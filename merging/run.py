@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from alignment.tokenizer_choice import template_label
 from checkpoints.errors import ArgumentError, InputError, named_by
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
@@ -20,7 +21,6 @@ from merging.report import DeltaReport
 from streaming.job import Console, Job, Request, Result, Step, Work, bar_of, plan_job
 from streaming.output import Findings, RunOptions
 from streaming.stream import Observer
-from streaming.tokenizer_choice import template_label
 
 
 @dataclass(kw_only=True)

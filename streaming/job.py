@@ -10,6 +10,7 @@ merge to the disk. The commands and the packages' own functions run the same `Jo
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from checkpoints.errors import AlreadyComplete
+from checkpoints.folder import Folder
 from checkpoints.model import Model, close_all
 from checkpoints.problems import Problems
 from checkpoints.settings import Show, as_flag, as_in_python, shown
@@ -30,6 +32,7 @@ from streaming.output import (
     Variant,
     Written,
     bytes_written,
+    files_written,
     identity_of,
     unfinished,
     write_checkpoints,
@@ -118,7 +121,7 @@ class Request(Protocol):
 
 
 @dataclass(kw_only=True)
-class Work:
+class Work(ABC):
     """What a job writes, planned.
 
     Attributes:
@@ -163,13 +166,13 @@ class Work:
         """Bytes of one output's tensors."""
         return bytes_written(self.tensors)
 
+    @abstractmethod
     def as_json(self) -> dict[str, Any]:
         """The plan for programs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def as_text(self, show: Show = as_in_python) -> str:
         """The plan for people."""
-        raise NotImplementedError
 
     def start(self) -> Observer | None:
         """What looks at the blocks of a run that begins; None looks at none."""
@@ -243,6 +246,7 @@ class Job:
             self.save_path,
             overwrite=self.options.overwrite,
             folders=self.folders,
+            files=files_written(self.work.shards, self.work.files),
             identity=self.identity,
             resume=self.options.resume,
         )
@@ -286,6 +290,8 @@ class Job:
     def _run(self, console: Console) -> Result:
         work, observer = self.work, self.work.start()
         with self.staged() as stage:
+            for note in stage.notes:
+                console.note(f"note: {shown(note, console.show)}")
             changes = self.step.prepare(work.base, work.tensors, console, stage) if self.step else None
             variants = changes.variants if changes else (Variant(),)
             todo = unfinished(work.tensors, stage)
@@ -312,7 +318,7 @@ class Job:
         self,
         observer: Observer | None,
         stage: Stage,
-        folder: Path,
+        folder: Folder,
         variant: Variant,
         outputs: Mapping[str, Mapping[str, int | str]],
         findings: Findings,

@@ -203,7 +203,7 @@ def _is_worth_compiling(tensors: Sequence[PlannedTensor], options: StreamOptions
 
 def count_non_finite() -> Tally:
     """A tally of elements that are NaN or infinite."""
-    return Tally(lambda sums: {"non_finite": int(sums[0])})
+    return Tally(1, lambda sums: {"non_finite": int(sums[0])})
 
 
 def expect_changes(tensors: Sequence[PlannedTensor]) -> set[int]:
@@ -328,7 +328,7 @@ class _Stream:
         self, key: int, nbytes: int, device: torch.device = torch.device("cpu"), *, pinned: bool = False
     ) -> torch.Tensor:
         """This thread's byte buffer number `key`, made when first asked for, at least `nbytes` long: `[nbytes]` uint8."""
-        buffers = self._local.__dict__.setdefault("buffers", {})
+        buffers: dict[int, torch.Tensor] = self._local.__dict__.setdefault("buffers", {})
         if key not in buffers or buffers[key].numel() < nbytes:
             pin = pinned and self._options.device.type == "cuda"
             buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
