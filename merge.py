@@ -4,6 +4,7 @@
         --models_to_merge WizardLMTeam/WizardLM-13B-V1.2,vanillaOVO/WizardMath-13B-V1.0 --save_path ./merged
     python merge.py --method ties --base_model ./base --models_to_merge ./math:0.6,./code:0.4 --density 0.3 \\
         --save_path ./merged --dry_run
+    python merge.py --method my_package.my_module:MyMethod --base_model ./base --models_to_merge ./math --save_path ./merged
     python merge.py --config recipe.yml --save_path ./merged
 """
 
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,8 +25,9 @@ import command_line
 from aim.block import add_block, block_of
 from aim.flags import add_aim_flags, given_aim_flags, read_calibration, read_relaxing
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
-from merging.methods import METHODS, get_method
-from merging.parameters import PARAMETERS, Parameter
+from checkpoints.settings import as_flag, setting
+from merging.methods import METHODS, get_method, is_outside, parameters_by_key
+from merging.parameters import REQUIRED, Parameter, flag_of
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +40,21 @@ if TYPE_CHECKING:
     from streaming.output import RunOptions
 
 
-def build_parser() -> command_line.Parser:
-    """The flags of merge.py."""
+def build_parser(outside: Sequence[str] = ()) -> command_line.Parser:
+    """The flags of merge.py.
+
+    Args:
+        outside: methods outside of this program, `package.module:Class`, whose parameters become flags too; imported.
+
+    Raises: ArgumentError: one of them cannot be imported, or its parameters cannot be flags.
+    """
     parser = command_line.Parser(prog="merge.py", description=__doc__)
     what = parser.add_argument_group("what to merge")
-    what.add_argument("--method", metavar="METHOD", help=", ".join(METHODS) + " (in any case)")
+    what.add_argument(
+        "--method",
+        metavar="METHOD",
+        help=", ".join(METHODS) + " (in any case); or one of your own, package.module:Class (docs/adding-a-method.md)",
+    )
     what.add_argument("--base_model", metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name or NAME@REVISION; gives config, tokenizer and vocabulary")  # fmt: skip
     what.add_argument("--models_to_merge", metavar="A,B,C", help="folders, hub names or NAME@REVISION; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
@@ -48,13 +62,15 @@ def build_parser() -> command_line.Parser:
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
     what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that a result is what its run wrote (sizes, digests), that every number is finite, and shapes")  # fmt: skip
     how = parser.add_argument_group("how (a flag that the method does not use is an error)")
-    for parameter in PARAMETERS.values():
-        add_parameter(how, parameter)
+    more = [(name, one) for name in outside for one, _ in get_method(name).parameters().values()]
+    keys = parameters_by_key(more)
+    for key, users in keys.items():
+        add_parameter(how, key, users)
     how.add_argument(
         "--seed",
         type=command_line.whole,
         metavar="N",
-        help="dare, della, --control permuted: seed of what is drawn (default 0)",
+        help=f"{', '.join(name for name, entry in METHODS.items() if entry.draws)}, --control permuted: seed of what is drawn (default 0)",
     )
     how.add_argument("--exclude", metavar="REGEX", help="tensors in whose name this is found are taken from the base")
     layout = parser.add_argument_group("vocabulary and head of the output")
@@ -71,33 +87,70 @@ def build_parser() -> command_line.Parser:
     report.add_argument(
         "--report", default="sample", metavar="WHAT", help="sample (one block in 16; default), full or none"
     )
+    parser.set_defaults(parameter_keys=tuple(keys))
     return parser
 
 
-def add_parameter(group: argparse._ArgumentGroup, parameter: Parameter) -> None:
-    """Add the flag of a method's parameter; its help says which methods have it, and what they do without."""
-    users: dict[Any, list[str]] = {}
-    for name, entry in METHODS.items():
-        if parameter.key in entry.defaults:
-            users.setdefault(entry.defaults[parameter.key], []).append(name)
-    words = {True: "yes", False: "no", None: "as the method does"}
-    defaults = "; ".join(
-        f"{', '.join(names)} (default {words[default] if parameter.is_switch else default})"
-        for default, names in users.items()
+def add_parameter(group: argparse._ArgumentGroup, key: str, users: Sequence[tuple[str, Parameter]]) -> None:
+    """Add the flag of a recipe key; its help says what each method means by it, and does without.
+
+    Raises: ArgumentError: a method outside of this program has a key that is another flag already.
+    """
+    said: dict[str, dict[str, list[str]]] = {}
+    for name, one in users:
+        said.setdefault(one.help, {}).setdefault(default_text(one), []).append(name)
+    text = "; ".join(
+        f"{clause}: " + "; ".join(f"{', '.join(names)} ({default})" for default, names in defaults.items())
+        for clause, defaults in said.items()
     )
-    form: dict[str, Any] = {"metavar": "V"} if not parameter.is_switch else {"action": argparse.BooleanOptionalAction}
-    group.add_argument(parameter.flag, help=f"{parameter.help}: {defaults}", **form)
+    kinds = {one.is_switch for _, one in users}
+    form: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kinds == {True} else {"metavar": "V"}
+    try:
+        if len(kinds) != 1:
+            raise ValueError("for other methods it is a number where it is a switch here, or the other way round")
+        group.add_argument(flag_of(key), help=text.replace("%", "%%"), **form)
+    except (argparse.ArgumentError, ValueError) as error:
+        name = users[-1][0]
+        raise ArgumentError(
+            f"{setting('method')}: {name}: its parameter {key} cannot be a flag: {error}. Give the parameter another key."
+        ) from error
+
+
+def default_text(one: Parameter) -> str:
+    """What a parameter is where nothing is given, for `--help`."""
+    if one.default is REQUIRED:
+        return "required"
+    words = {True: "yes", False: "no", None: "as the method does"}
+    return f"default {words[one.default] if one.is_switch else one.default}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = build_parser()
+    outside = outside_methods(sys.argv[1:] if argv is None else argv)
+    parser = command_line.Parser(prog="merge.py")
+    try:
+        parser = build_parser(outside)
+    except InputError as error:
+        parser.error(str(error.shown(as_flag)))
 
     def body(arguments: argparse.Namespace) -> None:
         check_complete(parser, arguments)
         run(arguments, command_line.command(parser, argv))
 
     return command_line.run(parser, body, argv)
+
+
+def outside_methods(argv: Sequence[str]) -> list[str]:
+    """The method outside of this program that `--method` names: its parameters are flags, so it is needed before they are read.
+
+    The current folder becomes the last place that modules are looked for, as with `python -m`.
+    """
+    named = [argument.partition("=")[2] for argument in argv if argument.startswith("--method=")]
+    named += [value for flag, value in pairwise(argv) if flag == "--method"]
+    found = list(filter(is_outside, named))[-1:]
+    if found or ("--trust_remote_code" in argv and any(argument.startswith("--config") for argument in argv)):
+        sys.path.append(os.getcwd())
+    return found
 
 
 def check_complete(parser: command_line.Parser, arguments: argparse.Namespace) -> None:
@@ -192,7 +245,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             arguments.method,
             arguments.base_model,
             arguments.models_to_merge,
-            parameters={key: vars(arguments)[one.flag.removeprefix("--")] for key, one in PARAMETERS.items()},
+            parameters=given_parameters(arguments),
             seed=None if seed_is_aims else arguments.seed,
             out_dtype=arguments.dtype,
             exclude=arguments.exclude,
@@ -202,6 +255,11 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     if problems or recipe is None:
         raise Refusals(problems)
     return recipe
+
+
+def given_parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What flags say of the methods' parameters, by recipe key; None where they say nothing."""
+    return {key: vars(arguments)[flag_of(key).removeprefix("--")] for key in arguments.parameter_keys}
 
 
 def given_layout(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -217,7 +275,7 @@ def read_config(arguments: argparse.Namespace) -> Recipe:
     from merging.recipe_file import read_recipe_file
 
     problems: list[str | InputError] = []
-    for flag in ("--method", "--base_model", "--models_to_merge", *(one.flag for one in PARAMETERS.values())):
+    for flag in ("--method", "--base_model", "--models_to_merge", *map(flag_of, arguments.parameter_keys)):
         if vars(arguments)[flag.removeprefix("--")] is not None:
             problems.append(
                 ArgumentError(f"{flag}: --config says what to merge. Write it into the file, or leave one out.")
@@ -231,6 +289,7 @@ def read_config(arguments: argparse.Namespace) -> Recipe:
             exclude=arguments.exclude,
             only=arguments.only,
             layout=given_layout(arguments),
+            trust_remote_code=arguments.trust_remote_code,
         )
     if recipe is not None and recipe.aim is not None:
         with collecting(problems):

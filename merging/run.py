@@ -13,6 +13,8 @@ from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.reader import same_values
 from checkpoints.staging import Stage, check_complete, check_save_path, check_space, staged
+from merging.methods import is_outside
+from merging.methods.outside import source_digest
 from merging.parameters import text_of
 from merging.plan import Plan, make_plan
 from merging.recipe import ModelInput, Recipe, identity
@@ -76,7 +78,11 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What decides the output's bytes."""
         plan = self.plan
-        return identity_of(plan.recipe.as_json(), self.inputs, plan.shards, plan.files, self.options, aim=self.aim)
+        name = plan.recipe.merge_method
+        code = {"method_source": source_digest(name)} if is_outside(name) else {}
+        return identity_of(
+            plan.recipe.as_json(), self.inputs, plan.shards, plan.files, self.options, aim=self.aim, **code
+        )
 
     @property
     def base(self) -> Model:

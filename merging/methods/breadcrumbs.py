@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from merging.methods.contract import parameter
 from merging.methods.sparse import SparseTaskVectors
 from merging.methods.trim import Trim, measure_largest
+from merging.parameters import parameter
 from streaming.blocks import Block, Scan, TensorSpec
 
 
@@ -24,9 +24,17 @@ class Breadcrumbs(SparseTaskVectors):
     lower index counts as the larger.
     """
 
+    name: ClassVar[str] = "breadcrumbs"
     additive: ClassVar[bool] = True
 
-    gammas: tuple[float, ...] = parameter("gamma")
+    gammas: tuple[float, ...] = parameter(
+        "gamma",
+        "share of each task vector's largest changes that is dropped, one number or one for each model",
+        default=0.01,
+        per_model=True,
+        low=0.0,
+        high=1.0,
+    )
 
     def select(self, tensor: TensorSpec, scan: Scan) -> tuple[tuple[Trim, Trim], ...]:
         """For each model the trim that keeps the t + k largest, and the one that keeps the t largest."""
@@ -59,5 +67,6 @@ class BreadcrumbsTies(Breadcrumbs):
     Source: arXiv:2312.06795 and 2306.01708; mergekit's `breadcrumbs_ties`. Deviations as in `Breadcrumbs`.
     """
 
+    name: ClassVar[str] = "breadcrumbs_ties"
     elects: ClassVar[bool] = True
     additive: ClassVar[bool] = False
