@@ -62,10 +62,6 @@ def build_parser(outside: Sequence[str] = ()) -> command_line.Parser:
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
     what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that a result is what its run wrote (sizes, digests), that every number is finite, and shapes")  # fmt: skip
     how = parser.add_argument_group("how (a flag that the method does not use is an error)")
-    more = [(name, one) for name in outside for one, _ in get_method(name).parameters().values()]
-    keys = parameters_by_key(more)
-    for key, users in keys.items():
-        add_parameter(how, key, users)
     how.add_argument(
         "--seed",
         type=command_line.whole,
@@ -87,6 +83,11 @@ def build_parser(outside: Sequence[str] = ()) -> command_line.Parser:
     report.add_argument(
         "--report", default="sample", metavar="WHAT", help="sample (one block in 16; default), full or none"
     )
+    # Last, so that a method's key that is a flag already is refused as the method's slip.
+    more = [(name, one) for name in outside for one, _ in get_method(name).parameters().values()]
+    keys = parameters_by_key(more)
+    for key, users in keys.items():
+        add_parameter(how, key, users)
     parser.set_defaults(parameter_keys=tuple(keys))
     return parser
 

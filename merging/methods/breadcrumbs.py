@@ -19,9 +19,8 @@ class Breadcrumbs(SparseTaskVectors):
         d_i <- its k_i largest |d_i| after the t_i largest, the rest 0
         out = b + lambda * sum w_i d_i        (divided by sum w_i where `normalize` is true)
 
-    Source: arXiv:2312.06795, whose beta is gamma here; mergekit's `breadcrumbs`. Deviations: float32 inside; where t_i is 0
-    (gamma 0, a small tensor) nothing is dropped at the top, where mergekit drops everything; of equal magnitudes the
-    lower index counts as the larger.
+    Source: arXiv:2312.06795, whose beta is gamma here; mergekit's `breadcrumbs`. Deviations: float32 inside; of equal magnitudes
+    the lower index counts as the larger.
     """
 
     name: ClassVar[str] = "breadcrumbs"

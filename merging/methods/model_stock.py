@@ -26,8 +26,8 @@ class ModelStock(Method):
 
     One c for each tensor; `filter_wise` takes one for each row of a matrix.
 
-    Source: arXiv:2403.19522; mergekit's `model_stock`. Deviations: float32 inside, products in float64; where 1 + (N - 1) c is 0
-    (task vectors that cancel each other) t is 0, where mergekit's is infinite.
+    Source: arXiv:2403.19522; mergekit's `model_stock`. Deviations: float32 inside, products in float64. Where 1 + (N - 1) c
+    is 0 (task vectors that cancel each other) t is 0, as there.
     """
 
     name: ClassVar[str] = "model_stock"
