@@ -50,6 +50,7 @@ class Reader:
     def __init__(self, where: str, *, trust_remote_code: bool = False):
         self.where = where
         self.trust_remote_code = trust_remote_code
+        self.is_unread = False  # a method whose parameters nobody knows, as it was not imported
         self.problems: list[str | InputError] = []
         self.notes: list[str] = []
         self.pinned: dict[str, str] = {}
@@ -160,6 +161,7 @@ class Reader:
             )
             return None
         if is_outside(name) and not self.trust_remote_code:
+            self.is_unread = True
             self.refuse(
                 "merge_method",
                 f"expected the name of a method, got {name}, Python code that is not part of this program. If you know and "
@@ -354,6 +356,8 @@ class Reader:
         for key, content_of_key in content.items():
             if key == "int8_mask":
                 self.note(INT8_MASK)
+            elif self.is_unread:
+                continue
             elif key not in known:
                 self.refuse(place, unknown("parameter", str(key), sorted(known)))
             elif content_of_key is None or not self.method:
