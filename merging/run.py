@@ -14,6 +14,8 @@ from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
 from checkpoints.reader import same_values
 from checkpoints.settings import Show, as_in_python, setting
+from merging.methods import is_outside
+from merging.methods.outside import source_digest
 from merging.parameters import text_of
 from merging.plan import Plan, make_plan
 from merging.recipe import ModelInput, Recipe, identity
@@ -78,6 +80,8 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         plan = make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes)
     problems.raise_if_any()
     assert plan is not None
+    name = plan.recipe.merge_method
+    code = {"method_source": source_digest(name)} if is_outside(name) else {}
     return Merge(
         verb="merging",
         inputs=opened,
@@ -85,7 +89,7 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         shards=plan.shards,
         files=plan.files,
         out_dtype=plan.recipe.out_dtype,
-        decides=plan.recipe.as_json(),
+        decides={**plan.recipe.as_json(), **code},
         recipe=plan.recipe.as_json(),
         card=f"{_card_head(plan.recipe, opened)}\n\n{card_text(plan.recipe)}",
         notes=plan.notes,
