@@ -95,7 +95,7 @@ REVEALED = {
     "merging.make_recipe": "-> merging.recipe.Recipe",
     "merging.RunOptions": "-> streaming.output.RunOptions",
     "merging.Recipe": "-> merging.recipe.Recipe",
-    "aim.relax_checkpoint": "-> streaming.output.Written",
+    "aim.relax_checkpoint": "-> streaming.job.Result",
     "aim.CalibrationData": "-> aim.calibration.CalibrationData",
     "aim.Omega": "-> aim.omegas.Omega",
     "aim.Relaxing": "-> aim.request.Relaxing",
