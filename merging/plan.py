@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from alignment.stored import check_plain
-from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError
 from checkpoints.model import Model
 from checkpoints.problems import Problems
@@ -179,7 +178,10 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     found = find_places(recipe, models, primary)
     problems.take(found.problems)
     recipe = replace(recipe, layout=found.layout)
-    choose_tokenizer_files(found.files, recipe.layout, opened, problems)
+    if recipe.layout.copy_tokenizer_from is not None or recipe.layout.chat_template is not None:
+        from alignment.tokenizer_choice import choose_tokenizer_files
+
+        choose_tokenizer_files(found.files, recipe.layout, opened, problems)
     names = [place.name for place in found.places]
     for key, expression in (("exclude", recipe.exclude), ("only", recipe.only)):
         if expression and names and not any(re.search(expression, name) for name in names):

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alignment.tokenizer_choice import template_label
 from checkpoints.errors import ArgumentError, InputError, named_by
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
@@ -123,6 +122,8 @@ def card_text(recipe: Recipe) -> str:
     if keys["tokenizer_source"] != "base":
         given["tokenizer_source"] = keys["tokenizer_source"]
     if keys["chat_template"] is not None:
+        from alignment.tokenizer_choice import template_label
+
         given["chat_template"] = template_label(keys["chat_template"])
     settings = [
         f"{key} `{text_of(value) if isinstance(value, bool | list) else value}`"
