@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from aim.calibrate import Numerics, select
-from aim.request import AimRequest, Relaxing
+from aim.choices import Relaxing
+from aim.request import AimRequest
 from aim.statistics import Activations
 from alignment.align import Alignment, align
 from alignment.layout import Layout, NewTokenRows

@@ -167,7 +167,9 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         "--workers", type=positive, metavar="N", help="threads (default: one per core); the result is the same"
     )
     running.add_argument(
-        "--trust_remote_code", action="store_true", help="let Python code that comes with a model run (default: off)"
+        "--trust_remote_code",
+        action="store_true",
+        help="let Python code that comes with a model, or a method of your own that a recipe file names, run (default: off)",
     )
     running.add_argument("--dry_run", action="store_true", help="print the plan or every refusal; write nothing")
     running.add_argument("--json", action="store_true", help="with --dry_run: the plan as JSON")

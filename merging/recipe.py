@@ -15,9 +15,9 @@ from alignment.layout import Layout
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.location import ModelName
 from checkpoints.settings import Remark, setting
-from merging.methods import METHODS, get_method
+from merging.methods import canonical, get_method
 from merging.methods.contract import Method
-from merging.parameters import PARAMETERS, REQUIRED, SAME
+from merging.parameters import REQUIRED, Parameter
 from streaming.values import NOTHING, Value
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -61,7 +61,7 @@ class Recipe:
     """A merge, whole and checked: what decides the output's bytes, and nothing else.
 
     Attributes:
-        merge_method: a key of METHODS.
+        merge_method: a key of METHODS, or `package.module:Class`.
         base_model: gives config, tokenizer, vocabulary and, for most methods, numbers; None where the first model gives
             what is no number.
         slices: what is merged; one slice, unless layers are stacked.
@@ -131,30 +131,20 @@ class Recipe:
         here = self.slices[part]
         cls = get_method("passthrough") if here.as_is else self.method_class
         values: dict[str, Any] = {}
-        for key, one in cls.parameters().items():
+        for key, (one, attribute) in cls.parameters().items():
             if here.as_is:
-                values[one.name] = (1.0,)
-            elif PARAMETERS[key].per_model:
+                values[attribute] = (1.0,)
+            elif one.per_model:
                 chains = [(source.parameters, here.parameters, self.parameters) for source in here.sources]
                 called = names or [tensor] * len(chains)
                 found = (resolve(key, chain, name, t) for chain, name in zip(chains, called, strict=True))
-                values[one.name] = tuple(self._or_default(key, number, tensor) for number in found)
+                values[attribute] = tuple(_or_default(one, number, tensor) for number in found)
             else:
                 number = resolve(key, (here.parameters, self.parameters), tensor, t)
-                values[one.name] = self._or_default(key, number, tensor)
+                values[attribute] = _or_default(one, number, tensor)
         if cls.draws:
             values["seed"] = self.seed
         return cls(**values)
-
-    def _or_default(self, key: str, number: Any, tensor: str) -> Any:
-        """A value that was found, else the default. Raises ArgumentError where there is none."""
-        if number is NOTHING:
-            number = default_of(self.merge_method, key)
-            if number is REQUIRED:
-                raise ArgumentError(
-                    f"{setting(key)}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
-                )
-        return number
 
     def as_json(self) -> dict[str, Any]:
         """The recipe under mergekit's keys, every default written out."""
@@ -204,10 +194,15 @@ def resolve(key: str, chain: Iterable[Values], tensor: str, t: float) -> Any:
     return NOTHING
 
 
-def default_of(method: str, key: str) -> Any:
-    """A parameter's default in a recipe file; REQUIRED where there is none."""
-    in_files = PARAMETERS[key].in_files
-    return METHODS[method].defaults[key] if in_files is SAME else in_files
+def _or_default(one: Parameter, number: Any, tensor: str) -> Any:
+    """A value that was found, else the default. Raises ArgumentError where there is none."""
+    if number is not NOTHING:
+        return number
+    if one.default_in_files is REQUIRED:
+        raise ArgumentError(
+            f"{one.key}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
+        )
+    return one.default_in_files
 
 
 def identity(name: ModelName) -> Any:
@@ -222,7 +217,7 @@ def class_of(method: str, has_base: bool) -> type[Method]:
     found = cls if has_base else cls.without_base()
     if found is None:
         raise ArgumentError(
-            f"base_model: {method.lower()} needs one. Name the model that the others were fine-tuned from."
+            f"base_model: {canonical(method)} needs one. Name the model that the others were fine-tuned from."
         )
     return found
 

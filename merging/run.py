@@ -8,12 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alignment.tokenizer_choice import template_label
 from checkpoints.errors import ArgumentError, InputError, named_by
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
 from checkpoints.reader import same_values
 from checkpoints.settings import Show, as_in_python, setting
+from merging.methods import is_outside
+from merging.methods.outside import source_digest
 from merging.parameters import text_of
 from merging.plan import Plan, make_plan
 from merging.recipe import ModelInput, Recipe, identity
@@ -78,6 +79,8 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         plan = make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes)
     problems.raise_if_any()
     assert plan is not None
+    name = plan.recipe.merge_method
+    code = {"method_source": source_digest(name)} if is_outside(name) else {}
     return Merge(
         verb="merging",
         inputs=opened,
@@ -85,7 +88,7 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         shards=plan.shards,
         files=plan.files,
         out_dtype=plan.recipe.out_dtype,
-        decides=plan.recipe.as_json(),
+        decides={**plan.recipe.as_json(), **code},
         recipe=plan.recipe.as_json(),
         card=f"{_card_head(plan.recipe, opened)}\n\n{card_text(plan.recipe)}",
         notes=plan.notes,
@@ -119,6 +122,8 @@ def card_text(recipe: Recipe) -> str:
     if keys["tokenizer_source"] != "base":
         given["tokenizer_source"] = keys["tokenizer_source"]
     if keys["chat_template"] is not None:
+        from alignment.tokenizer_choice import template_label
+
         given["chat_template"] = template_label(keys["chat_template"])
     settings = [
         f"{key} `{text_of(value) if isinstance(value, bool | list) else value}`"
