@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model
+from checkpoints.patterns import pattern
+from checkpoints.settings import setting
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, dtype_name
 from checkpoints.writer import Shard, plan_shards
@@ -177,11 +178,12 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     notes = [*recipe.notes, *(where.note for model in opened for where, _ in model.parts if where.note), *found.notes]
     problems += found.problems
     names = [place.name for place in found.places]
-    for flag, expression in (("--exclude", recipe.exclude), ("--only", recipe.only)):
-        if expression and names and not any(re.search(expression, name) for name in names):
-            problems.append(
-                ArgumentError(f"{flag}: {expression!r} is found in no tensor's name. Names look like {names[0]}.")
-            )
+    for key, expression in (("exclude", recipe.exclude), ("only", recipe.only)):
+        with collecting(problems):
+            if expression and names and not any(pattern(setting(key), expression).find(names)):
+                raise ArgumentError(
+                    f"{setting(key)}: {expression!r} is found in no tensor's name. Names look like {names[0]}."
+                )
     if problems:
         raise Refusals(problems)
     wide = [place.name for place in found.places if place.dtype == torch.float64]
