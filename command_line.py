@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from checkpoints import VERSION
 from checkpoints.chat_templates import known_templates
+from checkpoints.early import SIGNALS
 from checkpoints.errors import AlreadyComplete, ArgumentError, InputError, Refusals, unknown
+from checkpoints.screen import discard, flush_all, open_closed_streams, say, shown_safely
 from checkpoints.settings import as_flag
 
 if TYPE_CHECKING:
@@ -77,36 +79,42 @@ class Parser(argparse.ArgumentParser):
 
 def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
     """Parse, run `body`, and turn what a user can cause into one message and an exit code: 0, 1 (failed), 2 (bad arguments)."""
-    arguments = parser.parse(argv)
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # what a terminal cannot show is escaped: bytes of a path that are no text
-        sys.stdout.reconfigure(errors="backslashreplace")
+    open_closed_streams()
     try:
-        with _clean_end():
-            body(arguments)
+        return _run(parser, body, argv)
+    finally:
+        flush_all()
+
+
+def _run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is escaped: bytes of a path that are no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with _clean_end(), shown_safely():
+            body(parser.parse(argv))
             sys.stdout.flush()
     except InputError as error:
-        print(f"{parser.prog}: {error.shown(as_flag)}", file=sys.stderr)
+        say(f"{parser.prog}: {error.shown(as_flag)}")
         return error.exit_code
     except AlreadyComplete as done:
         print(done)
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; nothing is left behind.", file=sys.stderr)
+        say(f"{parser.prog}: interrupted; nothing is left behind.")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone, and the interpreter would flush once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 1
     except MemoryError:
-        print(f"{parser.prog}: too little memory. {LESS_MEMORY}", file=sys.stderr)
+        say(f"{parser.prog}: too little memory. {LESS_MEMORY}")
         return 1
     except RuntimeError as error:  # torch's own way to say it, on the CPU and on a GPU
         if not re.search(r"out of memory|not enough memory|can't allocate memory", str(error)):
             raise
-        print(f"{parser.prog}: too little memory. {LESS_MEMORY}", file=sys.stderr)
+        say(f"{parser.prog}: too little memory. {LESS_MEMORY}")
         return 1
     except OSError as error:  # a disk or a folder that no check could foresee
-        print(f"{parser.prog}: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
+        say(f"{parser.prog}: {error.filename or 'the system'}: {error.strerror or error}.")
         return 1
     return 0
 
@@ -122,15 +130,22 @@ def end(code: int) -> NoReturn:
 def _clean_end() -> Iterator[None]:
     """A polite kill and a closed terminal end a run as Ctrl-C does: cleaned up. `nohup` stays in force."""
 
-    def interrupt(*_: Any) -> NoReturn:
+    asked: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        asked.append(number)
         raise KeyboardInterrupt
 
     # Python lets the main thread alone set handlers; in another one, kills are the caller's affair.
     ours = threading.current_thread() is threading.main_thread()
-    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, interrupt) for number in caught if ours}
     try:
         yield
+    except Exception as error:
+        if asked and not isinstance(error, InputError):  # such as what an import that was broken off raises
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -349,7 +364,7 @@ def console(options: RunOptions) -> Console:
         if is_warning:
             options.log("warning", message=line.removeprefix("warning: "))
         if is_warning or not options.quiet:
-            print(line, file=sys.stderr)
+            say(line)
 
     return Console(say, note, partial(progress_bar, quiet=options.quiet, unit=" tokens"))
 

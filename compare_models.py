@@ -8,14 +8,16 @@ docs/comparing.md says what the columns mean and how sure they are.
 
 from __future__ import annotations
 
+from checkpoints import early  # isort: skip # noqa: F401 - before anything that takes time to import
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import command_line
 from checkpoints.errors import InputError, Refusals, collecting
+from checkpoints.screen import say
 
 if TYPE_CHECKING:
     from reports.entries import Entry
@@ -77,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(*said, sep="\n")
         return
     for warning in table.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ Programs that the model wrote run only in a sandbox. docs/evaluation.md says how
 
 from __future__ import annotations
 
+from checkpoints import early  # isort: skip # noqa: F401 - before anything that takes time to import
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import command_line
 from checkpoints.errors import ArgumentError
+from checkpoints.screen import say
 from evaluation.benchmarks import MATHS, PAPER
 
 
@@ -76,7 +78,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
     prepared = prepare(make_request(**flags, command=command))
     if not arguments.quiet:
         for note in prepared.notes:
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}")
     outcome = run_prepared(prepared)
     if not arguments.quiet:
         print(format_table(outcome.results))

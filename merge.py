@@ -9,9 +9,10 @@
 
 from __future__ import annotations
 
+from checkpoints import early  # isort: skip # noqa: F401 - before anything that takes time to import
+
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -22,6 +23,7 @@ import command_line
 from aim.block import add_block, block_of
 from aim.flags import add_aim_flags, given_aim_flags, read_calibration, read_relaxing
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
+from checkpoints.screen import say
 from merging.methods import METHODS, get_method
 from merging.parameters import PARAMETERS, Parameter
 
@@ -280,9 +282,9 @@ def verify(arguments: argparse.Namespace) -> None:
         with command_line.progress_bar("verifying", bytes_in(result), quiet=arguments.quiet) as advance:
             found = verify(result, trust_remote_code=arguments.trust_remote_code, progress=advance)
         for note in found.notes:
-            print(f"note: {result}: {note}", file=sys.stderr)
+            say(f"note: {result}: {note}")
         if found.undigested:
-            print(f"note: {result}: the run took no digests, so that only sizes were compared.", file=sys.stderr)
+            say(f"note: {result}: the run took no digests, so that only sizes were compared.")
         if not arguments.quiet:
             size = command_line.gigabytes(found.bytes)
             print(f"{result}: as written: {found.files} weight file(s), {found.tensors} tensors, {size}, all finite.")

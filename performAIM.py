@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from checkpoints import early  # isort: skip # noqa: F401 - before anything that takes time to import
+
 import argparse
 import json
 from collections.abc import Sequence

@@ -15,6 +15,7 @@ from aim.calibrate import Numerics
 from aim.relaxing import Relaxations, Relaxing, make_relaxations, names_of, outputs_of
 from aim.statistics import Activations
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.escaping import markdown_code
 from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.sidecars import SideFiles
@@ -157,7 +158,7 @@ class AimJob:
                 files=self.files,
                 inputs=(self.base, self.merged),
                 out_dtype=self.out_dtype,
-                card=f"`{self.merged.label}`, a model merged from fine-tunes of `{self.base.label}`, relaxed towards it.\n\n{variant.card}",
+                card=f"{markdown_code(self.merged.label)}, a model merged from fine-tunes of {markdown_code(self.base.label)}, relaxed towards it.\n\n{variant.card}",
                 recipe={
                     "merge_method": "passthrough",
                     "base_model": self.base.label,

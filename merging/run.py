@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
+from checkpoints.escaping import markdown, markdown_code, markdown_code_cell
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.reader import same_values
 from checkpoints.staging import Stage, check_complete, check_save_path, check_space, staged
@@ -135,8 +136,8 @@ class Job:
     def _card_head(self) -> str:
         """The model card's list of what was merged."""
         has_base = self.plan.recipe.base_model is not None
-        listed = "\n".join(f"- `{model.label}`" for model in self.inputs[has_base:])
-        fine_tuned = f", fine-tuned from `{self.base.label}`" if has_base else ""
+        listed = "\n".join(f"- {markdown_code(model.label)}" for model in self.inputs[has_base:])
+        fine_tuned = f", fine-tuned from {markdown_code(self.base.label)}" if has_base else ""
         return f"A merge of these models{fine_tuned}:\n\n{listed}"
 
     def _describe(
@@ -188,7 +189,7 @@ def card_text(recipe: Recipe) -> str:
     if keys["chat_template"] is not None:
         given["chat_template"] = template_label(keys["chat_template"])
     settings = [
-        f"{key} `{text_of(value) if isinstance(value, bool | list) else value}`"
+        f"{key} {markdown_code(text_of(value) if isinstance(value, bool | list) else str(value))}"
         for key, value in given.items()
         if value is not None
     ]
@@ -198,7 +199,10 @@ def card_text(recipe: Recipe) -> str:
     columns = [*(["layers"] if recipe.is_sliced else []), *own]
     if columns:
         lines += ["", f"| model | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
-        lines += [f"| `{source.name}` | {' | '.join(_cells(source, columns))} |" for source in sources]
+        lines += [
+            f"| {markdown_code_cell(str(source.name))} | {' | '.join(map(markdown, _cells(source, columns)))} |"
+            for source in sources
+        ]
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% en
 WRITES = "{% for a in range(99999) %}{% for b in range(99999) %}" + "x" * 99999 + "{% endfor %}{% endfor %}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def impatient():
     """A process that may use one second, where the program's own may use five."""
     strangers = Strangers(seconds=1, memory_bytes=256 << 20)
@@ -37,6 +37,7 @@ def impatient():
 # ------------------------------------------------------------------------------------------------- regular expressions
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @settings(max_examples=150, deadline=None, database=None)
 @given(
     st.text(st.sampled_from("ab.1[]()|*+?{},:^$\\dwi=!<>P-&~#"), max_size=12),
