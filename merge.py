@@ -307,7 +307,7 @@ def show_plan(job: Job, request: AimRequest | None, upload: Upload | None, *, as
     """Print the plan, AIM's where it takes part, and what would be pushed."""
     described = request.describe(job.base, job.plan.tensors) if request else None
     if as_json:
-        more = {"aim": described, "push_to_hub": upload and upload.as_json()}
+        more = {"aim": described, "push_to_hub": upload and upload.as_json(job.inputs, job.files_to_write())}
         plan = job.plan.as_json() | {key: value for key, value in more.items() if value is not None}
         print(json.dumps(plan, indent=2, ensure_ascii=False))
         return
@@ -317,7 +317,7 @@ def show_plan(job: Job, request: AimRequest | None, upload: Upload | None, *, as
         print(format_check(described))
     print(job.plan.as_text())
     if upload:
-        print(upload.as_text())
+        print(upload.as_text(job.inputs, job.files_to_write()))
 
 
 def merge(job: Job, request: AimRequest | None) -> None:

@@ -115,12 +115,12 @@ def show_plan(job: AimJob, request: AimRequest, upload: Upload | None, *, as_jso
 
     described = request.describe(job.base, job.tensors)
     if as_json:
-        pushed = {"push_to_hub": upload.as_json()} if upload else {}
+        pushed = {"push_to_hub": upload.as_json((job.base, job.merged), job.files_to_write())} if upload else {}
         print(json.dumps({**job.as_json(), "aim": described, **pushed}, indent=2, ensure_ascii=False))
     else:
         print(f"{format_check(described)}\n{job.as_text()}")
         if upload:
-            print(upload.as_text())
+            print(upload.as_text((job.base, job.merged), job.files_to_write()))
 
 
 def relax(job: AimJob, request: AimRequest) -> None:

@@ -31,6 +31,7 @@ from streaming.output import (
     Variant,
     Written,
     bytes_written,
+    files_to_write,
     identity_of,
     unfinished,
     write_checkpoints,
@@ -141,6 +142,10 @@ class AimJob:
             identity=self.identity,
             resume=self.options.resume,
         )
+
+    def files_to_write(self) -> dict[str, int]:
+        """Every file of one checkpoint but its card and recipe -> bytes."""
+        return files_to_write(self.shards, self.files)
 
     def run(
         self, stage: Stage, relaxations: Relaxations, progress: Callable[[int], object] = lambda count: None

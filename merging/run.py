@@ -23,6 +23,7 @@ from streaming.output import (
     RunOptions,
     Variant,
     Written,
+    files_to_write,
     identity_of,
     write_checkpoints,
     write_description,
@@ -78,6 +79,10 @@ class Job:
         """What decides the output's bytes."""
         plan = self.plan
         return identity_of(plan.recipe.as_json(), self.inputs, plan.shards, plan.files, self.options, aim=self.aim)
+
+    def files_to_write(self) -> dict[str, int]:
+        """Every file of one checkpoint but its card and recipe -> bytes."""
+        return files_to_write(self.plan.shards, self.plan.files)
 
     @property
     def base(self) -> Model:

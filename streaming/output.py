@@ -228,6 +228,12 @@ def unfinished(tensors: Sequence[PlannedTensor], stage: Stage) -> list[PlannedTe
     return [tensor for tensor in tensors if tensor.spec.name not in done]
 
 
+def files_to_write(shards: Sequence[Shard], files: SideFiles) -> dict[str, int]:
+    """Weights, their index and side files of a checkpoint -> bytes, as far as they are known before it is written."""
+    sizes = {shard.file_name: shard.size for shard in shards}
+    return sizes | {name: len(files.read(name)) for name in files.names}
+
+
 def bytes_written(tensors: Sequence[PlannedTensor]) -> int:
     """Bytes of output tensors."""
     return sum(tensor.spec.numel * tensor.dtype.itemsize for tensor in tensors)
