@@ -122,15 +122,32 @@ def read_results(path: Path) -> dict[str, Any]:
             not isinstance(results, dict)
             or results.get("schema") != SCHEMA
             or not isinstance(results["benchmarks"], dict)
+            or not all(isinstance(entry, dict) for entry in results["benchmarks"].values())
+            or not isinstance(results["settings"], dict)
+            or not isinstance(results["model"], dict | None)
         ):
             raise ValueError(f"expected results of schema {SCHEMA}")
     except FileNotFoundError:
         raise InputError(f"--resume: {path}: no such file. Leave --resume out to begin.") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise InputError(
             f"{path}: expected results of evaluate_model.py, got {error}. Choose another --save_path."
         ) from None
     return results
+
+
+def _shown(value: object) -> str:
+    """A value of a file; Python refuses to write whole numbers of thousands of digits out."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def _files_of(entry: Mapping[str, Any]) -> Any:
+    """The data files of a benchmark's entry; None where a forged one says nothing of them."""
+    data = entry.get("data")
+    return data.get("files") if isinstance(data, dict) else None
 
 
 def check_resumable(
@@ -138,7 +155,7 @@ def check_resumable(
 ) -> None:
     """Raise ArgumentError where an earlier run was made with other settings, another model or other data."""
     differing = [
-        f"{key} {earlier['settings'].get(key)!r} there, {value!r} here"
+        f"{key} {_shown(earlier['settings'].get(key))} there, {value!r} here"
         for key, value in settings.items()
         if earlier["settings"].get(key) != value
     ]
@@ -148,7 +165,7 @@ def check_resumable(
     differing += [
         f"other data of {name}"
         for name, entry in earlier["benchmarks"].items()
-        if name in data and entry["data"]["files"] != data[name]["files"]
+        if name in data and _files_of(entry) != data[name]["files"]
     ]
     if differing:
         raise ArgumentError(f"--resume: {path} was made otherwise: {'; '.join(differing)}. Choose another --save_path.")
