@@ -163,7 +163,7 @@ class OwnPlace:
     @contextlib.contextmanager
     def _inside(self):  # type: ignore[no-untyped-def]
         home = Path.cwd()
-        with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self.trial / "cache")}):
+        with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self.trial / "cache"), "MERGE_AIM_CACHE": ""}):
             try:
                 yield
             finally:
