@@ -21,7 +21,8 @@ from checkpoints import VERSION
 from checkpoints.chat_templates import known_templates
 from checkpoints.early import SIGNALS
 from checkpoints.errors import AlreadyComplete, ArgumentError, InputError, Refusals, unknown
-from checkpoints.screen import discard, flush_all, open_closed_streams, say, shown_safely
+from checkpoints.screen import discard, flush_all, open_closed_streams, shown_safely
+from checkpoints.screen import say as say_on_stderr
 from checkpoints.settings import as_flag
 
 if TYPE_CHECKING:
@@ -95,26 +96,26 @@ def _run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Seque
             body(parser.parse(argv))
             sys.stdout.flush()
     except InputError as error:
-        say(f"{parser.prog}: {error.shown(as_flag)}")
+        say_on_stderr(f"{parser.prog}: {error.shown(as_flag)}")
         return error.exit_code
     except AlreadyComplete as done:
         print(done)
     except KeyboardInterrupt:
-        say(f"{parser.prog}: interrupted; nothing is left behind.")
+        say_on_stderr(f"{parser.prog}: interrupted; nothing is left behind.")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone, and the interpreter would flush once more at its end
         discard(sys.stdout)
         return 1
     except MemoryError:
-        say(f"{parser.prog}: too little memory. {LESS_MEMORY}")
+        say_on_stderr(f"{parser.prog}: too little memory. {LESS_MEMORY}")
         return 1
     except RuntimeError as error:  # torch's own way to say it, on the CPU and on a GPU
         if not re.search(r"out of memory|not enough memory|can't allocate memory", str(error)):
             raise
-        say(f"{parser.prog}: too little memory. {LESS_MEMORY}")
+        say_on_stderr(f"{parser.prog}: too little memory. {LESS_MEMORY}")
         return 1
     except OSError as error:  # a disk or a folder that no check could foresee
-        say(f"{parser.prog}: {error.filename or 'the system'}: {error.strerror or error}.")
+        say_on_stderr(f"{parser.prog}: {error.filename or 'the system'}: {error.strerror or error}.")
         return 1
     return 0
 
@@ -364,7 +365,7 @@ def console(options: RunOptions) -> Console:
         if is_warning:
             options.log("warning", message=line.removeprefix("warning: "))
         if is_warning or not options.quiet:
-            say(line)
+            say_on_stderr(line)
 
     return Console(say, note, partial(progress_bar, quiet=options.quiet, unit=" tokens"))
 
