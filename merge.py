@@ -8,6 +8,8 @@
     python merge.py --config recipe.yml --save_path ./merged
 """
 
+from checkpoints import early  # isort: skip # noqa: F401 - before anything that takes time to import
+
 from checkpoints.process import end
 from commands.merge import build_parser, main
 

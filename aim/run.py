@@ -17,6 +17,7 @@ from alignment.layout import Layout, NewTokenRows
 from alignment.stored import check_plain
 from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.escaping import markdown_code
 from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
@@ -140,7 +141,7 @@ def make_work(
             "seed": None,
         },
         record={"merged_recipe": read_recipe(merged.location.folder)},
-        card=f"`{merged.label}`, a model merged from fine-tunes of `{base.label}`, relaxed towards it.",
+        card=f"{markdown_code(merged.label)}, a model merged from fine-tunes of {markdown_code(base.label)}, relaxed towards it.",
         notes=notes,
         warnings=warnings,
         merged=merged,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from checkpoints.errors import ArgumentError, InputError, named_by
 from checkpoints.problems import Problems
+from checkpoints.screen import say
 from checkpoints.settings import setting, show_settings
 from commands import aim_flags, shell
 from merging.methods import METHODS, get_method, is_outside, parameters_by_key
@@ -351,9 +352,9 @@ def verify(arguments: argparse.Namespace) -> None:
         with shell.progress_bar("verifying", bytes_in(result), quiet=arguments.quiet) as advance:
             found = verify(result, trust_remote_code=arguments.trust_remote_code, progress=advance)
         for note in found.notes:
-            print(f"note: {result}: {note}", file=sys.stderr)
+            say(f"note: {result}: {note}")
         if found.undigested:
-            print(f"note: {result}: the run took no digests, so that only sizes were compared.", file=sys.stderr)
+            say(f"note: {result}: the run took no digests, so that only sizes were compared.")
         if not arguments.quiet:
             size = shell.gigabytes(found.bytes)
             files = f"{found.files - found.side_files} weight file(s), {found.side_files} other file(s)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from alignment.stored import check_plain
 from checkpoints.errors import ArgumentError
 from checkpoints.model import Model
+from checkpoints.patterns import pattern
 from checkpoints.problems import Problems
 from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.sidecars import SideFiles
@@ -184,9 +184,10 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
         choose_tokenizer_files(found.files, recipe.layout, opened, problems)
     names = [place.name for place in found.places]
     for key, expression in (("exclude", recipe.exclude), ("only", recipe.only)):
-        if expression and names and not any(re.search(expression, name) for name in names):
-            looked = f"{setting(key)}: {expression!r} is found in no tensor's name"
-            problems.add(ArgumentError(f"{looked}. Names look like {names[0]}."))
+        with problems.collect():
+            if expression and names and not any(pattern(setting(key), expression).find(names)):
+                looked = f"{setting(key)}: {expression!r} is found in no tensor's name"
+                raise ArgumentError(f"{looked}. Names look like {names[0]}.")
     problems.raise_if_any()
     wide = [place.name for place in found.places if place.dtype == torch.float64]
     if wide and recipe.out_dtype == "auto":

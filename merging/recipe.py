@@ -6,14 +6,14 @@ The JSON of a recipe has the keys of mergekit's YAML, so that one schema serves 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.layout import Layout
-from checkpoints.errors import ArgumentError, InputError
+from checkpoints.errors import ArgumentError, InputError, collecting
 from checkpoints.location import ModelName
+from checkpoints.patterns import Pattern, pattern
 from checkpoints.settings import Remark, setting
 from merging.methods import canonical, get_method
 from merging.methods.contract import Method
@@ -91,9 +91,10 @@ class Recipe:
 
     def why_copied(self, tensor: str) -> str:
         """The setting by which an output tensor is taken from the base; empty where none is."""
-        if self.exclude and re.search(self.exclude, tensor):
-            return Remark(setting("exclude"))
-        return Remark(setting("only")) if self.only and not re.search(self.only, tensor) else ""
+        for key, expression, copied in (("exclude", self.exclude, True), ("only", self.only, False)):
+            if expression and pattern(setting(key), expression).found_in(tensor) == copied:
+                return Remark(setting(key))
+        return ""
 
     @property
     def is_sliced(self) -> bool:
@@ -110,9 +111,10 @@ class Recipe:
         """Every model once: the base, or what stands in for it, then the others in order."""
         names = [self.base_model] if self.base_model else []
         names += [source.name for one in self.slices for source in one.sources]
-        return tuple(
-            {identity(name): name for name in reversed(names)}[key] for key in dict.fromkeys(map(identity, names))
-        )
+        by_identity: dict[Any, ModelName] = {}
+        for name in names:
+            by_identity.setdefault(identity(name), name)
+        return tuple(by_identity.values())
 
     @property
     def method_class(self) -> type[Method]:
@@ -234,10 +236,8 @@ def check_count(cls: type[Method], method: str, count: int) -> None:
 
 def check_expression(where: str, expression: str | None, problems: list[str | InputError]) -> None:
     """Refuse an expression that is none."""
-    try:
-        re.compile(expression or "")
-    except re.error as error:
-        problems.append(ArgumentError(f"{where}: expected a regular expression, got {expression!r}: {error}."))
+    with collecting(problems):
+        Pattern(where, expression or "")
 
 
 def twice(names: Iterable[ModelName]) -> list[ModelName]:

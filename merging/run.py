@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import ArgumentError, InputError, named_by
+from checkpoints.escaping import markdown, markdown_code, markdown_code_cell
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
 from checkpoints.reader import same_values
@@ -101,8 +102,8 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
 def _card_head(recipe: Recipe, opened: Sequence[Model]) -> str:
     """The model card's list of what was merged."""
     has_base = recipe.base_model is not None
-    listed = "\n".join(f"- `{model.label}`" for model in opened[has_base:])
-    fine_tuned = f", fine-tuned from `{opened[0].label}`" if has_base else ""
+    listed = "\n".join(f"- {markdown_code(model.label)}" for model in opened[has_base:])
+    fine_tuned = f", fine-tuned from {markdown_code(opened[0].label)}" if has_base else ""
     return f"A merge of these models{fine_tuned}:\n\n{listed}"
 
 
@@ -126,7 +127,7 @@ def card_text(recipe: Recipe) -> str:
 
         given["chat_template"] = template_label(keys["chat_template"])
     settings = [
-        f"{key} `{text_of(value) if isinstance(value, bool | list) else value}`"
+        f"{key} {markdown_code(text_of(value) if isinstance(value, bool | list) else str(value))}"
         for key, value in given.items()
         if value is not None
     ]
@@ -136,7 +137,10 @@ def card_text(recipe: Recipe) -> str:
     columns = [*(["layers"] if recipe.is_sliced else []), *own]
     if columns:
         lines += ["", f"| model | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
-        lines += [f"| `{source.name}` | {' | '.join(_cells(source, columns))} |" for source in sources]
+        lines += [
+            f"| {markdown_code_cell(str(source.name))} | {' | '.join(map(markdown, _cells(source, columns)))} |"
+            for source in sources
+        ]
     return "\n".join(lines)
 
 
