@@ -22,7 +22,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnPlace]:
         yield OwnPlace(tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OWN_KINDS if kind != "work"])
+@pytest.mark.parametrize("kind", OWN_KINDS)
 def test_mutants_are_read_as_before_or_refused_in_one_message(place, kind):
     row = Row()
 
