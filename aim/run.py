@@ -21,9 +21,9 @@ from checkpoints.escaping import markdown_code
 from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
+from checkpoints.save_path import read_recipe
 from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.source import FLOAT_DTYPES, TensorInfo
-from checkpoints.staging import read_recipe
 from checkpoints.writer import plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
 from streaming.job import Job, Result, Step, Work, plan_job

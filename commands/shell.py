@@ -56,6 +56,8 @@ SIZE_UNITS = {
 
 def show_flag(name: str, value: str | None) -> str:
     """A setting as a user of a command types it: `--weights 0.5`, `--no-normalize`."""
+    if (name, value) == ("resume", "false"):
+        return as_flag("no_resume", None)
     flag = FLAGS.get(name, name)
     if value in ("true", "false"):
         return as_flag(flag if value == "true" else f"no-{flag}", None)

@@ -17,7 +17,7 @@ import merge
 import performAIM
 from aim.statistics import load_activations
 from checkpoints.provenance import versions
-from checkpoints.staging import STATE
+from checkpoints.work_folder import STATE
 from merging.recipe_file import read_recipe_file
 
 DATA = Path(__file__).parent / "data" / "before"

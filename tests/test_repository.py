@@ -154,8 +154,6 @@ def test_imports_check_keeps_torch_out_of_reports():
 # ------------------------------------------------------------------------------------------------- no flags below
 
 FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z][a-z_]+)")
-HOLD_FLAGS_STILL = ("checkpoints/staging.py", "evaluation/sandbox.py")
-"""Files whose messages are still to be converted."""
 
 
 def flags_of_commands() -> set[str]:
@@ -181,8 +179,7 @@ def flag_problems(path: str, source: str, flags: set[str]) -> list[str]:
 def test_no_package_holds_a_flag():
     flags = flags_of_commands()
     assert {"omega", "n_samples", "save_path", "limit"} <= flags
-    files = [(path, source) for path, source in sources(*PACKAGES) if path not in HOLD_FLAGS_STILL]
-    problems = [problem for path, source in files for problem in flag_problems(path, source, flags)]
+    problems = [problem for path, source in sources(*PACKAGES) for problem in flag_problems(path, source, flags)]
     assert not problems, "\n".join(problems)
 
 
