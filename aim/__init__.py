@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from aim.calibration import CalibrationData as CalibrationData
     from aim.omegas import Omega as Omega
     from aim.reading import read_request as read_request
-    from aim.request import AimRequest as AimRequest
     from aim.request import Calibration as Calibration
     from aim.request import Relaxing as Relaxing
     from aim.run import perform_aim as perform_aim
     from aim.run import relax_checkpoint as relax_checkpoint
     from aim.statistics import Activations as Activations
     from aim.statistics import load_activations as load_activations
+    from aim.step import AimRequest as AimRequest
 else:
     __getattr__ = lazy_exports(
         __name__,
         {
             "Activations": "aim.statistics",
-            "AimRequest": "aim.request",
+            "AimRequest": "aim.step",
             "Calibration": "aim.request",
             "CalibrationData": "aim.calibration",
             "CalibrationOptions": "aim.calibrate",

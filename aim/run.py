@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from aim.calibrate import Numerics, select
-from aim.request import AimRequest, Relaxing
+from aim.request import Relaxing
 from aim.statistics import Activations
+from aim.step import AimRequest
 from alignment.align import Alignment, align
 from alignment.layout import Layout, NewTokenRows
 from alignment.stored import check_plain

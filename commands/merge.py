@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from aim.reading import Given
-    from aim.request import AimRequest
+    from aim.step import AimRequest
     from alignment.layout import Layout
     from merging.recipe import Recipe
     from streaming.output import RunOptions

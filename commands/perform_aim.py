@@ -20,7 +20,7 @@ from checkpoints.settings import setting
 from commands import aim_flags, shell
 
 if TYPE_CHECKING:
-    from aim.request import AimRequest
+    from aim.step import AimRequest
     from alignment.layout import Layout
     from streaming.output import RunOptions
 
