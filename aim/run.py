@@ -297,7 +297,7 @@ def _plan_tensor(alignment: Alignment, name: str, out_dtype: str) -> PlannedTens
         dtype = FLOAT_DTYPES.get(out_dtype, torch.float32 if dtype == torch.float64 else dtype)
     if base is None or not dtype.is_floating_point:
         return PlannedTensor(spec, dtype, own, (), None, "not in the base" if base is None else "not a weight")
-    return PlannedTensor(spec, dtype, base, (own,), Keep(), base_name=alignment.models[1].own_names.get(name, name))
+    return PlannedTensor(spec, dtype, base, (own,), Keep(), origins=alignment.models[1].origins(name))
 
 
 def relax_checkpoint(

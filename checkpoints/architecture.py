@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -133,6 +134,7 @@ def _describe(model: Any, shapes: Mapping[str, Shape]) -> Architecture:
             unplaced=tuple(sorted(unplaced)),
             missing=tuple(sorted(left.missing_keys)),
             mismatched=mismatched,
+            decoder=_decoder_of(model),
         )
 
 
@@ -252,17 +254,19 @@ def _place(
         if got != state.get(name)
     )
     stacked = len(shape) > len(next(iter(sources.values())))
+    starts = {} if complaint else _starts(group, sources, shape, model.config)
     placements: dict[str, Placement] = {}
     count: dict[str | None, int] = {}
     for name, pattern in group.sources:
         if not stacked:
             others = tuple(other for other in made if other != group.parameter)
-            placements[name] = Placement(group.parameter, kind, dim, None, others)
+            placements[name] = Placement(group.parameter, kind, dim, None, others, starts.get(name))
             continue
         # More tensors than a parameter has experts: transformers fills the converter's next target with the rest.
         target, expert = divmod(count.get(pattern, 0), shape[0])
         count[pattern] = count.get(pattern, 0) + 1
-        placements[name] = Placement([*made][min(target, len(made) - 1)], kind, dim, expert)
+        parameter = [*made][min(target, len(made) - 1)]
+        placements[name] = Placement(parameter, kind, dim, expert, start=starts.get(name))
     return placements, complaint
 
 
@@ -281,6 +285,45 @@ def _convert(group: _Group, sources: Mapping[str, Shape], shape: Shape, config: 
     model = SimpleNamespace(get_parameter=lambda _: torch.empty(shape, device="meta"))
     made = converter.convert(group.parameter, model=model, config=config)
     return {name: tuple((tensor[0] if isinstance(tensor, list) else tensor).shape) for name, tensor in made.items()}
+
+
+def _starts(group: _Group, sources: Mapping[str, Shape], shape: Shape, config: Any) -> dict[str, int]:
+    """Where each of a group's disk tensors begins in its flattened parameter; nothing for one that is no run of it.
+
+    Converts tensors that hold the numbers of their rows, one column wide, and looks where these come out.
+    """
+    if group.converter is None:
+        return {name: 0 for name, source in sources.items() if source == shape}
+    first = next(iter(sources.values()))
+    if len(first) < 2 or any(source[-1] != shape[-1] for source in sources.values()):
+        return {}
+    converter = deepcopy(group.converter)
+    begins: dict[str, int] = {}
+    rows = 0
+    for name, pattern in group.sources:
+        begins[name], count = rows, math.prod(sources[name][:-1])
+        numbers = torch.arange(rows, rows + count).view(*sources[name][:-1], 1)
+        converter.add_tensor(group.parameter, name, pattern, numbers)
+        rows += count
+    model = SimpleNamespace(get_parameter=lambda _: torch.empty(*shape[:-1], 1, device="meta"))
+    try:
+        made = converter.convert(group.parameter, model=model, config=config)
+    except (RuntimeError, ValueError, IndexError):  # an operation that looks at columns
+        return {}
+    if len(made) != 1:
+        return {}
+    tensor = next(iter(made.values()))
+    order = (tensor[0] if isinstance(tensor, list) else tensor).flatten()
+    if len(order) != rows:
+        return {}
+    position = torch.empty_like(order)
+    position[order] = torch.arange(rows)
+    starts = {}
+    for name, begin in begins.items():
+        count, at = math.prod(sources[name][:-1]), int(position[begin])
+        if torch.equal(order[at : at + count], torch.arange(begin, begin + count)):
+            starts[name] = at * shape[-1]
+    return starts
 
 
 def _trace(group: _Group, sources: Mapping[str, Shape], shape: Shape, dim: int, config: Any) -> int | None:
@@ -401,6 +444,15 @@ def _weight_of(
     if path is None or not isinstance(module, kind) or not isinstance(getattr(module, "weight", None), nn.Parameter):
         return None
     return _disk_name(model, f"{path}.weight", disk_names)
+
+
+def _decoder_of(model: Any) -> str:
+    """See `Architecture.decoder`."""
+    try:
+        module = model.get_decoder()
+    except (NotImplementedError, AttributeError):
+        return ""
+    return next((path for path, other in model.named_modules() if other is module), "")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from checkpoints.architecture_cache import remembered
 from checkpoints.dequantise import DequantisedWeights, is_float8
 from checkpoints.errors import InputError, Refusals, collecting
 from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
+from checkpoints.pieces import Piece, find_pieces, text_placements
 from checkpoints.reader import ADAPTER_FILES, WEIGHT_FILES, Checkpoint, RemoteFile, WeightFile, open_checkpoint
 from checkpoints.sidecars import TOKENIZER_FILES, SideFiles, licence_of, read_config
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
@@ -112,13 +113,32 @@ class Model:
 
         Returns: nothing for a name that has no place, or where transformers does not know the class.
         """
+        found = self.find_pieces(shapes)
+        return {pieces[0].name: name for name, pieces in found.items() if len(pieces) == 1 and pieces[0].is_whole}
+
+    def find_pieces(self, shapes: Mapping[str, tuple[int, ...]], other: Model | None = None) -> dict[str, list[Piece]]:
+        """What this model's tensors consist of, in the files of another: found by the parameters that both become.
+
+        Both are looked up in this model's class. What has no place there, as the text part of a model that reads images
+        too has not, is looked up in the other model's own class, whose decoder stands for this one's.
+
+        Args:
+            shapes: name -> shape of the other model's tensors.
+            other: that model, to look in its class; None to look in this one's alone.
+
+        Returns: this model's tensor -> its elements, in order; nothing for one that is not there whole, or where transformers
+            does not know the class.
+        """
+        ours = {name: info.shape for name, info in self.weights.tensors.items()}
         try:
-            ours = {(one.parameter, one.expert): name for name, one in self.architecture.placements.items()}
-            placed = self._describe(shapes).placements
+            mine = self.architecture
+            found = find_pieces(mine.placements, ours, self._describe(shapes).placements, shapes)
         except InputError:
             return {}
-        keys = {name: (one.parameter, one.expert) for name, one in placed.items()}
-        return {name: ours[key] for name, key in keys.items() if key in ours}
+        if other is not None and len(found) < len(mine.placements):
+            with suppress(InputError):
+                found = find_pieces(mine.placements, ours, text_placements(other.architecture, mine), shapes) | found
+        return found
 
     @cached_property
     def licence(self) -> str | None:
