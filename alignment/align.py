@@ -32,7 +32,7 @@ class Alignment:
         models: the model that gives names, config and dtypes first; the others in order.
         dtypes: of the output's tensors, as the first model stores them; every name is in it.
         files: the output's side files.
-        layout: what was asked for, `tokenizer_source` decided.
+        layout: what was asked for, `tokenizer_source` and `new_token_rows` decided.
         problems: everything that does not fit, and the notes.
     """
 
@@ -100,7 +100,8 @@ def align(
     models[1:] = [check_shapes(models[0], model, tables.refused, optional) for model in models[1:]]
     for aligned in models:
         problems.take(aligned.problems)
-    return Alignment(models, dtypes, files, replace(layout, tokenizer_source=tables.tokenizer_source), problems)
+    decided = replace(layout, tokenizer_source=tables.tokenizer_source, new_token_rows=tables.new_token_rows)
+    return Alignment(models, dtypes, files, decided, problems)
 
 
 def _stored(model: Model, part: Callable[[Model], Iterable[str]]) -> dict[str, TensorInfo]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from alignment.layout import Layout
+from alignment.layout import NEW_TOKEN_ROWS, Layout
 from checkpoints.errors import ArgumentError, InputError, unknown
 from checkpoints.location import ModelName, parse_model
 from merging.methods import METHODS, get_method
@@ -434,7 +434,7 @@ class Reader:
             self.refuse("pad_to_multiple_of", f"expected a whole number above 0, got {describe(multiple)}.")
         for key in ("chat_template", "copy_tokenizer_from"):
             self.read_text(key, further.get(key))
-        choices = {"new_token_rows": ("owner", "mean"), "tie_word_embeddings": (True, False)}
+        choices: dict[str, Sequence[Any]] = {"new_token_rows": NEW_TOKEN_ROWS, "tie_word_embeddings": (True, False)}
         for key, allowed in choices.items():
             if key in further and further[key] not in allowed:
                 self.refuse(
