@@ -130,7 +130,9 @@ def _same_parameters(
     """Output tensor -> what it consists of in the model's files, found by the parameters that both become."""
     found = first.model.find_pieces({name: info.shape for name, info in stored.items()}, model)
     ours, theirs = first.model.architecture.output_head, model.architecture.output_head
-    if ours is not None and theirs is not None and theirs in stored:  # a head that the first model ties is in none of its files
+    if (
+        ours is not None and theirs is not None and theirs in stored
+    ):  # a head that the first model ties is in none of its files
         found.setdefault(ours, [Piece(theirs, 0, stored[theirs].numel, is_whole=True)])
     return {name: found[name] for name in missing if name in found}
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from checkpoints.adapters import ADAPTER_CONFIG, AdaptedWeights, AdapterConfig, is_adapter, read_adapter_config
+from checkpoints.adapters import ADAPTER_CONFIG, AdaptedWeights, AdapterConfig, Tie, is_adapter, read_adapter_config
 from checkpoints.architecture_cache import remembered
 from checkpoints.dequantise import DequantisedWeights, is_float8
 from checkpoints.errors import InputError, Refusals, collecting
@@ -282,9 +282,18 @@ def _open_adapted(name: ModelName, location: Location, **options: bool) -> Model
         opened.callback(base.weights.close)
         adapter = open_checkpoint(location.folder, label, ADAPTER_FILES)
         opened.callback(adapter.close)
-        weights = AdaptedWeights(base.weights, adapter, str(name), config, base.find_same)
+        weights = AdaptedWeights(base.weights, adapter, str(name), config, base.find_same, lambda: _tie_of(base))
         opened.pop_all()
     return Model(base.location, weights, base.trust_remote_code, name, (*base.adapters, (location, adapter)))
+
+
+def _tie_of(base: Model) -> Tie | None:
+    """The head that a model ties to its embedding and does not store."""
+    head, embedding = base.architecture.output_head, base.architecture.input_embedding
+    if head is None or embedding is None or head in base.weights.tensors:
+        return None
+    embedding = base.architecture.stored_name(embedding)
+    return Tie(head, embedding) if embedding in base.weights.tensors else None
 
 
 def _named_base(config: AdapterConfig, label: str) -> ModelName:
