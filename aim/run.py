@@ -12,6 +12,7 @@ from aim.calibrate import Numerics, select
 from aim.request import AimRequest, Relaxing
 from aim.statistics import Activations
 from alignment.align import Alignment, align
+from alignment.configs import check_configs
 from alignment.layout import Layout, NewTokenRows
 from alignment.stored import check_plain
 from alignment.tokenizer_choice import choose_tokenizer_files
@@ -74,6 +75,7 @@ class Relaxed(Work):
         plan = self.as_json()
         lines = [f"merged model {self.merged.label}, base {self.base.label}"]
         lines += [f"note: {shown(note, show)}" for note in self.notes]
+        lines += [f"warning: {shown(warning, show)}" for warning in self.warnings]
         lines.append(
             f"reads {plan['bytes_to_read']:,} bytes; writes {plan['bytes_to_write']:,} bytes an omega. Nothing was written."
         )
@@ -107,6 +109,7 @@ def make_work(
         problems.add(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     problems.raise_if_any()
     alignment = align(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
+    check_configs((merged, base), alignment.layout.allow_config_difference, problems)
     choose_tokenizer_files(alignment.files, alignment.layout, (merged, base), alignment.problems)
     problems.take(alignment.problems)
     warnings: list[str] = []
@@ -141,7 +144,7 @@ def make_work(
         record={"merged_recipe": read_recipe(merged.location.folder)},
         card=f"`{merged.label}`, a model merged from fine-tunes of `{base.label}`, relaxed towards it.",
         notes=notes,
-        warnings=warnings,
+        warnings=[*problems.warnings, *warnings],
         merged=merged,
     )
 

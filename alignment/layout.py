@@ -29,6 +29,8 @@ class Layout:
         pad_to_multiple_of: rows of the vocabulary tables are a multiple of it; None: as many as tokens or the base ask for.
         tie_word_embeddings: whether the output's head is its embedding; None: as in the base.
         chat_template: the name of a known template, a file, a template itself, or `auto`: the one that most inputs have.
+        allow_config_difference: entries of config.json, separated by commas, in which the models may differ from the one whose
+            config the output has.
         copy_tokenizer_from: the model, among the inputs or not, whose tokenizer files take the place of the output's.
 
     Raises: Refusals: a value that none of them can have.
@@ -40,6 +42,7 @@ class Layout:
     tie_word_embeddings: bool | None = None
     chat_template: str | None = None
     copy_tokenizer_from: str | None = None
+    allow_config_difference: str | None = None
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -69,6 +72,7 @@ class Layout:
             "tie_word_embeddings": self.tie_word_embeddings,
             "chat_template": self.chat_template,
             "copy_tokenizer_from": self.copy_tokenizer_from,
+            **({"allow_config_difference": self.allow_config_difference} if self.allow_config_difference else {}),
         }
 
 

@@ -123,7 +123,24 @@ def build_meta_model(folder: Path, *, label: str | None = None, trust_remote_cod
     Raises:
         InputError: config.json is missing or broken, its model type is unknown, or no model can be built from it.
     """
-    from transformers import AutoConfig, __version__, initialization
+    from transformers import initialization
+
+    label = label or str(folder)
+    raw = read_config(folder, label)
+    code = raw.get("auto_map") or {}
+    with _building(label):
+        config = load_config(folder, label=label, trust_remote_code=trust_remote_code)
+        build = _choose_class(config, raw.get("architectures"), code if trust_remote_code else {})
+        safe_ops, no_weights = initialization.meta_device_safe_creation_ops(), initialization.no_init_weights()
+        with torch.device("meta"), safe_ops, no_weights:
+            # eager: the attention kernel that the config asks for need not be installed to look at names.
+            return build(dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@quick_start()
+def load_config(folder: Path, *, label: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's config as transformers has it, what config.json leaves out filled in. Raises InputError as `build_meta_model`."""
+    from transformers import AutoConfig, __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     label = label or str(folder)
@@ -141,15 +158,21 @@ def build_meta_model(folder: Path, *, label: str | None = None, trust_remote_cod
             f"{label}: config.json: expected a model_type that transformers {__version__} knows, "
             f"got '{model_type}'. Mend it, or {advice}."
         )
+    with _building(label):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _building(label: str) -> Iterator[None]:
+    """Say in one message what transformers cannot make of a config: its validators and constructors raise anything."""
+    from transformers import __version__
+
     with _quiet():
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-            build = _choose_class(config, raw.get("architectures"), code if trust_remote_code else {})
-            safe_ops, no_weights = initialization.meta_device_safe_creation_ops(), initialization.no_init_weights()
-            with torch.device("meta"), safe_ops, no_weights:
-                # eager: the attention kernel that the config asks for need not be installed to look at names.
-                return build(dtype=torch.float32, attn_implementation="eager").eval()
-        except Exception as error:  # config validators and constructors raise anything
+            yield
+        except InputError:
+            raise
+        except Exception as error:
             raise InputError(
                 f"{label}: config.json: expected what transformers {__version__} can build a model from, got "
                 f"{type(error).__name__}: {first_line(error)}. Mend it, or install the version it was written for."

@@ -182,6 +182,7 @@ def add_layout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tie_word_embeddings", metavar="YES|NO", help="whether the output's head is its embedding (default: as in the model that gives its config)")  # fmt: skip
     group.add_argument("--chat_template", metavar="T", help=f"the output's chat template: {', '.join(known_templates())}, a Jinja file, or auto, the one that most inputs have (default: as the tokenizer has it)")  # fmt: skip
     group.add_argument("--copy_tokenizer_from", metavar="MODEL", help="tokenizer files and chat template of any model with the output's vocabulary, in place of the output's")  # fmt: skip
+    group.add_argument("--allow_config_difference", metavar="KEYS", help="entries of config.json, separated by commas, in which models may differ from the one whose config the output has (default: heads must be the same; the rest is warned of)")  # fmt: skip
 
 
 def parse_yes_or_no(name: str, text: str | None) -> bool | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from alignment.configs import check_configs
 from alignment.stored import check_plain
 from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError
@@ -178,6 +179,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     found = find_places(recipe, models, primary)
     problems.take(found.problems)
     recipe = replace(recipe, layout=found.layout)
+    check_configs(opened, recipe.layout.allow_config_difference, problems)
     choose_tokenizer_files(found.files, recipe.layout, opened, problems)
     names = [place.name for place in found.places]
     for key, expression in (("exclude", recipe.exclude), ("only", recipe.only)):
@@ -202,7 +204,9 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     labels = tuple(models[identity(source.name)].label for source in recipe.models)
     where = [location.note for model in opened for location, _ in model.parts if location.note]
     notes = [*recipe.notes, *where, *problems.notes]
-    return Plan(recipe, labels, ordered, shards, found.files, notes, remarks(recipe), found.is_stacked)
+    return Plan(
+        recipe, labels, ordered, shards, found.files, notes, [*problems.warnings, *remarks(recipe)], found.is_stacked
+    )
 
 
 def _embeddings(recipe: Recipe, base: Model) -> set[str]:

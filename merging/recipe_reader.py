@@ -29,7 +29,7 @@ from streaming.values import Value, describe, parse_value
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "tie_word_embeddings", "exclude", "only",
+    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "allow_config_difference", "tie_word_embeddings", "exclude", "only",
     "seed", "aim",
 )  # fmt: skip
 RECORD_KEYS = (
@@ -432,7 +432,7 @@ class Reader:
             key: content[key]
             for key in (
                 *("pad_to_multiple_of", "new_token_rows", "tie_word_embeddings"),
-                *("chat_template", "copy_tokenizer_from"),
+                *("chat_template", "copy_tokenizer_from", "allow_config_difference"),
             )
             if content.get(key) is not None
         }
@@ -453,7 +453,7 @@ class Reader:
         multiple = further.get("pad_to_multiple_of", 1)
         if type(multiple) is not int or multiple < 1:
             self.refuse("pad_to_multiple_of", f"expected a whole number above 0, got {describe(multiple)}.")
-        for key in ("chat_template", "copy_tokenizer_from"):
+        for key in ("chat_template", "copy_tokenizer_from", "allow_config_difference"):
             self.read_text(key, further.get(key))
         choices: dict[str, Sequence[Any]] = {"new_token_rows": NEW_TOKEN_ROWS, "tie_word_embeddings": (True, False)}
         for key, allowed in choices.items():
