@@ -53,8 +53,8 @@ def align_vocabularies(
     source = _named_source(models, layout, problems)
     new_rows: NewTokenRows = "owner" if layout.new_token_rows == "auto" else layout.new_token_rows
     if source in ("auto", "base", "union") and layout.pad_to_multiple_of is None and _are_alike(models):
-        if source == "union":
-            unite_configs(models, models[0].model.vocabulary, layout, files, problems)
+        if source in ("auto", "union"):
+            unite_configs(models, lambda: models[0].model.vocabulary, layout, files, problems)
         return Vocabularies("base" if source == "auto" else source, new_rows, list(models))
     names = table_names(models[0])
     lost = lost_table(models[0])
@@ -181,6 +181,7 @@ def _match_by_token(
         problems.add(f"{member.label}: its tokenizer shares no token with that of {first.label}. {member.model.advice}")
     if strangers:
         return _Matched(source)
+    chosen = source
     new = tokens_of_others(members) if source in ("auto", "union") else []
     if source == "auto":
         source = "union" if new or _rows_owned(first.tokens, members, first.rows) > first.rows else "base"
@@ -197,7 +198,8 @@ def _match_by_token(
         problems.note(describe_new(new, first))
     if source == "union":
         count = _rows_owned(tokens, members, count)
-        unite_configs([member.model for member in members], tokens, layout, files, problems)
+    if source == "union" or chosen == "auto":
+        unite_configs([member.model for member in members], lambda: tokens, layout, files, problems)
     if donor is not first:
         take_tokenizer(first, donor, files)
     most = sum(member.rows + len(member.tokens.ids) for member in members)

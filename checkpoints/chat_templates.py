@@ -25,6 +25,8 @@ CONFIGS = ("tokenizer_config.json", "processor_config.json")
 _KNOWN = Path(__file__).parent / "templates"
 _MARKER = re.compile(r"<\|[^|<>{}\s'\"]+\|>|\[\|[^|\[\]{}\s'\"]+\|\]")
 
+_END = re.compile(r"</s>|<[^<>{}\s'\"]*(?:end|eot|eos)[^<>{}\s'\"]*>|\[\|?end[^\[\]{}\s'\"]*\]", re.IGNORECASE)
+
 
 def known_templates() -> list[str]:
     """The names of the templates that come with the toolkit."""
@@ -73,6 +75,16 @@ def foreign_markers(template: str, tokens: Collection[str]) -> list[str]:
     """The markers that a template writes, such as `<|im_start|>`, that are no tokens: a tokenizer would spell them out."""
     written = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
     return [marker for marker in dict.fromkeys(_MARKER.findall(written)) if marker not in tokens]
+
+
+def end_markers(template: str, eos_token: str | None, tokens: Collection[str]) -> list[str]:
+    """The tokens that a template writes and that may end a turn, by what they are called; what it calls `eos_token` is one.
+
+    Read off the text: the template, which may be a stranger's, is not run.
+    """
+    written = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    named = [eos_token] if eos_token is not None and "eos_token" in written else []
+    return [marker for marker in dict.fromkeys([*_END.findall(written), *named]) if marker in tokens]
 
 
 def templates_of(files: SideFiles) -> dict[str, str]:
