@@ -14,6 +14,7 @@ from aim.statistics import Activations
 from alignment.align import Alignment, align
 from alignment.configs import check_configs
 from alignment.layout import Layout, NewTokenRows
+from alignment.output_check import check_output
 from alignment.stored import check_plain
 from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError, InputError, unknown
@@ -123,6 +124,8 @@ def make_work(
         out_dtype = "bfloat16"  # what the published program writes, whatever the merge is stored in
     tensors = tuple(_plan_tensor(alignment, name, out_dtype) for name in alignment.dtypes)
     infos = {tensor.spec.name: TensorInfo(tensor.dtype, tensor.spec.shape) for tensor in tensors}
+    check_output(alignment.files, {name: info.shape for name, info in infos.items()}, merged, problems)
+    problems.raise_if_any()
     written = {"merged_model": merged.label, "base_model": base.label, "out_dtype": out_dtype}
     return Relaxed(
         verb="relaxing",

@@ -73,11 +73,11 @@ def match_names(
             problems.note(f"{label}: {name} is tied to {twin} there; that is used for it.")
         elif _is_buffer(first, name):
             problems.note(f"{label}: the buffer {name} is not stored there; that of {first.label} is kept.")
-        elif name in first.model.architecture.unused:
+        elif name in first.model.known_architecture.unused:
             kept.append(name)
         else:
             lacking.append(name)
-    ignored = [name for name in extra if not optional(name) and name in model.architecture.unused]
+    ignored = [name for name in extra if not optional(name) and name in model.known_architecture.unused]
     if ignored:
         problems.note(f"{label}: left out, as the model computes nothing with them: {list_kinds(ignored)}.")
     strangers, untied = [], {}
@@ -85,7 +85,9 @@ def match_names(
         if optional(name) or name in ignored:
             continue
         ours = _name_of_head(first, model, name)
-        twin = tied.get(ours) or model.architecture.tied.get(name) or first.model.architecture.tied.get(ours)
+        twin = (
+            tied.get(ours) or model.known_architecture.tied.get(name) or first.model.known_architecture.tied.get(ours)
+        )
         twin = own.get(twin, twin) if twin is not None else None
         whose = "the output" if ours in tied else first.label
         if twin is None or twin not in stored:
@@ -103,7 +105,7 @@ def match_names(
         mismatches.add_missing(name, first.label)
     if strangers and not lacking and _lacks_a_part(model, first.model, strangers):
         problems.add(
-            f"{label}: expected a {first.model.architecture.model_class} as {first.label}, got a {model.architecture.model_class}, "
+            f"{label}: expected a {first.model.known_architecture.model_class} as {first.label}, got a {model.known_architecture.model_class}, "
             f"of which other parts have no place there: {list_kinds(strangers)}. Make it the base, and {first.label} one of the models."
         )
         strangers = []
@@ -121,7 +123,7 @@ def match_names(
 
 def _is_head(first: AlignedModel, tied: Mapping[str, str], name: str) -> bool:
     """Whether a tensor of the first model that the output lacks is a head that it ties."""
-    return name in tied or name in first.model.architecture.tied
+    return name in tied or name in first.model.known_architecture.tied
 
 
 def _same_parameters(
@@ -129,7 +131,7 @@ def _same_parameters(
 ) -> dict[str, list[Piece]]:
     """Output tensor -> what it consists of in the model's files, found by the parameters that both become."""
     found = first.model.find_pieces({name: info.shape for name, info in stored.items()}, model)
-    ours, theirs = first.model.architecture.output_head, model.architecture.output_head
+    ours, theirs = first.model.known_architecture.output_head, model.known_architecture.output_head
     if (
         ours is not None and theirs is not None and theirs in stored
     ):  # a head that the first model ties is in none of its files
@@ -139,14 +141,14 @@ def _same_parameters(
 
 def _name_of_head(first: AlignedModel, model: Model, name: str) -> str:
     """What the first model calls a tensor that is the other's head; any other keeps its name."""
-    ours = first.model.architecture.output_head
-    return ours if ours is not None and name == model.architecture.output_head else name
+    ours = first.model.known_architecture.output_head
+    return ours if ours is not None and name == model.known_architecture.output_head else name
 
 
 def _tied_to(first: AlignedModel, model: Model, name: str) -> str | None:
     """The stored tensor of a model that has the values of an output tensor which it ties."""
-    theirs = model.architecture
-    if name == first.model.architecture.output_head and theirs.output_head is not None:
+    theirs = model.known_architecture
+    if name == first.model.known_architecture.output_head and theirs.output_head is not None:
         name = theirs.output_head
     return theirs.tied.get(name)
 
@@ -157,14 +159,14 @@ def _lacks_a_part(whole: Model, part: Model, names: Sequence[str]) -> bool:
     Args:
         names: the tensors that it lacks, as the whole one stores them.
     """
-    ours, theirs = whole.architecture, part.architecture
+    ours, theirs = whole.known_architecture, part.known_architecture
     return theirs.model_class != ours.model_class and not any(ours.is_text(name) for name in names)
 
 
 def _is_buffer(first: AlignedModel, name: str) -> bool:
     """Whether a tensor of the first model is no weight, so that the others need not store it."""
     is_number = name not in first.stored or first.stored[name].dtype.is_floating_point
-    return name in first.model.architecture.buffers or not is_number
+    return name in first.model.known_architecture.buffers or not is_number
 
 
 def check_shapes(

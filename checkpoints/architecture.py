@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.errors import InputError, first_line
+from checkpoints.errors import InputError, UnknownClass, first_line
 from checkpoints.limits import limited_building
 from checkpoints.placements import Architecture, Kind, Placement, Shape
 from checkpoints.process import quick_start
@@ -154,7 +154,7 @@ def load_config(folder: Path, *, label: str | None = None, trust_remote_code: bo
             if code
             else "install a newer one"
         )
-        raise InputError(
+        raise UnknownClass(
             f"{label}: config.json: expected a model_type that transformers {__version__} knows, "
             f"got '{model_type}'. Mend it, or {advice}."
         )

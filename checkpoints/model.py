@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from checkpoints.architecture_cache import remembered
-from checkpoints.errors import InputError, Refusals, collecting
+from checkpoints.errors import InputError, Refusals, UnknownClass, collecting
 from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
 from checkpoints.pieces import Piece, find_pieces, text_placements
 from checkpoints.reader import (
@@ -107,6 +107,16 @@ class Model:
         if self.trust_remote_code or not config.is_file():
             return self._describe(shapes)
         return remembered(config.read_bytes(), shapes, lambda: self._describe(shapes))
+
+    @cached_property
+    def known_architecture(self) -> Architecture:
+        """`architecture`; of a class that transformers does not know one of which nothing is known: arithmetic needs none."""
+        try:
+            return self.architecture
+        except UnknownClass:
+            from checkpoints.placements import Architecture
+
+            return Architecture("", {}, {}, None, None, (), (), tuple(self.weights.tensors), (), {})
 
     def _describe(self, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         """What would hold tensors of these names and shapes in this model's class."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from alignment.configs import check_configs
+from alignment.output_check import check_output
 from alignment.stored import check_plain
 from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError
@@ -199,6 +200,8 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
             by_name[place.name] = _plan_tensor(recipe, place, place.name in embeddings)
     problems.raise_if_any()
     infos = {name: TensorInfo(tensor.dtype, tensor.spec.shape) for name, tensor in by_name.items()}
+    check_output(found.files, {name: info.shape for name, info in infos.items()}, primary, problems)
+    problems.raise_if_any()
     shards = plan_shards(infos, max_shard_bytes)
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
     labels = tuple(models[identity(source.name)].label for source in recipe.models)
@@ -226,7 +229,7 @@ def _plan_tensor(recipe: Recipe, place: Place, is_embedding: bool) -> PlannedTen
     elif why := recipe.why_copied(place.name):
         note = why
     elif len(inputs) < len(place.inputs):
-        note = "a buffer that not every model stores"
+        note = "not stored by every model"
     if dtype.is_floating_point:
         dtype = FLOAT_DTYPES.get(recipe.out_dtype, torch.float32 if dtype == torch.float64 else dtype)
     if note:

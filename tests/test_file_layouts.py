@@ -219,6 +219,7 @@ def test_a_model_that_reads_images_into_a_text_base_is_refused_with_a_reason(
     )
     assert f"Make it the base, and {models[0]} one of the models." in said
     assert "Give models fine-tuned from this base" not in said
+    assert "problems:" not in said
 
 
 def test_a_head_beside_one_that_the_base_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -291,3 +292,16 @@ def test_a_tensor_of_nowhere_is_refused_as_before(tmp_path: Path, capsys: pytest
     rewrite(models[0], lambda tensors: tensors | {"adapter.weight": torch.ones(4, 8)})
     add(base, models, tmp_path / "out", code=1)
     assert f"{models[0]}: adapter.weight: expected no such tensor, as {base} has none" in capsys.readouterr().err
+
+
+def test_another_family_is_called_so_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base = make_family(tmp_path / "llama", "llama", n_models=1).base
+    other = make_family(tmp_path / "qwen2", "qwen3", n_models=1).base
+    capsys.readouterr()
+    add(base, [other], tmp_path / "out", code=1)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(" problems:")
+    assert lines[1] == (
+        f"- {other}: expected a LlamaForCausalLM as {base}, got a Qwen3ForCausalLM. Give models fine-tuned from this base."
+    )
+    assert len(lines) <= 12
