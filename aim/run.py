@@ -110,7 +110,7 @@ def make_work(
         problems.add(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     problems.raise_if_any()
     alignment = align(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
-    check_configs((merged, base), alignment.layout.allow_config_difference, problems)
+    check_configs((merged, base), alignment.layout.allow_config_difference, problems, is_base=False)
     choose_tokenizer_files(alignment.files, alignment.layout, (merged, base), alignment.problems)
     problems.take(alignment.problems)
     warnings: list[str] = []

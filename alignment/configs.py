@@ -40,7 +40,7 @@ _ACTIVATIONS = {
 """Names of one and the same function."""
 
 
-def check_configs(models: Sequence[Model], allowed: str | None, problems: Problems) -> None:
+def check_configs(models: Sequence[Model], allowed: str | None, problems: Problems, *, is_base: bool = True) -> None:
     """Compare what the others' configs have a model compute with what the first one's does.
 
     Refused: heads of another number or width, unless they are allowed. Warned of: everything else that computes otherwise.
@@ -50,6 +50,7 @@ def check_configs(models: Sequence[Model], allowed: str | None, problems: Proble
         models: the one whose config the output has first; all others have tensors of its shapes.
         allowed: entries, separated by commas, that may differ: noted and no more.
         problems: gets refusals, warnings and notes.
+        is_base: whether the first one is the base of the others.
     """
     first, *others = models
     free = {key.strip() for key in (allowed or "").split(",") if key.strip()}
@@ -79,7 +80,8 @@ def check_configs(models: Sequence[Model], allowed: str | None, problems: Proble
                 f"{label}: its config.json has {', '.join(serious)}: it computes otherwise than with the config of {first.label}, which the "
                 f"output gets."
             )
-    _suspect_base(first, others, differences, free, problems)
+    if is_base:
+        _suspect_base(first, others, differences, free, problems)
     _note_lengths(models, differences, problems)
 
 

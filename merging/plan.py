@@ -180,7 +180,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     found = find_places(recipe, models, primary)
     problems.take(found.problems)
     recipe = replace(recipe, layout=found.layout)
-    check_configs(opened, recipe.layout.allow_config_difference, problems)
+    check_configs(opened, recipe.layout.allow_config_difference, problems, is_base=recipe.base_model is not None)
     choose_tokenizer_files(found.files, recipe.layout, opened, problems)
     names = [place.name for place in found.places]
     for key, expression in (("exclude", recipe.exclude), ("only", recipe.only)):
