@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from checkpoints.errors import InputError
+from checkpoints.pieces import Origin
 from checkpoints.safetensors_format import load_tensors, pack_tensors, read_metadata, save_tensors, unpack_tensors
 from checkpoints.settings import setting
 
@@ -31,6 +32,22 @@ class ChannelStatistics:
     mean_abs: torch.Tensor
     mean_sq: torch.Tensor
     tokens: torch.Tensor
+
+    def of_expert(self, expert: int) -> ChannelStatistics:
+        """Those of one of several experts."""
+        return ChannelStatistics(self.mean_abs[expert], self.mean_sq[expert], self.tokens[expert])
+
+
+def _stacked(experts: Sequence[ChannelStatistics | None]) -> ChannelStatistics:
+    """Those of several experts as one; zero for an expert that has none."""
+    some = next(one for one in experts if one is not None)
+    none = ChannelStatistics(*(torch.zeros_like(values) for values in (some.mean_abs, some.mean_sq, some.tokens)))
+    each = [none if one is None else one for one in experts]
+    return ChannelStatistics(
+        torch.stack([one.mean_abs for one in each]),
+        torch.stack([one.mean_sq for one in each]),
+        torch.stack([one.tokens for one in each]),
+    )
 
 
 @dataclass(frozen=True)
@@ -56,10 +73,20 @@ class Activations:
                 found.update(getattr(one, key).contiguous().view(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
 
-    def renamed(self, names: Mapping[str, str]) -> Activations:
-        """The same under other tensor names: old -> new; the rest keep theirs."""
-        statistics = {names.get(key, key): value for key, value in self.statistics.items()}
-        silent = {names.get(key, key): why for key, why in self.silent.items()}
+    def renamed(self, origins: Mapping[str, Sequence[Origin]]) -> Activations:
+        """The same for output tensors that are other ones in the base's files; see `Selection.renamed`."""
+        used = {one.name for parts in origins.values() for one in parts}
+        statistics = {name: one for name, one in self.statistics.items() if name not in used}
+        silent = {name: why for name, why in self.silent.items() if name not in used}
+        for name, parts in origins.items():
+            known = [self.statistics.get(one.name) for one in parts]
+            if all(one is None for one in known):
+                silent[name] = self.silent.get(parts[0].name, "no statistics")
+            elif len(parts) == 1:
+                assert known[0] is not None
+                statistics[name] = known[0] if parts[0].expert is None else known[0].of_expert(parts[0].expert)
+            else:
+                statistics[name] = _stacked(known)
         return Activations(statistics, self.base, self.calibration, silent)
 
     def save(self, path: Path) -> None:
