@@ -26,10 +26,16 @@ CALIBRATION_FLAGS = {
     "seed": "calibration_seed",
     "batch_size": "batch_size",
     "dtype": "calibration_dtype",
+    "tolerance": "calibration_tolerance",
+    "mode": "calibration_mode",
+    "max_memory": "max_memory",
 }
 RESULTS = ("base_fingerprint", "merged_fingerprint", "relaxed", "share_kept", "kept", "mean_change")
 """What merge_recipe.json has in the block besides: it says what came of it, and is passed over."""
-CALIBRATION_RESULTS = ("numerics", "texts", "too_long", "empty", "blocks", "dropped_tokens", "transformers", "torch")
+CALIBRATION_RESULTS = (
+    *("numerics", "texts", "too_long", "empty", "blocks", "dropped_tokens", "tokens", "difference"),
+    *("threads", "attention", "passes", "transformers", "torch"),
+)
 
 
 def add_block(block: Mapping[str, Any], arguments: argparse.Namespace, where: str) -> None:

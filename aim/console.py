@@ -23,6 +23,7 @@ from aim.calibrate import (
     select,
 )
 from aim.calibration import Blocks, is_local
+from aim.enough import FIRST_CHECK
 from aim.flags import check_files, read_calibration, read_relaxing
 from aim.relaxing import Relaxations, check_activations, group_kept, make_relaxations, names_of, outputs_of, why_kept
 from aim.statistics import Activations, load_activations
@@ -156,7 +157,7 @@ class AimRequest:
         """Everything of it that decides the output's bytes, for JSON."""
         if self._file:
             return {**self.how.as_json(), "activations": chunked_sha256(self._file)}
-        options = {"dtype": self.calibration.dtype, "batch_size": self.calibration.batch_size}
+        options = self.calibration.as_json()
         path = Path(self.data.source)
         changed = path.stat().st_mtime_ns if is_local(self.data.source) and path.is_file() else None
         return {**self.how.as_json(), "calibration": {**self.data.as_json(), **options, "mtime_ns": changed}}
@@ -198,26 +199,43 @@ class AimRequest:
         if unfinished.blocks:
             console.note(f"going on: {unfinished.blocks} of {len(blocks.tokens)} blocks are there")
         console.note(f"loading {base.label}")
-        tokens, started = blocks.tokens.numel(), 0.0
+        tokens, started, run = blocks.tokens.numel(), 0.0, 0
         with ExitStack() as stack:
             bar: list[Callable[[int], object]] = []
 
             def progress(done: int) -> None:
                 """Count from when the model is loaded, so that the rate is that of the forward passes."""
-                nonlocal started
+                nonlocal started, run
                 if not bar:
                     bar.append(stack.enter_context(console.bar("calibrating", tokens)))
                     started = time.monotonic()
                 bar[0](done)
+                run += done
 
             activations = calibrate(
-                base, self.data, self.calibration, blocks=blocks, unfinished=unfinished, progress=progress
+                base,
+                self.data,
+                self.calibration,
+                blocks=blocks,
+                unfinished=unfinished,
+                progress=progress,
+                note=lambda line: console.note(f"calibration: {line}"),
             )
-        seconds = max(time.monotonic() - started, 1e-9)
-        console.say(
-            f"calibrated in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s, in {activations.calibration['dtype']}"
-        )
+        console.say(calibrated(activations, max(time.monotonic() - started, 1e-9), run=run))
         return activations
+
+
+def calibrated(activations: Activations, seconds: float, *, run: int) -> str:
+    """How much text was run and why no more, and how fast; `run`: tokens of this run."""
+    told = activations.calibration
+    difference = told["difference"]
+    if difference is None:
+        enough = f"; too few to see whether s has settled, which takes {FIRST_CHECK:,}" if told["tolerance"] else ""
+    elif difference < told["tolerance"]:
+        enough = f"; enough, as s of both halves differs by {difference:.3f} at most in a kind of layer"
+    else:
+        enough = f"; s of both halves differed by {difference:.3f} in a kind of layer"
+    return f"calibrated on {told['tokens']:,} tokens in {seconds:.2f} s, {run / seconds:,.0f} tokens/s, in {told['dtype']}{enough}"
 
 
 def title_of(base: Model, activations: Activations) -> str:

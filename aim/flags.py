@@ -24,6 +24,9 @@ CALIBRATION_FLAGS = (
     "calibration_seed",
     "batch_size",
     "calibration_dtype",
+    "calibration_tolerance",
+    "calibration_mode",
+    "max_memory",
 )
 
 
@@ -51,8 +54,11 @@ def add_aim_flags(parser: argparse.ArgumentParser, *, omega_help: str) -> argpar
     text.add_argument("--n_samples", metavar="N", help="texts (default 256)")
     text.add_argument("--block_size", metavar="N", help="tokens of a block, and of the longest text (default 512)")
     text.add_argument("--calibration_seed", metavar="N", help="of the shuffle that picks the texts (default 42)")
-    text.add_argument("--batch_size", metavar="N", help="blocks of a forward pass (default 1)")
-    text.add_argument("--calibration_dtype", metavar="DTYPE", help="of the forward pass: auto (the checkpoint's; default), float32, bfloat16 or float16")  # fmt: skip
+    text.add_argument("--batch_size", metavar="N", help="blocks of a forward pass (default: what is fastest)")
+    text.add_argument("--calibration_dtype", metavar="DTYPE", help="of the forward pass: auto (the checkpoint's), float32, bfloat16 or float16 (default: the faster of the checkpoint's and float32)")  # fmt: skip
+    text.add_argument("--calibration_tolerance", metavar="T", help="stop when s of the first half of the text and of the second differ by less in every kind of layer, looked at after 2048 tokens, 4096 and so on (default 0.02; 0 runs all of the text, as published)")  # fmt: skip
+    text.add_argument("--calibration_mode", metavar="M", help="whole (all weights in memory), layerwise (one layer of them at a time) or auto (what fits; default)")  # fmt: skip
+    text.add_argument("--max_memory", metavar="SIZE", help="for weights and hidden states of the calibration, such as 8GB (default: what is free)")  # fmt: skip
     return how
 
 
@@ -110,12 +116,14 @@ def read_calibration(
     given: dict[str, Any] = {"source": arguments.calibration_data, "text_field": arguments.text_field}
     for flag, key in (("n_samples", "n_samples"), ("block_size", "block_size"), ("calibration_seed", "seed")):
         given[key] = _whole(f"--{flag}", getattr(arguments, flag))
-    batch_size = _whole("--batch_size", arguments.batch_size)
     options = CalibrationOptions(
         device=device,
-        dtype="auto" if arguments.calibration_dtype is None else arguments.calibration_dtype,
-        batch_size=1 if batch_size is None else batch_size,
+        dtype=arguments.calibration_dtype,
+        batch_size=_whole("--batch_size", arguments.batch_size),
         numerics="float32" if arguments.numerics is None else arguments.numerics,
+        tolerance=_number("--calibration_tolerance", arguments.calibration_tolerance),
+        mode="auto" if arguments.calibration_mode is None else arguments.calibration_mode,
+        max_memory=_size("--max_memory", arguments.max_memory),
     )
     return CalibrationData(**{key: value for key, value in given.items() if value is not None}), options
 
@@ -125,6 +133,21 @@ def _whole(flag: str, text: str | None) -> int | None:
     if text is None or re.fullmatch(r"-?\d{1,18}", text):
         return None if text is None else int(text)
     raise ArgumentError(f"{flag}: expected a whole number, got {text!r}.")
+
+
+def _number(flag: str, text: str | None) -> float | None:
+    """A flag's number, None where it was not given. Raises ArgumentError."""
+    if text is None or re.fullmatch(r"-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text):
+        return None if text is None else float(text)
+    raise ArgumentError(f"{flag}: expected a number, got {text!r}.")
+
+
+def _size(flag: str, text: str | None) -> int | None:
+    """A flag's number of bytes, None where it was not given. Raises ArgumentError."""
+    found = re.fullmatch(r"(\d{1,15})(B|KB|MB|GB|TB)?", text.upper()) if text is not None else None
+    if text is not None and found is None:
+        raise ArgumentError(f"{flag}: expected a size such as 500MB or 8GB, got {text!r}.")
+    return None if found is None else int(found[1]) * 1000 ** ("B", "KB", "MB", "GB", "TB").index(found[2] or "B")
 
 
 def _is_replaceable(path: Path) -> bool:

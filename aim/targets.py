@@ -14,7 +14,8 @@ from checkpoints.reader import equal_tensors
 REASONS = {
     "embedding": "an embedding",
     "bias": "a bias",
-    "other": "no module multiplies its input with it",
+    "convolution": "a convolution",
+    "other": "takes part in no matrix product",
 }
 
 
@@ -22,9 +23,11 @@ REASONS = {
 class Selection:
     """What a model offers to be relaxed.
 
-    targets: checkpoint tensor -> where its input shows up.
-    input_dims: checkpoint tensor -> its dimension that runs over input channels.
-    skipped: every other tensor -> why it stays as merged.
+    Attributes:
+        targets: checkpoint tensor -> where its input shows up.
+        input_dims: checkpoint tensor -> its dimension that runs over input channels, where its module tells; of the others only
+            a run of the model shows it, or that nothing is multiplied with them.
+        skipped: every other tensor -> why it stays as merged.
     """
 
     targets: Mapping[str, Target]
@@ -41,7 +44,7 @@ class Selection:
 
 
 def select_targets(base: Model) -> Selection:
-    """Every weight of the base that a module multiplies its input with: linear layers, an untied head, norms, experts."""
+    """Every weight of the base that something may be multiplied with: linear layers, an untied head, norms, experts, bare matrices."""
     architecture, tensors = base.architecture, base.weights.tensors
     # A head that is stored beside the embedding it is tied to is an embedding, unless the two differ.
     tied = {
@@ -54,22 +57,26 @@ def select_targets(base: Model) -> Selection:
     skipped: dict[str, str] = {}
     for name, info in tensors.items():
         placement = architecture.placements.get(name)
-        if name in tied:
+        if placement is None:
+            skipped[name] = "a buffer" if name in architecture.buffers else "no parameter of the model"
+        elif name in tied:
             skipped[name] = "tied to an embedding"
-            continue
-        if placement is None or placement.input_dim is None:
-            skipped[name] = REASONS.get(placement.kind, REASONS["other"]) if placement else "no parameter of the model"
-            continue
-        targets[name] = _target(placement, info.shape)
-        input_dims[name] = placement.input_dim
+        elif placement.input_dim is None and not _may_be_multiplied(placement, info.shape):
+            skipped[name] = REASONS[placement.kind]
+        else:
+            targets[name] = _target(placement, info.shape)
+            if placement.input_dim is not None:
+                input_dims[name] = placement.input_dim
     return Selection(targets, input_dims, skipped)
 
 
+def _may_be_multiplied(placement: Placement, shape: tuple[int, ...]) -> bool:
+    """Whether a product may have a tensor of which its module does not tell."""
+    return placement.kind == "other" and bool(placement.axes) and len(shape) > 1 and all(shape)
+
+
 def _target(placement: Placement, shape: tuple[int, ...]) -> Target:
-    assert placement.input_dim is not None
-    leaf = placement.parameter.rpartition(".")[2]
-    experts = shape[0] if placement.kind == "experts" and placement.expert is None else None
-    return Target(placement.module, leaf, shape[placement.input_dim], placement.expert, experts)
+    return Target(placement.parameter, placement.axes, tuple(shape), placement.expert, placement.input_dim is not None)
 
 
 def select_like_the_reference(base: Model) -> tuple[Selection, list[str]]:
@@ -109,6 +116,6 @@ def select_like_the_reference(base: Model) -> tuple[Selection, list[str]]:
         if is_tied and "embed" not in module and name == architecture.output_head:
             warnings.append(f"--numerics reference: the embedding {twin} is relaxed too, as {name} is tied to it.")
             for stored in [twin, name] if name in tensors else [twin]:
-                targets[stored], input_dims[stored] = Target(module, "weight", tensors[twin].shape[1]), 1
+                targets[stored], input_dims[stored] = Target(f"{module}.weight", (0, 1), tuple(tensors[twin].shape)), 1
                 skipped.pop(stored, None)
     return Selection(targets, input_dims, skipped), warnings

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
-from aim.activations import Watcher
+from aim.enough import Enough
 from aim.statistics import Activations, load_activations
 from checkpoints.safetensors_format import load_tensors, save_tensors
 from checkpoints.staging import Stage
@@ -33,22 +34,31 @@ class UnfinishedCalibration:
         return load_activations(self._whole) if done else None
 
     @property
+    def choice(self) -> dict[str, Any] | None:
+        """How the model is run, as `choose` was told."""
+        return next((record["choice"] for record in self._stage.journal.records if "choice" in record), None)
+
+    def choose(self, choice: dict[str, Any]) -> None:
+        """Keep how the model is run: a run that goes on does the same. Raises WriteError: the disk is full or fails."""
+        self._stage.journal.append({"choice": choice})
+
+    @property
     def blocks(self) -> int:
         """How many blocks are in the sums."""
         return max((record.get("blocks", 0) for record in self._stage.journal.records), default=0)
 
-    def restore(self, watcher: Watcher) -> int:
-        """Give a watcher the sums. Returns: the blocks that are in them; never fewer than `blocks`."""
+    def restore(self, enough: Enough) -> int:
+        """Put the sums back. Returns: the blocks that are in them; never fewer than `blocks`."""
         if not self.blocks:
             return 0
         tensors, metadata = load_tensors(self._sums, "the unfinished calibration")
-        watcher.restore(tensors)
+        enough.restore(tensors)
         return int(metadata["blocks"])
 
-    def keep(self, watcher: Watcher, blocks: int) -> None:
+    def keep(self, enough: Enough, blocks: int) -> None:
         """Keep the sums over the first `blocks` blocks, now and then. Raises WriteError: the disk is full or fails."""
         if time.monotonic() - self._kept >= KEEP_EVERY * commits.COMMIT_S:
-            save_tensors(self._sums, watcher.sums(), {"blocks": str(blocks)})
+            save_tensors(self._sums, enough.sums(), {"blocks": str(blocks)})
             self._stage.journal.append({"blocks": blocks})
             self._kept = time.monotonic()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["linear", "conv1d", "experts", "norm", "embedding", "bias", "other"]
+Kind = Literal["linear", "conv1d", "experts", "norm", "embedding", "bias", "convolution", "other"]
 Shape = tuple[int, ...]
 
 
@@ -19,13 +19,17 @@ class Placement:
     kind: Kind
     """linear: a matrix that its module multiplies the input with; conv1d: the same, stored input first; experts: such
     matrices fused for all experts of a layer; norm: one-dimensional, and a norm if the module's input is as wide (who
-    sees inputs checks that); embedding: an nn.Embedding, or what one is tied to; bias; other: anything else."""
+    sees inputs checks that); embedding: an nn.Embedding, or what one is tied to; bias; convolution: its kernel; other: anything
+    else, whose use only a run of the model tells."""
     input_dim: int | None = None
     """The dimension of the tensor ON DISK that runs over the module's input channels; None where none does."""
     expert: int | None = None
     """Which expert, where the disk tensor is one slice of a fused parameter."""
     others: tuple[str, ...] = ()
     """Further parameters cut from the same disk tensor: a projection that is fused on disk and not in the model."""
+
+    axes: tuple[int | None, ...] = field(default=(), compare=False)
+    """For each dimension of the parameter the one of the tensor on disk that becomes it whole; None where none does."""
 
     @property
     def module(self) -> str:

@@ -393,5 +393,5 @@ def test_tokens_that_the_embedding_has_no_row_for(tmp_path: Path) -> None:
 def test_blocks_longer_than_the_models_positions_are_refused() -> None:
     base = open_folder(GOLDENS / "inputs" / "base")
     check_block_size(base, 1024)
-    with pytest.raises(InputError, match=r"--block_size: expected at most .*1024.*got 1025"):
+    with pytest.raises(InputError, match=r"block_size: expected at most .*1024.*got 1025"):
         check_block_size(base, 1025)

@@ -526,7 +526,7 @@ def test_an_omega_outside_its_range_is_refused(omega: float) -> None:
 
 
 def test_calibration_options_are_checked() -> None:
-    with pytest.raises(ArgumentError, match="--batch_size: expected at least 1, got 0"):
+    with pytest.raises(ArgumentError, match="batch_size: expected at least 1, got 0"):
         CalibrationOptions(batch_size=0)
-    with pytest.raises(ArgumentError, match="--calibration_dtype: expected auto, float32"):
+    with pytest.raises(ArgumentError, match="calibration_dtype: expected auto, float32"):
         CalibrationOptions(dtype="int8")

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("checkpoints", "streaming", "merging", "aim", "evaluation", "reports")
+PACKAGES = ("checkpoints", "streaming", "forward", "merging", "aim", "evaluation", "reports")
 SIBLINGS = {"merging", "aim", "evaluation", "reports"}
 COMMANDS = sorted(path for path in ROOT.glob("*.py") if re.search(r"^def main\(", path.read_text(), re.MULTILINE))
 
 # Package -> top-level modules that nothing in it may import. Imports point down: to checkpoints, never to a command.
 FORBIDDEN = {package: SIBLINGS - {package} | {"examples", "tests", "benchmarks"} for package in PACKAGES}
-FORBIDDEN["checkpoints"] |= {"streaming"}
+FORBIDDEN["checkpoints"] |= {"streaming", "forward"}
+FORBIDDEN["forward"] |= {"streaming"}
+FORBIDDEN["streaming"] |= {"forward"}
 for modules in FORBIDDEN.values():
     modules.update(path.stem for path in COMMANDS)
 FORBIDDEN["reports"] |= {"torch", "transformers"}
@@ -180,7 +182,7 @@ def architecture_problems(path: str, source: str) -> list[str]:
 
 
 def test_no_branches_per_architecture():
-    files = sources("checkpoints", "streaming", "merging", "aim")
+    files = sources("checkpoints", "streaming", "forward", "merging", "aim")
     problems = [problem for path, source in files for problem in architecture_problems(path, source)]
     assert not problems, "\n".join(problems)
 
