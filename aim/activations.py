@@ -22,6 +22,8 @@ ELEMENTS_AT_ONCE = 1 << 18
 """Of an input that are turned to float32 at a time: a scratch of 1 MB stays in a core's cache."""
 UNKNOWN = -1
 """Position of a row whose token cannot be told: rows that a router has picked."""
+OTHERS = "means."
+"""How sums of other kinds begin, which `aim.reference` has."""
 NO_TOKEN = "its module saw no token"
 NO_PRODUCT = "no product of the forward pass has it"
 
@@ -278,13 +280,18 @@ class Watcher:
     @staticmethod
     def check_sums(tensors: Mapping[str, torch.Tensor]) -> None:
         """Raise ValueError where this is not what `sums` gave, but another version or somebody else wrote it."""
-        for name in {name.rpartition(".")[0] for name in tensors}:
+        for name in {name.rpartition(".")[0] for name in tensors if not name.startswith(OTHERS)}:
             key = json.loads(name)
             if not isinstance(key, list) or len(key) != 6 or not isinstance(key[2], str) or type(key[3]) is not int:
                 raise ValueError(f"{name}: no sums of an input")
             parts = [tensors.get(f"{name}.{one.name}") for one in fields(_Sums)]
             shapes = {tuple(part.shape) for part in parts[:-1] if part is not None}
-            if any(part is None for part in parts) or len(shapes) != 1 or len(shapes.pop()) != 1:
+            if (
+                any(part is None for part in parts)
+                or not all(_is_range(one) for one in key[4])
+                or len(shapes) != 1
+                or len(shapes.pop()) != 1
+            ):
                 raise ValueError(f"{name}: sums that do not fit each other")
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -303,7 +310,7 @@ class Watcher:
             if not bool(sums.sq.isfinite().all()):
                 where = use.parameter.removesuffix(".weight")
                 raise InputError(
-                    f"{where}: its input holds NaN or an infinity, the first to do so. Use {setting('calibration_dtype', 'float32')}, or check the base model."
+                    f"{where}: its input holds NaN or an infinity, the first to do so. Use {setting('calibration.dtype', 'float32')}, or check the base model."
                 )
 
     def totals(self) -> dict[Use, torch.Tensor]:
@@ -365,6 +372,10 @@ class Watcher:
         return one, dim
 
 
+def _is_range(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
+
+
 def _look(x: torch.Tensor, per_token: int | None = None) -> _Look:
     *sums, peak = channel_sums(x)
     return _Look(tuple(sums), peak, x.numel() // x.shape[-1], per_token)
@@ -408,10 +419,11 @@ class _Cells:
         cells: dict[tuple[int, ...], tuple[Use, ...]] = {}
         for corner in itertools.product(*(edges[:-1] for edges in cuts.values())):
             place = dict(zip(cuts, corner, strict=True))
-            inside = lambda use, place=place: all(  # noqa: E731
-                use.ranges[axis][0] <= at < use.ranges[axis][1] for axis, at in place.items()
+            cells[corner] = tuple(
+                use
+                for use in self._uses
+                if all(use.ranges[axis][0] <= at < use.ranges[axis][1] for axis, at in place.items())
             )
-            cells[corner] = tuple(use for use in self._uses if inside(use))
         statistics = {uses: self._together(uses) for uses in set(cells.values())}
         axes = list(cuts)
         for axis in list(cuts):  # leave out a dimension along which nothing differs

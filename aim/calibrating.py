@@ -60,15 +60,15 @@ class CalibrationOptions:
             raise ArgumentError(f"{setting('batch_size')}: expected at least 1, got {self.batch_size}.")
         if self.dtype not in (None, "auto", *FLOAT_DTYPES):
             raise ArgumentError(
-                f"{setting('calibration_dtype')}: expected auto, {', '.join(FLOAT_DTYPES)}, got {self.dtype!r}."
+                f"{setting('calibration.dtype')}: expected auto, {', '.join(FLOAT_DTYPES)}, got {self.dtype!r}."
             )
         if self.tolerance is not None and not 0 <= self.tolerance < 1:
             raise ArgumentError(
-                f"{setting('calibration_tolerance')}: expected a number from 0 to below 1, got {self.tolerance:g}. "
+                f"{setting('calibration.tolerance')}: expected a number from 0 to below 1, got {self.tolerance:g}. "
                 f"0 runs all of the text; the default is {TOLERANCE}."
             )
         if self.mode not in MODES:
-            raise ArgumentError(f"{setting('calibration_mode')}: {unknown('mode', self.mode, MODES)}")
+            raise ArgumentError(f"{setting('calibration.mode')}: {unknown('mode', self.mode, MODES)}")
         if self.max_memory is not None and self.max_memory < 1:
             raise ArgumentError(f"{setting('max_memory')}: expected at least 1 byte, got {self.max_memory}.")
         numerics = setting("numerics", "reference")
@@ -78,11 +78,11 @@ class CalibrationOptions:
             )
         if reference and self.dtype not in (None, "auto", "bfloat16"):
             raise ArgumentError(
-                f"{setting('calibration_dtype')}: {numerics} runs in bfloat16, got {self.dtype}. Leave it out."
+                f"{setting('calibration.dtype')}: {numerics} runs in bfloat16, got {self.dtype}. Leave it out."
             )
         if reference and self.tolerance:
             raise ArgumentError(
-                f"{setting('calibration_tolerance')}: {numerics} runs all of the text, got {self.tolerance:g}. Leave it out."
+                f"{setting('calibration.tolerance')}: {numerics} runs all of the text, got {self.tolerance:g}. Leave it out."
             )
 
     @property
@@ -134,7 +134,7 @@ class Calibrating:
         """What to do where memory runs out."""
         lower = f"Lower {setting('batch_size')} (now {choice.batch_size}) or {setting('block_size')} (now {self.data.block_size})"
         return (
-            f"{lower}, or use {setting('calibration_mode', 'layerwise')}" if self.options.mode != "layerwise" else lower
+            f"{lower}, or use {setting('calibration.mode', 'layerwise')}" if self.options.mode != "layerwise" else lower
         )
 
     def fails(self, error: Exception) -> InputError:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from aim.activations import Watcher
+from checkpoints.tensor_names import kind_of
 from forward.parts import Use
-from streaming.blocks import kind_of
 
 FIRST_CHECK = 2048
 """Tokens after which is first looked; and again each time that they have doubled."""
@@ -88,6 +88,14 @@ class Enough:
             f"{HALF}{json.dumps([use.parameter, use.axis, use.ranges])}": total for use, total in self._half.items()
         }
         return self._watcher.sums() | half
+
+    @staticmethod
+    def check_sums(tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError where this is not what `sums` gave, but another version or somebody else wrote it."""
+        Watcher.check_sums({name: tensor for name, tensor in tensors.items() if not name.startswith(HALF)})
+        for name, tensor in tensors.items():
+            if name.startswith(HALF) and tensor.ndim != 1:
+                raise ValueError(f"{name}: no sums of an input")
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take what another's `sums` gave."""

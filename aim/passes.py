@@ -99,7 +99,8 @@ def _load(this: Calibrating, dtype: str, offload: Path | None) -> Any:
 
 
 def _first_tokens(tokens: torch.Tensor, blocks: int) -> tuple[torch.Tensor, ...]:
-    return tokens[:blocks, :1].split(FIRST_TOKENS_AT_ONCE)
+    found: tuple[torch.Tensor, ...] = tokens[:blocks, :1].split(FIRST_TOKENS_AT_ONCE)
+    return found
 
 
 def _shares(this: Calibrating, tokens: int, layers: int) -> Callable[[int], None]:

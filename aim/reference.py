@@ -1,4 +1,4 @@
-"""`--numerics reference`: statistics with the published program's roundings, bit for bit."""
+"""`reference` numerics: statistics with the published program's roundings, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from dataclasses import replace
 
 import torch
 
-from aim.activations import Target, Watcher
+from aim.activations import OTHERS, Target, Watcher
 from aim.statistics import ChannelStatistics
 from forward.parts import Use
-
-MEANS = "means."
 
 
 class ReferenceWatcher(Watcher):
@@ -37,12 +35,12 @@ class ReferenceWatcher(Watcher):
 
     def sums(self) -> dict[str, torch.Tensor]:
         """See `Watcher.sums`."""
-        return {**super().sums(), **{MEANS + name: mean for name, mean in self._means.items()}}
+        return {**super().sums(), **{OTHERS + name: mean for name, mean in self._means.items()}}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """See `Watcher.restore`."""
-        super().restore({name: tensor for name, tensor in tensors.items() if not name.startswith(MEANS)})
-        self._means |= {name[len(MEANS) :]: tensor for name, tensor in tensors.items() if name.startswith(MEANS)}
+        super().restore({name: tensor for name, tensor in tensors.items() if not name.startswith(OTHERS)})
+        self._means |= {name[len(OTHERS) :]: tensor for name, tensor in tensors.items() if name.startswith(OTHERS)}
 
     def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, int], dict[str, str]]:
         """See `Watcher.results`."""

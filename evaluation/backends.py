@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import ArgumentError, InputError
+from checkpoints.settings import setting
 from checkpoints.sidecars import read_config
 from evaluation.model import BackendName, Model, ModelOptions
 
@@ -35,7 +36,9 @@ def choose_backend(asked: str, gpus: int) -> BackendName:
         return "vllm" if gpus and installed else "hf"
     if asked == "vllm" and not (installed and gpus):
         lacks = "vllm, which is not installed" if not installed else "an NVIDIA GPU"
-        raise ArgumentError(f"--backend vllm: needs {lacks}. Use --backend hf, or see requirements-gpu.txt.")
+        raise ArgumentError(
+            f"{setting('backend', 'vllm')}: needs {lacks}. Use {setting('backend', 'hf')}, or see requirements-gpu.txt."
+        )
     return "vllm" if asked == "vllm" else "hf"
 
 
@@ -45,11 +48,11 @@ def choose_gpus(asked: int | None, gpus: int, heads: int | None, backend: Backen
     Raises: ArgumentError: more than there are; a number that does not divide the heads.
     """
     if asked is not None and asked > gpus:
-        raise ArgumentError(f"--n_gpu {asked}: there are {gpus} GPUs here. Give at most {gpus}.")
+        raise ArgumentError(f"{setting('n_gpu', asked)}: there are {gpus} GPUs here. Give at most {gpus}.")
     if asked and heads and heads % asked:
         fitting = [str(count) for count in range(1, gpus + 1) if heads % count == 0]
         raise ArgumentError(
-            f"--n_gpu {asked}: expected a number that divides the model's {heads} attention heads. "
+            f"{setting('n_gpu', asked)}: expected a number that divides the model's {heads} attention heads. "
             f"Here: {', '.join(fitting) or 'none'}."
         )
     if asked is not None:

@@ -47,7 +47,7 @@ def load(
     if offload is not None:
         keywords |= {"device_map": "auto", "offload_folder": str(offload)}
         keywords |= {"max_memory": {"cpu": max_memory}} if max_memory else {}
-    with out_of_memory(f"{base.label}: loading it", f"Use {setting('calibration_dtype', 'bfloat16')}"):
+    with out_of_memory(f"{base.label}: loading it", f"Use {setting('calibration.dtype', 'bfloat16')}"):
         try:
             model = _from_pretrained(base, keywords)
         except Exception as error:  # a model class's own code fails in every way there is

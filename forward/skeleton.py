@@ -157,7 +157,8 @@ class Weights:
         owner: Any = self._model
         for step in name.split("."):
             owner = getattr(owner, step)
-        return self._names.get(id(owner), name)
+        found: str = self._names.get(id(owner), name)
+        return found
 
     def _cast(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype

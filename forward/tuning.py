@@ -47,9 +47,20 @@ class Choice:
         return f"{self.dtype}, {threads}, {self.batch_size} block{'s' * (self.batch_size != 1)} at a time{attention}"
 
 
+def is_choice(fields: dict[str, Any]) -> bool:
+    """Whether these are the fields of a choice, as JSON gave them."""
+    return bool(
+        fields.keys() == {"dtype", "threads", "batch_size", "attention"}
+        and fields["dtype"] in FLOAT_DTYPES
+        and all(type(fields[key]) is int and fields[key] > 0 for key in ("threads", "batch_size"))
+        and fields["attention"] in (None, "sdpa", "eager")
+    )
+
+
 def is_worth_timing(model: Any, tokens: int) -> bool:
     """Whether the work is long enough for its settings to be timed."""
-    return 2.0 * sum(parameter.numel() for parameter in model.parameters()) * tokens > WORTH_FLOPS
+    size: int = sum(parameter.numel() for parameter in model.parameters())
+    return 2.0 * size * tokens > WORTH_FLOPS
 
 
 def choose(

@@ -95,12 +95,12 @@ class Watch:
             hook = _hook(self._see, Use(name, 0, ((0, width),)))
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self._mode = self.in_thread()
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         assert self._mode is not None
-        self._mode.__exit__(*error)
+        self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -193,7 +193,7 @@ class _Dispatch(TorchDispatchMode):
     """What a function that has part of a parameter among its arguments really multiplies, and copies."""
 
     def __init__(self, watch: Watch):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._watch = watch
         aten = torch.ops.aten
         self._products: dict[Any, Callable[[Any], None]] = {

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from checkpoints.errors import ArgumentError, InputError
+from checkpoints.settings import setting
 from reports.bootstrap import Estimate
-from reports.table import Row, Table
+from reports.rows import Row
+from reports.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,14 +87,16 @@ def draw(table: Table, folder: Path | str) -> Figures:
                 paths += written
                 missing += [] if written else [f"{lacking}."]
     except OSError as error:
-        raise InputError(f"--figures {folder}: cannot be written: {error.strerror}. Choose another folder.") from error
+        raise InputError(
+            f"{setting('figures', folder)}: cannot be written: {error.strerror}. Choose another folder."
+        ) from error
     return Figures(paths, missing)
 
 
 def check_folder(folder: Path) -> None:
     """Raise ArgumentError where figures cannot be put into a folder because it is a file."""
     if folder.exists() and not folder.is_dir():
-        raise ArgumentError(f"--figures {folder}: expected a folder, got a file. Choose another folder.")
+        raise ArgumentError(f"{setting('figures', folder)}: expected a folder, got a file. Choose another folder.")
 
 
 def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -133,7 +137,8 @@ def _reach(estimates: Sequence[Estimate], scale: float = 1.0) -> np.ndarray[Any,
     ends = [
         (e.value - e.low, e.high - e.value) if e.low is not None and e.high is not None else (0, 0) for e in estimates
     ]
-    return scale * np.maximum(np.array(ends).T, 0)
+    reach: np.ndarray[Any, Any] = scale * np.maximum(np.array(ends).T, 0)
+    return reach
 
 
 # ------------------------------------------------------------------------------------------------- HV gain over omega

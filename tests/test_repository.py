@@ -15,15 +15,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("checkpoints", "streaming", "forward", "merging", "aim", "evaluation", "reports")
+PACKAGES = ("checkpoints", "alignment", "streaming", "forward", "merging", "aim", "evaluation", "reports")
 SIBLINGS = {"merging", "aim", "evaluation", "reports"}
-COMMANDS = sorted(path for path in ROOT.glob("*.py") if re.search(r"^def main\(", path.read_text(), re.MULTILINE))
+COMMANDS = [ROOT / name for name in ("compare_models.py", "evaluate_model.py", "merge.py", "performAIM.py")]
 
 # Package -> top-level modules that nothing in it may import. Imports point down: to checkpoints, never to a command.
-FORBIDDEN = {package: SIBLINGS - {package} | {"examples", "tests", "benchmarks"} for package in PACKAGES}
-FORBIDDEN["checkpoints"] |= {"streaming", "forward"}
-FORBIDDEN["forward"] |= {"streaming"}
-FORBIDDEN["streaming"] |= {"forward"}
+ABOVE = {"examples", "tests", "benchmarks", "commands", "argparse"}
+FORBIDDEN = {package: SIBLINGS - {package} | ABOVE for package in PACKAGES}
+FORBIDDEN["checkpoints"] |= {"streaming", "alignment", "forward"}
+FORBIDDEN["streaming"] |= {"alignment"}  # the loop knows no model, and what aligns models knows no loop
+FORBIDDEN["alignment"] |= {"streaming"}
+FORBIDDEN["forward"] |= {"streaming", "alignment"}
+for package in ("streaming", "alignment"):
+    FORBIDDEN[package] |= {"forward"}
 for modules in FORBIDDEN.values():
     modules.update(path.stem for path in COMMANDS)
 FORBIDDEN["reports"] |= {"torch", "transformers"}
@@ -82,6 +86,8 @@ def test_imports_only_point_down():
         "def f():\n    from aim import relax",
         "import importlib\nimportlib.import_module('aim.relax')",
         "from reports import tables",
+        "import argparse",
+        "from commands.shell import Parser",
     ],
 )
 def test_imports_check_finds_a_violation(line):
@@ -94,8 +100,105 @@ def test_imports_check_accepts_what_is_below(line):
     assert import_problems("merging/stream.py", line, FORBIDDEN) == []
 
 
+def import_circles(texts: dict[str, str]) -> list[list[str]]:
+    """Groups of modules that import each other, wherever the imports stand; a package's `__init__` is left out, as it names
+    what lies in the package.
+
+    Args:
+        texts: path from the repository's root -> source.
+    """
+    modules = {path.removesuffix(".py").replace("/", "."): path for path in texts if not path.endswith("__init__.py")}
+    below: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        tree = ast.parse(texts[path])
+        named = {name for _, name in imported_modules(tree)}
+        named |= {
+            f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.level == 0
+            for alias in node.names
+        }
+        below[module] = named & modules.keys()
+
+    def reached(module: str) -> set[str]:
+        found: set[str] = set()
+        waiting = list(below[module])
+        while waiting:
+            one = waiting.pop()
+            if one not in found:
+                found.add(one)
+                waiting += below[one]
+        return found
+
+    reach = {module: reached(module) for module in modules}
+    circles = {frozenset(one for one in reach[module] if module in reach[one]) for module in modules}
+    return sorted(sorted(circle) for circle in circles if circle)
+
+
+def test_no_modules_import_each_other():
+    assert import_circles(dict(sources(*PACKAGES))) == []
+
+
+def test_circle_check_finds_a_circle():
+    texts = {
+        "a/one.py": "def f():\n    from a import two",
+        "a/two.py": "import typing\nif typing.TYPE_CHECKING:\n    from b.three import x",
+        "b/three.py": "import a.one",
+        "b/four.py": "import a.one",
+        "a/__init__.py": "from a.one import f",
+    }
+    assert import_circles(texts) == [["a.one", "a.two", "b.three"]]
+
+
 def test_imports_check_keeps_torch_out_of_reports():
     assert len(import_problems("reports/tables.py", "def f():\n    import torch.nn", FORBIDDEN)) == 1
+
+
+# ------------------------------------------------------------------------------------------------- no flags below
+
+FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z][a-z_]+)")
+HOLD_FLAGS_STILL = ("checkpoints/staging.py", "evaluation/sandbox.py", "streaming/layout.py", "streaming/matching.py", "streaming/tokenizer_choice.py")  # fmt: skip
+"""Files that others are at work on."""
+
+
+def flags_of_commands() -> set[str]:
+    """The name of every flag of the four commands, but for what every program has."""
+    parsers = [importlib.import_module(path.stem).build_parser() for path in COMMANDS]
+    options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    return {option.removeprefix("--") for option in options} - {"help", "version", "h"}
+
+
+def flag_problems(path: str, source: str, flags: set[str]) -> list[str]:
+    """Strings, docstrings and comments excepted, that hold a flag of a command: a message names a setting."""
+    tree = ast.parse(source)
+    prose = docstrings(tree)
+    return [
+        f"{path}:{node.lineno}: {match[0]}; write setting('{match[1]}'), which each door shows in its own way"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+        for match in FLAG.finditer(node.value)
+        if match[1] in flags
+    ]
+
+
+def test_no_package_holds_a_flag():
+    flags = flags_of_commands()
+    assert {"omega", "n_samples", "save_path", "limit"} <= flags
+    files = [(path, source) for path, source in sources(*PACKAGES) if path not in HOLD_FLAGS_STILL]
+    problems = [problem for path, source in files for problem in flag_problems(path, source, flags)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("line", ["x = '--omega: no'", "x = f'{y}: use --no-resume'", "f('a', b='see --omega.')"])
+def test_flag_check_finds_a_flag(line):
+    assert len(flag_problems("merging/plan.py", line, {"omega", "resume"})) == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["x = '--dir'", '"""The value of --omega."""', "x = 'a--omega'", "x = setting('omega')"]
+)
+def test_flag_check_accepts_what_is_none(line):
+    assert flag_problems("merging/plan.py", line, {"omega"}) == []
 
 
 # ------------------------------------------------------------------------------------- no per-architecture branches
@@ -182,7 +285,7 @@ def architecture_problems(path: str, source: str) -> list[str]:
 
 
 def test_no_branches_per_architecture():
-    files = sources("checkpoints", "streaming", "forward", "merging", "aim")
+    files = sources("checkpoints", "alignment", "streaming", "forward", "merging", "aim")
     problems = [problem for path, source in files for problem in architecture_problems(path, source)]
     assert not problems, "\n".join(problems)
 
