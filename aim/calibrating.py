@@ -92,6 +92,8 @@ class CalibrationOptions:
 
     def as_json(self) -> dict[str, Any]:
         """What of it decides the statistics, for JSON: not how the model is kept in memory."""
+        if self.numerics == "reference":
+            return {"dtype": "auto", "batch_size": 1}
         return {"dtype": self.dtype, "batch_size": self.batch_size, "tolerance": self.stops_at}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from aim.calibrating import Calibrating, CalibrationOptions
+from aim.enough import Enough
 from aim.statistics import Activations
 from checkpoints.model import Model
 from checkpoints.source import FLOAT_DTYPES
@@ -103,19 +103,37 @@ def _first_tokens(tokens: torch.Tensor, blocks: int) -> tuple[torch.Tensor, ...]
     return found
 
 
-def _shares(this: Calibrating, tokens: int, layers: int) -> Callable[[int], None]:
-    """Tell of a pass's tokens, a part of them after each layer."""
-    told = [0]
+class _Through:
+    """What is done after each layer of a pass: tell of its tokens, a part of them each time, and keep the sums now and then."""
 
-    def through(layer: int) -> None:
-        now = tokens * min(layer, layers) // layers
-        this.progress(now - told[0])
-        told[0] = now
+    def __init__(self, this: Calibrating, layers: Layerwise, enough: Enough, begin: int, tokens: int):
+        self._this, self._layers, self._enough, self._begin = this, layers, enough, begin
+        self._tokens, self._told = tokens, 0
 
-    return through
+    def __call__(self, done: int) -> None:
+        count = len(self._layers.layers)
+        now = self._tokens * min(done, count) // count
+        self._this.progress(now - self._told)
+        self._told = now
+        if self._this.unfinished and self._layers.at is not None and self._layers.can_be_kept:
+            self._this.unfinished.keep_layer(self._enough, self._layers.state, self._begin)
 
 
 def layerwise(this: Calibrating) -> Activations:
+    """Calibrate layer by layer, from where an earlier run stopped where that can be done. See `_layerwise`."""
+    try:
+        return _layerwise(this)
+    except _BeginAgain:
+        assert this.unfinished is not None
+        this.unfinished.forget()
+        return _layerwise(this)
+
+
+class _BeginAgain(Exception):
+    """What is kept of a pass cannot be gone on with."""
+
+
+def _layerwise(this: Calibrating) -> Activations:
     """Calibrate with one layer's weights in memory at a time; all of the text that is run before it is looked at goes through
     a layer before the next is read."""
     options = this.options
@@ -150,12 +168,21 @@ def layerwise(this: Calibrating) -> Activations:
         )
         this.progress(0)
         done = this.unfinished.restore(enough) if this.unfinished else 0
+        hidden = this.unfinished.hidden if this.unfinished else {}
         this.progress(tokens[:done].numel())
         passes = 0
         for begin, end in enough.passes(done):
             part = tokens[begin:end]
-            layers.run(part.split(choice.batch_size), _shares(this, part.numel(), len(layers.layers)))
-            passes, done = passes + 1, end
+            through = _Through(this, layers, enough, begin, part.numel())
+            batches = part.split(choice.batch_size)
+            if hidden and layers.restore(batches, hidden):
+                layers.go_on(through)
+            elif hidden:
+                this.note("what an earlier run kept cannot be gone on with at its layer: begun again")
+                raise _BeginAgain
+            else:
+                layers.run(batches, through)
+            passes, done, hidden = passes + 1, end, {}
             watcher.check_finite()
             if enough.at(done):
                 break

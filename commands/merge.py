@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from aim.reading import Given
     from aim.request import AimRequest
+    from alignment.layout import Layout
     from merging.recipe import Recipe
-    from streaming.layout import Layout
     from streaming.output import RunOptions
 
 
@@ -196,8 +196,8 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """What to merge, from flags or a file. Raises InputError where something is wrong."""
     if arguments.config is not None:
         return read_config(arguments)
+    from alignment.layout import Layout
     from merging.recipe_flags import make_recipe
-    from streaming.layout import Layout
 
     seed_is_aims = arguments.control == "permuted" and not get_method(arguments.method).draws
     layout: Layout | None = None

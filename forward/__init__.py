@@ -7,5 +7,5 @@ What sees them is up to the caller: AIM sums up |x| per channel, merging by seco
     with watch:
         run_blocks(loaded, batches)                            # forward.whole
 
-Imports nothing heavy, so that a command can call `forward.process` before torch is imported.
+Layer by layer, for models that are larger than the memory, and for several models in step: `forward.layerwise`.
 """

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from checkpoints.errors import InputError
 from checkpoints.model import Model
 from forward.layers import find_layers
 from forward.shelf import Shelf
@@ -110,6 +111,10 @@ class Layerwise:
     def run(self, batches: Sequence[torch.Tensor], through: Callable[[int], object] = lambda layers: None) -> None:
         """Run batches through all layers; `through` is called with how many layers are done."""
         self.start(batches)
+        self.go_on(through)
+
+    def go_on(self, through: Callable[[int], object] = lambda layers: None) -> None:
+        """Run what stands before a layer through the rest; see `run`."""
         while self.at is not None:
             self.advance()
             through(self.calls)
@@ -157,7 +162,7 @@ class Layerwise:
     @property
     def can_be_kept(self) -> bool:
         """Whether `state` is all that is needed to go on at this layer; see `Steps.can_go_on`."""
-        return self._steps.can_go_on and self._shelf is None
+        return self._steps.can_go_on and (self._shelf is None or self._shelf.is_in_memory)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors that the batches stand before their layer with, under names that `restore` knows."""
@@ -169,14 +174,17 @@ class Layerwise:
 
     def restore(self, batches: Sequence[torch.Tensor], tensors: dict[str, torch.Tensor]) -> bool:
         """Have batches stand where `state` was taken. Returns: whether that could be done; else nothing has been begun."""
-        self._steps.form = int(tensors["form"]) or None
         try:
+            self._steps.runs.clear()
+            self._steps.form = int(tensors["form"]) or None
             for position, batch in enumerate(batches):
                 count = sum(name.startswith(f"{position}.") for name in tensors)
                 arguments = [tensors[f"{position}.{number}"] for number in range(count)]
                 with self._counting(batch):
-                    self._steps.start(batch, skip=int(tensors["calls"]), arguments=arguments)
-        except (ValueError, KeyError):
+                    run = self._steps.start(batch, skip=int(tensors["calls"]), arguments=arguments)
+                if self._shelf:
+                    self._shelf.put(run)
+        except (ValueError, KeyError, InputError):
             for run in self._steps.runs:
                 run.cancel()
             self._steps.runs.clear()

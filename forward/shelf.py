@@ -30,6 +30,11 @@ class Shelf:
         self._used_bytes = 0
         self._away: dict[int, list[tuple[torch.UntypedStorage, int, Path]]] = {}
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether nothing is on disk."""
+        return not any(self._away.values())
+
     def check_room(self, run: Run, runs: int) -> None:
         """Raise InputError where so many runs as this one fit neither in memory nor on disk."""
         needed = sum(storage.nbytes() for storage in _large(run)) * runs

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import forward.tuning
+from checkpoints.process import WAITING, wait_passively
 from forward.loading import load
-from forward.process import WAITING, wait_passively
 from forward.tuning import Choice, choose, is_worth_timing, threads
 from tests.aim_runs import calibrate_on, make_family, open_folder, random_tokens
 
@@ -135,6 +135,7 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise() -> None:
     environment = {"OMP_WAIT_POLICY": "active"}
     wait_passively(environment)
     assert environment == {"OMP_WAIT_POLICY": "active"}
-    program = "import sys, forward.process; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
-    assert done.stdout == "False\n"
+    program = "import os, sys\nfrom checkpoints.process import own_process\nwith own_process(): print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key not in WAITING}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "passive False\n"
