@@ -44,7 +44,7 @@ def check_block_size(base: Model, block_size: int) -> None:
     """Raise InputError where blocks have more tokens than the base has positions: it would fail on them, or make no sense."""
     config = config_of(base)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and block_size > positions:
+    if isinstance(positions, int) and 0 < positions < block_size:  # -1: as many as you like
         raise InputError(
             f"{setting('block_size')}: expected at most the {positions} positions of {base.label}, got {block_size}. Lower it."
         )
