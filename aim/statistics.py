@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from checkpoints.errors import InputError
+from checkpoints.pieces import Origin
 from checkpoints.safetensors_format import load_tensors, pack_tensors, read_metadata, save_tensors, unpack_tensors
 from checkpoints.settings import setting
 
@@ -68,6 +69,10 @@ class ChannelStatistics(Means):
             raise KeyError(sorted(missing)[0])
         return cls(**own, after_first=Means(**after) if after else None)
 
+    def of_expert(self, expert: int) -> ChannelStatistics:
+        """Those of one of several experts."""
+        return ChannelStatistics.of({key: value[expert] for key, value in self.tensors().items()})
+
 
 def stack_statistics(ones: Sequence[ChannelStatistics]) -> ChannelStatistics:
     """Of experts `[in]` each to those of all, `[experts, in]`. What an expert that saw no token lacks is 0 there."""
@@ -76,6 +81,13 @@ def stack_statistics(ones: Sequence[ChannelStatistics]) -> ChannelStatistics:
     keys -= {key for one, tensors in zip(ones, whole, strict=True) if bool(one.tokens) for key in keys - tensors.keys()}
     empty = {key: torch.zeros_like(ones[0].tokens if key.endswith("tokens") else ones[0].mean_abs) for key in keys}
     return ChannelStatistics.of({key: torch.stack([one.get(key, empty[key]) for one in whole]) for key in sorted(keys)})
+
+
+def _without_gaps(experts: Sequence[ChannelStatistics | None]) -> list[ChannelStatistics]:
+    """Those of several experts; zero for one that has none, as it saw no token."""
+    some = next(one for one in experts if one is not None)
+    none = ChannelStatistics.of({key: torch.zeros_like(value) for key, value in some.tensors().items()})
+    return [none if one is None else one for one in experts]
 
 
 @dataclass(frozen=True)
@@ -106,11 +118,25 @@ class Activations:
                 found.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
         return found.hexdigest()
 
-    def renamed(self, names: Mapping[str, str]) -> Activations:
-        """The same under other tensor names: old -> new; the rest keep theirs."""
-        statistics = {names.get(key, key): value for key, value in self.statistics.items()}
-        silent = {names.get(key, key): why for key, why in self.silent.items()}
-        dims = {names.get(key, key): dim for key, dim in self.input_dims.items()}
+    def renamed(self, origins: Mapping[str, Sequence[Origin]]) -> Activations:
+        """The same for output tensors that are other ones in the base's files; see `Selection.renamed`."""
+        used = {one.name for parts in origins.values() for one in parts}
+        statistics = {name: one for name, one in self.statistics.items() if name not in used}
+        silent = {name: why for name, why in self.silent.items() if name not in used}
+        dims = {name: dim for name, dim in self.input_dims.items() if name not in used}
+        for name, parts in origins.items():
+            first = parts[0]
+            known = [self.statistics.get(one.name) for one in parts]
+            if first.name in self.input_dims:
+                packed = int(len(parts) > 1) - int(first.expert is not None)
+                dims[name] = self.input_dims[first.name] + packed
+            if all(one is None for one in known):
+                silent[name] = self.silent.get(first.name, "no statistics")
+            elif len(parts) == 1:
+                assert known[0] is not None
+                statistics[name] = known[0] if first.expert is None else known[0].of_expert(first.expert)
+            else:
+                statistics[name] = stack_statistics(_without_gaps(known))
         return Activations(statistics, self.base, self.calibration, silent, dims)
 
     def save(self, path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from aim.activations import Target
 from checkpoints.errors import InputError
 from checkpoints.model import Model
+from checkpoints.pieces import Origin
 from checkpoints.placements import Placement
 from checkpoints.reader import equal_tensors
 from checkpoints.settings import Remark, setting
+
+Origins = Mapping[str, Sequence[Origin]]
+"""Output tensor -> what it is in the base's files: one tensor, or one for each expert that is packed in it."""
 
 REASONS = {
     "embedding": "an embedding",
@@ -35,13 +39,34 @@ class Selection:
     input_dims: Mapping[str, int]
     skipped: Mapping[str, str]
 
-    def renamed(self, names: Mapping[str, str]) -> Selection:
-        """The same under other tensor names: old -> new; the rest keep theirs."""
-        return Selection(
-            {names.get(key, key): value for key, value in self.targets.items()},
-            {names.get(key, key): value for key, value in self.input_dims.items()},
-            {names.get(key, key): value for key, value in self.skipped.items()},
-        )
+    def renamed(self, origins: Origins) -> Selection:
+        """The same for output tensors that are other ones in the base's files; the rest keep their names.
+
+        Args:
+            origins: output tensor -> what it is there.
+        """
+        targets, dims, skipped = dict(self.targets), dict(self.input_dims), dict(self.skipped)
+        for name in {one.name for parts in origins.values() for one in parts}:
+            targets.pop(name, None)
+            dims.pop(name, None)
+            skipped.pop(name, None)
+        for name, parts in origins.items():
+            first = parts[0]
+            if first.name not in self.targets:
+                skipped[name] = self.skipped.get(first.name, "not stored in the base")
+                continue
+            target, dim = self.targets[first.name], self.input_dims.get(first.name)
+            more = 0
+            if first.expert is not None:  # one of those that are packed there
+                axes = tuple(None if axis in (None, 0) else axis - 1 for axis in target.axes)
+                target, more = replace(target, axes=axes, shape=target.shape[1:], expert=first.expert), -1
+            elif len(parts) > 1:
+                axes = tuple(0 if axis is None else axis + 1 for axis in target.axes)
+                target, more = replace(target, axes=axes, shape=(len(parts), *target.shape), expert=None), 1
+            targets[name] = target
+            if dim is not None:
+                dims[name] = dim + more
+        return Selection(targets, dims, skipped)
 
 
 def select_targets(base: Model) -> Selection:

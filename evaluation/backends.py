@@ -13,10 +13,8 @@ from typing import Any
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.settings import setting
 from checkpoints.sidecars import read_config
-from evaluation.model import BackendName, Model, ModelOptions
-
-# What a library raises for a folder that is no model it can load.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError)
+from evaluation.chat_template import confine_templates
+from evaluation.model import LOAD_ERRORS, BackendName, Model, ModelOptions
 
 
 def count_gpus() -> int:
@@ -93,6 +91,7 @@ def load_model(folder: Path, label: str, options: ModelOptions) -> Model:
     Raises: InputError: it cannot be loaded, or weights of it are missing.
     """
     _quiet()
+    confine_templates()
     try:
         return _load_vllm(folder, label, options) if options.backend == "vllm" else _load_hf(folder, label, options)
     except InputError:
