@@ -39,7 +39,7 @@ family: $(RUNTIME)  ## train the tiny models again, from nothing (20 to 40 minut
 test: $(DEV)  ## all tests, without network
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
 
-fuzz: $(DEV)  ## 24,000 mutated checkpoints, each merged right or refused in one message (7 minutes on two cores; FUZZ_ARGS="--mutants 20000")
+fuzz: $(DEV)  ## 24,000 mutated checkpoints and 20,000 files of our own, each used right or refused in one message (half an hour on two cores; FUZZ_ARGS="--mutants 20000")
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.fuzz $(FUZZ_ARGS)
 
 check: $(DEV)  ## lint, formatting, types, and which package may import which

@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from aim.calibrate import Numerics, select
-from aim.request import AimRequest, Relaxing
+from aim.choices import Relaxing
+from aim.request import AimRequest
 from aim.statistics import Activations
 from alignment.align import Alignment, align
 from alignment.configs import check_configs
@@ -18,12 +19,13 @@ from alignment.output_check import check_output
 from alignment.stored import check_plain
 from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.escaping import markdown_code
 from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
+from checkpoints.save_path import read_recipe
 from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.source import FLOAT_DTYPES, TensorInfo
-from checkpoints.staging import read_recipe
 from checkpoints.writer import plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
 from streaming.job import Job, Result, Step, Work, plan_job
@@ -145,7 +147,7 @@ def make_work(
             "seed": None,
         },
         record={"merged_recipe": read_recipe(merged.location.folder)},
-        card=f"`{merged.label}`, a model merged from fine-tunes of `{base.label}`, relaxed towards it.",
+        card=f"{markdown_code(merged.label)}, a model merged from fine-tunes of {markdown_code(base.label)}, relaxed towards it.",
         notes=notes,
         warnings=[*problems.warnings, *warnings],
         merged=merged,

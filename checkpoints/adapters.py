@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 from checkpoints.errors import InputError, Refusals
+from checkpoints.patterns import pattern
 from checkpoints.reader import ADAPTER_CONFIG, Checkpoint, WeightFile, read_tensor
 from checkpoints.sidecars import SideFiles, read_json
 from checkpoints.source import READ_ELEMENTS, TensorInfo
@@ -59,6 +60,7 @@ class AdapterConfig:
     """What adapter_config.json says.
 
     base, revision: the model that it was trained on, as its author named it; None where it names none.
+    label: of the adapter, for messages.
     """
 
     base: str | None
@@ -71,11 +73,15 @@ class AdapterConfig:
     """Ends of the names of modules that were trained as copies of their own (`modules_to_save`)."""
     keeps_ties: bool = False
     """Whether what it does to an embedding it does to the head that is tied to it (`ensure_weight_tying`)."""
+    label: str = ""
 
     def scaling(self, module: str, rank: int) -> float:
         """What the product of a module's factors is multiplied with."""
         # The first pattern that fits the end of the module's name counts, as in peft.
-        fitting = (key for key in self.alpha_pattern if re.match(rf"(.*\.)?({key})$", module))
+        where = f"{self.label}: {ADAPTER_CONFIG}: alpha_pattern"
+        fitting = (
+            key for key in self.alpha_pattern if pattern(where, rf"\A(?:(.*\.)?({key})$)", InputError).found_in(module)
+        )
         alpha = self.alpha_pattern[key] if (key := next(fitting, None)) is not None else self.alpha
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
@@ -104,6 +110,7 @@ def read_adapter_config(folder: Path, label: str) -> AdapterConfig:
             transposed=bool(content.get("fan_in_fan_out")),
             saved_whole=tuple(map(str, content.get("modules_to_save") or ())),
             keeps_ties=bool(content.get("ensure_weight_tying")),
+            label=label,
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(

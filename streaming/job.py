@@ -22,9 +22,10 @@ from checkpoints.errors import AlreadyComplete
 from checkpoints.folder import Folder
 from checkpoints.model import Model, close_all
 from checkpoints.problems import Problems
+from checkpoints.save_path import RECIPE_FILE, check_save_path, check_space
 from checkpoints.settings import Show, as_flag, as_in_python, shown
 from checkpoints.sidecars import SideFiles
-from checkpoints.staging import RECIPE_FILE, Stage, check_complete, check_save_path, check_space, staged
+from checkpoints.staging import Stage, check_complete, staged
 from checkpoints.writer import Shard
 from streaming.output import (
     Findings,
@@ -32,6 +33,7 @@ from streaming.output import (
     Variant,
     Written,
     bytes_written,
+    files_to_write,
     files_written,
     identity_of,
     unfinished,
@@ -250,6 +252,10 @@ class Job:
             identity=self.identity,
             resume=self.options.resume,
         )
+
+    def files_to_write(self) -> dict[str, int]:
+        """Every file of one checkpoint but its card and recipe -> bytes."""
+        return files_to_write(self.work.shards, self.work.files)
 
     def as_json(self) -> dict[str, Any]:
         """The plan for programs, the step's part under `aim`."""

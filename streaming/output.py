@@ -17,8 +17,9 @@ from checkpoints.finished import Finished
 from checkpoints.folder import Folder
 from checkpoints.model import Model, close_all
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
+from checkpoints.save_path import RECIPE_FILE
 from checkpoints.sidecars import SideFiles
-from checkpoints.staging import RECIPE_FILE, Stage
+from checkpoints.staging import Stage
 from checkpoints.writer import CheckpointWriter, Shard, file_names
 from streaming.commits import Commits
 from streaming.log import Log, no_log
@@ -243,6 +244,12 @@ def unfinished(tensors: Sequence[PlannedTensor], stage: Stage) -> list[PlannedTe
 def files_written(shards: Sequence[Shard], files: SideFiles) -> list[str]:
     """What `write_checkpoints` and `write_description` write into a checkpoint's folder, for `checkpoints.staging.staged`."""
     return [*file_names(shards), *files.names, CARD_FILE, RECIPE_FILE]
+
+
+def files_to_write(shards: Sequence[Shard], files: SideFiles) -> dict[str, int]:
+    """Weights, their index and side files of a checkpoint -> bytes, as far as they are known before it is written."""
+    sizes = {shard.file_name: shard.size for shard in shards}
+    return sizes | {name: len(files.read(name)) for name in files.names}
 
 
 def bytes_written(tensors: Sequence[PlannedTensor]) -> int:

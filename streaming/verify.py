@@ -15,9 +15,9 @@ from checkpoints.chat_templates import DEFAULT, end_markers, templates_of
 from checkpoints.errors import InputError, Refusals
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.model import Model, open_model
+from checkpoints.save_path import RECIPE_FILE, SWEEP_PREFIX
 from checkpoints.settings import setting
 from checkpoints.source import READ_ELEMENTS
-from checkpoints.staging import RECIPE_FILE, SWEEP_PREFIX
 from checkpoints.tokenizer_files import end_tokens
 from checkpoints.writer import chunked_sha256
 from streaming.stream import all_finite

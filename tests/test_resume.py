@@ -19,7 +19,8 @@ from aim.activations import Watcher
 from checkpoints.errors import WriteError
 from checkpoints.folder import Folder
 from checkpoints.journal import Journal
-from checkpoints.staging import STATE, partial_folder
+from checkpoints.save_path import partial_folder
+from checkpoints.work_folder import STATE
 from checkpoints.writer import CheckpointWriter
 from merging import make_recipe
 from merging.run import prepare
