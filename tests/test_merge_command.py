@@ -162,7 +162,8 @@ def test_everything_beside_the_weights(run, models, tmp_path):
     for name in wanted + other:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_bytes(f"{name}: \r\n\xff".encode("latin-1"))
-    (base / "added_tokens.json").write_bytes(b'{"<unk>":\r\n0}')  # the one of them that is read
+    (base / "added_tokens.json").write_bytes(b'{"<unk>":\r\n0}')  # the two of them that are read
+    (base / "generation_config.json").write_bytes(b"{\r\n}")
     run("--base_model=base")
     assert names("out") == sorted([*PLAIN, *wanted])
     for name in wanted:
@@ -286,7 +287,7 @@ def test_recipe_file(run):
     assert list(content) == [
         "schema", "merge_method", "base_model", "models", "parameters", "tokenizer_source", "new_token_rows",
         "pad_to_multiple_of", "tie_word_embeddings", "chat_template", "copy_tokenizer_from", "out_dtype", "exclude", "only", "seed",
-        "outputs", "notes", "warnings", "report", "side_files", "inputs", "versions", "command", "identity",
+        "outputs", "notes", "warnings", "report", "inputs", "versions", "command", "identity", "side_files",
     ]  # fmt: skip
     assert content["merge_method"] == "dare_ties"
     assert content["base_model"] == "in/base"
