@@ -113,14 +113,15 @@ def check_activations(
     taken = activations.calibration.get("numerics")
     if (taken == "reference") != (numerics == "reference"):
         raise InputError(f"{source}: were taken with {setting('numerics', taken)}. Use the same here.")
+    dims = {**selection.input_dims, **activations.input_dims}
     for name, statistics in activations.statistics.items():
-        target = selection.targets.get(name)
-        experts = [] if target is None or target.experts is None else [target.experts]
-        expected = None if target is None else [*experts, target.width]
-        if list(statistics.mean_abs.shape) != expected:
+        got, shape = list(statistics.mean_abs.shape), selection.targets[name].shape if name in selection.targets else ()
+        width = shape[dims[name]] if name in dims and dims[name] < len(shape) else None
+        expected = [] if width is None else [[width], [shape[0], width]] if len(shape) > 2 else [[width]]
+        if got not in expected:
             raise InputError(
-                f"{source}: {name}: expected {f'shape {expected}' if expected else 'no statistics'} as in {base.label}, "
-                f"got {list(statistics.mean_abs.shape)}. Calibrate again."
+                f"{source}: {name}: expected {f'shape {expected[-1]}' if expected else 'no statistics'} as in {base.label}, "
+                f"got {got}. Calibrate again."
             )
 
 

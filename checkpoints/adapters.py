@@ -74,6 +74,7 @@ class AdapterConfig:
     keeps_ties: bool = False
     """Whether what it does to an embedding it does to the head that is tied to it (`ensure_weight_tying`)."""
     label: str = ""
+    """How messages name it."""
 
     def scaling(self, module: str, rank: int) -> float:
         """What the product of a module's factors is multiplied with."""
@@ -108,9 +109,9 @@ def read_adapter_config(folder: Path, label: str) -> AdapterConfig:
             alpha_pattern={str(key): float(value) for key, value in (content.get("alpha_pattern") or {}).items()},
             rank_stabilised=bool(content.get("use_rslora")),
             transposed=bool(content.get("fan_in_fan_out")),
+            label=label,
             saved_whole=tuple(map(str, content.get("modules_to_save") or ())),
             keeps_ties=bool(content.get("ensure_weight_tying")),
-            label=label,
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(

@@ -245,9 +245,15 @@ def _place(
     kind, dim = _classify(model, group.parameter)
     try:
         made = _convert(group, sources, shape, model.config)
-        if dim is not None and group.converter is not None:
-            dim = _trace(group, sources, shape, dim, model.config)
-            kind = "other" if dim is None else kind
+        axes: tuple[int | None, ...] = tuple(range(len(shape)))
+        if group.converter is not None:
+            stored = len(next(iter(sources.values())))
+            axes = tuple(
+                None if len(shape) - axis > stored else _trace(group, sources, shape, axis, model.config)
+                for axis in range(len(shape))
+            )
+            dim = dim if dim is None else axes[dim]
+            kind = "other" if dim is None and kind in ("linear", "conv1d", "experts", "norm") else kind
     except (RuntimeError, ValueError, IndexError) as error:  # such as experts of different shapes: they do not stack
         return dict.fromkeys(sources, Placement(group.parameter, "other")), f"{group.parameter}: {error}"
     complaint = "; ".join(
@@ -262,13 +268,13 @@ def _place(
     for name, pattern in group.sources:
         if not stacked:
             others = tuple(other for other in made if other != group.parameter)
-            placements[name] = Placement(group.parameter, kind, dim, None, others, starts.get(name))
+            placements[name] = Placement(group.parameter, kind, dim, None, others, starts.get(name), axes)
             continue
         # More tensors than a parameter has experts: transformers fills the converter's next target with the rest.
         target, expert = divmod(count.get(pattern, 0), shape[0])
         count[pattern] = count.get(pattern, 0) + 1
         parameter = [*made][min(target, len(made) - 1)]
-        placements[name] = Placement(parameter, kind, dim, expert, start=starts.get(name))
+        placements[name] = Placement(parameter, kind, dim, expert, (), starts.get(name), axes)
     return placements, complaint
 
 
@@ -281,12 +287,69 @@ def _convert(group: _Group, sources: Mapping[str, Shape], shape: Shape, config: 
     """
     if group.converter is None:
         return {group.parameter: next(iter(sources.values()))}
+    empty = {name: torch.empty(one, device="meta") for name, one in sources.items()}
+    return {name: tuple(tensor.shape) for name, tensor in _run_converter(group, empty, shape, config).items()}
+
+
+def _run_converter(
+    group: _Group, tensors: Mapping[str, torch.Tensor], shape: Shape, config: Any
+) -> dict[str, torch.Tensor]:
+    """What transformers' converter makes of a group's tensors; `shape`: of the parameter, in the model."""
     converter = deepcopy(group.converter)
     for name, pattern in group.sources:
-        converter.add_tensor(group.parameter, name, pattern, torch.empty(sources[name], device="meta"))
+        converter.add_tensor(group.parameter, name, pattern, tensors[name])
     model = SimpleNamespace(get_parameter=lambda _: torch.empty(shape, device="meta"))
     made = converter.convert(group.parameter, model=model, config=config)
-    return {name: tuple((tensor[0] if isinstance(tensor, list) else tensor).shape) for name, tensor in made.items()}
+    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+class Conversion:
+    """How stored tensors become a model's parameters and buffers, as transformers does it when it loads them.
+
+    Args:
+        model: with its parameters on the meta device; shapes: name and shape of every stored tensor.
+
+    Attributes:
+        targets: the parameter or buffer that each conversion is known by; it may make further ones.
+    """
+
+    def __init__(self, model: Any, shapes: Mapping[str, Shape]):
+        self._model = model
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        groups, _ = _match_names(model, shapes)
+        self._groups = {group.parameter: group for group in groups}
+        self._made = {
+            name: list(
+                _convert(
+                    group,
+                    {source: tuple(shapes[source]) for source, _ in group.sources},
+                    self._shapes[name],
+                    model.config,
+                )
+            )
+            for name, group in self._groups.items()
+        }
+        self.targets = tuple(self._groups)
+
+    def made(self, target: str) -> list[str]:
+        """Names of all that a conversion makes."""
+        return self._made[target]
+
+    def sources(self, target: str) -> list[str]:
+        """Names of the stored tensors that a conversion takes."""
+        return [name for name, _ in self._groups[target].sources]
+
+    def plain_source(self, target: str) -> str | None:
+        """The one stored tensor that is taken as it is; None where a conversion changes something."""
+        group = self._groups[target]
+        return group.sources[0][0] if group.converter is None else None
+
+    def make(self, target: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the stored tensors become, by names of parameters and buffers."""
+        group = self._groups[target]
+        if group.converter is None:
+            return {target: next(iter(tensors.values()))}
+        return _run_converter(group, tensors, self._shapes[target], self._model.config)
 
 
 def _starts(group: _Group, sources: Mapping[str, Shape], shape: Shape, config: Any) -> dict[str, int]:
@@ -361,6 +424,8 @@ def _classify(model: Any, parameter: str) -> tuple[Kind, int | None]:
         return "linear", 1
     if leaf == "weight" and isinstance(module, Conv1D):
         return "conv1d", 0
+    if n_dims > 2 and isinstance(module, nn.modules.conv._ConvNd):
+        return "convolution", None
     # Set by transformers on every module of experts that its `ALL_EXPERTS_FUNCTIONS` can run.
     if n_dims == 3 and hasattr(module, "is_transposed"):
         return "experts", 1 if module.is_transposed else 2

@@ -9,7 +9,7 @@ from typing import Literal
 
 from checkpoints.tensor_names import layer_of
 
-Kind = Literal["linear", "conv1d", "experts", "norm", "embedding", "bias", "other"]
+Kind = Literal["linear", "conv1d", "experts", "norm", "embedding", "bias", "convolution", "other"]
 Shape = tuple[int, ...]
 
 
@@ -22,7 +22,8 @@ class Placement:
     kind: Kind
     """linear: a matrix that its module multiplies the input with; conv1d: the same, stored input first; experts: such
     matrices fused for all experts of a layer; norm: one-dimensional, and a norm if the module's input is as wide (who
-    sees inputs checks that); embedding: an nn.Embedding, or what one is tied to; bias; other: anything else."""
+    sees inputs checks that); embedding: an nn.Embedding, or what one is tied to; bias; convolution: its kernel; other: anything
+    else, whose use only a run of the model tells."""
     input_dim: int | None = None
     """The dimension of the tensor ON DISK that runs over the module's input channels; None where none does."""
     expert: int | None = None
@@ -32,6 +33,9 @@ class Placement:
     start: int | None = field(default=None, compare=False)
     """Where in the flattened parameter the flattened tensor begins, which is one run of its elements, in order; None where
     it is not: transposed, say, or cut into several parameters."""
+
+    axes: tuple[int | None, ...] = field(default=(), compare=False)
+    """For each dimension of the parameter the one of the tensor on disk that becomes it whole; None where none does."""
 
     @property
     def module(self) -> str:
