@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     import torch
 
     from aim.console import AimRequest
+    from alignment.layout import Layout
     from checkpoints.upload import Upload
     from merging.recipe import Recipe
     from merging.run import Job
-    from streaming.layout import Layout
     from streaming.output import RunOptions
 
 
@@ -178,8 +178,8 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """What to merge, from flags or a file, whose block on AIM is added to the flags. Raises InputError where one is wrong."""
     if arguments.config is not None:
         return read_config(arguments)
+    from alignment.layout import Layout
     from merging.recipe_flags import make_recipe
-    from streaming.layout import Layout
 
     seed_is_aims = arguments.control == "permuted" and not get_method(arguments.method).draws
     layout: Layout | None = None

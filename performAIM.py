@@ -23,8 +23,8 @@ from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 if TYPE_CHECKING:
     from aim.console import AimRequest
     from aim.run import AimJob
+    from alignment.layout import Layout
     from checkpoints.upload import Upload
-    from streaming.layout import Layout
     from streaming.output import RunOptions
 
 

@@ -2,7 +2,7 @@
 
 from aim import CalibrationData, Omega, Relaxing, relax_checkpoint
 from aim.calibrate import calibrate
-from checkpoints.model import open_model
+from checkpoints import open_model
 
 base, merged = open_model("BASE"), open_model("MERGED")
 activations = calibrate(base, CalibrationData("texts.jsonl"))
@@ -11,22 +11,28 @@ relax_checkpoint(merged, base, activations, "OUT", Relaxing((Omega(0.4),)))
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "Activations": "aim.statistics",
-    "CalibrationData": "aim.calibration",
-    "Omega": "aim.omegas",
-    "Relaxing": "aim.relaxing",
-    "load_activations": "aim.statistics",
-    "relax_checkpoint": "aim.run",
-}
+from checkpoints.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from aim.calibration import CalibrationData as CalibrationData
+    from aim.omegas import Omega as Omega
+    from aim.relaxing import Relaxing as Relaxing
+    from aim.run import relax_checkpoint as relax_checkpoint
+    from aim.statistics import Activations as Activations
+    from aim.statistics import load_activations as load_activations
+else:
+    __getattr__ = lazy_exports(
+        __name__,
+        {
+            "Activations": "aim.statistics",
+            "CalibrationData": "aim.calibration",
+            "Omega": "aim.omegas",
+            "Relaxing": "aim.relaxing",
+            "load_activations": "aim.statistics",
+            "relax_checkpoint": "aim.run",
+        },
+    )
+
 __all__ = ["Activations", "CalibrationData", "Omega", "Relaxing", "load_activations", "relax_checkpoint"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that `--help` needs no torch."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'aim' has no attribute '{name}'")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -236,12 +236,12 @@ class _ExpertWatch(TorchFunctionMode):
     def entering(self, name: str) -> Any:
         def hook(module: torch.nn.Module, args: Any) -> None:
             self._name, self._module = name, module
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
         return hook
 
     def leaving(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self.__exit__(None, None, None)
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.PRODUCTS and len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].ndim == 2:

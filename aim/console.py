@@ -32,8 +32,8 @@ from aim.unfinished import UnfinishedCalibration
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model
 from checkpoints.staging import Stage
+from checkpoints.tensor_names import kind_of
 from checkpoints.writer import chunked_sha256
-from streaming.blocks import kind_of
 from streaming.stream import PlannedTensor
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]

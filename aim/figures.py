@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from checkpoints.errors import InputError
-from streaming.blocks import kind_of
+from checkpoints.tensor_names import kind_of
 
 
 def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path, *, title: str = "") -> list[Path]:

@@ -22,7 +22,7 @@ from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
 from checkpoints.staging import SWEEP_PREFIX
-from streaming.blocks import kind_of
+from checkpoints.tensor_names import kind_of
 from streaming.output import Variant
 from streaming.stream import PlannedTensor
 

@@ -14,6 +14,10 @@ import torch
 from aim.calibrate import Numerics
 from aim.relaxing import Relaxations, Relaxing, make_relaxations, names_of, outputs_of
 from aim.statistics import Activations
+from alignment.align import Alignment, align
+from alignment.layout import Layout, NewTokenRows
+from alignment.stored import check_plain
+from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, close_all, open_and_plan
@@ -22,8 +26,6 @@ from checkpoints.source import FLOAT_DTYPES, TensorInfo
 from checkpoints.staging import Stage, check_complete, check_save_path, check_space, read_recipe, staged
 from checkpoints.writer import Shard, plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
-from streaming.layout import Arranged, Layout, NewTokenRows, arrange
-from streaming.matching import check_plain
 from streaming.output import (
     Findings,
     RunOptions,
@@ -36,7 +38,6 @@ from streaming.output import (
     write_description,
 )
 from streaming.stream import PlannedTensor, bytes_read
-from streaming.tokenizer_choice import choose_tokenizer_files
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ITS_BASE = "Name the base that the merged model was made from."
@@ -219,19 +220,17 @@ def prepare(
         problems.append(ArgumentError(f"--dtype: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     if problems:
         raise Refusals(problems)
-    arranged = arrange(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
-    choose_tokenizer_files(arranged.files, arranged.layout, (merged, base), arranged.notes, arranged.problems)
-    problems += arranged.problems
-    if problems:
-        raise Refusals(problems)
-    notes = arranged.notes
+    alignment = align(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
+    choose_tokenizer_files(alignment.files, alignment.layout, (merged, base), alignment.problems)
+    alignment.problems.raise_if_any()
+    notes = alignment.problems.notes
     if base.folders == merged.folders:
         notes.append(f"{merged.label}: is the base itself, so that relaxing changes nothing.")
     if how.numerics == "reference" and out_dtype == "auto":
         out_dtype = "bfloat16"  # what the published program writes, whatever the merge is stored in
-    tensors = tuple(_plan_tensor(arranged, name, out_dtype) for name in arranged.names)
+    tensors = tuple(_plan_tensor(alignment, name, out_dtype) for name in alignment.dtypes)
     more = (how.folders, aim)
-    job = AimJob(base, merged, tensors, arranged.files, arranged.layout, notes, save_path, options, out_dtype, *more)
+    job = AimJob(base, merged, tensors, alignment.files, alignment.layout, notes, save_path, options, out_dtype, *more)
     if not options.overwrite and base.weights.is_here and merged.weights.is_here:
         check_complete(save_path, how.folders, job.identity)
     problems += check_save_path(save_path, [*base.folders, *merged.folders], overwrite=options.overwrite)
@@ -290,15 +289,15 @@ def _parse(flag: str, text: str) -> ModelName:
         raise ArgumentError(f"{flag}: {error}") from None
 
 
-def _plan_tensor(arranged: Arranged, name: str, out_dtype: str) -> PlannedTensor:
-    own, dtype = arranged.primary[name], arranged.dtypes[name]
-    base = arranged.others[0].get(name)
+def _plan_tensor(alignment: Alignment, name: str, out_dtype: str) -> PlannedTensor:
+    own, dtype = alignment.first.tensors[name], alignment.dtypes[name]
+    base = alignment.models[1].tensors.get(name)
     spec = TensorSpec(name, own.info.shape)
     if dtype.is_floating_point:  # float64, in which nothing is computed, is written as float32
         dtype = FLOAT_DTYPES.get(out_dtype, torch.float32 if dtype == torch.float64 else dtype)
     if base is None or not dtype.is_floating_point:
         return PlannedTensor(spec, dtype, own, (), None, "not in the base" if base is None else "not a weight")
-    return PlannedTensor(spec, dtype, base, (own,), Keep(), base_name=arranged.own_names[0].get(name, name))
+    return PlannedTensor(spec, dtype, base, (own,), Keep(), base_name=alignment.models[1].own_names.get(name, name))
 
 
 def relax_checkpoint(

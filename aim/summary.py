@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from streaming.blocks import kind_of
+from checkpoints.tensor_names import kind_of
 
 OUTLIER = 10.0
 """A channel is an outlier where its s is this many times the median of its tensor."""

@@ -24,8 +24,9 @@ import torch
 from checkpoints.errors import InputError, Refusals
 from checkpoints.reader import Checkpoint, WeightFile, read_tensor
 from checkpoints.sidecars import SideFiles, read_json
-from checkpoints.source import READ_ELEMENTS, TensorInfo, Weights
+from checkpoints.source import READ_ELEMENTS, TensorInfo
 from checkpoints.tokenizer_files import set_vocabulary_size
+from checkpoints.weights import Weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 CACHED_PRODUCTS = 16

@@ -385,7 +385,8 @@ def _disk_name(model: Any, parameter: str, disk_names: Mapping[str, str]) -> str
 
     if parameter in disk_names:
         return disk_names[parameter]
-    return next(iter(revert_weight_conversion(model, {parameter: model.get_parameter_or_buffer(parameter)})))
+    name: str = next(iter(revert_weight_conversion(model, {parameter: model.get_parameter_or_buffer(parameter)})))
+    return name
 
 
 def _weight_of(

@@ -16,8 +16,8 @@ from checkpoints.errors import InputError, Refusals, collecting
 from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
 from checkpoints.reader import ADAPTER_FILES, WEIGHT_FILES, Checkpoint, RemoteFile, WeightFile, open_checkpoint
 from checkpoints.sidecars import TOKENIZER_FILES, SideFiles, licence_of, read_config
-from checkpoints.source import Weights
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
+from checkpoints.weights import Weights
 
 if TYPE_CHECKING:
     from checkpoints.placements import Architecture

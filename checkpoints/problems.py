@@ -21,9 +21,9 @@ class Problems:
         found: the problems; notes: lines that stop nothing.
     """
 
-    def __init__(self, found: Iterable[str | InputError] = ()):
+    def __init__(self, found: Iterable[str | InputError] = (), notes: Iterable[str] = ()):
         self.found: list[InputError] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = list(notes)
         self.extend(found)
 
     def __bool__(self) -> bool:
@@ -48,6 +48,11 @@ class Problems:
         """Add several."""
         for problem in problems:
             self.add(problem)
+
+    def take(self, others: Problems) -> None:
+        """Add the problems and the notes that were collected elsewhere."""
+        self.extend(others)
+        self.notes += others.notes
 
     def note(self, text: str) -> None:
         """Add a line that stops nothing."""

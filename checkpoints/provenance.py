@@ -18,8 +18,8 @@ from checkpoints.files import in_utf8, write_file
 from checkpoints.location import Location
 from checkpoints.model import Model
 from checkpoints.reader import WeightFile
-from checkpoints.source import Weights
 from checkpoints.staging import RECIPE_FILE
+from checkpoints.weights import Weights
 from checkpoints.writer import chunked_sha256
 
 RECIPE_SCHEMA = 1

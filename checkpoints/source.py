@@ -8,16 +8,11 @@ to know how many layers there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from checkpoints.reader import WeightFile
-    from checkpoints.sidecars import SideFiles
 
 # The names that safetensors uses; every stored dtype that can be read at all.
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
@@ -104,30 +99,6 @@ class Source(Protocol):
         Raises:
             InputError: the file is shorter than its header says, or cannot be read.
         """
-        ...
-
-
-class Weights(Source, Protocol):
-    """The tensors of a model, and the files they come from."""
-
-    folder: Path
-    files: Sequence[WeightFile]
-
-    @property
-    def is_here(self) -> bool:
-        """Whether its numbers can be read: False where only the headers of a hub model were."""
-        ...
-
-    def adjust(self, files: SideFiles) -> None:
-        """Have a model's side files say what its tensors are, where they are others than its files hold."""
-        ...
-
-    def check_unchanged(self) -> None:
-        """Raise InputError where a file is not the one that was opened."""
-        ...
-
-    def close(self) -> None:
-        """Close every file; reading afterwards is an error."""
         ...
 
 

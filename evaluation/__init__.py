@@ -7,21 +7,26 @@ outcome = evaluate(make_request(model="OUT", benchmarks="gsm8k,humaneval", data_
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "evaluate": "evaluation.run",
-    "Outcome": "evaluation.run",
-    "make_request": "evaluation.request",
-    "Request": "evaluation.request",
-    "BENCHMARKS": "evaluation.benchmarks",
-}
+from checkpoints.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from evaluation.benchmarks import BENCHMARKS as BENCHMARKS
+    from evaluation.request import Request as Request
+    from evaluation.request import make_request as make_request
+    from evaluation.run import Outcome as Outcome
+    from evaluation.run import evaluate as evaluate
+else:
+    __getattr__ = lazy_exports(
+        __name__,
+        {
+            "evaluate": "evaluation.run",
+            "Outcome": "evaluation.run",
+            "make_request": "evaluation.request",
+            "Request": "evaluation.request",
+            "BENCHMARKS": "evaluation.benchmarks",
+        },
+    )
+
 __all__ = ["BENCHMARKS", "Outcome", "Request", "evaluate", "make_request"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: the sandbox and the graders need neither torch nor lm_eval."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'evaluation' has no attribute '{name}'")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)

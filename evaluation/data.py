@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError
-from evaluation.benchmarks.contract import BadRow, Benchmark, HubDataset
-
-REVISIONS_FILE = "revisions.json"
+from evaluation.benchmarks.contract import BadRow, Benchmark
+from evaluation.dataset_files import REVISIONS_FILE, Missing, find_split
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,6 @@ class Data:
     origin: str
     revision: str | None
     complete: bool
-
-
-class Missing(InputError):
-    """A benchmark's data is not there.
-
-    Args:
-        benchmark: its name.
-        message: what was looked for, and where.
-    """
-
-    def __init__(self, benchmark: str, message: str):
-        super().__init__(f"{benchmark}: {message}")
-        self.benchmark = benchmark
 
 
 def load_data(benchmark: Benchmark, folder: Path | None) -> Data:
@@ -93,16 +79,6 @@ def load_data(benchmark: Benchmark, folder: Path | None) -> Data:
     tests, files = _read(benchmark, found["test"])
     fewshots, more = _read(benchmark, found["validation"]) if "validation" in found else ([], [])
     return Data(tests, fewshots, files + more, origin, revision, complete=True)
-
-
-def find_split(root: Path, pattern: str) -> list[Path]:
-    """The files of one split in a copy of a dataset's repository, sorted; pattern as in `HubDataset.splits`."""
-    return sorted(path for path in root.glob(pattern) if path.is_file())
-
-
-def missing_splits(root: Path, dataset: HubDataset) -> list[str]:
-    """The patterns of a dataset that no file in a copy matches."""
-    return [pattern for pattern in dataset.splits.values() if not find_split(root, pattern)]
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from evaluation.benchmarks.contract import Benchmark, Generation, Grade, Response, Settings
+from evaluation.benchmarks.contract import Benchmark, Generation, Grade, Response
+from evaluation.benchmarks.settings import Settings
 from evaluation.data import Data
 
 PAPER_DTYPE = "bfloat16"

@@ -10,7 +10,7 @@ from pathlib import Path
 from checkpoints.errors import InputError
 from checkpoints.hub_errors import Unreachable, one_line_errors, progress_bars
 from evaluation.benchmarks.contract import Benchmark
-from evaluation.data import REVISIONS_FILE, Missing, missing_splits
+from evaluation.dataset_files import REVISIONS_FILE, Missing, missing_splits
 from evaluation.grading.sentences import RESOURCE, find_punkt
 
 

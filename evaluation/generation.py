@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import InputError
-from evaluation.benchmarks.contract import Advance, Generation, Response, until_stop
+from evaluation.benchmarks.contract import Generation, Response, until_stop
+from evaluation.benchmarks.settings import Advance
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from checkpoints.errors import InputError
-from evaluation.benchmarks.contract import Advance
+from evaluation.benchmarks.settings import Advance
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

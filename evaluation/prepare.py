@@ -15,7 +15,8 @@ from checkpoints.errors import ArgumentError, InputError, Refusals
 from checkpoints.location import Location, locate
 from evaluation.benchmarks import get_benchmark
 from evaluation.benchmarks.contract import Benchmark, Response
-from evaluation.data import Data, Missing, load_data
+from evaluation.data import Data, load_data
+from evaluation.dataset_files import Missing
 from evaluation.entries import describe_data
 from evaluation.request import Request
 from evaluation.responses import check_indices, read_responses

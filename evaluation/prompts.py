@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from evaluation.benchmarks.contract import Advance, Benchmark, Row, Settings
+from evaluation.benchmarks.contract import Benchmark, Row
+from evaluation.benchmarks.settings import Advance, Settings
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

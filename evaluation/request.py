@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_name
 from evaluation.benchmarks import BENCHMARKS, MATHS, PAPER
-from evaluation.benchmarks.contract import Profile, Settings
+from evaluation.benchmarks.settings import Profile, Settings
 
 Stage = Literal["generate", "score", "all"]
 PROFILES = ("paper", "fixed")

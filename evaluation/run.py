@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import InputError, Interrupted
-from evaluation.benchmarks.contract import Benchmark, Grade, Response, Row, Settings
+from evaluation.benchmarks.contract import Benchmark, Grade, Response, Row
+from evaluation.benchmarks.settings import Settings
 from evaluation.data import Data
 from evaluation.entries import Asked, describe_grader, generated_entry, given_entry, graded, responses_sha256
 from evaluation.grading.tools import Tools

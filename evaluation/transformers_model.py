@@ -71,7 +71,7 @@ class TransformersModel(HFLM):
         begin = context.shape[1]
         strings = StopStrings(self.tokenizer, stop, begin, context.shape[0])
         with torch.inference_mode():
-            output = self.model.generate(
+            output: torch.Tensor = self.model.generate(
                 input_ids=context,
                 attention_mask=settings.get("attention_mask"),
                 max_length=max_length,

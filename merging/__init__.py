@@ -8,20 +8,24 @@ result = merge(recipe, "OUT")
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "merge": "merging.run",
-    "RunOptions": "streaming.output",
-    "make_recipe": "merging.recipe_flags",
-    "Recipe": "merging.recipe",
-}
+from checkpoints.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from merging.recipe import Recipe as Recipe
+    from merging.recipe_flags import make_recipe as make_recipe
+    from merging.run import merge as merge
+    from streaming.output import RunOptions as RunOptions
+else:
+    __getattr__ = lazy_exports(
+        __name__,
+        {
+            "merge": "merging.run",
+            "RunOptions": "streaming.output",
+            "make_recipe": "merging.recipe_flags",
+            "Recipe": "merging.recipe",
+        },
+    )
+
 __all__ = ["Recipe", "RunOptions", "make_recipe", "merge"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use: `--help` needs the names of the methods, and neither torch nor the engine."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'merging' has no attribute '{name}'")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)

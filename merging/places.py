@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from alignment.align import Alignment, align
+from alignment.aligned_model import Mismatches, same_kind_of_number
+from alignment.layout import Layout
+from alignment.stored import left_out
 from checkpoints.architecture import build_meta_model
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.model import Model
+from checkpoints.problems import Problems
 from checkpoints.sidecars import SideFiles
-from checkpoints.source import Source, TensorInfo, TensorRef, dtype_name
+from checkpoints.source import TensorRef
 from merging.layers import LayerName, Layers, find_layers, position
 from merging.recipe import ModelInput, Recipe, Slice, identity
-from streaming.layout import Arranged, Layout, arrange
-from streaming.matching import Matched, left_out
 
 SAME_ARCHITECTURE = "Stack layers of models of one architecture."
 
@@ -50,15 +53,14 @@ class Places:
         places: in the order of the reference's names.
         files: the output's side files.
         layout: the recipe's, `tokenizer_source` decided.
-        notes, problems: see `Matched`.
+        problems: what does not fit, and notes.
         is_stacked: whether the output's layers are not simply the first model's.
     """
 
     files: SideFiles
     layout: Layout
+    problems: Problems = field(default_factory=Problems)
     places: list[Place] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    problems: list[str | InputError] = field(default_factory=list)
     is_stacked: bool = False
 
 
@@ -72,8 +74,9 @@ def find_places(recipe: Recipe, models: Mapping[Any, Model], primary: Model) -> 
     """
     if _takes_whole_models(recipe, models, primary):
         return _place_whole_models(recipe, models, primary)
-    dropped = left_out(primary)
-    names = [name for name in primary.weights.tensors if name not in dropped]
+    stored = primary.weights.tensors
+    dropped = left_out(primary, stored)
+    names = [name for name in stored if name not in dropped]
     return _Stack(recipe, models, primary, names).place()
 
 
@@ -92,27 +95,30 @@ def _whole_ranges(model: Model) -> set[tuple[int, int]]:
 
 
 def _place_whole_models(recipe: Recipe, models: Mapping[Any, Model], primary: Model) -> Places:
-    arranged, refs = _arrange(recipe, [models[identity(one.name)] for one in recipe.models], primary)
-    found = Places(arranged.files, arranged.layout, notes=arranged.notes, problems=arranged.problems)
-    layers = find_layers(arranged.names)
-    for name in arranged.names:
-        inputs = tuple(tensors.get(name) for tensors, _ in refs)
-        own = tuple(names.get(name, name) for _, names in refs)
-        place = Place(name, 0, layers.position(name), arranged.primary[name], arranged.dtypes[name], inputs, own)
-        found.places.append(place)
-    return found
+    sources = [models[identity(one.name)] for one in recipe.models]
+    alignment = _align(recipe, sources, primary)
+    aligned = [alignment.of(model) for model in sources]
+    names = list(alignment.dtypes)
+    layers = find_layers(names)
+    places = [
+        Place(
+            name,
+            0,
+            layers.position(name),
+            alignment.first.tensors[name],
+            alignment.dtypes[name],
+            tuple(model.tensors.get(name) for model in aligned),
+            tuple(model.own_names.get(name, name) for model in aligned),
+        )
+        for name in names
+    ]
+    return Places(alignment.files, alignment.layout, alignment.problems, places)
 
 
-def _arrange(
-    recipe: Recipe, sources: Sequence[Model], primary: Model
-) -> tuple[Arranged, list[tuple[Mapping[str, TensorRef], Mapping[str, str]]]]:
-    """Bring models into the output's shape; and of each source its tensors and what it calls them, by the output's names."""
+def _align(recipe: Recipe, sources: Sequence[Model], primary: Model, **options: Any) -> Alignment:
+    """Bring the sources into the output's shape, each once. `options`: see `align`."""
     others = list({id(model): model for model in sources if model is not primary}.values())
-    arranged = arrange(primary, others, recipe.layout, optional=lambda name: bool(recipe.why_copied(name)))
-    found: dict[int, tuple[Mapping[str, TensorRef], Mapping[str, str]]] = {id(primary): (arranged.primary, {})}
-    for model, tensors, names in zip(others, arranged.others, arranged.own_names, strict=True):
-        found[id(model)] = (tensors, names)
-    return arranged, [found[id(model)] for model in sources]
+    return align(primary, others, recipe.layout, optional=lambda name: bool(recipe.why_copied(name)), **options)
 
 
 class _Stack:
@@ -142,9 +148,9 @@ class _Stack:
         stack = self._stack_of_layers()
         if stack is None:
             return self.found
-        problems = [problem for part in self.recipe.slices for problem in self._check_ranges(part, stack)]
-        self.found.problems += problems
-        if problems:
+        too_far = [problem for part in self.recipe.slices for problem in self._check_ranges(part, stack)]
+        self.found.problems.extend(too_far)
+        if too_far:
             return self.found
         self._place_outside([name for name in self.names if not self._is_layer(name, stack)])
         first = 0
@@ -168,11 +174,9 @@ class _Stack:
         fitting = [prefix for prefix, count in counts.items() if count in expected]
         if len(fitting) == 1:
             return fitting[0]
-        found = ", ".join(f"{prefix}0 to {count - 1}" for prefix, count in counts.items()) or "no layers"
-        self.found.problems.append(
-            InputError(
-                f"slices: {self.primary.label}: expected one stack of layers, got {found}. Merge whole models instead."
-            )
+        stacks = ", ".join(f"{prefix}0 to {count - 1}" for prefix, count in counts.items()) or "no layers"
+        self.found.problems.add(
+            f"slices: {self.primary.label}: expected one stack of layers, got {stacks}. Merge whole models instead."
         )
         return None
 
@@ -194,25 +198,24 @@ class _Stack:
         """Match what is not in the layers: by name, vocabulary rows by token."""
         ends = (0, len(self.recipe.slices) - 1)
         sources = {end: [self._model(source) for source in self.recipe.slices[end].sources] for end in ends}
-        models = list({id(model): model for end in ends for model in sources[end]}.values())
-        base = cast(Model, _Outside(self.primary, names))
-        seen = [base if model is self.primary else cast(Model, self._outside_of(model, names)) for model in models]
-        arranged, refs = _arrange(self.recipe, seen, base)
-        self.found.files, self.found.layout = arranged.files, arranged.layout
-        self.found.notes += arranged.notes
-        self.found.problems += arranged.problems
-        tensors = {id(model): own for model, (own, _) in zip(models, refs, strict=True)}
-        before = self._used_before_layers(arranged.names) if len(self.recipe.slices) > 1 else set(arranged.names)
-        for name in arranged.names:
+        models = [model for end in ends for model in sources[end]]
+        alignment = _align(self.recipe, models, self.primary, part=lambda model: self._outside_of(model, names))
+        self.found.files, self.found.layout = alignment.files, alignment.layout
+        self.found.problems.take(alignment.problems)
+        out = list(alignment.dtypes)
+        before = self._used_before_layers(out) if len(self.recipe.slices) > 1 else set(out)
+        for name in out:
             part = 0 if name in before else ends[-1]
-            inputs = tuple(tensors[id(model)].get(name) for model in sources[part])
-            reference, dtype = arranged.primary[name], arranged.dtypes[name]
+            inputs = tuple(alignment.of(model).tensors.get(name) for model in sources[part])
+            reference, dtype = alignment.first.tensors[name], alignment.dtypes[name]
             self.found.places.append(Place(name, part, 0.0, reference, dtype, inputs))
 
-    def _outside_of(self, model: Model, names: Sequence[str]) -> _Outside:
-        """A model without its layers."""
+    def _outside_of(self, model: Model, names: Sequence[str]) -> Sequence[str]:
+        """The tensors of a model that are not in its layers."""
+        if model is self.primary:
+            return names
         stored = find_layers(model.weights.tensors)
-        return _Outside(model, [name for name in model.weights.tensors if stored.split(name) is None or name in names])
+        return [name for name in model.weights.tensors if stored.split(name) is None or name in names]
 
     def _used_before_layers(self, names: Sequence[str]) -> set[str]:
         """The tensors that the model class lists before its layers, and all embeddings."""
@@ -238,7 +241,7 @@ class _Stack:
         sources = [(self._model(source), source.layers or (0, 0)) for source in part.sources]
         deciding, range_ = (self.primary, part.base_layers or (0, 0)) if has_base else sources[0]
         kinds = self._kinds(deciding, stack)
-        matches = [Matched(advice=SAME_ARCHITECTURE) for _ in sources]
+        mismatches = [Mismatches(model.label, SAME_ARCHITECTURE) for model, _ in sources]
         count = range_[1] - range_[0]
         for offset in range(count):
             own = kinds.get(range_[0] + offset, [])
@@ -247,33 +250,29 @@ class _Stack:
                 reference = TensorRef(deciding.weights, out.at(range_[0] + offset))
                 names = tuple(out.at(layers[0] + offset) for _, layers in sources)
                 inputs = tuple(
-                    _take(model, name, reference, deciding.label, match)
-                    for (model, _), name, match in zip(sources, names, matches, strict=True)
+                    _take(model, name, reference, deciding.label, unfit)
+                    for (model, _), name, unfit in zip(sources, names, mismatches, strict=True)
                 )
                 where = position(offset, count)
                 place = Place(out.at(out.layer), index, where, reference, reference.info.plain_dtype, inputs, names)
                 self.found.places.append(place)
-            for (model, layers), match in zip(sources, matches, strict=True):
+            for (model, layers), unfit in zip(sources, mismatches, strict=True):
                 for rest in self._kinds(model, stack).get(layers[0] + offset, []):
                     if rest not in own:
-                        name = f"{stack}{layers[0] + offset}{rest}"
-                        match.refuse(
-                            name, f"expected no such tensor, as {deciding.label} has none, got one. {SAME_ARCHITECTURE}"
-                        )
-        for (model, _), match in zip(sources, matches, strict=True):
-            match.sum_up(model.label)
-            self.found.problems += match.problems
+                        unfit.add_extra(f"{stack}{layers[0] + offset}{rest}", deciding.label)
+        for unfit in mismatches:
+            unfit.report_to(self.found.problems)
         return [(deciding, range_[0] + offset) for offset in range(count)]
 
     def _kinds(self, model: Model, stack: str) -> dict[int, list[str]]:
         """Per layer of a model the ends of its tensors' names, without what loading ignores."""
         if id(model) not in self._known_kinds:
-            dropped = set(left_out(model))
-            found = self._known_kinds[id(model)] = {}
+            dropped = set(left_out(model, model.weights.tensors))
+            kinds = self._known_kinds[id(model)] = {}
             for name in model.weights.tensors:
                 parts = Layers({stack: 0}).split(name)
                 if parts and name not in dropped:
-                    found.setdefault(parts.layer, []).append(parts.rest)
+                    kinds.setdefault(parts.layer, []).append(parts.rest)
         return self._known_kinds[id(model)]
 
     def _config(self, origins: Sequence[tuple[Model, int]], stack: str) -> dict[str, Any]:
@@ -293,22 +292,16 @@ class _Stack:
         return changed
 
 
-def _take(model: Model, name: str, reference: TensorRef, owner: str, match: Matched) -> TensorRef | None:
+def _take(model: Model, name: str, reference: TensorRef, owner: str, mismatches: Mismatches) -> TensorRef | None:
     """A source's tensor of a layer, where it fits the one that decides."""
     if name not in model.weights.tensors:
-        match.refuse(name, f"expected as in {owner}, got no such tensor. {match.advice}")
+        mismatches.add_missing(name, owner)
         return None
     info = model.weights.tensors[name]
     if info.shape != reference.info.shape:
-        match.refuse(
-            name,
-            f"expected shape {list(reference.info.shape)} as in {owner}, got {list(info.shape)}. {match.advice}",
-        )
-    elif info.dtype.is_floating_point != reference.info.dtype.is_floating_point:
-        match.refuse(
-            name,
-            f"expected {dtype_name(reference.info.dtype)} as in {owner}, got {dtype_name(info.dtype)}. {match.advice}",
-        )
+        mismatches.add_shape(name, reference.info, info, owner)
+    elif not same_kind_of_number(info, reference.info):
+        mismatches.add_dtype(name, reference.info, info, owner)
     return TensorRef(model.weights, name)
 
 
@@ -336,27 +329,3 @@ def _listed(model: Model, entry: str, layer: int, fallback: Sequence[Any]) -> An
     there = dict(_entries(model.config, None)).get(entry)
     listed = there if isinstance(there, list) and layer < len(there) else fallback
     return listed[min(layer, len(listed) - 1)]
-
-
-class _Outside:
-    """A model of which some tensors are seen, and everything else is as it was."""
-
-    def __init__(self, model: Model, names: Iterable[str]):
-        self._model = model
-        self.weights = _Subset(model.weights, names)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-class _Subset:
-    """A source with some of another source's tensors."""
-
-    def __init__(self, inner: Source, names: Iterable[str]):
-        self.label = inner.label
-        self._inner = inner
-        self.tensors: Mapping[str, TensorInfo] = {name: inner.tensors[name] for name in names}
-
-    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
-        """See `Source.read`."""
-        return self._inner.read(name, start, stop, buffer)

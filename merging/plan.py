@@ -9,19 +9,22 @@ from typing import Any
 
 import torch
 
-from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
+from alignment.stored import check_plain
+from alignment.tokenizer_choice import choose_tokenizer_files
+from checkpoints.errors import ArgumentError
 from checkpoints.model import Model
+from checkpoints.problems import Problems
+from checkpoints.settings import setting
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, dtype_name
+from checkpoints.tensor_names import kind_of, list_kinds
 from checkpoints.writer import Shard, plan_shards
 from merging.parameters import PARAMETERS, text_of
 from merging.places import Place, find_places
 from merging.recipe import Recipe, Slice, identity
 from merging.remarks import remarks
-from streaming.blocks import TensorSpec, kind_of
-from streaming.matching import check_plain, list_kinds
+from streaming.blocks import TensorSpec
 from streaming.stream import PlannedTensor, bytes_read
-from streaming.tokenizer_choice import choose_tokenizer_files
 
 
 @dataclass
@@ -166,40 +169,39 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
 
     Raises: Refusals: every problem that metadata shows.
     """
-    problems: list[str | InputError] = [problem for model in opened for problem in check_plain(model)]
-    if problems:
-        raise Refusals(problems)
+    problems = Problems()
+    for model in opened:
+        problems.take(check_plain(model))
+    problems.raise_if_any()
     primary = opened[0]
     models = {identity(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
     found = find_places(recipe, models, primary)
+    problems.take(found.problems)
     recipe = replace(recipe, layout=found.layout)
-    choose_tokenizer_files(found.files, recipe.layout, opened, found.notes, found.problems)
-    notes = [*recipe.notes, *(where.note for model in opened for where, _ in model.parts if where.note), *found.notes]
-    problems += found.problems
+    choose_tokenizer_files(found.files, recipe.layout, opened, problems)
     names = [place.name for place in found.places]
-    for flag, expression in (("--exclude", recipe.exclude), ("--only", recipe.only)):
+    for key, expression in (("exclude", recipe.exclude), ("only", recipe.only)):
         if expression and names and not any(re.search(expression, name) for name in names):
-            problems.append(
-                ArgumentError(f"{flag}: {expression!r} is found in no tensor's name. Names look like {names[0]}.")
-            )
-    if problems:
-        raise Refusals(problems)
+            looked = f"{setting(key)}: {expression!r} is found in no tensor's name"
+            problems.add(ArgumentError(f"{looked}. Names look like {names[0]}."))
+    problems.raise_if_any()
     wide = [place.name for place in found.places if place.dtype == torch.float64]
     if wide and recipe.out_dtype == "auto":
-        notes.append(
+        problems.note(
             f"{primary.label}: float64, in which nothing is computed, is written as float32: {list_kinds(wide)}."
         )
     embeddings = _embeddings(recipe, primary)
     by_name: dict[str, PlannedTensor] = {}
     for place in found.places:
-        with collecting(problems):
+        with problems.collect():
             by_name[place.name] = _plan_tensor(recipe, place, place.name in embeddings)
-    if problems:
-        raise Refusals(problems)
+    problems.raise_if_any()
     infos = {name: TensorInfo(tensor.dtype, tensor.spec.shape) for name, tensor in by_name.items()}
     shards = plan_shards(infos, max_shard_bytes)
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
     labels = tuple(models[identity(source.name)].label for source in recipe.models)
+    where = [location.note for model in opened for location, _ in model.parts if location.note]
+    notes = [*recipe.notes, *where, *problems.notes]
     return Plan(recipe, labels, ordered, shards, found.files, notes, remarks(recipe), found.is_stacked)
 
 

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from alignment.layout import Layout
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.location import ModelName
 from merging.methods import METHODS, get_method
 from merging.methods.contract import Method
 from merging.parameters import PARAMETERS, REQUIRED, SAME
 from merging.values import NOTHING, Value
-from streaming.layout import Layout
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from alignment.layout import Layout
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_model
 from merging.methods import METHODS, get_method
@@ -13,7 +14,6 @@ from merging.methods.contract import Method
 from merging.parameters import PARAMETERS, Parameter, flag_of
 from merging.recipe import OUT_DTYPES, ModelInput, Recipe, Slice, check_count, check_expression, identity, twice
 from merging.values import Value
-from streaming.layout import Layout
 
 
 def make_recipe(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from alignment.layout import Layout
 from checkpoints.errors import ArgumentError, InputError, unknown
 from checkpoints.location import ModelName, parse_model
 from merging.methods import METHODS, get_method
@@ -24,7 +25,6 @@ from merging.recipe import (
     twice,
 )
 from merging.values import Value, describe, parse_value
-from streaming.layout import Layout
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from alignment.tokenizer_choice import template_label
 from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.reader import same_values
@@ -26,7 +27,6 @@ from streaming.output import (
     write_checkpoints,
     write_description,
 )
-from streaming.tokenizer_choice import template_label
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,30 @@ draw(table, "figures")
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-_EXPORTS = {
-    "Entry": "reports.entries",
-    "Table": "reports.table",
-    "Verdicts": "reports.bootstrap",
-    "compare": "reports.comparison",
-    "draw": "reports.figures",
-    "hv_gain": "reports.hypervolume",
-    "load_results": "reports.loading",
-}
+from checkpoints.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from reports.bootstrap import Verdicts as Verdicts
+    from reports.comparison import compare as compare
+    from reports.entries import Entry as Entry
+    from reports.figures import draw as draw
+    from reports.hypervolume import hv_gain as hv_gain
+    from reports.loading import load_results as load_results
+    from reports.table import Table as Table
+else:
+    __getattr__ = lazy_exports(
+        __name__,
+        {
+            "Entry": "reports.entries",
+            "Table": "reports.table",
+            "Verdicts": "reports.bootstrap",
+            "compare": "reports.comparison",
+            "draw": "reports.figures",
+            "hv_gain": "reports.hypervolume",
+            "load_results": "reports.loading",
+        },
+    )
+
 __all__ = ["Entry", "Table", "Verdicts", "compare", "draw", "hv_gain", "load_results"]
-
-
-def __getattr__(name: str) -> Any:
-    """Import on first use, so that `--help` needs neither matplotlib nor moocore."""
-    if name not in _EXPORTS:
-        raise AttributeError(f"module 'reports' has no attribute '{name}'")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -19,7 +19,8 @@ from reports.hypervolume import hv_gain, hv_gains
 from reports.labels import Labels
 from reports.populations import NoPopulation, Population, choose
 from reports.recipes import checkpoint_key
-from reports.table import Row, Table
+from reports.rows import Row
+from reports.table import Table
 
 RESAMPLES = 2000
 

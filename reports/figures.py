@@ -12,7 +12,8 @@ import numpy as np
 
 from checkpoints.errors import ArgumentError, InputError
 from reports.bootstrap import Estimate
-from reports.table import Row, Table
+from reports.rows import Row
+from reports.table import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,7 +134,8 @@ def _reach(estimates: Sequence[Estimate], scale: float = 1.0) -> np.ndarray[Any,
     ends = [
         (e.value - e.low, e.high - e.value) if e.low is not None and e.high is not None else (0, 0) for e in estimates
     ]
-    return scale * np.maximum(np.array(ends).T, 0)
+    reach: np.ndarray[Any, Any] = scale * np.maximum(np.array(ends).T, 0)
+    return reach
 
 
 # ------------------------------------------------------------------------------------------------- HV gain over omega

@@ -8,12 +8,10 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reports.bootstrap import Estimate
-
-if TYPE_CHECKING:
-    from reports.table import Row, Table
+from reports.rows import Contents, Row
 
 SCHEMA = 1
 DOUBT = "~"
@@ -21,7 +19,7 @@ DOUBT = "~"
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
-def to_markdown(table: Table) -> str:
+def to_markdown(table: Contents) -> str:
     """See `Table.to_markdown`."""
     head, rows = _cells(table)
     lines = [[_escape_markdown(cell) for cell in row] for row in [head, *rows]]
@@ -40,7 +38,7 @@ def _escape_markdown(cell: str) -> str:
     return cell.replace("|", "\\|")
 
 
-def to_latex(table: Table) -> str:
+def to_latex(table: Contents) -> str:
     """See `Table.to_latex`."""
     head, rows = _cells(table)
     lines = [" & ".join(_escape_latex(cell) for cell in row) + r" \\" for row in [head, *rows]]
@@ -65,7 +63,7 @@ def _escape_latex(cell: str) -> str:
     return re.sub(r"[&%$#_{}\\~^]", lambda found: _LATEX.get(found[0], "\\" + found[0]), cell)
 
 
-def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
+def _cells(table: Contents) -> tuple[list[str], list[list[str]]]:
     """Headers and rows for people: two digits, doubtful gains marked."""
     head = ["method", "models", "AIM", *table.benchmarks, "HV gain", "change %"]
     omegas = {row.omega for row in table.rows if row.omega}
@@ -92,7 +90,7 @@ def _mark(estimate: Estimate | None) -> str:
     return f" {DOUBT}" if estimate is not None and estimate.doubtful else ""
 
 
-def to_csv(table: Table) -> str:
+def to_csv(table: Contents) -> str:
     """See `Table.to_csv`."""
     text = io.StringIO()
     records = [_record(table, row, _percent) for row in table.rows]
@@ -107,7 +105,7 @@ def _csv_cell(value: Any) -> str:
     return "" if value is None else value if isinstance(value, str) else repr(value)
 
 
-def to_json(table: Table) -> str:
+def to_json(table: Contents) -> str:
     """See `Table.to_json`."""
     rows = []
     for row in table.rows:
@@ -133,7 +131,7 @@ def _interval(estimate: Estimate | None) -> Sequence[float] | None:
     return None if estimate is None or estimate.low is None or estimate.high is None else [estimate.low, estimate.high]
 
 
-def _record(table: Table, row: Row, unit: Callable[[float], float]) -> dict[str, Any]:
+def _record(table: Contents, row: Row, unit: Callable[[float], float]) -> dict[str, Any]:
     """A row under the names of the paper's data, then ours; scores as `unit` turns fractions."""
     columns = row.entry.columns
     gain, change = row.hv_gain, row.hv_gain_change

@@ -1,1 +1,1 @@
-"""The loop that merging and AIM share: tensors matched, read in blocks, changed, rounded once, written."""
+"""The loop that merging and AIM share: tensors read in blocks, changed, rounded once, written; and its results verified."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -17,11 +16,6 @@ BLOCK_ELEMENTS = 4 * GRID_ELEMENTS
 """Elements of other blocks on the CPU: threads get in each other's way less often than with smaller ones, and caches hold them."""
 
 Partial = TypeVar("Partial")
-
-
-def kind_of(tensor: str) -> str:
-    """The kind of layer a tensor belongs to: its name with every number replaced (`model.layers.*.mlp.up_proj.weight`)."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", tensor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -327,7 +327,7 @@ class _Stream:
         self, key: int, nbytes: int, device: torch.device = torch.device("cpu"), *, pinned: bool = False
     ) -> torch.Tensor:
         """This thread's byte buffer number `key`, made when first asked for, at least `nbytes` long: `[nbytes]` uint8."""
-        buffers = self._local.__dict__.setdefault("buffers", {})
+        buffers: dict[int, torch.Tensor] = self._local.__dict__.setdefault("buffers", {})
         if key not in buffers or buffers[key].numel() < nbytes:
             pin = pinned and self._options.device.type == "cuda"
             buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from streaming.blocks import GRID_ELEMENTS, Region, kind_of
+from checkpoints.tensor_names import kind_of
+from streaming.blocks import GRID_ELEMENTS, Region
 
 SAMPLE_EVERY = 16
 

@@ -55,7 +55,8 @@ def twin(module: str) -> Callable[[Callable[Arguments, Returned]], Callable[Argu
             if key not in _compiled and key not in _asked_for:
                 _asked_for.add(key)
                 _wanted.put(key)
-            return _compiled.get(key, plain)(*arguments, **keywords)
+            run: Callable[Arguments, Returned] = _compiled.get(key, plain)
+            return run(*arguments, **keywords)
 
         return either
 

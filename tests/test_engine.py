@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from alignment.layout import Layout
 from checkpoints import provenance, writer
 from checkpoints.errors import InputError, Refusals
 from checkpoints.reader import Checkpoint
@@ -26,7 +27,6 @@ from merging import RunOptions, make_recipe, merge
 from merging.methods import METHODS, get_method
 from streaming import stream
 from streaming.blocks import BLOCK_ELEMENTS, Region, TensorSpec
-from streaming.layout import Layout
 from streaming.stream import StreamOptions
 from tests import golden_files
 from tests.golden_files import assert_same_bits, load_tensors

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from evaluation.benchmarks import get_benchmark
-from evaluation.benchmarks.contract import Settings
+from evaluation.benchmarks.settings import Settings
 from evaluation.benchmarks.wcot import question
 from evaluation.grading.answers import extract_answer, last_boxed, last_number
 from evaluation.grading.letters import read_letter

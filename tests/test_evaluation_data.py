@@ -10,7 +10,8 @@ import pytest
 import evaluate_model
 from checkpoints.errors import InputError
 from evaluation.benchmarks import BENCHMARKS, get_benchmark
-from evaluation.data import Missing, load_data
+from evaluation.data import load_data
+from evaluation.dataset_files import Missing
 from evaluation.fetch import fetch_data, hub_snapshot
 from evaluation.grading.ifeval_checks import _verifiers
 from tests.evaluation_files import DATA, rows_of

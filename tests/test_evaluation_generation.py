@@ -10,7 +10,8 @@ from checkpoints.errors import ArgumentError, InputError
 from evaluation import backends
 from evaluation.backends import load_model
 from evaluation.benchmarks import get_benchmark
-from evaluation.benchmarks.contract import Generation, Settings
+from evaluation.benchmarks.contract import Generation
+from evaluation.benchmarks.settings import Settings
 from evaluation.generation import check_bos, choose, generate
 from evaluation.model import Model, ModelOptions
 from evaluation.prompts import build_requests

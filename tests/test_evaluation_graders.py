@@ -6,12 +6,13 @@ import pytest
 
 from checkpoints.errors import InputError
 from evaluation.benchmarks import get_benchmark
-from evaluation.benchmarks.contract import Grade, Response, Settings, mean, spread
+from evaluation.benchmarks.contract import Grade, Response, mean, spread
 from evaluation.benchmarks.humaneval import program as humaneval_program
 from evaluation.benchmarks.ifeval import INSTRUCTIONS
 from evaluation.benchmarks.mbpp import program as mbpp_program
 from evaluation.benchmarks.mmlu import pooled_stderr
 from evaluation.benchmarks.mmlu_pro import read_choice
+from evaluation.benchmarks.settings import Settings
 from evaluation.grading.tools import Tools
 from tests.evaluation_files import references, rows_of, samples, score
 

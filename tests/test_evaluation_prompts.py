@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evaluation.benchmarks import BENCHMARKS, get_benchmark
-from evaluation.benchmarks.contract import Settings
+from evaluation.benchmarks.settings import Settings
 from evaluation.prompts import build_requests, prompts_sha256
 from tests.evaluation_files import rows_of
 

@@ -8,7 +8,8 @@ import pytest
 from checkpoints.errors import ArgumentError, InputError
 from evaluation import results as results_module
 from evaluation.benchmarks import BENCHMARKS, PAPER, get_benchmark
-from evaluation.benchmarks.contract import Grade, Response, Settings
+from evaluation.benchmarks.contract import Grade, Response
+from evaluation.benchmarks.settings import Settings
 from evaluation.data import Data, DataFile
 from evaluation.entries import Asked, generated_entry, given_entry, graded, responses_sha256, why_not_comparable
 from evaluation.responses import read_responses, to_lines

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alignment.layout import Layout
 from merging import RunOptions, make_recipe, merge
 from merging.methods import get_method
 from streaming.blocks import Block, Region, TensorSpec
-from streaming.layout import Layout
 from tests.golden_files import (
     Golden,
     authors_masks,

@@ -59,6 +59,15 @@ def test_problems_are_collected_in_order_and_once():
         problems.raise_if_any()
 
 
+def test_problems_of_a_part_are_taken_over_with_their_notes():
+    part = Problems(["two.", "three."], ["of the part"])
+    whole = Problems(["one.", "two."], ["of the whole"])
+    whole.take(part)
+    assert [str(problem) for problem in whole] == ["one.", "two.", "three."]
+    assert whole.notes == ["of the whole", "of the part"]
+    assert part.notes == ["of the part"]
+
+
 def test_what_is_no_input_error_passes_through():
     problems = Problems()
     with pytest.raises(KeyError), problems.collect():

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("checkpoints", "streaming", "merging", "aim", "evaluation", "reports")
+PACKAGES = ("checkpoints", "alignment", "streaming", "merging", "aim", "evaluation", "reports")
 SIBLINGS = {"merging", "aim", "evaluation", "reports"}
 COMMANDS = sorted(path for path in ROOT.glob("*.py") if re.search(r"^def main\(", path.read_text(), re.MULTILINE))
 
 # Package -> top-level modules that nothing in it may import. Imports point down: to checkpoints, never to a command.
 FORBIDDEN = {package: SIBLINGS - {package} | {"examples", "tests", "benchmarks"} for package in PACKAGES}
-FORBIDDEN["checkpoints"] |= {"streaming"}
+FORBIDDEN["checkpoints"] |= {"streaming", "alignment"}
+FORBIDDEN["streaming"] |= {"alignment"}  # the loop knows no model, and what aligns models knows no loop
+FORBIDDEN["alignment"] |= {"streaming"}
 for modules in FORBIDDEN.values():
     modules.update(path.stem for path in COMMANDS)
 FORBIDDEN["reports"] |= {"torch", "transformers"}
@@ -90,6 +92,56 @@ def test_imports_check_finds_a_violation(line):
 @pytest.mark.parametrize("line", ["import torch", "from checkpoints import reader", "from merging import plan", ""])
 def test_imports_check_accepts_what_is_below(line):
     assert import_problems("merging/stream.py", line, FORBIDDEN) == []
+
+
+def import_circles(texts: dict[str, str]) -> list[list[str]]:
+    """Groups of modules that import each other, wherever the imports stand; a package's `__init__` is left out, as it names
+    what lies in the package.
+
+    Args:
+        texts: path from the repository's root -> source.
+    """
+    modules = {path.removesuffix(".py").replace("/", "."): path for path in texts if not path.endswith("__init__.py")}
+    below: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        tree = ast.parse(texts[path])
+        named = {name for _, name in imported_modules(tree)}
+        named |= {
+            f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.level == 0
+            for alias in node.names
+        }
+        below[module] = named & modules.keys()
+
+    def reached(module: str) -> set[str]:
+        found: set[str] = set()
+        waiting = list(below[module])
+        while waiting:
+            one = waiting.pop()
+            if one not in found:
+                found.add(one)
+                waiting += below[one]
+        return found
+
+    reach = {module: reached(module) for module in modules}
+    circles = {frozenset(one for one in reach[module] if module in reach[one]) for module in modules}
+    return sorted(sorted(circle) for circle in circles if circle)
+
+
+def test_no_modules_import_each_other():
+    assert import_circles(dict(sources(*PACKAGES))) == []
+
+
+def test_circle_check_finds_a_circle():
+    texts = {
+        "a/one.py": "def f():\n    from a import two",
+        "a/two.py": "import typing\nif typing.TYPE_CHECKING:\n    from b.three import x",
+        "b/three.py": "import a.one",
+        "b/four.py": "import a.one",
+        "a/__init__.py": "from a.one import f",
+    }
+    assert import_circles(texts) == [["a.one", "a.two", "b.three"]]
 
 
 def test_imports_check_keeps_torch_out_of_reports():
@@ -180,7 +232,7 @@ def architecture_problems(path: str, source: str) -> list[str]:
 
 
 def test_no_branches_per_architecture():
-    files = sources("checkpoints", "streaming", "merging", "aim")
+    files = sources("checkpoints", "alignment", "streaming", "merging", "aim")
     problems = [problem for path, source in files for problem in architecture_problems(path, source)]
     assert not problems, "\n".join(problems)
 

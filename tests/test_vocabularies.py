@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import performAIM
+from alignment.layout import Layout
 from checkpoints.errors import InputError
 from checkpoints.vocabulary import MISSING, Vocabulary, match_rows, read_vocabulary
-from streaming.layout import Layout
 from tests.token_models import KINDS, TABLES, Scene, change_json, make_model, relax, row_of, write_bpe, write_json
 
 
@@ -215,7 +215,7 @@ def test_flags_that_do_not_fit(scene: Scene):
     assert says in scene.merge(base, [one], "--tokenizer_source", "unoin", code=2)
     says = "--new_token_rows: unknown value 'meen'. Did you mean 'mean'?"
     assert says in scene.merge(base, [one], "--new_token_rows", "meen", code=2)
-    with pytest.raises(InputError, match="--pad_to_multiple_of: expected a whole number above 0, got 0"):
+    with pytest.raises(InputError, match="pad_to_multiple_of: expected a whole number above 0, got 0"):
         Layout(pad_to_multiple_of=0)
     says = "--tie_word_embeddings: unknown value 'maybe'."
     assert says in scene.merge(base, [one], "--tie_word_embeddings", "maybe", code=2)

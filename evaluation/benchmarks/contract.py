@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from evaluation.benchmarks.settings import Advance, Settings
 
 if TYPE_CHECKING:
     from evaluation.grading.tools import Tools
 
 Row = Mapping[str, Any]
-Profile = Literal["paper", "fixed"]
 Status = Literal["right", "wrong", "no_answer", "unanswered", "timeout", "forged", "error"]
-Advance = Callable[[int], object]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What prompts and limits depend on; the same settings and the same rows give the same prompts.
-
-    Attributes:
-        profile: `paper`, the AIM paper's program to the letter, or `fixed`, without its slips (docs/evaluation.md).
-        chat: wrap prompts in the tokenizer's chat template; MATH and GSM8K never are.
-        math_prompt_type: a key of `wcot.PROMPTS`.
-        math_max_tokens: new tokens for MATH and GSM8K.
-    """
-
-    profile: Profile = "fixed"
-    chat: bool = False
-    math_prompt_type: str = "wcot"
-    math_max_tokens: int = 1024
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaluation.benchmarks.contract import (
-    Advance,
     BadRow,
     Benchmark,
     Generation,
@@ -18,10 +17,10 @@ from evaluation.benchmarks.contract import (
     HubDataset,
     Response,
     Row,
-    Settings,
     TaskRows,
     text_field,
 )
+from evaluation.benchmarks.settings import Advance, Settings
 from evaluation.benchmarks.wcot import GRADER_NOTE, grade_answers, wcot_generation, wcot_tasks
 from evaluation.grading.tools import Tools
 

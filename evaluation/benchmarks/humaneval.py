@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from evaluation.benchmarks.contract import (
-    Advance,
     Benchmark,
     Generation,
     Grade,
     HubDataset,
     Response,
     Row,
-    Settings,
     TaskRows,
     text_field,
     until_stop,
 )
+from evaluation.benchmarks.settings import Advance, Settings
 from evaluation.grading.code import fenced_block, grade_programs, looks_whole
 from evaluation.grading.tools import Tools
 

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 from evaluation.benchmarks.contract import (
-    Advance,
     BadRow,
     Benchmark,
     Generation,
@@ -22,13 +21,13 @@ from evaluation.benchmarks.contract import (
     Metric,
     Response,
     Row,
-    Settings,
     Status,
     TaskRows,
     list_field,
     mean,
     text_field,
 )
+from evaluation.benchmarks.settings import Advance, Settings
 from evaluation.grading.tools import Tools
 
 SCORE = "mean_strict_acc"

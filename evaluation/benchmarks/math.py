@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaluation.benchmarks.contract import (
-    Advance,
     BadRow,
     Benchmark,
     Generation,
@@ -17,11 +16,11 @@ from evaluation.benchmarks.contract import (
     HubDataset,
     Response,
     Row,
-    Settings,
     TaskRows,
     spread,
     text_field,
 )
+from evaluation.benchmarks.settings import Advance, Settings
 from evaluation.benchmarks.wcot import GRADER_NOTE, grade_answers, wcot_generation, wcot_tasks
 from evaluation.grading.answers import last_boxed
 from evaluation.grading.tools import Tools

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from evaluation.benchmarks.contract import (
-    Advance,
     BadRow,
     Benchmark,
     Generation,
@@ -18,13 +17,13 @@ from evaluation.benchmarks.contract import (
     HubDataset,
     Response,
     Row,
-    Settings,
     TaskRows,
     list_field,
     text_field,
     until_stop,
 )
 from evaluation.benchmarks.mbpp_examples import EXAMPLES
+from evaluation.benchmarks.settings import Advance, Settings
 from evaluation.grading.code import fenced_block, grade_programs
 from evaluation.grading.tools import Tools
 

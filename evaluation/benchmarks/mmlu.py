@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 from evaluation.benchmarks.contract import (
-    Advance,
     BadRow,
     Benchmark,
     Grade,
@@ -21,7 +20,6 @@ from evaluation.benchmarks.contract import (
     Metric,
     Response,
     Row,
-    Settings,
     Status,
     TaskRows,
     list_field,
@@ -29,6 +27,7 @@ from evaluation.benchmarks.contract import (
     spread,
     text_field,
 )
+from evaluation.benchmarks.settings import Advance, Settings
 from evaluation.grading.letters import read_letter
 from evaluation.grading.tools import Tools
 

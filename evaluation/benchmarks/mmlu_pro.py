@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from evaluation.benchmarks.contract import (
-    Advance,
     BadRow,
     Benchmark,
     Generation,
@@ -21,12 +20,12 @@ from evaluation.benchmarks.contract import (
     HubDataset,
     Response,
     Row,
-    Settings,
     TaskRows,
     list_field,
     spread,
     text_field,
 )
+from evaluation.benchmarks.settings import Advance, Settings
 from evaluation.grading.tools import Tools
 
 LETTERS = "ABCDEFGHIJ"

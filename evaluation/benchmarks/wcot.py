@@ -11,17 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.benchmarks.contract import (
-    Advance,
-    Generation,
-    Grade,
-    Response,
-    Row,
-    Settings,
-    Status,
-    TaskRows,
-    until_stop,
-)
+from evaluation.benchmarks.contract import Generation, Grade, Response, Row, Status, TaskRows, until_stop
+from evaluation.benchmarks.settings import Advance, Settings
 from evaluation.grading.answers import Style, extract_answer
 from evaluation.grading.tools import Tools
 

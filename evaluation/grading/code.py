@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from evaluation.benchmarks.contract import Advance, Grade, Status
+from evaluation.benchmarks.contract import Grade, Status
+from evaluation.benchmarks.settings import Advance
 from evaluation.grading.tools import Tools
 
 _FENCE = re.compile(r"```[^\S\n]*[\w+-]*[^\S\n]*\n(.*?)(?:\n[^\S\n]*```|\Z)", re.DOTALL)

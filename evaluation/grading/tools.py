@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from evaluation.benchmarks.contract import Advance, Settings
+from evaluation.benchmarks.settings import Advance, Settings
 from evaluation.grading.answers import Answer
 from evaluation.grading.maths import OVERRUN_S
 from evaluation.grading.pool import Outcome, WorkerPool

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from alignment.layout import Layout, parse_donor
 from checkpoints.chat_templates import (
     DEFAULT,
     check_template,
@@ -14,31 +15,31 @@ from checkpoints.chat_templates import (
     set_templates,
     templates_of,
 )
-from checkpoints.errors import InputError, collecting
+from checkpoints.errors import InputError
 from checkpoints.location import ModelName, locate
 from checkpoints.model import Model
+from checkpoints.problems import Problems
+from checkpoints.settings import setting
 from checkpoints.sidecars import TOKENIZER_FILES, SideFiles
 from checkpoints.tokenizer_files import tokens_of
 from checkpoints.vocabulary import Vocabulary, read_vocabulary
-from streaming.layout import Layout, parse_donor
 
 
-def choose_tokenizer_files(
-    files: SideFiles, layout: Layout, models: Sequence[Model], notes: list[str], problems: list[str | InputError]
-) -> None:
+def choose_tokenizer_files(files: SideFiles, layout: Layout, models: Sequence[Model], problems: Problems) -> None:
     """Put the tokenizer files and the chat template that `layout` names in the place of the output's.
 
     Args:
-        files: the output's, its vocabulary decided; changed, as are `notes` and `problems`.
+        files: the output's, its vocabulary decided; get the files and the template that were chosen.
         models: every input, the one that gives the config first.
+        problems: gets what does not fit, and notes.
     """
     trust = models[0].trust_remote_code
     if layout.copy_tokenizer_from is not None:
-        with collecting(problems):
-            _copy_tokenizer(files, parse_donor(layout.copy_tokenizer_from), trust, notes)
+        with problems.collect():
+            _copy_tokenizer(files, parse_donor(layout.copy_tokenizer_from), trust, problems)
     if layout.chat_template is not None:
-        with collecting(problems):
-            _set_chat_template(files, layout.chat_template, models, trust, notes)
+        with problems.collect():
+            _set_chat_template(files, layout.chat_template, models, trust, problems)
 
 
 def template_label(chosen: str) -> str:
@@ -46,12 +47,12 @@ def template_label(chosen: str) -> str:
     return "one that is written out" if is_literal(chosen) else chosen
 
 
-def _copy_tokenizer(files: SideFiles, name: ModelName, trust: bool, notes: list[str]) -> None:
+def _copy_tokenizer(files: SideFiles, name: ModelName, trust: bool, problems: Problems) -> None:
     """Take a model's tokenizer files. Raises InputError where a token of it has another id in the output, or none."""
     where = locate(name, weights=False, quiet=True, trust_remote_code=trust)
     theirs = read_vocabulary(where.folder, str(name), trust_remote_code=trust)
     if theirs is None:
-        raise InputError(f"--copy_tokenizer_from {name}: has no tokenizer files. Name a model that does.")
+        raise InputError(f"{setting('copy_tokenizer_from', name)}: has no tokenizer files. Name a model that does.")
     ours = tokens_of(files, trust_remote_code=trust)
     if ours is None:
         _check_rows(files, theirs, name)
@@ -60,8 +61,9 @@ def _copy_tokenizer(files: SideFiles, name: ModelName, trust: bool, notes: list[
     files.take(where.folder, TOKENIZER_FILES)
     lacking = 0 if ours is None else len(ours.ids.keys() - theirs.ids.keys())
     less = f"; {lacking:,} tokens that have rows are not in it" if lacking else ""
-    notes += [where.note] if where.note else []
-    notes.append(f"the tokenizer files are those of {name}{less}.")
+    if where.note:
+        problems.note(where.note)
+    problems.note(f"the tokenizer files are those of {name}{less}.")
 
 
 def _check_ids(ours: Vocabulary, theirs: Vocabulary, name: ModelName) -> None:
@@ -69,9 +71,9 @@ def _check_ids(ours: Vocabulary, theirs: Vocabulary, name: ModelName) -> None:
     if differing:
         token, index = next(iter(differing.items()))
         raise InputError(
-            f"--copy_tokenizer_from {name}: {len(differing):,} of its {len(theirs.ids):,} tokens have another id in the output, or none: "
+            f"{setting('copy_tokenizer_from', name)}: {len(differing):,} of its {len(theirs.ids):,} tokens have another id in the output, or none: "
             f"{token!r} has {index}, and {ours.ids.get(token, 'none')} there. Name a model with the output's vocabulary, or give "
-            "the output that model's (--tokenizer_source)."
+            f"the output that model's ({setting('tokenizer_source')})."
         )
 
 
@@ -80,41 +82,41 @@ def _check_rows(files: SideFiles, theirs: Vocabulary, name: ModelName) -> None:
     rows = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if type(rows) is int and theirs.size > rows:
         raise InputError(
-            f"--copy_tokenizer_from {name}: its ids go up to {theirs.size - 1}, and the output has {rows:,} rows. Name a model "
+            f"{setting('copy_tokenizer_from', name)}: its ids go up to {theirs.size - 1}, and the output has {rows:,} rows. Name a model "
             "with the output's vocabulary."
         )
 
 
-def _set_chat_template(files: SideFiles, chosen: str, models: Sequence[Model], trust: bool, notes: list[str]) -> None:
+def _set_chat_template(files: SideFiles, chosen: str, models: Sequence[Model], trust: bool, problems: Problems) -> None:
     """Set the template that was named. Raises InputError where it is none."""
     template = read_template(chosen)
     if template is None:
-        templates = _most_common(models, notes)
+        templates = _most_common(models, problems)
         if templates is None:
             return
     else:
-        check_template(template, f"--chat_template {template_label(chosen)}")
+        check_template(template, setting("chat_template", template_label(chosen)))
         templates = {DEFAULT: template}
-        notes.append(f"the chat template is {template_label(chosen)}.")
+        problems.note(f"the chat template is {template_label(chosen)}.")
     set_templates(files, templates)
     tokens = tokens_of(files, trust_remote_code=trust)
     foreign = foreign_markers(templates[DEFAULT], tokens.ids) if tokens else []
     if foreign:
-        notes.append(
+        problems.note(
             f"the chat template writes {', '.join(map(repr, foreign))}, which the output's tokenizer does not have as tokens: the "
             "model reads them in pieces."
         )
 
 
-def _most_common(models: Sequence[Model], notes: list[str]) -> dict[str, str] | None:
+def _most_common(models: Sequence[Model], problems: Problems) -> dict[str, str] | None:
     """All templates of the first model with the default template that most models have; None where none has any."""
-    found = [(model.label, templates_of(model.side_files())) for model in models]
-    having = [(label, templates) for label, templates in found if DEFAULT in templates]
+    templates_by_model = [(model.label, templates_of(model.side_files())) for model in models]
+    having = [(label, templates) for label, templates in templates_by_model if DEFAULT in templates]
     if not having:
-        notes.append("no input has a chat template, and so the output has none.")
+        problems.note("no input has a chat template, and so the output has none.")
         return None
     counts = Counter(templates[DEFAULT].strip() for _, templates in having)
     text, count = counts.most_common(1)[0]  # of equally many the first
-    label, templates = next(one for one in having if one[1][DEFAULT].strip() == text)
-    notes.append(f"the chat template is that of {label}, which {count} of {len(models)} inputs have.")
+    label, templates = next(entry for entry in having if entry[1][DEFAULT].strip() == text)
+    problems.note(f"the chat template is that of {label}, which {count} of {len(models)} inputs have.")
     return templates

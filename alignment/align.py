@@ -1,0 +1,146 @@
+"""Bring every input of an output under its names, into its shapes and its vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from alignment.aligned_model import AlignedModel
+from alignment.layout import Layout
+from alignment.matching import MODELS_OF_THIS_BASE, check_shapes, match_names
+from alignment.stored import left_out, unties_itself
+from alignment.vocabularies import align_vocabularies
+from checkpoints.dequantise import FLOAT8
+from checkpoints.errors import InputError
+from checkpoints.model import Model
+from checkpoints.problems import Problems
+from checkpoints.reader import equal_tensors
+from checkpoints.settings import setting
+from checkpoints.sidecars import SideFiles
+from checkpoints.source import TensorInfo, TensorRef
+from checkpoints.tensor_names import list_kinds
+from checkpoints.tokenizer_files import set_tied
+
+
+@dataclass
+class Alignment:
+    """The inputs of an output, all under its names and in its shapes.
+
+    Attributes:
+        models: the model that gives names, config and dtypes first; the others in order.
+        dtypes: of the output's tensors, as the first model stores them; every name is in it.
+        files: the output's side files.
+        layout: what was asked for, `tokenizer_source` decided.
+        problems: everything that does not fit, and the notes.
+    """
+
+    models: list[AlignedModel]
+    dtypes: Mapping[str, torch.dtype]
+    files: SideFiles
+    layout: Layout
+    problems: Problems
+
+    @property
+    def first(self) -> AlignedModel:
+        """The model that gives names, config and dtypes."""
+        return self.models[0]
+
+    def of(self, model: Model) -> AlignedModel:
+        """What became of an input."""
+        return next(aligned for aligned in self.models if aligned.model is model)
+
+
+def align(
+    primary: Model,
+    others: Sequence[Model],
+    layout: Layout,
+    *,
+    advice: str = MODELS_OF_THIS_BASE,
+    optional: Callable[[str], bool] = lambda name: False,
+    part: Callable[[Model], Iterable[str]] = lambda model: model.weights.tensors,
+) -> Alignment:
+    """Bring every model's tensors under the names, shapes and vocabulary of the output.
+
+    Args:
+        primary: gives names, dtypes, config and, unless `layout` says otherwise, tokenizer, vocabulary and head.
+        others: what is merged with it, in order.
+        layout: what the user chose.
+        advice: the last sentence of a refusal.
+        optional: whether an output tensor need not be in the other models, or of another shape there: it is not merged.
+        part: the stored tensors of a model that take part, by their names there.
+
+    Returns: everything found, refusals included (`problems`).
+    """
+    problems = Problems()
+    files = primary.side_files()
+    stored = _stored(primary, part)
+    dropped = left_out(primary, stored)
+    if dropped:
+        problems.note(f"{primary.label}: left out, as loading ignores or recomputes them: {list_kinds(dropped)}.")
+    for model in (primary, *others):
+        if any(info.dtype in FLOAT8 for _, parts in model.parts for file in parts for info in file.tensors.values()):
+            problems.note(f"{model.label}: its float8 weights are multiplied with their scales.")
+    tensors = {name: TensorRef(primary.weights, name) for name in stored if name not in dropped}
+    if layout.tie_word_embeddings is None and unties_itself(primary, stored, dropped):
+        set_tied(files, False)
+        problems.note(f"{primary.label}: its head is not its embedding; config.json says so in the output.")
+    head = _Head(tensors)
+    if layout.tie_word_embeddings is not None:
+        head = _choose_head(primary, tensors, layout.tie_word_embeddings, problems)
+        if head.is_there:
+            set_tied(files, layout.tie_word_embeddings)
+    first = AlignedModel(primary, advice, stored, head.tensors)
+    dtypes = {name: ref.info.plain_dtype for name, ref in first.tensors.items()}
+    models = [first]
+    models += [match_names(first, model, _stored(model, part), head.tied, optional=optional) for model in others]
+    tables = align_vocabularies(models, layout, files, problems)
+    models = tables.models
+    models[1:] = [check_shapes(models[0], model, tables.refused, optional) for model in models[1:]]
+    for aligned in models:
+        problems.take(aligned.problems)
+    return Alignment(models, dtypes, files, replace(layout, tokenizer_source=tables.tokenizer_source), problems)
+
+
+def _stored(model: Model, part: Callable[[Model], Iterable[str]]) -> dict[str, TensorInfo]:
+    return {name: model.weights.tensors[name] for name in part(model)}
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The output's tensors once its head is decided.
+
+    tied: the head that the output ties -> the embedding that it is tied to; empty where it is not tied by request.
+    is_there: whether the model has a head and an embedding at all.
+    """
+
+    tensors: dict[str, TensorRef]
+    tied: Mapping[str, str] = field(default_factory=dict)
+    is_there: bool = False
+
+
+def _choose_head(primary: Model, tensors: Mapping[str, TensorRef], tie: bool, problems: Problems) -> _Head:
+    """Give the output a head of its own, or tie it to the embedding, as the user asked."""
+    architecture = primary.architecture
+    tensors = dict(tensors)
+    head, embedding = architecture.output_head, architecture.input_embedding
+    chosen = setting("tie_word_embeddings", "yes" if tie else "no")
+    if head is None or embedding is None or architecture.stored_name(embedding) not in tensors:
+        problems.add(
+            InputError(f"{chosen}: {primary.label} has no head and embedding of one vocabulary. Leave it out.")
+        )
+        return _Head(tensors)
+    embedding = architecture.stored_name(embedding)
+    if not tie:
+        if head not in tensors:
+            # In the base's own order a head may stand anywhere; names are sorted when they are written.
+            tensors[head] = TensorRef(primary.weights, embedding)
+            problems.note(f"{primary.label}: {head} is tied to {embedding} there; the output gets a head of its own.")
+        return _Head(tensors, is_there=True)
+    if head in tensors and head != embedding:
+        if not equal_tensors(primary.weights, head, embedding):
+            problems.add(f"{chosen}: {primary.label}: {head} and {embedding} hold different numbers. Leave it out.")
+        del tensors[head]
+        problems.note(f"{primary.label}: {head} is left out, as it equals {embedding}, to which the output ties it.")
+    return _Head(tensors, {head: embedding}, is_there=True)

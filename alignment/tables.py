@@ -1,0 +1,140 @@
+"""The tensors whose rows belong to tokens: an embedding, a head, what stands beside them; and their rows in another order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from alignment.aligned_model import AlignedModel
+from alignment.layout import NewTokenRows
+from checkpoints.model import Model
+from checkpoints.problems import Problems
+from checkpoints.rows import AlignedRows, MeanRows
+from checkpoints.source import Source, TensorRef, dtype_name
+from checkpoints.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Tables:
+    """One model's vocabulary tables.
+
+    Attributes:
+        model: whose; tables: by their output names.
+    """
+
+    model: AlignedModel
+    tables: dict[str, TensorRef]
+
+    @property
+    def label(self) -> str:
+        """How messages name the model."""
+        return self.model.label
+
+    @property
+    def is_nameless(self) -> bool:
+        """Whether the model has no tokenizer."""
+        return self.model.model.vocabulary is None
+
+    @cached_property
+    def tokens(self) -> Vocabulary:
+        """The model's tokens; none without a tokenizer."""
+        return self.model.model.vocabulary or Vocabulary({})
+
+    @property
+    def rows(self) -> int:
+        """Rows of each table."""
+        return next((ref.info.shape[0] for ref in self.tables.values() if ref.info.shape), 0)
+
+    def has(self, token: str) -> bool:
+        """Whether it has a row for a token: some tokenizers know tokens that their models lack."""
+        return self.tokens.ids.get(token, self.rows) < self.rows
+
+    def fits(self, row_of: torch.Tensor) -> bool:
+        """Whether the tables have the output's rows in the output's order.
+
+        Args:
+            row_of: per output row the model's, `[rows]`.
+        """
+        return self.rows == len(row_of) and torch.equal(row_of, torch.arange(self.rows))
+
+
+def find_tables(models: Sequence[AlignedModel]) -> list[Tables]:
+    """The vocabulary tables of all models that have any; names are those of the first model's."""
+    names = table_names(models[0])
+    found = [Tables(one, {name: one.tensors[name] for name in names if name in one.tensors}) for one in models]
+    return [tables for tables in found if tables.tables]
+
+
+def table_names(first: AlignedModel) -> list[str]:
+    """The output tensors whose rows belong to tokens: embedding, head, and what else is as long in the head's module."""
+    architecture, tensors = first.model.architecture, first.tensors
+    ends = [name for name in _ends(first.model) if name in tensors and tensors[name].info.shape]
+    if not ends:
+        return []
+    rows = tensors[ends[0]].info.shape[0]
+    modules = {architecture.placements[name].module for name in ends if name in architecture.placements}
+    beside = [
+        name
+        for name, placement in architecture.placements.items()
+        if placement.module in modules
+        and name in tensors
+        and name not in ends
+        and tensors[name].info.shape[:1] == (rows,)
+    ]
+    return ends + beside
+
+
+def lost_table(first: AlignedModel) -> str | None:
+    """The embedding or the head of a model, where it should be stored and is not."""
+    architecture = first.model.architecture
+    return next((name for name in _ends(first.model) if architecture.stored_name(name) not in first.stored), None)
+
+
+def _ends(model: Model) -> list[str]:
+    """The embedding and the head, as far as the model's class has them, stored or not."""
+    return [name for name in (model.architecture.input_embedding, model.architecture.output_head) if name is not None]
+
+
+def check_tables(members: Sequence[Tables]) -> Problems:
+    """Refuse tables that have other rows than the rest of their model's, or rows of another kind than the first's."""
+    first = members[0]
+    problems = Problems()
+    for member in members:
+        for name, ref in member.tables.items():
+            shape, expected = ref.info.shape, (member.rows, *first.tables[name].info.shape[1:])
+            if shape != expected or not ref.info.dtype.is_floating_point:
+                problems.add(
+                    f"{member.label}: {name}: expected floating-point numbers of shape {list(expected)}, with a row for each token, got "
+                    f"{dtype_name(ref.info.dtype)} of {list(shape)}. {member.model.advice}"
+                )
+    return problems
+
+
+def put_into_rows(
+    members: Sequence[Tables], rows: Sequence[torch.Tensor], new_token_rows: NewTokenRows
+) -> list[AlignedModel]:
+    """Every model with its tables in the output's rows; a model that has them so is left as it is.
+
+    Args:
+        members: the models that have tables; rows: per model and output row the model's row, or `MISSING`.
+        new_token_rows: see `Layout`.
+    """
+    first = members[0]
+    owner: Source = MeanRows(first.tables)  # of rows that no model has: padding
+    for member, row_of in zip(reversed(members), reversed(rows), strict=True):
+        if any(name not in member.tables for name in first.tables):
+            continue  # a model without a head, say, owns no rows
+        owner = AlignedRows(member.tables, owner, row_of)
+    return [
+        member.model if member.fits(row_of) else _with_rows(member, row_of, owner, new_token_rows)
+        for member, row_of in zip(members, rows, strict=True)
+    ]
+
+
+def _with_rows(member: Tables, row_of: torch.Tensor, owner: Source, new_token_rows: NewTokenRows) -> AlignedModel:
+    missing = MeanRows(member.tables) if new_token_rows == "mean" else owner
+    aligned = AlignedRows(member.tables, missing, row_of)
+    return member.model.with_tensors({name: TensorRef(aligned, name) for name in member.tables})
