@@ -113,8 +113,10 @@ def read_documents(path: Path) -> list[Document]:
 def encode(document: Document, tokenizer: Any) -> Encoded:
     """Token ids of prompt and answer, which are tokenized apart, as they are when a model is asked.
 
-    Raises: InputError: the chat template does not put the answer after the prompt.
+    Raises: InputError: the tokenizer has no chat template, or one that does not put the answer after the prompt.
     """
+    if tokenizer.chat_template is None:
+        raise InputError("chat template: expected one in the base model's tokenizer, got none. Use a chat model.")
     user = {"role": "user", "content": document.prompt}
     before = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template([user, {"role": "assistant", "content": document.answer}], tokenize=False)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from examples.family.splits import words
 from examples.real.domains.documents import Document
 
-VERBS = tuple("collect gather compute find build make derive work_out summarise select".split())
-NOUNS = tuple("result values report output data entries figures answer overview items".split())
+VERBS = words("collect gather compute find build make derive work_out summarise select")
+NOUNS = words("result values report output data entries figures answer overview items")
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from examples.family.splits import words
 from examples.real.domains.documents import Document
 
-NAMES = tuple("Ada Bruno Carla Dmitri Elif Farid Greta Hugo Ines Jonas Keiko Luca Maya Nils Olga Priya Rosa Sami Tomas Yara".split())  # fmt: skip
+NAMES = words(
+    "Ada Bruno Carla Dmitri Elif Farid Greta Hugo Ines Jonas Keiko Luca Maya Nils Olga Priya Rosa Sami Tomas Yara"
+)
 THINGS = {
     "collects": ("stamps", "shells", "postcards", "marbles", "coins", "badges"),
     "bakes": ("muffins", "rolls", "cookies", "pies", "bagels", "tarts"),

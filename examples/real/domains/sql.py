@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from examples.family.splits import words
 from examples.real.domains.documents import Document
 
 OWNERS = {
@@ -34,7 +35,7 @@ THINGS = {
     "machine": (("power", "hours", "cost"), ("model", "status")),
     "garden": (("area", "plants", "visitors"), ("style", "climate")),
 }
-VALUES = tuple("red blue north south modern classic oak steel early late open small large basic rapid calm".split())
+VALUES = words("red blue north south modern classic oak steel early late open small large basic rapid calm")
 
 
 @dataclass(frozen=True)
