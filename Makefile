@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install
 RUNTIME := $(VENV)/.installed-requirements
 DEV := $(VENV)/.installed-requirements-dev
-PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,checkpoints alignment streaming merging aim evaluation reports)))
+PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,checkpoints alignment streaming merging aim evaluation reports commands)))
 COMMANDS := $(wildcard *.py)
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 

@@ -16,9 +16,14 @@ from typing import TYPE_CHECKING
 from checkpoints.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from aim.calibrate import CalibrationOptions as CalibrationOptions
     from aim.calibration import CalibrationData as CalibrationData
     from aim.omegas import Omega as Omega
-    from aim.relaxing import Relaxing as Relaxing
+    from aim.reading import read_request as read_request
+    from aim.request import AimRequest as AimRequest
+    from aim.request import Calibration as Calibration
+    from aim.request import Relaxing as Relaxing
+    from aim.run import perform_aim as perform_aim
     from aim.run import relax_checkpoint as relax_checkpoint
     from aim.statistics import Activations as Activations
     from aim.statistics import load_activations as load_activations
@@ -27,12 +32,29 @@ else:
         __name__,
         {
             "Activations": "aim.statistics",
+            "AimRequest": "aim.request",
+            "Calibration": "aim.request",
             "CalibrationData": "aim.calibration",
+            "CalibrationOptions": "aim.calibrate",
             "Omega": "aim.omegas",
-            "Relaxing": "aim.relaxing",
+            "Relaxing": "aim.request",
             "load_activations": "aim.statistics",
+            "read_request": "aim.reading",
+            "perform_aim": "aim.run",
             "relax_checkpoint": "aim.run",
         },
     )
 
-__all__ = ["Activations", "CalibrationData", "Omega", "Relaxing", "load_activations", "relax_checkpoint"]
+__all__ = [
+    "Activations",
+    "AimRequest",
+    "Calibration",
+    "CalibrationData",
+    "CalibrationOptions",
+    "Omega",
+    "Relaxing",
+    "load_activations",
+    "perform_aim",
+    "read_request",
+    "relax_checkpoint",
+]

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from aim.statistics import ChannelStatistics
 from checkpoints.errors import InputError
+from checkpoints.settings import setting
 
 ROWS_AT_ONCE = 1024
 """Rows of an input that are turned to float32 at a time, which bounds the memory that watching takes."""
@@ -164,6 +165,22 @@ class Watcher:
             found |= {f"{name}.abs": sums.abs, f"{name}.sq": sums.sq, f"{name}.rows": torch.tensor(sums.rows)}
         return found
 
+    @staticmethod
+    def check_sums(tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError where this is not what `sums` gave, but somebody else wrote it."""
+        for name in {name.rpartition(".")[0] for name in tensors if not name.endswith(".means")}:
+            key = json.loads(name)
+            place, module, parameter, expert = key if isinstance(key, list) and len(key) == 4 else (None,) * 4
+            is_key = type(place) is int and isinstance(module, str) and isinstance(parameter, str)
+            parts = [tensors.get(f"{name}.{part}") for part in ("abs", "sq", "rows")]
+            if not (is_key and (expert is None or type(expert) is int)) or not all(part is not None for part in parts):
+                raise ValueError(f"{name}: no sums of a module's input")
+            absolute, square, rows = (part for part in parts if part is not None)
+            if absolute.shape != square.shape or absolute.ndim != 1 or rows.numel() != 1 or rows.is_floating_point():
+                raise ValueError(f"{name}: sums that do not fit each other")
+            if {absolute.dtype, square.dtype} != {torch.float64}:
+                raise ValueError(f"{name}: expected float64")
+
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take what another watcher's `sums` gave."""
         names = sorted((name.removesuffix(".abs") for name in tensors if name.endswith(".abs")), key=json.loads)
@@ -178,7 +195,7 @@ class Watcher:
         for (module, _, _), sums in self._sums.items():  # in the order in which they were first seen
             if not bool(sums.sq.isfinite().all()):
                 raise InputError(
-                    f"{module}: its input holds NaN or an infinity, the first to do so. Use --calibration_dtype float32, or check the base model."
+                    f"{module}: its input holds NaN or an infinity, the first to do so. Use {setting('calibration.dtype', 'float32')}, or check the base model."
                 )
 
     def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, str]]:

@@ -22,6 +22,7 @@ from checkpoints.errors import ArgumentError, InputError, first_line
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
 from checkpoints.reader import Checkpoint, read_tensor
+from checkpoints.settings import setting
 from checkpoints.source import FLOAT_DTYPES, dtype_name
 
 Numerics = Literal["float32", "reference"]
@@ -45,16 +46,18 @@ class CalibrationOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ArgumentError(f"--batch_size: expected at least 1, got {self.batch_size}.")
+            raise ArgumentError(f"{setting('batch_size')}: expected at least 1, got {self.batch_size}.")
         if self.dtype != "auto" and self.dtype not in FLOAT_DTYPES:
-            raise ArgumentError(f"--calibration_dtype: expected auto, {', '.join(FLOAT_DTYPES)}, got {self.dtype!r}.")
+            raise ArgumentError(
+                f"{setting('calibration.dtype')}: expected auto, {', '.join(FLOAT_DTYPES)}, got {self.dtype!r}."
+            )
         if self.numerics == "reference" and self.batch_size != 1:
             raise ArgumentError(
-                f"--batch_size: --numerics reference runs one block at a time, got {self.batch_size}. Leave it out."
+                f"{setting('batch_size')}: {setting('numerics', 'reference')} runs one block at a time, got {self.batch_size}. Leave it out."
             )
         if self.numerics == "reference" and self.dtype not in ("auto", "bfloat16"):
             raise ArgumentError(
-                f"--calibration_dtype: --numerics reference runs in bfloat16, got {self.dtype}. Leave it out."
+                f"{setting('calibration.dtype')}: {setting('numerics', 'reference')} runs in bfloat16, got {self.dtype}. Leave it out."
             )
 
 
@@ -86,7 +89,7 @@ def check_block_size(base: Model, block_size: int) -> None:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and block_size > positions:
         raise InputError(
-            f"--block_size: expected at most the {positions} positions of {base.label}, got {block_size}. Lower it."
+            f"{setting('block_size')}: expected at most the {positions} positions of {base.label}, got {block_size}. Lower it."
         )
 
 
@@ -163,7 +166,7 @@ def calibrate(
         watcher = (ReferenceWatcher if options.numerics == "reference" else Watcher)(model, selection.targets)
         device = model.get_input_embeddings().weight.device
         tokens = blocks.tokens if device.type == "meta" else blocks.tokens.to(device)  # meta: accelerate moves both
-        advice = f"Lower --batch_size (now {options.batch_size}) or --block_size (now {data.block_size})"
+        advice = f"Lower {setting('batch_size')} (now {options.batch_size}) or {setting('block_size')} (now {data.block_size})"
         progress(0)  # loaded
         done = begin = unfinished.restore(watcher) if unfinished else 0
         progress(tokens[:begin].numel())
@@ -205,7 +208,7 @@ def load(base: Model, options: CalibrationOptions) -> Any:
         keywords["device_map"] = {"": options.device}
     elif options.device is None and torch.cuda.is_available():
         keywords["device_map"] = "auto"
-    with _out_of_memory(f"{base.label}: loading it", "Use --calibration_dtype bfloat16"):
+    with _out_of_memory(f"{base.label}: loading it", f"Use {setting('calibration.dtype', 'bfloat16')}"):
         try:
             model = _from_pretrained(AutoModelForCausalLM, base, keywords)
         except Exception as error:  # a model class's own code fails in every way there is
@@ -273,7 +276,9 @@ def _out_of_memory(what: str, advice: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
-            raise InputError(f"{what}: the GPU has too little memory. {advice}, or use --device cpu.") from error
+            raise InputError(
+                f"{what}: the GPU has too little memory. {advice}, or use {setting('device', 'cpu')}."
+            ) from error
         if isinstance(error, MemoryError) or _is_out_of_memory(error):
             raise InputError(f"{what}: this machine has too little memory. {advice}.") from error
         raise

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from checkpoints.errors import ArgumentError, InputError, first_line
+from checkpoints.settings import setting
 
 PUBLISHED_DATASET = "mit-han-lab/pile-val-backup::validation"
 ENCODING = "utf-8-sig"  # UTF-8, and the byte order mark that some editors begin it with
@@ -43,11 +44,13 @@ class CalibrationData:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for flag, number in (("--n_samples", self.n_samples), ("--block_size", self.block_size)):
+        for name, number in (("n_samples", self.n_samples), ("block_size", self.block_size)):
             if number < 1:
-                raise ArgumentError(f"{flag}: expected at least 1, got {number}.")
+                raise ArgumentError(f"{setting(name)}: expected at least 1, got {number}.")
         if not 0 <= self.seed < 1 << 32:
-            raise ArgumentError(f"--calibration_seed: expected a whole number from 0 to 4294967295, got {self.seed}.")
+            raise ArgumentError(
+                f"{setting('calibration.seed')}: expected a whole number from 0 to 4294967295, got {self.seed}."
+            )
 
     def as_json(self) -> dict[str, Any]:
         """Its fields, for recipes and activation files."""
@@ -120,7 +123,7 @@ def make_blocks(data: CalibrationData, encode: Callable[[str], list[int]], *, qu
     if not blocks:
         raise InputError(
             f"{data.source}: expected text for at least one block of {data.block_size} tokens, got {texts} texts with {len(kept)} tokens "
-            f"({too_long} of {len(rows)} were longer than a block, {empty} empty). Use a smaller --block_size, or more text."
+            f"({too_long} of {len(rows)} were longer than a block, {empty} empty). Use a smaller {setting('block_size')}, or more text."
         )
     used = blocks * data.block_size
     tokens_tensor = torch.tensor(kept[:used], dtype=torch.int64).view(blocks, data.block_size)
@@ -140,7 +143,7 @@ def _text_of(row: Any, index: int, data: CalibrationData) -> str:
     got = "no such field" if data.text_field not in row else type(text).__name__
     raise InputError(
         f"{data.source}: row {index}: expected text in the field '{data.text_field}', got {got}. "
-        f"The row has: {', '.join(sorted(map(str, row)))}. Name another field with --text_field."
+        f"The row has: {', '.join(sorted(map(str, row)))}. Name another field with {setting('text_field')}."
     )
 
 
@@ -153,7 +156,7 @@ def open_texts(data: CalibrationData, *, quiet: bool = False) -> Sequence[Any]:
         rows = _load_saved(path, data)
     elif is_local(data.source):
         raise InputError(
-            f"--calibration_data {data.source}: no such file. Give a file of texts, or a hub dataset NAME:CONFIG:SPLIT."
+            f"{setting('calibration.source', data.source)}: no such file. Give a file of texts, or a hub dataset NAME:CONFIG:SPLIT."
         )
     else:
         rows = _load_hub(data, quiet)
@@ -263,10 +266,10 @@ def _load_hub(data: CalibrationData, quiet: bool) -> Sequence[Any]:
     except Exception as error:  # every kind: network, missing, builder scripts, broken files
         if "zst" in str(error):
             raise InputError(
-                f"--calibration_data {data.source}: is compressed with zstd, which takes the package zstandard. Run `pip install zstandard`."
+                f"{setting('calibration.source', data.source)}: is compressed with zstd, which takes the package zstandard. Run `pip install zstandard`."
             ) from error
         raise InputError(
-            f"--calibration_data {data.source}: is no local file, and the hub dataset cannot be loaded: {first_line(error)}. "
+            f"{setting('calibration.source', data.source)}: is no local file, and the hub dataset cannot be loaded: {first_line(error)}. "
             "Check the name and the network, or give a local file of texts."
         ) from error
     return loaded if split else _pick_split(loaded, split, data)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from checkpoints.errors import InputError
+from checkpoints.settings import setting
 from checkpoints.tensor_names import kind_of
 
 
@@ -31,7 +32,9 @@ def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path, *, tit
         folder.mkdir(parents=True, exist_ok=True)
         return [*_draw_sorted(importance, folder, title), *_draw_layers(importance, folder, title)]
     except OSError as error:
-        raise InputError(f"--figures {folder}: cannot be written: {error.strerror}. Choose another folder.") from error
+        raise InputError(
+            f"{setting('figures', folder)}: cannot be written: {error.strerror}. Choose another folder."
+        ) from error
 
 
 def _by_kind(importance: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

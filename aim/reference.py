@@ -1,4 +1,4 @@
-"""`--numerics reference`: statistics with the published program's roundings, bit for bit."""
+"""`reference` numerics: statistics with the published program's roundings, bit for bit."""
 
 from __future__ import annotations
 

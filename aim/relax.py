@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from checkpoints.errors import ArgumentError
+from checkpoints.settings import setting
 
 Scaling = Literal["identity", "sqrt", "square"]
 Control = Literal["none", "uniform", "permuted"]
@@ -46,7 +47,7 @@ def factors(s: torch.Tensor, omega: float) -> torch.Tensor:
     Raises: ArgumentError: omega outside [0, 1].
     """
     if not 0.0 <= omega <= 1.0:
-        raise ArgumentError(f"--omega: expected a number in [0, 1], got {omega}.")
+        raise ArgumentError(f"{setting('omega')}: expected a number in [0, 1], got {omega}.")
     return 1.0 - s * (1.0 - omega)
 
 

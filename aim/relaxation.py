@@ -50,7 +50,7 @@ class Relaxation:
     ):
         self._channels = {name: ChannelFactors(one.values.to(device), one.input_dim) for name, one in channels.items()}
         self._like_the_reference = like_the_reference
-        self.tally = Tally(lambda sums: {"relaxed_mean_change": sums[0] / sums[1]})
+        self.tally = Tally(2, lambda sums: {"relaxed_mean_change": sums[0] / sums[1]})
 
     @property
     def relaxed(self) -> int:

@@ -13,67 +13,18 @@ import torch
 
 from aim.calibrate import Numerics, select
 from aim.omegas import Omega
-from aim.relax import SCALINGS, Control, Scaling
 from aim.relaxation import Relaxation, importance_of, make_channels
+from aim.request import Relaxing
 from aim.statistics import Activations
 from aim.summary import KindSummary, align, as_json, digits, summarise
 from aim.targets import Selection
-from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
-from checkpoints.staging import SWEEP_PREFIX
+from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.tensor_names import kind_of
 from streaming.output import Variant
 from streaming.stream import PlannedTensor
-
-
-@dataclass(frozen=True)
-class Relaxing:
-    """How merged weights are relaxed.
-
-    Attributes:
-        omegas: one checkpoint for each; sweep: in folders of their own, `omega_0.2`, even where there is only one.
-        scaling: of s: identity, sqrt or square.
-        control: none, or one of the controls that carry no channel information.
-        seed: of the permuted control.
-        numerics: `reference` rounds as the published program does.
-    """
-
-    omegas: tuple[Omega, ...] = (Omega(0.4),)
-    scaling: Scaling = "identity"
-    control: Control = "none"
-    seed: int = 0
-    numerics: Numerics = "float32"
-    sweep: bool = False
-
-    @property
-    def is_sweep(self) -> bool:
-        """Whether each omega gets a folder of its own."""
-        return self.sweep or len(self.omegas) > 1
-
-    @property
-    def folders(self) -> list[str]:
-        """Of the checkpoints, below the output; the output itself where there is only one."""
-        return [f"{SWEEP_PREFIX}{omega}" if self.is_sweep else "" for omega in self.omegas]
-
-    def as_json(self) -> dict[str, Any]:
-        """Its fields, every omega as it is typed."""
-        fields = ("scaling", "control", "seed", "numerics")
-        return {"omegas": [str(omega) for omega in self.omegas], **{key: getattr(self, key) for key in fields}}
-
-    def __post_init__(self) -> None:
-        allowed: list[tuple[str, str, Sequence[str]]] = [
-            ("--scaling", self.scaling, list(SCALINGS)),
-            ("--control", self.control, ["none", "uniform", "permuted"]),
-            ("--numerics", self.numerics, ["float32", "reference"]),
-        ]
-        problems = [
-            ArgumentError(f"{flag}: {unknown('value', value, known)}")
-            for flag, value, known in allowed
-            if value not in known
-        ]
-        if problems:
-            raise Refusals(problems)
 
 
 @dataclass(frozen=True)
@@ -106,7 +57,7 @@ class Relaxations:
     reaches: list[Reach] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def summary(self) -> str:
+    def summary(self, show: Show = as_in_python) -> str:
         """Lines for people, when the weights are written: mean |change| per kind of layer; for each omega how many tensors
         were relaxed, how many copied and why."""
         changes = [transform.mean_changes() for transform in self.transforms]
@@ -128,10 +79,12 @@ class Relaxations:
         # An omega of 1 for all says enough in its line above; the others of a sweep copy the same.
         told = next((names for reach, names in zip(self.reaches, copied, strict=True) if reach.tensors), self.kept)
         lines += ["copied as merged:"] if told else []
-        lines += [f"  {count:5d} x {kind} ({why})" for (kind, why), count in group_kept(told).items()]
+        lines += [f"  {count:5d} x {kind} ({shown(why, show)})" for (kind, why), count in group_kept(told).items()]
         relaxed = {name for reach in self.reaches for name in reach.tensors}
         partly = {name: why for name, why in self.kept.items() if name in relaxed}
-        lines += [f"relaxed but for {why}: {count} x {kind}" for (kind, why), count in group_kept(partly).items()]
+        lines += [
+            f"relaxed but for {shown(why, show)}: {count} x {kind}" for (kind, why), count in group_kept(partly).items()
+        ]
         return "\n".join(lines)
 
     def copied(self, reach: Reach) -> dict[str, str]:
@@ -156,7 +109,7 @@ def check_activations(
         )
     taken = activations.calibration.get("numerics")
     if (taken == "reference") != (numerics == "reference"):
-        raise InputError(f"{source}: were taken with --numerics {taken}. Use the same here.")
+        raise InputError(f"{source}: were taken with {setting('numerics', taken)}. Use the same here.")
     for name, statistics in activations.statistics.items():
         target = selection.targets.get(name)
         experts = [] if target is None or target.experts is None else [target.experts]
@@ -269,7 +222,7 @@ def _details(activations: Activations, how: Relaxing, index: int, found: Relaxat
         kept = {**found.kept, **found.copied(reach)}
         return {
             "aim": {
-                "omega": str(reach.omega) if reach.omega.filters else reach.omega.rest,
+                "omega": reach.omega.as_json(),
                 "scaling": how.scaling,
                 "control": how.control,
                 "seed": how.seed if how.control == "permuted" else None,

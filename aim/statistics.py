@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from checkpoints.errors import InputError
-from checkpoints.safetensors_format import load_tensors, read_metadata, save_tensors
+from checkpoints.safetensors_format import load_tensors, pack_tensors, read_metadata, save_tensors, unpack_tensors
+from checkpoints.settings import setting
 
 SCHEMA = "aim-activations/1"
 
@@ -22,7 +23,7 @@ class ChannelStatistics:
     """What the input of one weight looked like over the calibration text.
 
     mean_abs: `[in]` float32 (`[experts, in]` for experts that are stored fused), mean |x| per input channel; the published
-        sums of block means under `--numerics reference`.
+        sums of block means under `reference` numerics.
     mean_sq: the same shape, mean x².
     tokens: `[]` int64 (`[experts]`): rows of the input that were counted; a per-head norm sees tokens times heads.
     """
@@ -62,7 +63,15 @@ class Activations:
         return Activations(statistics, self.base, self.calibration, silent)
 
     def save(self, path: Path) -> None:
-        """Write them as safetensors: `NAME.mean_abs`, `NAME.mean_sq`, `NAME.tokens`; the rest as metadata. Raises InputError."""
+        """Write them to a file, whole or not at all. Raises InputError: it cannot be written."""
+        save_tensors(path, *self._as_tensors())
+
+    def pack(self) -> list[bytes | memoryview]:
+        """What `save` writes, in pieces."""
+        return pack_tensors(*self._as_tensors())
+
+    def _as_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """As safetensors: `NAME.mean_abs`, `NAME.mean_sq`, `NAME.tokens`; the rest as metadata."""
         tensors = {
             f"{name}.{key}": getattr(statistics, key)
             for name, statistics in self.statistics.items()
@@ -74,7 +83,7 @@ class Activations:
             "calibration": json.dumps(dict(self.calibration), sort_keys=True),
             "silent": json.dumps(dict(self.silent), sort_keys=True),
         }
-        save_tensors(path, tensors, metadata)
+        return tensors, metadata
 
 
 def is_activations_file(path: Path, label: str) -> bool:
@@ -87,11 +96,19 @@ def is_activations_file(path: Path, label: str) -> bool:
 
 def load_activations(path: Path) -> Activations:
     """Read what `Activations.save` wrote. Raises InputError: no such file, another kind of file, numbers that cannot be."""
-    if not is_activations_file(path, "--activations"):
+    if not is_activations_file(path, setting("statistics")):
         raise InputError(
-            f"--activations {path}: expected a file written by --save_activations ({SCHEMA}), got another."
+            f"{setting('statistics', path)}: expected a file written by {setting('save_activations')} ({SCHEMA}), got another."
         )
-    tensors, metadata = load_tensors(path, "--activations")
+    return _as_activations(*load_tensors(path, setting("statistics")), setting("statistics", path))
+
+
+def unpack_activations(content: bytes, where: str) -> Activations:
+    """What `Activations.pack` gave. Raises InputError: something else; `where` names it."""
+    return _as_activations(*unpack_tensors(content, where), where)
+
+
+def _as_activations(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], where: str) -> Activations:
     try:
         names = [key.removesuffix(".mean_abs") for key in tensors if key.endswith(".mean_abs")]
         statistics = {
@@ -101,12 +118,10 @@ def load_activations(path: Path) -> Activations:
         calibration, silent = dict(json.loads(metadata["calibration"])), dict(json.loads(metadata["silent"]))
         activations = Activations(statistics, metadata["base"], calibration, silent)
     except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"--activations {path}: is damaged: {error}. Take the statistics again.") from None
+        raise InputError(f"{where}: is damaged: {error}. Take the statistics again.") from None
     for name, one in statistics.items():
         if not _is_plausible(one):
-            raise InputError(
-                f"--activations {path}: {name}: expected finite means >= 0 in float32. Take the statistics again."
-            )
+            raise InputError(f"{where}: {name}: expected finite means >= 0 in float32. Take the statistics again.")
     return activations
 
 

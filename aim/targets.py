@@ -10,6 +10,7 @@ from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.placements import Placement
 from checkpoints.reader import equal_tensors
+from checkpoints.settings import Remark, setting
 
 REASONS = {
     "embedding": "an embedding",
@@ -81,11 +82,11 @@ def select_like_the_reference(base: Model) -> tuple[Selection, list[str]]:
     ours = select_targets(base)
     architecture, tensors = base.architecture, base.weights.tensors
     targets, input_dims, skipped = {}, {}, dict(ours.skipped)
-    warnings = []
+    warnings: list[str] = []
     for name, placement in architecture.placements.items():
         if placement.kind == "experts":
             raise InputError(
-                f"--numerics reference: {name}: the published program had a module for each expert; here all experts of a layer are one. Use --numerics float32."
+                f"{setting('numerics', 'reference')}: {name}: the published program had a module for each expert; here all experts of a layer are one. Use {setting('numerics', 'float32')}."
             )
         if not placement.parameter.endswith(".weight"):
             if name in ours.targets:
@@ -94,12 +95,16 @@ def select_like_the_reference(base: Model) -> tuple[Selection, list[str]]:
         # The name on disk, which modules had in that program's transformers: a head `embed_out` is `lm_head` today.
         if "embed" in name.removesuffix(".weight"):
             if placement.kind != "embedding":
-                warnings.append(f"--numerics reference: {name} is not relaxed, as its module's name contains 'embed'.")
+                warnings.append(
+                    Remark(
+                        f"{setting('numerics', 'reference')}: {name} is not relaxed, as its module's name contains 'embed'."
+                    )
+                )
                 skipped[name] = "the published program passes over names that contain 'embed'"
             continue
         if placement.kind not in ("linear", "norm"):
             raise InputError(
-                f"--numerics reference: {name}: the published program cannot relax it ({placement.kind}). Use --numerics float32."
+                f"{setting('numerics', 'reference')}: {name}: the published program cannot relax it ({placement.kind}). Use {setting('numerics', 'float32')}."
             )
         if name in ours.targets:
             targets[name], input_dims[name] = ours.targets[name], ours.input_dims[name]
@@ -107,7 +112,11 @@ def select_like_the_reference(base: Model) -> tuple[Selection, list[str]]:
         module = name.removesuffix(".weight")
         is_tied = twin in tensors and name not in ours.targets  # a head that is stored with numbers of its own is not
         if is_tied and "embed" not in module and name == architecture.output_head:
-            warnings.append(f"--numerics reference: the embedding {twin} is relaxed too, as {name} is tied to it.")
+            warnings.append(
+                Remark(
+                    f"{setting('numerics', 'reference')}: the embedding {twin} is relaxed too, as {name} is tied to it."
+                )
+            )
             for stored in [twin, name] if name in tensors else [twin]:
                 targets[stored], input_dims[stored] = Target(module, "weight", tensors[twin].shape[1]), 1
                 skipped.pop(stored, None)

@@ -3,56 +3,112 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import xxhash
 
 from aim.activations import Watcher
-from aim.statistics import Activations, load_activations
-from checkpoints.safetensors_format import load_tensors, save_tensors
+from aim.statistics import Activations, unpack_activations
+from checkpoints.errors import InputError
+from checkpoints.folder import Folder
+from checkpoints.safetensors_format import pack_tensors, unpack_tensors
 from checkpoints.staging import Stage
 from streaming import commits
 
 KEEP_EVERY = 5
 """In units of the time between commits of tensors: each time all sums are written, not only new ones."""
+WHOLE = "activations.safetensors"
+LABEL = "the unfinished calibration"
 
 
 class UnfinishedCalibration:
-    """The sums so far, and at the end the statistics, beside the output; the journal says how many blocks are in them.
+    """The sums so far, and at the end the statistics, beside the output.
+
+    The journal says how many blocks are in them, in which file they are, and its checksum. The file of the last record that fits
+    is gone on with; where none does, the calibration begins again.
 
     Args:
         stage: of a run whose identity holds the calibration's flags.
+
+    Attributes:
+        blocks: how many blocks are in the sums that are there.
+        lost: whether the journal speaks of sums or statistics, and no file has them.
     """
 
     def __init__(self, stage: Stage):
         self._stage = stage
-        self._sums = stage.state / "calibration.safetensors"
-        self._whole = stage.state / "activations.safetensors"
         self._kept = time.monotonic()
+        self._activations = self._find_statistics()
+        self._file, self.blocks, self._sums = self._find_sums()
+        noted = any(record.get("blocks") or "calibrated" in record for record in stage.journal.records)
+        self.lost = noted and self._activations is None and not self.blocks
 
     def finished(self) -> Activations | None:
         """The statistics of a calibration that came to its end."""
-        done = any("calibrated" in record for record in self._stage.journal.records)
-        return load_activations(self._whole) if done else None
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks are in the sums."""
-        return max((record.get("blocks", 0) for record in self._stage.journal.records), default=0)
+        return self._activations
 
     def restore(self, watcher: Watcher) -> int:
-        """Give a watcher the sums. Returns: the blocks that are in them; never fewer than `blocks`."""
-        if not self.blocks:
-            return 0
-        tensors, metadata = load_tensors(self._sums, "the unfinished calibration")
-        watcher.restore(tensors)
-        return int(metadata["blocks"])
+        """Give a watcher the sums. Returns: the blocks that are in them."""
+        watcher.restore(self._sums)
+        return self.blocks
 
     def keep(self, watcher: Watcher, blocks: int) -> None:
         """Keep the sums over the first `blocks` blocks, now and then. Raises WriteError: the disk is full or fails."""
         if time.monotonic() - self._kept >= KEEP_EVERY * commits.COMMIT_S:
-            save_tensors(self._sums, watcher.sums(), {"blocks": str(blocks)})
-            self._stage.journal.append({"blocks": blocks})
+            earlier, self._file = self._file, f"calibration-{blocks}.safetensors"
+            self._write(self._file, pack_tensors(watcher.sums(), {"blocks": str(blocks)}), {"blocks": blocks})
+            if earlier and earlier != self._file:  # until now the journal may have spoken of it alone
+                self._stage.state.remove(earlier)
             self._kept = time.monotonic()
 
     def finish(self, activations: Activations) -> None:
         """Keep the statistics. Raises WriteError: the disk is full or fails."""
-        activations.save(self._whole)
-        self._stage.journal.append({"calibrated": True})
+        self._write(WHOLE, activations.pack(), {"calibrated": True})
+
+    def _write(self, name: str, pieces: Sequence[bytes | memoryview], record: Mapping[str, Any]) -> None:
+        hasher = xxhash.xxh3_64()
+        for piece in pieces:
+            hasher.update(piece)
+        self._stage.state.replace(name, pieces)
+        self._stage.journal.append({**record, "file": name, "xxh3": hasher.intdigest()})
+
+    def _find_statistics(self) -> Activations | None:
+        for record in reversed(self._stage.journal.records):
+            content = _content(self._stage.state, record, WHOLE) if "calibrated" in record else None
+            if content is not None:
+                try:
+                    return unpack_activations(content, LABEL)
+                except InputError:
+                    continue
+        return None
+
+    def _find_sums(self) -> tuple[str, int, dict[str, torch.Tensor]]:
+        """File, blocks and sums of the last record that fits."""
+        for blocks, record in self._with_blocks():
+            name = f"calibration-{blocks}.safetensors"
+            content = _content(self._stage.state, record, name)
+            if content is None:
+                continue
+            try:
+                sums, metadata = unpack_tensors(content, LABEL)
+                Watcher.check_sums(sums)
+            except (InputError, ValueError):
+                continue
+            if metadata.get("blocks") == str(blocks):
+                return name, blocks, sums
+        return "", 0, {}
+
+    def _with_blocks(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Records of sums, the last first."""
+        for record in reversed(self._stage.journal.records):
+            blocks = record.get("blocks")
+            if type(blocks) is int and 0 < blocks < 1 << 62:
+                yield blocks, record
+
+
+def _content(state: Folder, record: Mapping[str, Any], name: str) -> bytes | None:
+    """The file that a record speaks of; None where it is another, missing, or without a checksum."""
+    content = state.read(name) if record.get("file") == name else None
+    return content if content is not None and xxhash.xxh3_64_intdigest(content) == record.get("xxh3") else None

@@ -12,14 +12,13 @@ from alignment.layout import Layout
 from alignment.matching import MODELS_OF_THIS_BASE, check_shapes, match_names
 from alignment.stored import left_out, unties_itself
 from alignment.vocabularies import align_vocabularies
-from checkpoints.dequantise import FLOAT8
 from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.problems import Problems
 from checkpoints.reader import equal_tensors
 from checkpoints.settings import setting
 from checkpoints.sidecars import SideFiles
-from checkpoints.source import TensorInfo, TensorRef
+from checkpoints.source import FLOAT8, TensorInfo, TensorRef
 from checkpoints.tensor_names import list_kinds
 from checkpoints.tokenizer_files import set_tied
 

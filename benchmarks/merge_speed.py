@@ -190,8 +190,8 @@ class Cases:
 
         job = prepare(recipe, self.runs / "plan", RunOptions())
         job.close()
-        sources = {id(ref.source) for tensor in job.plan.tensors for ref in tensor.sources(())}
-        return [model.location.folder for model in job.inputs if id(model.weights) in sources]
+        sources = {id(ref.source) for tensor in job.work.tensors for ref in tensor.sources(())}
+        return [model.location.folder for model in job.work.inputs if id(model.weights) in sources]
 
     def case(self, name: str, flags: Callable[[Path], list[str]], floor: str, other: str = "") -> Case:
         """One of our commands, run to its end."""

@@ -22,13 +22,12 @@ from pathlib import Path
 import torch
 
 from checkpoints.errors import InputError, Refusals
-from checkpoints.reader import Checkpoint, WeightFile, read_tensor
+from checkpoints.reader import ADAPTER_CONFIG, Checkpoint, WeightFile, read_tensor
 from checkpoints.sidecars import SideFiles, read_json
 from checkpoints.source import READ_ELEMENTS, TensorInfo
 from checkpoints.tokenizer_files import set_vocabulary_size
 from checkpoints.weights import Weights
 
-ADAPTER_CONFIG = "adapter_config.json"
 CACHED_PRODUCTS = 16
 """Tensors whose A and B are held: some for each of those that a run has at work."""
 
@@ -310,8 +309,3 @@ def _fit(
     if turned and (change.embedding or transposed or not straight):
         return _Product(inner, outer, True, True, scaling)
     return _Product(outer, inner, False, False, scaling) if straight else None
-
-
-def is_adapter(folder: Path, files: Sequence[str]) -> bool:
-    """Whether what was found in a folder, or on the hub, is an adapter: its config, and no whole weights."""
-    return (folder / ADAPTER_CONFIG).is_file() and all(name.startswith("adapter_model.") for name in files)

@@ -14,9 +14,6 @@ Source: transformers 5.19, `core_model_loading.convert_and_load_state_dict_in_mo
 
 from __future__ import annotations
 
-import gc
-import importlib
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +30,8 @@ from torch.overrides import TorchFunctionMode
 from checkpoints.errors import InputError, first_line
 from checkpoints.limits import limited_building
 from checkpoints.placements import Architecture, Kind, Placement, Shape
+from checkpoints.process import quick_start
+from checkpoints.settings import setting
 from checkpoints.sidecars import read_config
 
 # Modules, and parameters, of a model for each tensor that is stored: there are about as many of the former, fewer of the latter.
@@ -40,31 +39,7 @@ PARTS_EACH = 10
 PARTS_AT_LEAST = 1000
 
 
-@contextmanager
-def _quick_start() -> Iterator[None]:
-    """Import transformers in two thirds of the time that it takes by itself, which is most of a command's start.
-
-    Without scikit-learn: transformers asks whether it is installed, and uses it only to tune how assisted generation
-    guesses, which then goes untuned in this process; everybody else may import it afterwards. Without garbage collection,
-    which would look again and again through what stays.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        guesses = "transformers.generation.candidate_generator"
-        if guesses not in sys.modules and "sklearn" not in sys.modules:
-            sys.modules["sklearn"] = None  # type: ignore[assignment]  # to Python: there is none
-            try:
-                importlib.import_module(guesses)
-            finally:
-                del sys.modules["sklearn"]
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
-@_quick_start()
+@quick_start()
 def describe(
     folder: Path, shapes: Mapping[str, Shape], *, label: str | None = None, trust_remote_code: bool = False
 ) -> Architecture:
@@ -136,7 +111,7 @@ def _describe(model: Any, shapes: Mapping[str, Shape]) -> Architecture:
         )
 
 
-@_quick_start()
+@quick_start()
 def build_meta_model(folder: Path, *, label: str | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The checkpoint's model on the meta device: float32, no weights, nothing allocated. `type()` of it loads it.
 
@@ -155,7 +130,11 @@ def build_meta_model(folder: Path, *, label: str | None = None, trust_remote_cod
     model_type = str(raw.get("model_type") or "")
     # AutoConfig would guess a missing model_type from the name of the folder, so ask here.
     if model_type not in CONFIG_MAPPING and not (trust_remote_code and "AutoConfig" in code):
-        advice = "pass --trust_remote_code to run its own code, if you trust it" if code else "install a newer one"
+        advice = (
+            f"pass {setting('trust_remote_code')} to run its own code, if you trust it"
+            if code
+            else "install a newer one"
+        )
         raise InputError(
             f"{label}: config.json: expected a model_type that transformers {__version__} knows, "
             f"got '{model_type}'. Mend it, or {advice}."

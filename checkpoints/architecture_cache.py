@@ -1,7 +1,8 @@
 """What is known of an architecture, kept on the disk: finding it out takes two seconds, most of them to import transformers.
 
 One JSON file for each config.json and set of tensors, below `$XDG_CACHE_HOME/merge_aim` (`~/.cache/merge_aim`). Its name is
-a digest of everything that decides what is in it, so that none is ever out of date. Nothing of a user's weights is in it, and
+a digest of everything that decides what is in it, so that none is ever out of date; its first line is the sha256 of the rest, and
+what does not fit, or is no plain file of ours, is found out again. Nothing of a user's weights is in it, and
 nothing is lost with it: `MERGE_AIM_CACHE=off` does without, as does a disk that takes no files.
 """
 
@@ -10,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from checkpoints.placements import Architecture, Placement, Shape
+from checkpoints.errors import InputError
+from checkpoints.files import parse_json
+from checkpoints.folder import Folder
+from checkpoints.placements import Architecture, Kind, Placement, Shape
 
 MOST_FILES = 200
 ELSEWHERE = ("auto_map", "configuration_files")
@@ -36,10 +39,10 @@ def remembered(config: bytes, shapes: Mapping[str, Shape], find_out: Callable[[]
     path = _path(config, shapes)
     if path is None:
         return find_out()
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with suppress(InputError, OSError, ValueError, TypeError, KeyError, AttributeError):
         return _read(path)
     found = find_out()
-    with suppress(OSError):
+    with suppress(InputError, OSError):
         _write(path, found)
     return found
 
@@ -62,20 +65,43 @@ def _path(config: bytes, shapes: Mapping[str, Shape]) -> Path | None:
 
 
 def _read(path: Path) -> Architecture:
-    content: dict[str, Any] = json.loads(path.read_bytes())
+    with Folder.open(path.parent) as folder:
+        raw = folder.read(path.name)
+    if raw is None:
+        raise FileNotFoundError(path)
+    digest, _, text = raw.partition(b"\n")
+    if digest != hashlib.sha256(text).hexdigest().encode():
+        raise ValueError("is not as it was written")
+    content: dict[str, Any] = parse_json(text)
     for name in ("buffers", "ignored", "unplaced", "missing"):
         content[name] = tuple(content[name])
     content["placements"] = {
         name: Placement(**{**one, "others": tuple(one["others"])}) for name, one in content["placements"].items()
     }
-    return Architecture(**content)
+    found = Architecture(**content)
+    _check(found)
+    return found
+
+
+def _check(found: Architecture) -> None:
+    """Raise ValueError where the types are not those that the classes say: a file can have been written by anybody."""
+    names = [*found.buffers, *found.ignored, *found.unplaced, *found.missing, found.model_class]
+    for mapping in (found.tied, found.mismatched, found.placements):
+        names += [*mapping, *(value for value in mapping.values() if not isinstance(value, Placement))]
+    names += [name for name in (found.input_embedding, found.output_head) if name is not None]
+    for one in found.placements.values():
+        names += [one.parameter, *one.others]
+        if one.kind not in get_args(Kind) or any(type(n) not in (int, type(None)) for n in (one.input_dim, one.expert)):
+            raise ValueError("a placement of no known kind")
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("a name that is no text")
 
 
 def _write(path: Path, found: Architecture) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-        json.dump(asdict(found), file)
-    os.replace(file.name, path)
+    text = json.dumps(asdict(found)).encode()
+    with Folder.open(path.parent) as folder:
+        folder.replace(path.name, [hashlib.sha256(text).hexdigest().encode(), b"\n", text])
     others = sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime, reverse=True)
     for old in others[MOST_FILES:]:
         old.unlink(missing_ok=True)

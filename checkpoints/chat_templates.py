@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from checkpoints.errors import ArgumentError, InputError, first_line, unknown
+from checkpoints.settings import setting
 from checkpoints.sidecars import CHAT_TEMPLATE_FILES, SideFiles
 
 AUTO = "auto"
@@ -44,11 +45,11 @@ def read_template(text: str) -> str | None:
     path = Path(os.path.expanduser(text))
     if not path.is_file():
         message = unknown("template", text, [AUTO, *known_templates()])
-        raise ArgumentError(f"--chat_template: {message} Or give a file that exists.")
+        raise ArgumentError(f"{setting('chat_template')}: {message} Or give a file that exists.")
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--chat_template {text}: expected a text file, got {first_line(error)}.") from None
+        raise InputError(f"{setting('chat_template', text)}: expected a text file, got {first_line(error)}.") from None
 
 
 def is_literal(text: str) -> bool:

@@ -24,22 +24,16 @@ import torch
 
 from checkpoints.errors import InputError, Refusals
 from checkpoints.reader import Checkpoint, WeightFile, read_tensor
-from checkpoints.source import FLOAT_DTYPES, TensorInfo
+from checkpoints.source import FLOAT8, FLOAT_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
     from checkpoints.sidecars import SideFiles
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 CONFIG_KEYS = ("quantization_config", "compression_config")
 CACHED_SCALES = 64
 
 _ENDS = ("scale_inv", "scale")
 _SCALE = re.compile(r"\.(weight|input|output|activation|[qkv]|kv)_scale(_inv|_ub)?$")
-
-
-def is_float8(weights: Checkpoint) -> bool:
-    """Whether it stores float8 tensors."""
-    return any(info.dtype in FLOAT8 for info in weights.tensors.values())
 
 
 class DequantisedWeights:

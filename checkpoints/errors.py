@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from checkpoints.settings import CLOSE, OPEN, VALUE, Show, as_in_python, show_settings
+from checkpoints.settings import CLOSE, OPEN, VALUE, Show, as_in_python, in_file, show_settings
 
 LONGEST_MESSAGE = 2000
 
@@ -72,9 +72,13 @@ class WriteError(InputError):
 
     Args:
         path: what was written; error: what the system says.
+
+    Attributes:
+        reason: the system's words.
     """
 
     def __init__(self, path: Path, error: OSError):
+        self.reason = error.strerror
         super().__init__(
             f"{path}: cannot be written: {error.strerror}. Free space and run the same command again, which goes on with what "
             "is finished; or choose another place."
@@ -100,6 +104,17 @@ def collecting(problems: list[str | InputError]) -> Iterator[None]:
         there = {str(problem) for problem in problems}
         found = error.problems if isinstance(error, Refusals) else [error]
         problems += [problem for problem in found if str(problem) not in there]
+
+
+@contextmanager
+def named_by(places: Mapping[str, str]) -> Iterator[None]:
+    """Have what the block refuses name the settings of a file by their places in it; see `checkpoints.settings.in_file`."""
+    try:
+        yield
+    except InputError as error:
+        if not places:
+            raise
+        raise error.shown(in_file(places)) from error.__cause__
 
 
 def first_line(error: BaseException) -> str:

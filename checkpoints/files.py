@@ -1,14 +1,15 @@
-"""Small files and folders, written so that they are on the disk for good."""
+"""Small files, written whole or not at all, and what is asked of their content and names."""
 
 from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError, WriteError
+from checkpoints.folder import Folder
+from checkpoints.settings import setting
 
 
 def parse_json(content: bytes, **hooks: Any) -> Any:
@@ -40,40 +41,19 @@ def is_plain_name(name: str) -> bool:
     return plain and len(os.fsencode(name)) <= 255
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a small file and flush it to the disk. Raises WriteError where the disk is full or fails."""
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise WriteError(path, error) from error
+def write_text(path: Path, text: str, *, name: str = "save_path") -> None:
+    """Write a file whole or not at all; folders above it are made.
 
+    What is written goes to a name that nobody can guess, and takes the place of `path` by a rename, of a link itself rather
+    than of what it points to.
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk. Raises WriteError where the disk fails."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise WriteError(folder, error) from error
-
-
-def write_text(path: Path, text: str, *, flag: str = "--save_path") -> None:
-    """Write a file whole or not at all; folders above it are made. Raises InputError, which names `flag`: it cannot be written."""
-    temporary = path.with_name(path.name + ".partial")
+    Raises: InputError, which names the setting `name`: it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with Folder.open(path.parent) as folder:
+            folder.replace(path.name, [text.encode()])
+    except WriteError as error:
+        raise InputError(f"{path}: cannot be written: {error.reason}. Choose another {setting(name)}.") from error
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another {flag}.") from error
+        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another {setting(name)}.") from error

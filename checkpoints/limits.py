@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import resource
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -14,19 +13,24 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from checkpoints.process import limited_memory
+
 MEMORY_BYTES = 2 << 30
 """More than the largest models without their weights take, which is some hundred MB, and their code."""
 
 
 @contextmanager
 def limited_building(parts: int) -> Iterator[None]:
-    """Let no more than `parts` modules and as many parameters be made, nor much more memory be allocated, on Linux.
+    """Let this thread make no more than `parts` modules and as many parameters, nor a command allocate much more memory.
 
     Raises: ValueError, MemoryError: from inside the block, where it goes beyond.
     """
     made = dict.fromkeys(("modules", "parameters"), 0)
+    ours = threading.get_ident()
 
     def count(kind: str) -> None:
+        if threading.get_ident() != ours:  # torch calls its hooks for every thread's modules
+            return
         made[kind] += 1
         if made[kind] > parts:
             raise ValueError(f"more than {parts:,} {kind}, which its weight files do not hold")
@@ -41,14 +45,9 @@ def limited_building(parts: int) -> Iterator[None]:
         register_module_module_registration_hook(count_module),
         register_module_parameter_registration_hook(count_parameter),
     )
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with suppress(OSError, ValueError, IndexError):  # only Linux says how much is in use
-        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        limits = [limit for limit in (in_use + MEMORY_BYTES, soft, hard) if limit != resource.RLIM_INFINITY]
-        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
-        yield
+        with limited_memory(MEMORY_BYTES):
+            yield
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         for hook in hooks:
             hook.remove()

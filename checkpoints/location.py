@@ -10,10 +10,12 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoints.errors import ArgumentError, InputError
-from checkpoints.hub import fetch
-from checkpoints.hub_headers import RemoteHeader, read_remote_headers
+
+if TYPE_CHECKING:
+    from checkpoints.hub_headers import RemoteHeader
 
 WHAT_TO_GIVE = "Give the folder of a model, or a hub name such as org/model or org/model@revision."
 # Spaces, control characters and ~^:?*[\ are no part of a git reference, nor is a slash or a dot in some places.
@@ -133,6 +135,8 @@ def locate(
     if name.is_local:
         return Location(name, _readable_folder(name))
     _check_hub_name(name)
+    from checkpoints.hub import fetch  # most models are folders
+
     snapshot = fetch(
         name.path_or_id, name.revision, weights=weights, code=trust_remote_code, offline=offline, quiet=quiet
     )
@@ -149,6 +153,8 @@ def remote_headers(name: ModelName) -> dict[str, RemoteHeader]:
     Raises: InputError: as `locate`; a header that is damaged.
     """
     _check_hub_name(name)
+    from checkpoints.hub_headers import read_remote_headers
+
     return read_remote_headers(name.path_or_id, name.revision)
 
 

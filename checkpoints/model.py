@@ -9,17 +9,26 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from checkpoints.adapters import ADAPTER_CONFIG, AdaptedWeights, AdapterConfig, is_adapter, read_adapter_config
 from checkpoints.architecture_cache import remembered
-from checkpoints.dequantise import DequantisedWeights, is_float8
 from checkpoints.errors import InputError, Refusals, collecting
 from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
-from checkpoints.reader import ADAPTER_FILES, WEIGHT_FILES, Checkpoint, RemoteFile, WeightFile, open_checkpoint
+from checkpoints.reader import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    WEIGHT_FILES,
+    Checkpoint,
+    RemoteFile,
+    WeightFile,
+    is_adapter,
+    open_checkpoint,
+)
 from checkpoints.sidecars import TOKENIZER_FILES, SideFiles, licence_of, read_config
+from checkpoints.source import FLOAT8
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
 from checkpoints.weights import Weights
 
 if TYPE_CHECKING:
+    from checkpoints.adapters import AdapterConfig
     from checkpoints.placements import Architecture
 
 Planned = TypeVar("Planned")
@@ -234,8 +243,10 @@ def _whole(name: ModelName, location: Location, checkpoint: Checkpoint, trust_re
     try:
         if name.base is not None:
             raise InputError(f"{name}: expected an adapter after the '+', got a whole model. Give it by itself.")
-        if not is_float8(checkpoint):
+        if not any(info.dtype in FLOAT8 for info in checkpoint.tensors.values()):
             return Model(location, checkpoint, trust_remote_code)
+        from checkpoints.dequantise import DequantisedWeights
+
         config = read_config(location.folder, str(name))
         return Model(location, DequantisedWeights(checkpoint, config), trust_remote_code)
     except BaseException:
@@ -245,6 +256,8 @@ def _whole(name: ModelName, location: Location, checkpoint: Checkpoint, trust_re
 
 def _open_adapted(name: ModelName, location: Location, **options: bool) -> Model:
     """An adapter on its base."""
+    from checkpoints.adapters import AdaptedWeights, read_adapter_config
+
     label = str(replace(name, base=None))
     config = read_adapter_config(location.folder, label)
     if name.base is None and config.base is None:
@@ -257,7 +270,7 @@ def _open_adapted(name: ModelName, location: Location, **options: bool) -> Model
     except InputError as error:
         if name.base is not None:
             raise
-        raise InputError(f"{label}: its base: {error} Or name the base yourself, as BASE+{label}.") from None
+        raise InputError(f"{label}: its base: {error.marked} Or name the base yourself, as BASE+{label}.") from None
     with ExitStack() as opened:
         opened.callback(base.weights.close)
         adapter = open_checkpoint(location.folder, label, ADAPTER_FILES)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from checkpoints.errors import InputError, Refusals
+from checkpoints.settings import Remark
 
 
 class Problems:
@@ -56,7 +57,7 @@ class Problems:
 
     def note(self, text: str) -> None:
         """Add a line that stops nothing."""
-        self.notes.append(text)
+        self.notes.append(Remark(text))
 
     @contextmanager
     def collect(self) -> Iterator[None]:

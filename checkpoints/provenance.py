@@ -8,13 +8,13 @@ import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from checkpoints import VERSION
-from checkpoints.files import in_utf8, write_file
+from checkpoints.files import in_utf8
+from checkpoints.folder import Folder
 from checkpoints.location import Location
 from checkpoints.model import Model
 from checkpoints.reader import WeightFile
@@ -89,10 +89,10 @@ def versions() -> dict[str, str]:
     return {"toolkit": VERSION, "python": platform.python_version(), **packages}
 
 
-def write_recipe(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Write merge_recipe.json: the recipe's keys, then what came of it."""
-    content = {"schema": RECIPE_SCHEMA, **recipe}
-    write_file(folder / RECIPE_FILE, in_utf8(json.dumps(content, indent=2, ensure_ascii=False) + "\n"))
+def write_recipe(folder: Folder, recipe: Mapping[str, Any]) -> None:
+    """Write merge_recipe.json, after everything else: the recipe's keys, what came of it, and digests of the side files."""
+    content = {"schema": RECIPE_SCHEMA, **recipe, "side_files": dict(sorted(folder.written.items()))}
+    folder.write(RECIPE_FILE, in_utf8(json.dumps(content, indent=2, ensure_ascii=False) + "\n"))
 
 
 def common_licence(models: Sequence[Model]) -> str | None:

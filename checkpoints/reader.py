@@ -12,7 +12,6 @@ import torch
 
 from checkpoints.errors import InputError
 from checkpoints.files import is_plain_name, parse_json
-from checkpoints.pickle_format import load_pickle
 from checkpoints.safetensors_format import StoredTensor, pread_exactly, read_header
 from checkpoints.source import READ_ELEMENTS, Source, TensorInfo, TensorRef
 
@@ -27,6 +26,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
 
 LONGEST_NAME = 1000
 """Characters of a tensor's name. Python makes no number of some thousand digits, for one."""
@@ -68,6 +68,11 @@ def find_weight_files(
     if missing:
         raise InputError(f"{label}: {found.name} names files that are not there: {', '.join(missing)}. Download them.")
     return [folder / name for name in names], weight_map
+
+
+def is_adapter(folder: Path, files: Sequence[str]) -> bool:
+    """Whether what was found in a folder, or on the hub, is an adapter: its config, and no whole weights."""
+    return (folder / ADAPTER_CONFIG).is_file() and all(name.startswith("adapter_model.") for name in files)
 
 
 def open_checkpoint(folder: Path, label: str, names: Sequence[str] = WEIGHT_FILES) -> Checkpoint:
@@ -217,6 +222,8 @@ class PickleFile(WeightFile):
     """`pytorch_model.bin`; see `pickle_format`."""
 
     def __init__(self, path: Path, label: str):
+        from checkpoints.pickle_format import load_pickle
+
         super().__init__(path, label, path.stat())
         self._loaded = load_pickle(path, self.where)
         self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._loaded.items()}

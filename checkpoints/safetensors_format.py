@@ -12,7 +12,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from typing import Any
 import torch
 
 from checkpoints.errors import InputError, WriteError
-from checkpoints.files import parse_json, sync_folder
+from checkpoints.files import parse_json
+from checkpoints.folder import Folder
 from checkpoints.source import SAFETENSORS_DTYPES, SAFETENSORS_NAMES, TensorInfo
 
 LENGTH_BYTES = 8
@@ -55,13 +55,8 @@ def read_header(path: Path, label: str) -> dict[str, StoredTensor]:
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(LENGTH_BYTES)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
-            raise InputError(
-                f"{where}: expected a safetensors header, got a file of {size} bytes whose header claims {length}. "
-                "The file is truncated or no safetensors file; download it again."
-            )
-        raw = file.read(length)
+        length = min(MAX_HEADER_BYTES, size, int.from_bytes(prefix, "little"))
+        raw = _header_of(prefix + file.read(length), size, where)
     return parse_header(raw, size, where)
 
 
@@ -167,11 +162,8 @@ def build_header(
     }
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a small file whole: to a name beside it, then by rename. The same tensors give the same bytes.
-
-    Raises: WriteError: the file cannot be written.
-    """
+def pack_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """A small file, in pieces. The same tensors give the same bytes."""
     ordered = {
         name: tensors[name].contiguous().cpu()
         for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -179,22 +171,17 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     header, _ = build_header(
         {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in ordered.items()}, metadata
     )
-    work = path.with_name(path.name + ".partial")
+    return [header, *(tensor.reshape(-1).view(torch.uint8).numpy().data for tensor in ordered.values())]
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a small file whole or not at all; folders above it are made. Raises WriteError: it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with work.open("wb") as file:
-            file.write(header)
-            for tensor in ordered.values():
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        work.rename(path)
-        sync_folder(path.parent)
+        with Folder.open(path.parent) as folder:
+            folder.replace(path.name, pack_tensors(tensors, metadata))
     except OSError as error:
         raise WriteError(path, error) from error
-    finally:
-        with suppress(OSError):
-            work.unlink()
 
 
 def read_metadata(path: Path, label: str) -> dict[str, str]:
@@ -202,7 +189,12 @@ def read_metadata(path: Path, label: str) -> dict[str, str]:
     read_header(path, label)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        metadata = json.loads(file.read(length)).get("__metadata__")
+        return _metadata(file.read(length))
+
+
+def _metadata(raw: bytes) -> dict[str, str]:
+    """What a header that was checked says besides its tensors."""
+    metadata = json.loads(raw).get("__metadata__")
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
@@ -212,19 +204,35 @@ def load_tensors(path: Path, label: str) -> tuple[dict[str, torch.Tensor], dict[
     Raises: InputError: no such file, or as `read_header`.
     """
     try:
-        metadata, stored = read_metadata(path, label), read_header(path, label)
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{label} {path}: cannot be read: {error.strerror}. Check the path.") from None
+    return unpack_tensors(content, f"{label}: {path.name}")
+
+
+def unpack_tensors(content: bytes, where: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A small file's tensors and metadata. Raises InputError as `read_header`, naming `where`."""
+    raw = _header_of(content[: LENGTH_BYTES + MAX_HEADER_BYTES], len(content), where)
     tensors = {}
-    for name, place in stored.items():
-        raw = (
+    for name, place in parse_header(raw, len(content), where).items():
+        values = (
             torch.frombuffer(bytearray(content[place.offset : place.offset + place.info.nbytes]), dtype=torch.uint8)
             if place.info.nbytes
             else torch.empty(0, dtype=torch.uint8)
         )
-        tensors[name] = raw.view(place.info.dtype).view(place.info.shape)
-    return tensors, metadata
+        tensors[name] = values.view(place.info.dtype).view(place.info.shape)
+    return tensors, _metadata(raw)
+
+
+def _header_of(begin: bytes, size: int, where: str) -> bytes:
+    """The JSON header in the first bytes of a file of `size` bytes. Raises InputError: there is none."""
+    length = int.from_bytes(begin[:LENGTH_BYTES], "little")
+    if len(begin) < LENGTH_BYTES or length > min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+        raise InputError(
+            f"{where}: expected a safetensors header, got a file of {size} bytes whose header claims {length}. "
+            "The file is truncated or no safetensors file; download it again."
+        )
+    return begin[LENGTH_BYTES : LENGTH_BYTES + length]
 
 
 def pread_exactly(descriptor: int, view: memoryview, offset: int, where: str) -> None:

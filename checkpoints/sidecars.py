@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError
-from checkpoints.files import is_plain_name, parse_json, write_file
+from checkpoints.files import is_plain_name, parse_json
+from checkpoints.folder import Folder
 
 CHAT_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*.jinja")
 TOKENIZER_FILES = (
@@ -135,21 +136,20 @@ class SideFiles:
         each = (f"{name}\0{hashlib.sha256(self.read(name)).hexdigest()}\n" for name in self.names)
         return hashlib.sha256("".join(each).encode()).hexdigest()
 
-    def write(self, target: Path, *, dtype: str | None = None) -> list[str]:
-        """Write them into a folder that exists.
+    def write(self, target: Folder, *, dtype: str | None = None) -> list[str]:
+        """Write them into an open folder.
 
         Args:
+            target: of the checkpoint.
             dtype: what the entries of config.json shall say that name a dtype; None leaves them as they are.
 
         Returns: the relative names of what was written.
         """
         for name in self.names:
-            destination = target / name
-            destination.parent.mkdir(parents=True, exist_ok=True)
             content = self.read(name)
             if dtype is not None and name == "config.json":
                 content = config_with_dtype(content, dtype)
-            write_file(destination, content)
+            target.write(name, content)
         return self.names
 
 

@@ -34,6 +34,8 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 }
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 # What can be merged and written: plain floating point.
 FLOAT_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,

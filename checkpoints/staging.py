@@ -3,7 +3,9 @@
 Where `OUT` is a symbolic link, what it points to is meant: the work goes on beside that, on its disk.
 
 What an interrupted run leaves in `OUT.partial/` is gone on with by a run of the same identity: a mapping of everything that
-decides the output's bytes. It lies in `OUT.partial/.merge-in-progress/`, with a journal of what is on the disk for good.
+decides the output's bytes. It lies in `OUT.partial/.merge-in-progress/`, with a journal of what is on the disk for good. The
+journal is not believed: every byte that it speaks of is looked at before it is gone on with. Nobody else may write to
+`OUT.partial`, and what no run of ours put there is neither touched nor published.
 """
 
 from __future__ import annotations
@@ -12,27 +14,33 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import AlreadyComplete, ArgumentError, InputError, Interrupted, WriteError
-from checkpoints.files import sync_folder, write_file
+from checkpoints.finished import Finished, find_finished, find_lost, is_record, places_in
+from checkpoints.folder import Folder, ForeignFolder, umask
+from checkpoints.journal import FILE as JOURNAL
 from checkpoints.journal import Journal
 
 RECIPE_FILE = "merge_recipe.json"
 SWEEP_PREFIX = "omega_"
 """What the folders of a sweep are called, one checkpoint each: `omega_0.2`."""
 STATE = ".merge-in-progress"
-"""Folder in the work folder: whose run it is (`run.json`), its journal, and what else the run keeps."""
-
-
-class ForeignFolder(InputError):
-    """The work folder is in use for something else; nothing in it may be touched."""
+"""Folder in the work folder, which no result has: what it is (`work-folder`), whose run (`run.json`), its journal, and what else
+the run keeps."""
+RUN = "run.json"
+MARKER = "work-folder"
+WHAT = "the work folder of an unfinished run of merge.py or performAIM.py"
+FORMAT = 2
+"""1 had no marker, and no checksums in its journal: what it finished is made again."""
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
@@ -152,7 +160,7 @@ def check_space(save_path: Path, needed: int) -> list[InputError]:
     """A refusal where the disk of `save_path` has fewer than `needed` bytes free; what an interrupted run took counts as free."""
     ancestor = existing_ancestor(save_path)
     work = partial_folder(save_path)
-    taken = sum(path.stat().st_blocks * 512 for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
+    taken = sum(path.lstat().st_blocks * 512 for path in work.rglob("*")) if work.is_dir() else 0
     free = shutil.disk_usage(ancestor).free + taken
     if needed <= free:
         return []
@@ -169,15 +177,21 @@ class Stage:
 
     Attributes:
         folder: for the output's files.
+        work: the same, open.
         state: for what the run keeps until it is complete.
         journal: what of the run is on the disk for good; records of earlier runs among them.
+        finished: what an earlier run has done, as far as its files bear the journal out.
         identity: digest of what decides the output's bytes, for merge_recipe.json.
+        notes: what a user should know of the folder.
     """
 
     folder: Path
-    state: Path
+    work: Folder
+    state: Folder
     journal: Journal
+    finished: Finished
     identity: str
+    notes: list[str] = field(default_factory=list)
 
 
 def digest_of(identity: Mapping[str, Any]) -> str:
@@ -200,13 +214,16 @@ def _holds(folder: Path, parts: Sequence[str], identity: str) -> bool:
     """Whether a folder has every checkpoint of a run: its recipe, which is written last, and files of the sizes it names."""
     for part in parts:
         try:
+            if not (folder / part / RECIPE_FILE).is_file():  # a pipe would be waited for
+                return False
             recipe = json.loads((folder / part / RECIPE_FILE).read_bytes())
-            sizes = {name: entry["bytes"] for name, entry in recipe["outputs"].items()}
+            files = {**recipe["outputs"], **recipe.get("side_files", {})}
+            sizes = {name: entry["bytes"] for name, entry in files.items()}
             if recipe.get("identity") != identity:
                 return False
             if any((folder / part / name).stat().st_size != size for name, size in sizes.items()):
                 return False
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return False
     return True
 
@@ -217,122 +234,381 @@ def staged(
     *,
     overwrite: bool,
     folders: Sequence[str] = ("",),
+    files: Collection[str] | None = None,
     identity: Mapping[str, Any] | None = None,
     resume: bool = True,
 ) -> Iterator[Stage]:
     """Give a folder to work in; rename it to `save_path` at the end.
 
     Where the run is cut off (Ctrl-C, a full disk, `kill -9`), what its journal has stays for the next run of the same
-    identity. Where an input is at fault, nothing stays.
+    identity, which looks at every byte of it. Where an input is at fault, nothing stays.
 
     Args:
         save_path: the folder to be.
         overwrite: whether an earlier result may be replaced, which happens by rename; it is back where a step fails.
         folders: of the checkpoints, as in `check_complete`.
+        files: what will be in each of them, by name; anything else is refused, before and after the run. None where any may.
         identity: everything that decides the output's bytes, for JSON.
         resume: go on with what an interrupted run of this identity left; without, begin again, whoever's it is.
 
     Raises:
-        InputError: another run works on the same output, or has just written it; the work folder holds an unfinished run
-            of another identity, or something else; it cannot be made.
+        InputError: another run works on the same output, or has just written it; it cannot be made.
+        ForeignFolder: the work folder holds an unfinished run of another identity, or something else; it belongs to
+            another user, or others may write to it.
         AlreadyComplete: an earlier run was cut off just before the rename, which has been done now.
         Interrupted: Ctrl-C, with something to go on with.
     """
     target = save_path.resolve()
-    work = partial_folder(target)
-    known = dict(identity or {})
-    made = [parent for parent in reversed(work.parents) if not parent.exists()]
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work, os.O_RDONLY)
-    except OSError as error:
-        _remove_empty(made)
-        raise InputError(f"{work}: cannot be created: {error.strerror}. Choose another --save_path.") from error
+    known = None if files is None else {f"{folder}/{name}" if folder else name for folder in folders for name in files}
+    job = _Staging(target, json.loads(json.dumps(dict(identity or {}))), digest_of(identity or {}), known)
+    made = [parent for parent in reversed(job.path.parents) if not parent.exists()]
     journal: Journal | None = None
     try:
-        if not _lock(lock, work):
-            raise InputError(
-                f"{save_path}: another run is writing it. Wait for that run, or choose another --save_path."
-            )
-        try:
-            done = resume and _holds(work, folders, digest_of(known))
-            if not done:
-                _claim(work, known, resume=resume)
-            # Once more, now that no other run can publish: one may have done so since the plan was made.
-            problem = _check_existing(target, overwrite=overwrite)
-            if problem:
-                raise problem
-            if not done:
-                journal = Journal(work / STATE / "journal")
-                yield Stage(work, work / STATE, journal, digest_of(known))
-            _publish(work, target)
-        except ForeignFolder:
-            raise
-        except BaseException as error:
-            stays = isinstance(error, WriteError) or not isinstance(error, InputError)
-            if not (stays and journal and journal.records):
-                shutil.rmtree(work, ignore_errors=True)
-                _remove_empty(made)
-            elif isinstance(error, KeyboardInterrupt):
-                raise Interrupted(
-                    f"interrupted. Run the same command again to go on; {work} holds what is done."
-                ) from None
-            raise
+        work = job.open()
+    except OSError as error:
+        _remove_empty(made)
+        raise InputError(f"{job.path}: cannot be created: {error.strerror}. Choose another --save_path.") from error
+    try:
+        with work:
+            if not _lock(work):
+                raise InputError(
+                    f"{save_path}: another run is writing it. Wait for that run, or choose another --save_path."
+                )
+            done = resume and job.lacks_only_its_rename(work, folders)
+            try:
+                # Once more, now that no other run can publish: one may have done so since the plan was made.
+                problem = _check_existing(target, overwrite=overwrite)
+                if problem:
+                    raise problem
+                if not done:
+                    state = job.claim(work, resume=resume)
+                    journal = Journal(state)
+                    finished = find_finished(work, journal.records)
+                    if finished.lost:
+                        job.notes.append(_say_lost(job.path, finished))
+                    yield Stage(job.path, work, state, journal, finished, job.digest, job.notes)
+                job.publish(work, {} if journal is None else places_in(journal.records))
+            except ForeignFolder:
+                raise
+            except BaseException as error:
+                stays = isinstance(error, WriteError) or not isinstance(error, InputError)
+                if journal is not None and not (stays and journal.records):
+                    job.discard(work)
+                elif journal is not None and isinstance(error, KeyboardInterrupt):
+                    raise Interrupted(
+                        f"interrupted. Run the same command again to go on; {job.path} holds what is done."
+                    ) from None
+                raise
+            finally:
+                if journal is not None:
+                    journal.close()
+                _remove_empty([*made, job.path])
         if done:
             raise AlreadyComplete(f"{save_path}: is complete now; an earlier run had left only its renaming to do.")
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _say_lost(path: Path, finished: Finished) -> str:
+    count = len(finished.lost)
+    return (
+        f"{path}: {count:,} tensor{'s' * (count != 1)} that an earlier run finished {'are' if count != 1 else 'is'} not on the disk "
+        f"as written, or without a checksum ({finished.lost[0]}{', ...' if count > 1 else ''}), and made again."
+    )
+
+
+@dataclass
+class _Staging:
+    """The steps of `staged`.
+
+    Attributes:
+        target: the folder to be; identity: as JSON gives it back; digest: of the identity; known: names of files that may be in
+            the work folder; notes: see `Stage`.
+    """
+
+    target: Path
+    identity: dict[str, Any]
+    digest: str
+    known: set[str] | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """Of the work folder."""
+        return partial_folder(self.target)
+
+    def open(self) -> Folder:
+        """The work folder, made where there is none, for nobody but us.
+
+        Raises: OSError: it cannot be made; ForeignFolder: it is another user's, or others may write to it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.mkdir(self.path, 0o700)
+        except FileExistsError:
+            if not stat.S_ISDIR(self.path.lstat().st_mode):
+                raise
+        work = Folder.open(self.path, follow=False)
+        try:
+            self._make_private(work)
+        except BaseException:
+            work.close()
+            raise
+        return work
+
+    def _make_private(self, work: Folder) -> None:
+        """See that nobody else can write to the work folder; say so where the file system cannot tell."""
+        found = os.fstat(work.descriptor)
+        mode = stat.S_IMODE(found.st_mode)
+        if found.st_uid == os.geteuid() and not mode & 0o022:
+            if mode & 0o077:
+                with suppress(PermissionError):  # a file system without modes
+                    os.fchmod(work.descriptor, mode & ~0o077)
+            return
+        tells_users, tells_modes = _what_is_told(work)
+        if found.st_uid != os.geteuid() and tells_users:
+            raise ForeignFolder(
+                f"{self.path}: belongs to another user (number {found.st_uid}), who could change what is written there. "
+                "Remove it, or choose another --save_path."
+            )
+        if mode & 0o022 and tells_modes:
+            raise ForeignFolder(
+                f"{self.path}: others may write to it (mode {mode:o}). If nobody has, take that from them "
+                f"(chmod go-w {self.path}); else remove it, or choose another --save_path."
+            )
+        self.notes.append(
+            f"{self.path}: this file system keeps no {'users' if tells_modes else 'modes'}, so that whoever may write to it can change "
+            "what is written there while the run goes on."
+        )
+
+    def claim(self, work: Folder, *, resume: bool) -> Folder:
+        """Make a work folder ours: as it is where a run of this identity left it, else emptied.
+
+        Returns: the open state folder.
+        Raises: ForeignFolder: it holds something else, or what a run of another identity can go on with.
+        """
+        if STATE not in work.names():
+            if work.names():
+                self._check_marked(work, resume=resume)
+            return self._begin(work)
+        if work.fault(STATE) is not None:
+            raise ForeignFolder(_say_strangers(self.path, [f"{STATE} ({work.fault(STATE)})"]))
+        state = work.subfolder(STATE)
+        strange = [f"{STATE}/{name}" for name in state.strangers(None)]
+        if strange:
+            raise ForeignFolder(_say_strangers(self.path, strange))
+        known = None if self.known is None else {*self.known, *_files_of(state), *_state_names(work)}
+        strange = work.strangers(known)
+        if strange:
+            raise ForeignFolder(_say_strangers(self.path, strange))
+        earlier = _read_object(state, RUN)
+        if resume and earlier == self.identity:
+            self._mark_state(state)
+            return state
+        if resume and _has_records(state):
+            differs = (
+                ", ".join(_differences(earlier, self.identity))
+                if earlier is not None
+                else f"{STATE}/{RUN}, which cannot be read"
+            )
+            raise ForeignFolder(
+                f"{self.path}: holds an unfinished run that differs in {differs}. Run that command again "
+                "to go on with it, add --no_resume to begin anew, or choose another --save_path."
+            )
+        return self._begin(work)
+
+    def _check_marked(self, work: Folder, *, resume: bool) -> None:
+        """Raise ForeignFolder where a folder without a state may not be emptied: only what a run was about to rename may."""
+        mark = self._read_mark()
+        number = os.fstat(work.descriptor).st_ino
+        if mark is None or mark.get("inode") != number:
+            raise ForeignFolder(_say_foreign(work))
+        if resume and mark.get("identity") != self.digest:
+            raise ForeignFolder(
+                f"{self.path}: holds the result of another command, which lacks only its renaming. Run that command again, add "
+                "--no_resume to begin anew, or choose another --save_path."
+            )
+        strange = work.strangers(self.known)
+        if strange:
+            raise ForeignFolder(_say_strangers(self.path, strange))
+        self.notes.append(f"{self.path}: the result of an earlier run is damaged or not wanted, and made again.")
+
+    def discard(self, work: Folder) -> None:
+        """Remove what is in the work folder, but for what no run of ours put there."""
+        with suppress(WriteError, ForeignFolder):
+            if not work.strangers(self._all_known(work)):
+                work.clear(last=(STATE,))
+                with _parent(self.target) as parent:
+                    parent.remove(_mark_name(self.target))
+
+    def _all_known(self, work: Folder) -> set[str] | None:
+        return None if self.known is None else {*self.known, *_state_names(work)}
+
+    def _begin(self, work: Folder) -> Folder:
+        """Empty the work folder and put our mark there."""
+        work.clear(last=(STATE,))
+        with _parent(self.target) as parent:
+            parent.remove(_mark_name(self.target))
+            state = work.subfolder(STATE)
+            self._mark_state(state)
+            state.replace(RUN, [json.dumps(self.identity, indent=1).encode()])
+            work.sync()
+            parent.sync()
+        return state
+
+    def _mark_state(self, state: Folder) -> None:
+        """Say what the folder is, and what will be in it; a folder of an earlier version says so from now on."""
+        content = {"what": WHAT, "format": FORMAT, "files": sorted(self.known or ())}
+        if _read_object(state, MARKER) != content:
+            state.replace(MARKER, [json.dumps(content, indent=1).encode()])
+
+    def _read_mark(self) -> dict[str, Any] | None:
+        """What the mark of a complete result beside the work folder says; None where there is none. Raises ForeignFolder."""
+        with _parent(self.target) as parent:
+            mark = _read_object(parent, _mark_name(self.target))
+            if mark is None and parent.look(_mark_name(self.target)) is not None:
+                raise ForeignFolder(
+                    f"{parent / _mark_name(self.target)}: expected what a run of ours left, got something else. Move it, or choose "
+                    "another --save_path."
+                )
+        return mark
+
+    def lacks_only_its_rename(self, work: Folder, folders: Sequence[str]) -> bool:
+        """Whether an earlier run of this identity was cut off between taking its mark away and the last rename.
+
+        Its mark is then beside the work folder, and every byte is as written; a finished result of that name has no mark.
+        """
+        mark = self._read_mark()
+        if mark is None or mark.get("identity") != self.digest or STATE in work.names():
+            return False
+        if work.strangers(self.known) or not _holds(self.path, folders, self.digest):
+            return False
+        written = mark.get("written")
+        if not isinstance(written, dict) or not is_record({"tensors": {}, "written": written}):
+            return False
+        return not find_lost(work, written) and all(_has_side_files(work, folder) for folder in folders)
+
+    def publish(self, work: Folder, written: Mapping[str, Any]) -> None:
+        """Take our mark away and rename the folder, so that a crash at any moment leaves one or the other."""
+        strange = work.strangers(self._all_known(work))
+        if strange:
+            raise ForeignFolder(_say_strangers(self.path, strange))
+        work.sync_all()
+        with _parent(self.target) as parent:
+            if STATE in work.names():
+                mark = {
+                    "what": WHAT,
+                    "format": FORMAT,
+                    "identity": self.digest,
+                    "inode": os.fstat(work.descriptor).st_ino,
+                }
+                parent.replace(_mark_name(self.target), [json.dumps({**mark, "written": written}).encode()])
+                work.remove(STATE)
+                work.sync()
+            mode = stat.S_IMODE(os.fstat(work.descriptor).st_mode)
+            with suppress(PermissionError):  # a file system without modes
+                os.fchmod(work.descriptor, (mode & ~0o777) | (0o777 & ~umask()))
+            self._rename()
+            parent.sync()
+            with suppress(WriteError):
+                parent.remove(_mark_name(self.target))
+
+    def _rename(self) -> None:
+        if not (self.target.exists() and any(self.target.iterdir())):
+            os.rename(self.path, self.target)  # an empty folder gives way
+            return
+        replaced = _replaced_folder(self.target)
+        os.rename(self.target, replaced)
+        try:
+            os.rename(self.path, self.target)
+        except BaseException:
+            os.rename(replaced, self.target)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _what_is_told(folder: Folder) -> tuple[bool, bool]:
+    """Whether the file system keeps users, and modes, found by making a file."""
+    probe = f".partial-{secrets.token_hex(16)}"
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder.descriptor)
+    try:
+        found = os.fstat(descriptor)
+        return found.st_uid == os.geteuid(), stat.S_IMODE(found.st_mode) == 0o600
     finally:
-        if journal:
-            journal.close()
-        os.close(lock)
+        os.close(descriptor)
+        os.unlink(probe, dir_fd=folder.descriptor)
 
 
-def _lock(descriptor: int, work: Path) -> bool:
-    """Take the lock on the open folder `work`, which dies with its process, so that a crash leaves none behind.
+def _parent(target: Path) -> Folder:
+    return Folder.open(target.parent)
+
+
+def _mark_name(target: Path) -> str:
+    """What lies beside the work folder, for the moment in which that has no mark of its own."""
+    return f".{target.name}.merge-complete"
+
+
+def _state_names(work: Folder) -> list[str]:
+    return [STATE, *(f"{STATE}/{name}" for name in work.subfolder(STATE).names())] if STATE in work.names() else []
+
+
+def _files_of(state: Folder) -> set[str]:
+    """The files that a marker says the run writes; none where an earlier version of ours wrote no marker."""
+    files = (_read_object(state, MARKER) or {}).get("files")
+    return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
+
+
+def _read_object(folder: Folder, name: str) -> dict[str, Any] | None:
+    """A JSON object of ours; None where there is none that can be read. Raises ForeignFolder: a link, a pipe and the like."""
+    content = folder.read(name)
+    with suppress(ValueError, RecursionError):
+        found = json.loads(content or b"")
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def _has_side_files(work: Folder, folder: str) -> bool:
+    """Whether the small files of a checkpoint are as its recipe says."""
+    inner = work.subfolder(folder) if folder else work
+    recipe = _read_object(inner, RECIPE_FILE) or {}
+    for name, entry in recipe.get("side_files", {}).items():
+        *parents, last = name.split("/")
+        place = inner
+        for parent in parents:
+            place = place.subfolder(parent)
+        if hashlib.sha256(place.read(last) or b"").hexdigest() != entry.get("sha256"):
+            return False
+    return True
+
+
+def _say_foreign(work: Folder) -> str:
+    if _is_result(work.path):
+        return f"{work.path}: holds a finished result, which stays as it is. Move it, or choose another --save_path."
+    return f"{work.path}: holds files that no run of ours put there. Move them, or choose another --save_path."
+
+
+def _say_strangers(path: Path, names: Sequence[str]) -> str:
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{path}: holds {listed}, which no run of ours put there. Remove that, or choose another --save_path."
+
+
+def _lock(work: Folder) -> bool:
+    """Take the lock on an open folder, which dies with its process, so that a crash leaves none behind.
 
     False where another run holds it, or held it and has renamed or removed the folder since we opened it.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), os.stat(work))
+        fcntl.flock(work.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(work.descriptor), os.stat(work.path))
     except OSError:
         return False
 
 
-def _claim(work: Path, identity: Mapping[str, Any], *, resume: bool) -> None:
-    """Make a work folder ours: as it is where a run of this identity left it, else emptied.
-
-    Raises: ForeignFolder: it holds something else, or what a run of another identity can go on with.
-    """
-    run = work / STATE / "run.json"
-    if any(work.iterdir()) and not (work / STATE).is_dir() and not _is_result(work):
-        raise ForeignFolder(
-            f"{work}: holds files that no run of ours put there. Move them, or choose another --save_path."
-        )
-    earlier: dict[str, Any] | None = None
-    with suppress(OSError, ValueError):
-        earlier = json.loads(run.read_bytes())
-    normal = json.loads(json.dumps(identity))
-    if resume and earlier == normal:
-        return
-    if resume and earlier is not None and _has_records(work / STATE / "journal"):
-        raise ForeignFolder(
-            f"{work}: holds an unfinished run that differs in {', '.join(_differences(earlier, normal))}. Run that command again "
-            "to go on with it, add --no_resume to begin anew, or choose another --save_path."
-        )
-    clear(work)
-    run.parent.mkdir()
-    partial = run.with_suffix(".partial")
-    write_file(partial, json.dumps(normal, indent=1).encode())
-    os.rename(partial, run)
-    for folder in (run.parent, work, work.parent):
-        sync_folder(folder)
-
-
-def _has_records(path: Path) -> bool:
+def _has_records(state: Folder) -> bool:
     """Whether a journal has anything to go on with."""
-    with suppress(OSError):
-        return path.stat().st_size > 0
-    return False
+    found = state.look(JOURNAL)
+    return found is not None and found.st_size > 0
 
 
 def _differences(one: Any, other: Any, path: str = "") -> list[str]:
@@ -357,30 +633,3 @@ def _remove_empty(folders: Sequence[Path]) -> None:
     for folder in reversed(folders):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def clear(folder: Path) -> None:
-    """Remove what is in a folder, and not the folder."""
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _publish(work: Path, target: Path) -> None:
-    shutil.rmtree(work / STATE, ignore_errors=True)
-    for folder in (*(path for path in work.rglob("*") if path.is_dir()), work):
-        sync_folder(folder)
-    if target.exists() and any(target.iterdir()):
-        replaced = _replaced_folder(target)
-        os.rename(target, replaced)
-        try:
-            os.rename(work, target)
-        except BaseException:
-            os.rename(replaced, target)
-            raise
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.rename(work, target)  # an empty folder gives way
-    sync_folder(target.parent)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError, first_line
+from checkpoints.folder import Folder
+from checkpoints.settings import setting
 from checkpoints.sidecars import SideFiles
 from checkpoints.vocabulary import Vocabulary, read_vocabulary
 
@@ -73,14 +75,16 @@ def _named_tokens(files: SideFiles) -> dict[str, Any]:
 def tokens_of(files: SideFiles, *, trust_remote_code: bool = False) -> Vocabulary | None:
     """The tokens that side files will have, as `read_vocabulary` reads them from a folder."""
     with tempfile.TemporaryDirectory() as folder:
-        files.write(Path(folder))
+        with Folder.open(Path(folder)) as opened:
+            files.write(opened)
         return read_vocabulary(Path(folder), files.label, trust_remote_code=trust_remote_code)
 
 
 def check_tokens(files: SideFiles, expected: Vocabulary, *, trust_remote_code: bool = False) -> None:
     """Raise InputError where the library that will load the changed tokenizer files gives other ids than `expected`."""
     with tempfile.TemporaryDirectory() as folder:
-        files.write(Path(folder))
+        with Folder.open(Path(folder)) as opened:
+            files.write(opened)
         path = Path(folder) / "tokenizer.json"
         try:
             if path.is_file():
@@ -99,7 +103,7 @@ def check_tokens(files: SideFiles, expected: Vocabulary, *, trust_remote_code: b
             reason = first_line(error)
     if reason is not None:
         raise InputError(
-            f"{files.label}: its tokenizer cannot take more tokens: {reason}. Use --tokenizer_source base, or mend it."
+            f"{files.label}: its tokenizer cannot take more tokens: {reason}. Use {setting('tokenizer_source', 'base')}, or mend it."
         )
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from checkpoints.errors import ArgumentError, InputError, Interrupted, Refusals, collecting, first_line
 from checkpoints.hub_errors import few, progress_bars
+from checkpoints.settings import setting
 from checkpoints.staging import RECIPE_FILE
 
-FLAG = "--push_to_hub"
 WRITES = re.compile(r"repo\..*write")
 """Permissions of a fine-grained token to write to repos: `repo.write`."""
 LATER = "Leave the flag out, and push later with `hf upload`."
@@ -74,15 +74,19 @@ class Upload:
         except RepositoryNotFoundError:
             return
         if info.private == self.public:
-            advice = "Add --public" if not self.public else "Leave --public out"
+            advice = f"Add {setting('public')}" if not self.public else f"Leave {setting('public')} out"
             raise InputError(
-                f"{FLAG} {repo}: is {'private' if info.private else 'public'} on the hub. {advice}, change it at {_url(repo)}/settings, or choose another name."
+                f"{setting('push_to_hub', repo)}: is {'private' if info.private else 'public'} on the hub. {advice}, change it at {_url(repo)}/settings, or choose another name."
             )
         there = {file.rfilename for file in info.siblings or ()} - {".gitattributes"}
         if there and RECIPE_FILE not in there:
-            raise InputError(f"{FLAG} {repo}: holds {few(there)}, which is no earlier result. Choose another name.")
+            raise InputError(
+                f"{setting('push_to_hub', repo)}: holds {few(there)}, which is no earlier result. Choose another name."
+            )
         if there and not self.overwrite:
-            raise InputError(f"{FLAG} {repo}: holds an earlier result. Choose another name, or add --overwrite.")
+            raise InputError(
+                f"{setting('push_to_hub', repo)}: holds an earlier result. Choose another name, or add {setting('overwrite')}."
+            )
 
     def push(self, save_path: Path, *, quiet: bool = False) -> Iterator[Pushed]:
         """Push every checkpoint below `save_path`, one after the other.
@@ -95,7 +99,7 @@ class Upload:
                     self._check_repo(repo)  # hours may have gone by
                     pushed = self._push(repo, save_path / folder, quiet=quiet)
             except InputError as error:
-                raise InputError(str(error), *self._how_later(save_path, index)) from error
+                raise InputError(error.marked, *self._how_later(save_path, index)) from error
             except KeyboardInterrupt:
                 raise Interrupted("interrupted while pushing.", *self._how_later(save_path, index)) from None
             yield pushed
@@ -136,7 +140,7 @@ def plan_upload(name: str, folders: Sequence[str] = ("",), *, public: bool = Fal
     for one in names:
         _check_name(one)
     if constants.is_offline_mode():
-        raise InputError(f"{FLAG} {name}: HF_HUB_OFFLINE=1 forbids to ask the hub. Unset it. {LATER}")
+        raise InputError(f"{setting('push_to_hub', name)}: HF_HUB_OFFLINE=1 forbids to ask the hub. Unset it. {LATER}")
     with _in_words(name):
         user = _ask_who()
     owner = name.split("/")[0] if "/" in name else user["name"]
@@ -161,7 +165,7 @@ def _check_name(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError:
         raise ArgumentError(
-            f"{FLAG}: expected NAME or USER/NAME of letters, digits, '-', '_' and '.', got {name!r}."
+            f"{setting('push_to_hub')}: expected NAME or USER/NAME of letters, digits, '-', '_' and '.', got {name!r}."
         ) from None
 
 
@@ -177,12 +181,12 @@ def _check_owner(name: str, owner: str, user: dict[str, Any]) -> None:
     scopes = [scope for one in (token.get("fineGrained") or {}).get("scoped") or () for scope in one["permissions"]]
     if token.get("role") == "read" or (token.get("role") == "fineGrained" and not any(map(WRITES.fullmatch, scopes))):
         raise InputError(
-            f"{FLAG} {name}: your token may read only. Make one that may write at {_url('settings/tokens')}, and give it to `hf auth login`."
+            f"{setting('push_to_hub', name)}: your token may read only. Make one that may write at {_url('settings/tokens')}, and give it to `hf auth login`."
         )
     owners = [user["name"], *(one["name"] for one in user.get("orgs") or ())]
     if owner.lower() not in map(str.lower, owners):
         raise InputError(
-            f"{FLAG} {name}: your token is that of {user['name']}, who is no member of {owner}. Push to one of: {', '.join(owners)}."
+            f"{setting('push_to_hub', name)}: your token is that of {user['name']}, who is no member of {owner}. Push to one of: {', '.join(owners)}."
         )
 
 
@@ -192,7 +196,7 @@ def _in_words(repo: str) -> Iterator[None]:
     import httpx2
     from huggingface_hub import constants, errors
 
-    where = f"{FLAG} {repo}"
+    where = f"{setting('push_to_hub', repo)}"
     try:
         yield
     except InputError:

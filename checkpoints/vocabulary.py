@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from checkpoints.errors import InputError, first_line
+from checkpoints.settings import setting
 from checkpoints.sidecars import read_json
 
 MISSING = -1
@@ -170,7 +171,11 @@ def _ask_transformers(
         return dict(tokenizer.get_vocab()), added
     except Exception as error:  # a tokenizer's own code fails in every way there is
         own_code = "trust_remote_code" in str(error)
-        advice = "Pass --trust_remote_code to run its own code, if you trust it" if own_code else "Download it again"
+        advice = (
+            f"Pass {setting('trust_remote_code')} to run its own code, if you trust it"
+            if own_code
+            else "Download it again"
+        )
         raise InputError(f"{label}: the tokenizer cannot be read: {first_line(error)}. {advice}.") from error
 
 

@@ -7,19 +7,21 @@ import json
 import os
 import re
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 
 from checkpoints.errors import WriteError
-from checkpoints.files import sync_folder, write_file
+from checkpoints.folder import Folder
 from checkpoints.safetensors_format import build_header
 from checkpoints.source import TensorInfo
 
 CHUNK_BYTES = 64 << 20
 READ_BACK_BYTES = 1 << 20
+INDEX_FILE = "model.safetensors.index.json"
 ChunkDigests = Mapping[str, Mapping[str, str]]
 """File name -> number of a chunk, as text -> its sha256 in hexadecimal."""
 
@@ -68,22 +70,28 @@ def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list
     return shards
 
 
+def file_names(shards: Sequence[Shard]) -> list[str]:
+    """What `CheckpointWriter` writes."""
+    return [*(shard.file_name for shard in shards), *([INDEX_FILE] if len(shards) > 1 else [])]
+
+
 class CheckpointWriter:
     """Fills the shards of one checkpoint. `write` may be called from several threads, in any order, once an element.
 
     Args:
-        folder: exists; the shards are created in it.
+        folder: open; the shards are created in it.
         shards: from `plan_shards`.
         digest: take the digest of every 64 MiB chunk as soon as it is complete, while the page cache still holds it.
-        finished: tensors that an earlier writer of the same shards wrote and made durable; its files are gone on with.
+        finished: tensors that an earlier writer of the same shards wrote and made durable, whose bytes are known to be there
+            (`checkpoints.finished`); its files are gone on with.
         chunks: the digests that its `sync` gave.
 
-    Raises: WriteError: a file cannot be made.
+    Raises: WriteError: a file cannot be made; ForeignFolder: something else lies in its place.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Folder,
         shards: list[Shard],
         *,
         digest: bool,
@@ -94,10 +102,10 @@ class CheckpointWriter:
         self.shards = shards
         known = chunks or {}
         self._files = [
-            _OpenShard(folder / shard.file_name, shard, digest, set(finished), known.get(shard.file_name, {}))
-            for shard in shards
+            _OpenShard(folder, shard, digest, set(finished), known.get(shard.file_name, {})) for shard in shards
         ]
         self._owner = {name: file for file in self._files for name in file.shard.offsets}
+        self._pieces: dict[str, list[tuple[int, int, int]]] = {name: [] for name in self._owner}
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Write `values`, `[n]` contiguous on the CPU in the tensor's dtype, at the elements `start` to `start + n` of `name`.
@@ -106,7 +114,14 @@ class CheckpointWriter:
         """
         file = self._owner[name]
         raw = values.view(torch.uint8).numpy().data
-        file.write(raw, file.shard.offsets[name] + start * values.element_size())
+        offset = file.shard.offsets[name] + start * values.element_size()
+        self._pieces[name].append((offset, len(raw), xxhash.xxh3_64_intdigest(raw)))
+        file.write(raw, offset)
+
+    def written(self, name: str) -> tuple[str, list[int]]:
+        """The file of a tensor, and what was written of it: first byte, bytes and checksum of each piece, in their order."""
+        pieces = sorted(self._pieces[name])
+        return self._owner[name].shard.file_name, [number for piece in pieces for number in piece]
 
     def sync(self) -> ChunkDigests:
         """Make everything durable that has been written so far. Raises WriteError: the disk is full or fails.
@@ -114,7 +129,7 @@ class CheckpointWriter:
         Returns: the digests of the chunks that have become complete since the last time.
         """
         found = {file.shard.file_name: file.sync() for file in self._files}
-        sync_folder(self.folder)
+        self.folder.sync()
         return {name: digests for name, digests in found.items() if digests}
 
     def close(self) -> dict[str, dict[str, int | str]]:
@@ -125,10 +140,7 @@ class CheckpointWriter:
             weight_map = {name: shard.file_name for shard in self.shards for name in shard.offsets}
             total = sum(shard.size - len(shard.header) for shard in self.shards)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_file(
-                self.folder / "model.safetensors.index.json",
-                json.dumps(index, indent=2, sort_keys=True).encode() + b"\n",
-            )
+            self.folder.write(INDEX_FILE, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
         return {file.shard.file_name: file.summary() for file in self._files}
 
     def release(self) -> None:
@@ -140,19 +152,21 @@ class CheckpointWriter:
 class _OpenShard:
     """One shard on disk, the bytes still missing in each chunk, and the digests of the chunks that are complete."""
 
-    def __init__(self, path: Path, shard: Shard, digest: bool, finished: set[str], known: Mapping[str, str]):
-        self.path = path
+    def __init__(self, folder: Folder, shard: Shard, digest: bool, finished: set[str], known: Mapping[str, str]):
+        self.path = folder / shard.file_name
         self.shard = shard
         self._lock = threading.Lock()
         self._is_dirty = True
         self._missing = [min(CHUNK_BYTES, shard.size - begin) for begin in range(0, shard.size, CHUNK_BYTES)]
         self._digests: list[bytes] | None = [b""] * len(self._missing) if digest else None
         self._told: set[int] = set()
+        there = folder.open_file(shard.file_name) if finished & shard.offsets.keys() else None
+        self._descriptor = folder.new_file(shard.file_name) if there is None else there
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
             os.ftruncate(self._descriptor, shard.size)
         except OSError as error:
-            raise WriteError(path, error) from error
+            self.release()
+            raise WriteError(self.path, error) from error
         for name in finished & shard.offsets.keys():
             for chunk in self._completed(shard.offsets[name], shard.offsets[name] + shard.nbytes[name]):
                 self._restore(chunk, known)

@@ -88,11 +88,11 @@ def choose_gpus(asked: int | None, gpus: int, heads: int | None, backend: Backen
     Raises: ArgumentError: more than there are; a number that does not divide the heads.
     """
     if asked is not None and asked > gpus:
-        raise ArgumentError(f"--n_gpu {asked}: there are {gpus} GPUs here. Give at most {gpus}.")
+        raise ArgumentError(f"{setting('n_gpu', asked)}: there are {gpus} GPUs here. Give at most {gpus}.")
     if asked and heads and heads % asked:
         fitting = [str(count) for count in range(1, gpus + 1) if heads % count == 0]
         raise ArgumentError(
-            f"--n_gpu {asked}: expected a number that divides the model's {heads} attention heads. "
+            f"{setting('n_gpu', asked)}: expected a number that divides the model's {heads} attention heads. "
             f"Here: {', '.join(fitting) or 'none'}."
         )
     if asked is not None:

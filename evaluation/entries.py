@@ -186,7 +186,7 @@ def _generation_reasons(generation: Mapping[str, Any], benchmark: Benchmark, set
     if generation["chat_template"]:
         reasons.append("a chat template was applied")
     if benchmark.harness and generation["bos"]["bos_count"]:
-        reasons.append("prompts begin with BOS, the paper's do not (--profile paper)")
+        reasons.append("prompts begin with BOS, the paper's do not (profile paper)")
     paper = benchmark.generation(Settings(profile="paper"))
     if paper is not None and generation["max_new_tokens"] != paper.max_new_tokens:
         reasons.append(f"up to {generation['max_new_tokens']} new tokens, the paper's {paper.max_new_tokens}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.settings import setting
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -28,17 +29,23 @@ def load_tasks(names: Sequence[str]) -> TaskManager:
     problems: list[str | InputError] = []
     for name in names:
         if name not in manager.all_tasks:
-            problems.append(ArgumentError(f"--tasks_file: {_short(unknown('lm_eval task', name, manager.all_tasks))}"))
+            problems.append(
+                ArgumentError(f"{setting('tasks_file')}: {_short(unknown('lm_eval task', name, manager.all_tasks))}")
+            )
             continue
         try:
             tasks = manager.load([name])["tasks"]
         except Exception as error:  # whatever a task's own code or its data raises
             reason = (str(error).splitlines() or [""])[0]
-            problems.append(InputError(f"--tasks_file: {name} cannot be loaded: {type(error).__name__}: {reason:.200}"))
+            problems.append(
+                InputError(f"{setting('tasks_file')}: {name} cannot be loaded: {type(error).__name__}: {reason:.200}")
+            )
             continue
         if any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()):
             problems.append(
-                ArgumentError(f"--tasks_file: {name} runs code of the model outside our sandbox. Leave it out.")
+                ArgumentError(
+                    f"{setting('tasks_file')}: {name} runs code of the model outside our sandbox. Leave it out."
+                )
             )
     if problems:
         raise Refusals(problems)

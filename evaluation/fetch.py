@@ -9,6 +9,7 @@ from pathlib import Path
 
 from checkpoints.errors import InputError
 from checkpoints.hub_errors import Unreachable, one_line_errors, progress_bars
+from checkpoints.settings import setting
 from evaluation.benchmarks.contract import Benchmark
 from evaluation.dataset_files import REVISIONS_FILE, Missing, missing_splits
 from evaluation.grading.sentences import RESOURCE, find_punkt
@@ -117,4 +118,6 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}. Choose another --data_dir.") from error
+        raise InputError(
+            f"{path}: cannot be written: {error.strerror}. Choose another {setting('data_dir')}."
+        ) from error

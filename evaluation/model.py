@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from checkpoints.errors import InputError
+from checkpoints.settings import setting
 from evaluation.benchmarks.settings import Advance
 
 if TYPE_CHECKING:
@@ -141,8 +142,8 @@ class Model:
         except torch.OutOfMemoryError as error:
             if self.options.batch_size is not None or len(requests) < 2:
                 raise InputError(
-                    f"{self.label}: out of memory with {len(requests)} prompts at once. Give a smaller --batch_size or "
-                    "--max_model_len, or more GPUs (--n_gpu)."
+                    f"{self.label}: out of memory with {len(requests)} prompts at once. Give a smaller {setting('batch_size')} or "
+                    f"{setting('max_model_len')}, or more GPUs ({setting('n_gpu')})."
                 ) from error
         torch.cuda.empty_cache()
         half = len(requests) // 2

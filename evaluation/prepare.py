@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from checkpoints.errors import ArgumentError, InputError, Refusals
 from checkpoints.location import Location, locate
+from checkpoints.settings import Remark, setting
 from evaluation.benchmarks import get_benchmark
 from evaluation.benchmarks.contract import Benchmark, Response
 from evaluation.data import Data, load_data
@@ -24,6 +25,7 @@ from evaluation.results import (
     check_resumable,
     check_save_path,
     default_path,
+    drop_lost,
     read_results,
     responses_path,
 )
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
     from evaluation.model import ModelOptions
     from evaluation.sandbox import Sandbox
 
-NO_PUNKT = (
+NO_PUNKT = Remark(
     "nltk's punkt data is not there: IFEval splits sentences with a simple splitter, and is not comparable to the paper. "
-    "--fetch_data --benchmarks ifeval fetches it."
+    f"{setting('fetch_data')} {setting('benchmarks', 'ifeval')} fetches it."
 )
 
 
@@ -136,10 +138,12 @@ class Problems:
         missing = [at for at, problem in enumerate(self.found) if isinstance(problem, Missing)]
         if missing:
             names = ",".join(problem.benchmark for problem in self.found if isinstance(problem, Missing))
-            words = ["python", "evaluate_model.py", "--fetch_data", "--benchmarks", names]
-            command = shlex.join(words + (["--data_dir", str(folder)] if folder else []))
+            words = ["python evaluate_model.py", setting("fetch_data"), setting("benchmarks", names)]
+            command = " ".join(words + ([setting("data_dir", shlex.quote(str(folder)))] if folder else []))
             advice = f"Where there is a network, this fetches all that is missing: {command}"
-            self.found[missing[-1]] = InputError(f"{self.found[missing[-1]]} {advice}")
+            last = self.found[missing[-1]]
+            text = last.marked if isinstance(last, InputError) else last
+            self.found[missing[-1]] = InputError(f"{text} {advice}")
         raise Refusals(self.found)
 
 
@@ -156,7 +160,9 @@ def _given_responses(request: Request) -> dict[str, list[Response]]:
         return {}
     if request.stage == "generate":
         if path.exists() and not request.resume:
-            raise ArgumentError(f"--responses {path}: exists. Choose another file, or add --resume.")
+            raise ArgumentError(
+                f"{setting('responses', path)}: exists. Choose another file, or add {setting('resume')}."
+            )
         return {}
     found = read_responses(path, request.benchmarks or None)
     empty = [name for name, responses in found.items() if not responses]
@@ -189,7 +195,7 @@ def _prepare_model(prepared: Prepared) -> None:
     n_gpu = backends.choose_gpus(request.n_gpu, gpus, heads, backend)
     if request.settings.chat and not backends.has_chat_template(location.folder):
         raise ArgumentError(
-            f"--apply_chat_template: the tokenizer of {label} has no chat template. Leave the flag out, or add a "
+            f"{setting('apply_chat_template')}: the tokenizer of {label} has no chat template. Leave the flag out, or add a "
             "chat_template to its tokenizer_config.json."
         )
     if location.note:
@@ -219,6 +225,12 @@ def _prepare_resume(prepared: Prepared) -> None:
     folder = None if prepared.location is None else str(prepared.location.folder)
     data = {name: describe_data(data) for name, data in prepared.data.items()}
     check_resumable(prepared.save_path, prepared.earlier, prepared.request.settings_as_json(), folder, data)
+    if prepared.request.stage != "score":
+        lost = drop_lost(prepared.earlier)
+        if lost:
+            prepared.notes.append(
+                f"{prepared.earlier['responses_file']}: does not have the responses of {', '.join(lost)} as the results say, which are made again."
+            )
 
 
 def _prepare_graders(prepared: Prepared) -> None:

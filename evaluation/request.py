@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_name
+from checkpoints.settings import setting
 from evaluation.benchmarks import BENCHMARKS, MATHS, PAPER
 from evaluation.benchmarks.settings import Profile, Settings
 
@@ -120,28 +121,30 @@ def make_request(
             problems.append(error)
             return default
 
-    attempt(lambda: _choice("--profile", profile, PROFILES))
-    attempt(lambda: _choice("--backend", backend, BACKENDS))
-    attempt(lambda: _choice("--dtype", dtype, DTYPES))
-    attempt(lambda: _choice("--stage", stage, STAGES))
-    attempt(lambda: _choice("--math_prompt_type", math_prompt_type, _prompt_types()))
+    attempt(lambda: _choice(setting("profile"), profile, PROFILES))
+    attempt(lambda: _choice(setting("backend"), backend, BACKENDS))
+    attempt(lambda: _choice(setting("dtype"), dtype, DTYPES))
+    attempt(lambda: _choice(setting("stage"), stage, STAGES))
+    attempt(lambda: _choice(setting("math_prompt_type"), math_prompt_type, _prompt_types()))
     for flag, number in (
-        ("--limit", limit),
-        ("--max_model_len", max_model_len),
-        ("--math_max_tokens", math_max_tokens),
+        (setting("limit"), limit),
+        (setting("max_model_len"), max_model_len),
+        (setting("math_max_tokens"), math_max_tokens),
     ):
         if number is not None and number < 1:
             problems.append(ArgumentError(f"{flag}: expected a number above 0, got {number}."))
     if n_gpu is not None and n_gpu < 0:
-        problems.append(ArgumentError(f"--n_gpu: expected 0 (the CPU) or more, got {n_gpu}."))
+        problems.append(ArgumentError(f"{setting('n_gpu')}: expected 0 (the CPU) or more, got {n_gpu}."))
     names = attempt(lambda: choose_benchmarks(benchmarks, math_benchmarks, mmlu_pro, stage), PAPER)
     tasks = attempt(lambda: read_tasks_file(Path(tasks_file)), ()) if tasks_file else ()
     if not names and not tasks and stage != "score":
-        problems.append(ArgumentError(f"--benchmarks: nothing is left to evaluate. Known: {', '.join(BENCHMARKS)}."))
+        problems.append(
+            ArgumentError(f"{setting('benchmarks')}: nothing is left to evaluate. Known: {', '.join(BENCHMARKS)}.")
+        )
     problems += _check_stage(stage, model, responses, resume, save_path, tasks)
     folder = Path(data_dir).expanduser() if data_dir else None
     if folder is not None and not folder.is_dir():
-        problems.append(ArgumentError(f"--data_dir {data_dir}: no such folder."))
+        problems.append(ArgumentError(f"{setting('data_dir', data_dir)}: no such folder."))
     request = Request(
         model=attempt(lambda: parse_name(model)) if model is not None else None,
         benchmarks=names,
@@ -179,9 +182,9 @@ def choose_benchmarks(
     """
     if benchmarks is None and math_benchmarks is None and not mmlu_pro and stage == "score":
         return ()
-    names = set(PAPER if benchmarks is None else _names("--benchmarks", benchmarks, BENCHMARKS))
+    names = set(PAPER if benchmarks is None else _names(setting("benchmarks"), benchmarks, BENCHMARKS))
     if math_benchmarks is not None:
-        names = names.difference(MATHS) | _names("--math_benchmarks", math_benchmarks, MATHS)
+        names = names.difference(MATHS) | _names(setting("math_benchmarks"), math_benchmarks, MATHS)
     if mmlu_pro:
         names.add("mmlu_pro")
     return tuple(name for name in BENCHMARKS if name in names)
@@ -192,7 +195,7 @@ def read_tasks_file(path: Path) -> tuple[str, ...]:
     try:
         lines = path.expanduser().read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"--tasks_file {path}: cannot be read: {error}.") from error
+        raise ArgumentError(f"{setting('tasks_file', path)}: cannot be read: {error}.") from error
     return tuple(dict.fromkeys(name for line in lines if (name := line.partition("#")[0].strip())))
 
 
@@ -202,17 +205,33 @@ def _check_stage(
     problems: list[InputError] = []
     if stage == "score":
         if responses is None:
-            problems.append(ArgumentError("--stage score: needs --responses FILE, the answers to grade."))
+            problems.append(
+                ArgumentError(f"{setting('stage', 'score')}: needs {setting('responses')} FILE, the answers to grade.")
+            )
         if tasks:
-            problems.append(ArgumentError("--tasks_file: lm_eval's own tasks need a model. Leave out --stage score."))
+            problems.append(
+                ArgumentError(
+                    f"{setting('tasks_file')}: lm_eval's own tasks need a model. Leave out {setting('stage', 'score')}."
+                )
+            )
         if resume:
-            problems.append(ArgumentError("--resume: goes on with generating. Leave it out with --stage score."))
+            problems.append(
+                ArgumentError(
+                    f"{setting('resume')}: goes on with generating. Leave it out with {setting('stage', 'score')}."
+                )
+            )
     elif model is None:
-        problems.append(ArgumentError("--model: expected the folder or the hub name of a model."))
+        problems.append(ArgumentError(f"{setting('model')}: expected the folder or the hub name of a model."))
     if stage == "all" and responses is not None:
-        problems.append(ArgumentError("--responses: goes with --stage score (to read) or --stage generate (to write)."))
+        problems.append(
+            ArgumentError(
+                f"{setting('responses')}: goes with {setting('stage', 'score')} (to read) or {setting('stage', 'generate')} (to write)."
+            )
+        )
     if resume and save_path is None:
-        problems.append(ArgumentError("--resume: needs --save_path, the results file to go on with."))
+        problems.append(
+            ArgumentError(f"{setting('resume')}: needs {setting('save_path')}, the results file to go on with.")
+        )
     return problems
 
 
@@ -239,7 +258,7 @@ def _batch_size(value: str | int) -> int | None:
     except ValueError:
         size = 0
     if size < 1:
-        raise ArgumentError(f"--batch_size: expected auto or a number above 0, got {value!r}.")
+        raise ArgumentError(f"{setting('batch_size')}: expected auto or a number above 0, got {value!r}.")
     return size
 
 

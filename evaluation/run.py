@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import InputError, Interrupted
+from checkpoints.settings import setting
 from evaluation.benchmarks.contract import Benchmark, Grade, Response, Row
 from evaluation.benchmarks.settings import Settings
 from evaluation.data import Data
@@ -65,7 +66,7 @@ def run(prepared: Prepared) -> Outcome:
         except KeyboardInterrupt:
             done = list(job.results["benchmarks"])
             kept = (
-                f"{prepared.save_path} holds {', '.join(done)}; add --resume to go on"
+                f"{prepared.save_path} holds {', '.join(done)}; add {setting('resume')} to go on"
                 if done
                 else "nothing is finished"
             )
@@ -128,7 +129,7 @@ class _Job:
         identity = CheckpointIdentity(prepared.location)
         if self.results["model"] is not None and self.results["model"]["files"] != identity.as_json()["files"]:
             raise InputError(
-                f"--resume: the files of {prepared.location.name} have changed since. Begin with a new --save_path."
+                f"{setting('resume')}: the files of {prepared.location.name} have changed since. Begin with a new {setting('save_path')}."
             )
         model: Model | None = None
         if to_ask or extra:

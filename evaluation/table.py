@@ -51,9 +51,7 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
     lines = []
     if results["partial"]:
         limit = results["limit"]
-        lines.append(
-            "PARTIAL: " + (f"--limit {limit}" if limit else "not all rows were answered") + ", no full scores."
-        )
+        lines.append("PARTIAL: " + (f"limit {limit}" if limit else "not all rows were answered") + ", no full scores.")
     if results["comparable_to_paper"]:
         lines.append("Comparable to the paper's table.")
         return lines

@@ -14,8 +14,10 @@ from checkpoints.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from merging.recipe import Recipe as Recipe
+    from merging.recipe_file import read_recipe_file as read_recipe_file
     from merging.recipe_flags import make_recipe as make_recipe
     from merging.run import merge as merge
+    from streaming.job import Result as Result
     from streaming.output import RunOptions as RunOptions
 else:
     __getattr__ = lazy_exports(
@@ -24,8 +26,10 @@ else:
             "merge": "merging.run",
             "RunOptions": "streaming.output",
             "make_recipe": "merging.recipe_flags",
+            "read_recipe_file": "merging.recipe_file",
             "Recipe": "merging.recipe",
+            "Result": "streaming.job",
         },
     )
 
-__all__ = ["Recipe", "RunOptions", "make_recipe", "merge"]
+__all__ = ["Recipe", "Result", "RunOptions", "make_recipe", "merge", "read_recipe_file"]

@@ -1,4 +1,4 @@
-"""What a user can set: every parameter of every method, once. Importing this imports no torch, so that `--help` lists them.
+"""What a user can set: every parameter of every method, once. Importing this imports no torch, so that help texts list them.
 
 A method's file says which of them it has (`weights: tuple[float, ...] = parameter("weight")`), its line in METHODS what
 they are by default there. The flags of merge.py, the keys of recipe files and all refusals follow from this table.
@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from checkpoints.errors import ArgumentError
+from checkpoints.settings import setting
 
 SAME: Any = object()
-"""In a recipe file, the default is the flag's."""
+"""In a recipe file, the default is the method's."""
 REQUIRED: Any = object()
 """In a recipe file, there is no default."""
 
@@ -23,12 +24,12 @@ class Parameter:
     """One parameter.
 
     Attributes:
-        key: its name in recipe files; the flag is `--key`, `--weights` for `weight`.
-        help: what it does, a clause for `--help`.
+        key: its name in recipe files, and the setting that messages mention.
+        help: what it does, a clause for lists of settings; it may mention others.
         kind: number; whole: a whole number; switch: yes or no; rule: yes, no, or None for what the method itself does.
         per_model: one value for each model; a flag takes one for all too.
         low, high: the closed range of a number; above: an open lower bound.
-        in_files: the default in a recipe file, where that is not the flag's.
+        in_files: the default in a recipe file, where that is not the method's.
     """
 
     key: str
@@ -41,13 +42,8 @@ class Parameter:
     in_files: Any = SAME
 
     @property
-    def flag(self) -> str:
-        """The flag that sets it."""
-        return "--weights" if self.key == "weight" else f"--{self.key}"
-
-    @property
     def is_switch(self) -> bool:
-        """Whether its flag takes no value: `--normalize`, `--no-normalize`."""
+        """Whether it takes yes and no."""
         return self.kind in ("switch", "rule")
 
     def check(self, value: Any, *, place: bool = True) -> None:
@@ -109,12 +105,12 @@ PARAMETERS = _table(
     Parameter("normalize", "divide by the sum of weights, of the agreeing models where signs are elected", "switch"),
     Parameter(
         "rescale",
-        "after trimming or dropping, give each task vector the l1 norm it had; --no-rescale leaves it",
+        f"after trimming or dropping, give each task vector the l1 norm it had; {setting('rescale', 'false')} leaves it",
         "rule",
     ),
     Parameter("t", "where between the base (0) and the model (1)", in_files=REQUIRED),
     Parameter("nuslerp_flatten", "one angle for each tensor; without, one for each of its rows", "switch"),
-    Parameter("nuslerp_row_wise", "with --no-nuslerp_flatten: one for each column", "switch"),
+    Parameter("nuslerp_row_wise", f"with {setting('nuslerp_flatten', 'false')}: one for each column", "switch"),
     Parameter("max_iter", "steps at most", "whole", low=0),
     Parameter("tol", "a step shorter than this is the last", low=0.0),
     Parameter("filter_wise", "one ratio for each row of a matrix instead of one for each tensor", "switch"),
@@ -123,12 +119,7 @@ PARAMETERS = _table(
     Parameter("widen_ratio", "ranks above this multiple of the mean count as important", low=0.0),
     Parameter("widen_calibration", "score of the important ones", low=0.0),
 )  # fmt: skip
-"""Recipe key -> parameter, in the order of `--help`."""
-
-
-def flag_of(key: str) -> str:
-    """The flag of a recipe key: `--weights` for `weight`, else the key itself."""
-    return PARAMETERS[key].flag if key in PARAMETERS else f"--{key}"
+"""Recipe key -> parameter, in the order in which they are listed."""
 
 
 def text_of(value: Any) -> str:

@@ -219,6 +219,7 @@ class _Stack:
 
     def _used_before_layers(self, names: Sequence[str]) -> set[str]:
         """The tensors that the model class lists before its layers, and all embeddings."""
+
         primary = self.primary
         built = build_meta_model(primary.folder, label=primary.label, trust_remote_code=primary.trust_remote_code)
         order = {

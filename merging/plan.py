@@ -14,7 +14,7 @@ from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError
 from checkpoints.model import Model
 from checkpoints.problems import Problems
-from checkpoints.settings import setting
+from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, dtype_name
 from checkpoints.tensor_names import kind_of, list_kinds
@@ -104,7 +104,7 @@ class Plan:
             "warnings": self.warnings,
         }
 
-    def as_text(self) -> str:
+    def as_text(self, show: Show = as_in_python) -> str:
         """The plan for people."""
         recipe = self.recipe.as_json()
         lines = [f"method {recipe['merge_method']}, base {recipe['base_model'] or 'none'}"]
@@ -119,12 +119,12 @@ class Plan:
             lines.append(f"  {entry['model']}: {numbers}" if numbers else f"  {entry['model']}")
         lines += ["tensors:"]
         for group in self.groups():
-            why = f" ({group['why']})" if group["why"] else ""
+            why = f" ({shown(group['why'], show)})" if group["why"] else ""
             lines.append(
                 f"  {group['count']:5d} x {group['tensors']}: {group['action']}{why}, {group['elements']:,} elements, {group['dtype']}"
             )
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [f"note: {shown(note, show)}" for note in self.notes]
+        lines += [f"warning: {shown(warning, show)}" for warning in self.warnings]
         lines.append(
             f"reads {self.bytes_to_read:,} bytes; writes {self.bytes_to_write:,} bytes in {len(self.shards)} file(s). Nothing was written."
         )

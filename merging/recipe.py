@@ -14,10 +14,11 @@ from typing import Any
 from alignment.layout import Layout
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.location import ModelName
+from checkpoints.settings import Remark, setting
 from merging.methods import METHODS, get_method
 from merging.methods.contract import Method
 from merging.parameters import PARAMETERS, REQUIRED, SAME
-from merging.values import NOTHING, Value
+from streaming.values import NOTHING, Value
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -72,6 +73,7 @@ class Recipe:
         layout: the output's vocabulary, head and chat template.
         aim: the block on relaxing, as the file has it; the command reads it.
         notes: what a user should know of how the recipe was read.
+        places: setting -> where a file gives it, `recipe.yml: tokenizer_source`, for messages; empty where none was read.
     """
 
     merge_method: str
@@ -85,12 +87,13 @@ class Recipe:
     layout: Layout = field(default_factory=lambda: Layout(tokenizer_source="base"))
     aim: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def why_copied(self, tensor: str) -> str:
-        """The flag by which an output tensor is taken from the base; empty where none is."""
+        """The setting by which an output tensor is taken from the base; empty where none is."""
         if self.exclude and re.search(self.exclude, tensor):
-            return "--exclude"
-        return "--only" if self.only and not re.search(self.only, tensor) else ""
+            return Remark(setting("exclude"))
+        return Remark(setting("only")) if self.only and not re.search(self.only, tensor) else ""
 
     @property
     def is_sliced(self) -> bool:
@@ -149,7 +152,7 @@ class Recipe:
             number = default_of(self.merge_method, key)
             if number is REQUIRED:
                 raise ArgumentError(
-                    f"{key}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
+                    f"{setting(key)}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
                 )
         return number
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from checkpoints.errors import InputError, Refusals
+from checkpoints.errors import Refusals
+from checkpoints.files import write_text
 from merging.recipe import Recipe
 from merging.recipe_reader import Reader
 from merging.safe_yaml import read_data
@@ -44,14 +45,11 @@ def read_recipe_file(
 
 
 def write_recipe_file(recipe: Recipe, path: Path, aim: Mapping[str, Any] | None = None) -> None:
-    """Write a recipe as YAML that `read_recipe_file` reads. Raises InputError where it cannot be written."""
+    """Write a recipe as YAML that `read_recipe_file` reads, whole or not at all. Raises InputError where it cannot be written."""
     content = {key: value for key, value in recipe.as_json().items() if value is not None and value != {}}
     if recipe.out_dtype == "auto":  # which is what a file means that says nothing
         del content["out_dtype"]
     if aim:
         content["aim"] = dict(aim)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}. Name another file.") from error
+    write_text(path, text, name="write_config")

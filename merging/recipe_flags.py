@@ -9,11 +9,12 @@ from typing import Any
 from alignment.layout import Layout
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_model
+from checkpoints.settings import setting
 from merging.methods import METHODS, get_method
 from merging.methods.contract import Method
-from merging.parameters import PARAMETERS, Parameter, flag_of
+from merging.parameters import PARAMETERS, Parameter
 from merging.recipe import OUT_DTYPES, ModelInput, Recipe, Slice, check_count, check_expression, identity, twice
-from merging.values import Value
+from streaming.values import Value
 
 
 def make_recipe(
@@ -49,9 +50,11 @@ def make_recipe(
     names, inline = _split_models(models, problems)
     if inline:
         if "weight" in given:
-            problems.append(ArgumentError("--weights: the models already carry weights (NAME:WEIGHT). Give them once."))
+            problems.append(
+                ArgumentError(f"{setting('weight')}: the models already carry weights (NAME:WEIGHT). Give them once.")
+            )
         given["weight"] = ",".join(inline)
-    base = _parse("--base_model", base_model, problems)
+    base = _parse("base_model", base_model, problems)
     if base is not None and cls.max_models is not None and len(names) == cls.max_models + 1:
         # mergekit lists the base of slerp among the models.
         names = [name for name in names if identity(name) != identity(base)]
@@ -59,17 +62,17 @@ def make_recipe(
         try:
             check_count(cls, method, len(names))
         except ArgumentError as error:
-            problems.append(ArgumentError(f"--models_to_merge: {error}"))
+            problems.append(ArgumentError(f"{setting('models')}: {error.marked}"))
     _check_used(cls, method, given, seed, problems)
     values = {key: _read_values(key, method, given.get(key), len(names), problems) for key in cls.parameters()}
     _check_values(cls, values, problems)
     if out_dtype not in OUT_DTYPES:
-        problems.append(ArgumentError(f"--dtype: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
-    check_expression("--exclude", exclude, problems)
-    check_expression("--only", only, problems)
+        problems.append(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
+    check_expression(setting("exclude"), exclude, problems)
+    check_expression(setting("only"), only, problems)
     for name in twice(names):
         problems.append(
-            ArgumentError(f"--models_to_merge: {name} is named twice. Give it once, with the sum of its weights.")
+            ArgumentError(f"{setting('models')}: {name} is named twice. Give it once, with the sum of its weights.")
         )
     if problems:
         raise Refusals(problems)
@@ -93,11 +96,11 @@ def make_recipe(
     )
 
 
-def _parse(flag: str, text: str, problems: list[str | InputError]) -> ModelName | None:
+def _parse(name: str, text: str, problems: list[str | InputError]) -> ModelName | None:
     try:
         return parse_model(text)
     except InputError as error:
-        problems.append(ArgumentError(f"{flag}: {error}"))
+        problems.append(ArgumentError(f"{setting(name)}: {error.marked}"))
         return None
 
 
@@ -107,7 +110,7 @@ def _split_models(text: str, problems: list[str | InputError]) -> tuple[list[Mod
     weights: list[str] = []
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
-        problems.append(ArgumentError(f"--models_to_merge: expected names separated by commas, got {text!r}."))
+        problems.append(ArgumentError(f"{setting('models')}: expected names separated by commas, got {text!r}."))
         return names, weights
     for part in parts:
         name, colon, weight = part.rpartition(":")
@@ -117,16 +120,16 @@ def _split_models(text: str, problems: list[str | InputError]) -> tuple[list[Mod
             weights.append(weight)
         else:
             problems.append(
-                ArgumentError(f"--models_to_merge: {part}: expected a weight after the colon, got {weight!r}.")
+                ArgumentError(f"{setting('models')}: {part}: expected a weight after the colon, got {weight!r}.")
             )
             continue
-        parsed = _parse("--models_to_merge", name, problems)
+        parsed = _parse("models", name, problems)
         if parsed is not None:
             names.append(parsed)
     if weights and len(weights) != len(names):
         problems.append(
             ArgumentError(
-                f"--models_to_merge: {len(weights)} of {len(names)} models carry a weight. Give it to all or to none."
+                f"{setting('models')}: {len(weights)} of {len(names)} models carry a weight. Give it to all or to none."
             )
         )
         weights = []
@@ -142,11 +145,11 @@ def _check_used(
         if key not in used:
             problems.append(
                 ArgumentError(
-                    f"{flag_of(key)}: {method} does not use it. Its parameters: {', '.join(map(flag_of, used))}."
+                    f"{setting(key)}: {method} does not use it. Its parameters: {', '.join(map(setting, used))}."
                 )
             )
     if seed is not None and not cls.draws:
-        problems.append(ArgumentError(f"--seed: {method} draws no random numbers. Leave it out."))
+        problems.append(ArgumentError(f"{setting('seed')}: {method} draws no random numbers. Leave it out."))
 
 
 def _is_number(text: str) -> bool:
@@ -173,8 +176,8 @@ def _check_values(cls: type[Method], values: Mapping[str, Any], problems: list[s
         except ArgumentError as error:
             found.append(error)
     for problem in found:  # a method names its parameter by the recipe's key
-        key, colon, rest = str(problem).partition(":")
-        problems.append(ArgumentError(flag_of(key) + colon + rest if key in fields else str(problem)))
+        key, colon, rest = problem.marked.partition(":")
+        problems.append(ArgumentError(setting(key) + colon + rest if key in fields else problem.marked))
 
 
 def _read_values(key: str, method: str, text: Any, models: int, problems: list[str | InputError]) -> Any:
@@ -190,16 +193,16 @@ def _read_values(key: str, method: str, text: Any, models: int, problems: list[s
         numbers = [_read_number(parameter, part) for part in str(text).split(",")]
     except ValueError:
         what = "numbers separated by commas" if parameter.per_model else "a number"
-        problems.append(ArgumentError(f"{parameter.flag}: expected {what}, got {text!r}."))
+        problems.append(ArgumentError(f"{setting(key)}: expected {what}, got {text!r}."))
         return fallback
     if not parameter.per_model:
         if len(numbers) != 1:
-            problems.append(ArgumentError(f"{parameter.flag}: expected one number, got {text!r}."))
+            problems.append(ArgumentError(f"{setting(key)}: expected one number, got {text!r}."))
         return numbers[0]
     if len(numbers) not in (1, models):
         problems.append(
             ArgumentError(
-                f"{parameter.flag}: expected one number or {models}, one for each model, got {len(numbers)}: {text}."
+                f"{setting(key)}: expected one number or {models}, one for each model, got {len(numbers)}: {text}."
             )
         )
         return fallback

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from alignment.layout import Layout
-from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.errors import ArgumentError, InputError, named_by, unknown
 from checkpoints.location import ModelName, parse_model
+from checkpoints.settings import Remark, setting
 from merging.methods import METHODS, get_method
 from merging.methods.contract import Method
 from merging.parameters import PARAMETERS, REQUIRED
@@ -24,14 +25,16 @@ from merging.recipe import (
     identity,
     twice,
 )
-from merging.values import Value, describe, parse_value
+from streaming.values import Value, describe, parse_value
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
     "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "tie_word_embeddings", "exclude", "only",
     "seed", "aim",
 )  # fmt: skip
-RECORD_KEYS = ("schema", "inputs", "outputs", "versions", "command", "notes", "warnings", "report", "identity")
+RECORD_KEYS = (
+    "schema", "inputs", "outputs", "side_files", "versions", "command", "notes", "warnings", "report", "identity",
+)  # fmt: skip
 """What merge_recipe.json has besides: it says what came of the recipe, and is passed over."""
 NOT_SUPPORTED = {
     "residual_weight": "mergekit reads it and does nothing with it. Leave it out",
@@ -61,8 +64,8 @@ class Reader:
 
     def note(self, text: str) -> None:
         """Note something once."""
-        if text not in self.notes:
-            self.notes.append(text)
+        if Remark(text) not in self.notes:
+            self.notes.append(Remark(text))
 
     # ------------------------------------------------------------------------------------------------- the whole file
 
@@ -73,7 +76,7 @@ class Reader:
             return None
         is_record = "schema" in content
         if content.get("name") is not None:
-            self.note("name has no effect: --save_path names the merge.")
+            self.note(f"name has no effect: {setting('save_path')} names the merge.")
         self.check_keys("", content, (*KEYS, "name", *RECORD_KEYS) if is_record else (*KEYS, "name"))
         content = self.unwrap(content)
         if is_record:
@@ -84,12 +87,12 @@ class Reader:
             try:
                 cls = class_of(self.method, False)
             except ArgumentError as error:
-                self.refuse("", str(error))
+                self.refuse("", error.marked)
                 cls = None
         shared = self.read_values("parameters", content.get("parameters"), shared=True)
         slices = self.read_slices(content, cls, base)
         seed = self.agree("seed", self.read_seed(content.get("seed"), cls), flags["seed"])
-        out_dtype = self.agree("out_dtype", self.read_dtypes(content), flags["out_dtype"], "--dtype") or "auto"
+        out_dtype = self.agree("out_dtype", self.read_dtypes(content), flags["out_dtype"]) or "auto"
         exclude = self.agree("exclude", self.read_text("exclude", content.get("exclude")), flags["exclude"])
         check_expression(f"{self.where}: exclude", exclude, self.problems)
         only = self.agree("only", self.read_text("only", content.get("only")), flags["only"])
@@ -99,7 +102,9 @@ class Reader:
         if aim is not None and not isinstance(aim, dict):
             self.refuse("aim", f"expected keys such as omega, got {describe(aim)}.")
         if flags["seed"] is not None and cls is not None and not cls.draws:
-            self.problems.append(ArgumentError(f"--seed: {self.method} draws no random numbers. Leave it out."))
+            self.problems.append(
+                ArgumentError(f"{setting('seed')}: {self.method} draws no random numbers. Leave it out.")
+            )
         if self.problems or cls is None:
             return None
         recipe = Recipe(
@@ -114,8 +119,23 @@ class Reader:
             layout=layout,
             aim=aim,
             notes=tuple(self.notes),
+            places=self.places(content, flags),
         )
         return self.with_defaults(recipe, cls)
+
+    def places(self, content: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, str]:
+        """Setting -> where the file gives it, of those that nothing beside the file gives."""
+        names = {"merge_method": "method", "dtype": "out_dtype", "tokenizer": "tokenizer_source"}
+        beside = {**flags, **flags["layout"]}
+        found = {}
+        for key, value in content.items():
+            name = names.get(key, key)
+            if value is not None and beside.get(name) is None:
+                found[name] = f"{self.where}: {key}"
+        shared = content.get("parameters")
+        for key in shared if isinstance(shared, dict) else ():
+            found[str(key)] = f"{self.where}: parameters.{key}"
+        return found
 
     def check_keys(self, place: str, content: Mapping[Any, Any], known: Iterable[str]) -> None:
         """Refuse keys that mean nothing, naming the nearest that does."""
@@ -160,7 +180,7 @@ class Reader:
         try:
             cls = get_method(name)
         except ArgumentError as error:
-            self.refuse("merge_method", str(error).removeprefix("--method: "))
+            self.refuse("merge_method", str(error).removeprefix("--").removeprefix("method: "))
             return None
         self.method = name.lower()
         return cls
@@ -196,12 +216,12 @@ class Reader:
                 shared[key] = Value.constant(default)
         return None if self.problems else replace(recipe, parameters=shared, slices=tuple(slices))
 
-    def agree(self, key: str, said: Any, flag: Any, name: str = "") -> Any:
-        """What file and flag say, where they do not contradict each other."""
+    def agree(self, key: str, said: Any, flag: Any) -> Any:
+        """What the file says, and what is said beside it, where they do not contradict each other."""
         if flag is None or said is None or flag == said:
             return said if flag is None else flag
         self.problems.append(
-            ArgumentError(f"{name or '--' + key}: {self.where} says {key}: {said}. Leave one of the two out.")
+            ArgumentError(f"{setting(key)}: {self.where} says {key}: {said}. Leave one of the two out.")
         )
         return said
 
@@ -281,7 +301,7 @@ class Reader:
         try:
             name = parse_model(text)
         except InputError as error:
-            self.refuse(place, str(error))
+            self.refuse(place, error.marked)
             return None
         if name.revision is None and not name.is_local and text in self.pinned:
             return replace(name, revision=self.pinned[text])
@@ -327,7 +347,7 @@ class Reader:
         try:
             check_count(cls, self.method, len(sources))
         except ArgumentError as error:
-            self.refuse(place, str(error))
+            self.refuse(place, error.marked)
         return Slice(tuple(sources), own, base_layers, bool(bases) and against_base)
 
     # -------------------------------------------------------------------------------------------------------- values
@@ -341,12 +361,12 @@ class Reader:
             return {}
         used = get_method(self.method).parameters() if self.method else {}
         found: dict[str, Value] = {}
-        for key, setting in content.items():
+        for key, value in content.items():
             if key == "int8_mask":
                 self.note(INT8_MASK)
             elif key not in PARAMETERS:
                 self.refuse(place, unknown("parameter", str(key), [*PARAMETERS, "int8_mask"]))
-            elif setting is None or not self.method:
+            elif value is None or not self.method:
                 continue
             elif key not in used:
                 self.note(f"{place}.{key} has no effect: {self.method} does not use it.")
@@ -354,9 +374,9 @@ class Reader:
                 self.note(f"{place}.{key} has no effect: it holds for all models. Write it under parameters.")
             else:
                 try:
-                    found[key] = parse_value(setting, PARAMETERS[key])
+                    found[key] = parse_value(value, PARAMETERS[key])
                 except ArgumentError as error:
-                    self.refuse(f"{place}.{key}", str(error))
+                    self.refuse(f"{place}.{key}", error.marked)
         return found
 
     # ------------------------------------------------------------------------------------------------- the other keys
@@ -400,7 +420,8 @@ class Reader:
         said = {**further, "tokenizer_source": source}
         agreed = {key: self.agree(key, said.get(key), flags.get(key)) for key in {*said, *flags}}
         try:
-            return Layout(**{"tokenizer_source": "base", **{k: v for k, v in agreed.items() if v is not None}})
+            with named_by(self.places(content, {"layout": flags})):
+                return Layout(**{"tokenizer_source": "base", **{k: v for k, v in agreed.items() if v is not None}})
         except InputError as error:
             self.problems.append(error)
             return Layout()

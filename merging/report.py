@@ -30,7 +30,7 @@ class DeltaReport:
     def __init__(self, models: Sequence[str], *, full: bool = False):
         self.models = list(models)
         self.full = full
-        self.tally = Tally(self._norms)
+        self.tally = Tally(5 + len(models) ** 2, self._norms)
 
     def sampled(self, region: Region) -> list[slice]:
         """The parts of a region that are looked at, as slices of it."""

@@ -2,118 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from alignment.tokenizer_choice import template_label
-from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
-from checkpoints.model import Model, close_all, open_and_plan
+from checkpoints.errors import ArgumentError, InputError, named_by
+from checkpoints.model import Model, open_and_plan
+from checkpoints.problems import Problems
 from checkpoints.reader import same_values
-from checkpoints.staging import Stage, check_complete, check_save_path, check_space, staged
+from checkpoints.settings import Show, as_in_python, setting
 from merging.parameters import text_of
 from merging.plan import Plan, make_plan
 from merging.recipe import ModelInput, Recipe, identity
 from merging.report import DeltaReport
-from streaming.output import (
-    Findings,
-    RunOptions,
-    Variant,
-    Written,
-    identity_of,
-    write_checkpoints,
-    write_description,
-)
+from streaming.job import Console, Job, Request, Result, Step, Work, bar_of, plan_job
+from streaming.output import Findings, RunOptions
+from streaming.stream import Observer
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a merge did.
+@dataclass(kw_only=True)
+class Merge(Work):
+    """A planned merge as a work.
 
     Attributes:
-        save_path: the finished folder.
-        plan: what was carried out.
-        report: see `DeltaReport.as_json`; None where none was asked for.
-        warnings: what a user should look at, beside the plan's.
-        written: bytes, seconds, memory.
-    """
-
-    save_path: Path
-    plan: Plan
-    report: dict[str, Any] | None
-    warnings: list[str]
-    written: Written
-
-
-@dataclass
-class Job:
-    """A merge that has been planned and can be run.
-
-    folders: of the checkpoints to be, below `save_path`; aim: what AIM's part in it is, for JSON.
+        plan: what is merged with what; detail: how much the merge report looks at.
     """
 
     plan: Plan
-    inputs: list[Model]
-    save_path: Path
-    options: RunOptions
-    folders: Sequence[str] = ("",)
-    aim: Any = None
+    detail: str
 
-    def staged(self) -> AbstractContextManager[Stage]:
-        """The folder to `run` in, which becomes the output when the context ends well. Raises as `checkpoints.staging.staged`."""
-        return staged(
-            self.save_path,
-            overwrite=self.options.overwrite,
-            folders=self.folders,
-            identity=self.identity,
-            resume=self.options.resume,
-        )
+    def as_json(self) -> dict[str, Any]:
+        """The plan for programs."""
+        return self.plan.as_json()
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What decides the output's bytes."""
-        plan = self.plan
-        return identity_of(plan.recipe.as_json(), self.inputs, plan.shards, plan.files, self.options, aim=self.aim)
+    def as_text(self, show: Show = as_in_python) -> str:
+        """The plan for people."""
+        return self.plan.as_text(show)
 
-    @property
-    def base(self) -> Model:
-        """The base, or the model that stands in for it: gives what is no number."""
-        return self.inputs[0]
-
-    def run(
-        self,
-        stage: Stage,
-        progress: Callable[[int], object] = lambda count: None,
-        variants: Sequence[Variant] = (Variant(),),
-    ) -> Result:
-        """Carry the plan out; see `merge`. Several variants of the merge are written from one reading of the inputs.
-
-        Args:
-            stage: from `staged`, still open.
-            variants: as many as there are `folders`.
-        """
-        wanted = self.options.report != "none" and self.plan.has_deltas
-        report = DeltaReport(self.plan.models, full=self.options.report == "full") if wanted else None
-        written = write_checkpoints(
-            self.plan.tensors,
-            self.plan.shards,
-            variants,
-            stage,
-            inputs=self.inputs,
-            options=self.options,
-            describe=lambda *arguments: self._describe(report, stage, *arguments),
-            observer=report,
-            progress=progress,
-        )
-        described = report.as_json() if report else None
-        return Result(self.save_path, self.plan, described, self._warnings(written.findings), written)
-
-    def close(self) -> None:
-        """Close the inputs, for a job that is not run."""
-        close_all(self.inputs)
+    def start(self) -> Observer | None:
+        """The merge report, where there are task vectors to look at."""
+        wanted = self.detail != "none" and self.plan.has_deltas
+        return DeltaReport(self.plan.models, full=self.detail == "full") if wanted else None
 
     @cached_property
     def _compared_equal(self) -> set[int]:
@@ -125,49 +57,50 @@ class Job:
             if all(same_values(tensor.base, tensor.inputs[index]) for tensor in merged)
         }
 
-    def _warnings(self, findings: Findings) -> list[str]:
+    def warnings_of(self, findings: Findings) -> list[str]:
+        """Models that equal the base, and numbers that are not finite."""
         equal = sorted(self._compared_equal | findings.unchanged) if self.plan.has_deltas else []
         found = [f"{self.plan.models[index]} equals the base: its task vector is zero throughout." for index in equal]
         if equal and len(equal) == len(self.plan.models):
             found.append("All models equal the base, and so does the output.")
         return [*found, *findings.non_finite_warnings()]
 
-    def _card_head(self) -> str:
-        """The model card's list of what was merged."""
-        has_base = self.plan.recipe.base_model is not None
-        listed = "\n".join(f"- `{model.label}`" for model in self.inputs[has_base:])
-        fine_tuned = f", fine-tuned from `{self.base.label}`" if has_base else ""
-        return f"A merge of these models{fine_tuned}:\n\n{listed}"
+    def closing_record(self, observer: Observer | None) -> dict[str, Any]:
+        """The merge report."""
+        return {"report": observer.as_json() if isinstance(observer, DeltaReport) else None}
 
-    def _describe(
-        self,
-        report: DeltaReport | None,
-        stage: Stage,
-        folder: Path,
-        variant: Variant,
-        outputs: Mapping[str, Mapping[str, int | str]],
-        findings: Findings,
-    ) -> None:
-        """Write side files, model card and recipe of one variant."""
-        recipe = self.plan.recipe.as_json()
-        write_description(
-            folder,
-            title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
-            files=self.plan.files,
-            inputs=self.inputs,
-            out_dtype=self.plan.recipe.out_dtype,
-            card=f"{self._card_head()}\n\n{card_text(self.plan.recipe)}\n\n{variant.card}",
-            recipe={
-                **recipe,
-                **variant.details(),
-                "outputs": outputs,
-                "notes": self.plan.notes,
-                "warnings": [*self.plan.warnings, *self._warnings(findings)],
-                "report": report.as_json() if report else None,
-            },
-            identity=stage.identity,
-            options=self.options,
-        )
+
+def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge:
+    """Plan a merge of opened models. Raises Refusals: everything that does not fit."""
+    problems = Problems(_check_same(recipe, opened))
+    plan: Plan | None = None
+    with problems.collect():
+        plan = make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes)
+    problems.raise_if_any()
+    assert plan is not None
+    return Merge(
+        verb="merging",
+        inputs=opened,
+        tensors=plan.tensors,
+        shards=plan.shards,
+        files=plan.files,
+        out_dtype=plan.recipe.out_dtype,
+        decides=plan.recipe.as_json(),
+        recipe=plan.recipe.as_json(),
+        card=f"{_card_head(plan.recipe, opened)}\n\n{card_text(plan.recipe)}",
+        notes=plan.notes,
+        warnings=plan.warnings,
+        plan=plan,
+        detail=options.report,
+    )
+
+
+def _card_head(recipe: Recipe, opened: Sequence[Model]) -> str:
+    """The model card's list of what was merged."""
+    has_base = recipe.base_model is not None
+    listed = "\n".join(f"- `{model.label}`" for model in opened[has_base:])
+    fine_tuned = f", fine-tuned from `{opened[0].label}`" if has_base else ""
+    return f"A merge of these models{fine_tuned}:\n\n{listed}"
 
 
 def card_text(recipe: Recipe) -> str:
@@ -216,9 +149,7 @@ def prepare(
     save_path: Path,
     options: RunOptions,
     *,
-    folders: Sequence[str] = ("",),
-    aim: Any = None,
-    check: Callable[[Model], object] | None = None,
+    step: Step | None = None,
     download: bool = True,
 ) -> Job:
     """Open the inputs and plan; nothing is written.
@@ -227,39 +158,35 @@ def prepare(
 
     Args:
         recipe, save_path, options: see `merge`.
-        folders: of the checkpoints that will be written, below the save path; one for each variant.
-        aim: what AIM's part in it is, for JSON; it is part of the run's identity.
-        check: looks at the base, and raises what else does not fit (AIM's calibration).
+        step: what happens to the merge before it is written (AIM).
         download: False leaves the weights of hub models where they are (a dry run).
 
-    Raises: Refusals: everything that keeps the merge from working; AlreadyComplete: it has been done.
+    Raises: Refusals: everything that keeps the merge from working.
     """
 
     def plan(opened: list[Model]) -> Job:
-        planned: list[Plan] = []
-        problems: list[str | InputError] = [*_check_same(recipe, opened)]
-        with collecting(problems):
-            planned.append(make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes))
-        job = None if problems else Job(planned[0], opened, save_path, options, folders, aim)
-        if job and not options.overwrite and all(model.weights.is_here for model in opened):
-            check_complete(save_path, folders, job.identity)
-        folders_read = [folder for model in opened for folder in model.folders]
-        problems = [*check_save_path(save_path, folders_read, overwrite=options.overwrite), *problems]
-        if job and not problems:
-            needed = job.plan.bytes_to_write + job.plan.files.nbytes
-            problems += check_space(save_path, len(folders) * needed)
-        if problems or job is None:
-            raise Refusals(problems)
-        return job
+        def make() -> Merge:
+            work = make_work(recipe, opened, options)
+            if step is not None:
+                _check_relaxable(recipe, work)
+            return work
 
-    return open_and_plan(
-        recipe.inputs,
-        plan,
-        check=check,
-        download=download,
-        quiet=options.quiet,
-        trust_remote_code=options.trust_remote_code,
-    )
+        return plan_job(make, opened, save_path, options, step)
+
+    with named_by(recipe.places):
+        return open_and_plan(
+            recipe.inputs, plan, download=download, quiet=options.quiet, trust_remote_code=options.trust_remote_code
+        )
+
+
+def _check_relaxable(recipe: Recipe, work: Merge) -> None:
+    """Raise ArgumentError where a step has no base to look at: there is none, or the output's layers are not its."""
+    if recipe.base_model is None:
+        raise ArgumentError(f"{setting('base_model')}: AIM needs one. Name it, or leave AIM out.")
+    if work.plan.is_stacked:
+        raise ArgumentError(
+            f"{setting('omega')}: the recipe stacks layers, so that the base has none to match. Merge whole models, or leave AIM out."
+        )
 
 
 def _check_same(recipe: Recipe, opened: Sequence[Model]) -> list[InputError]:
@@ -273,7 +200,7 @@ def _check_same(recipe: Recipe, opened: Sequence[Model]) -> list[InputError]:
             if other is not model:
                 problems.append(
                     ArgumentError(
-                        f"--models_to_merge: {other.label} and {model.label} are the same model. Give it once, with the sum of its weights."
+                        f"{setting('models')}: {other.label} and {model.label} are the same model. Give it once, with the sum of its weights."
                     )
                 )
     return problems
@@ -283,21 +210,32 @@ def merge(
     recipe: Recipe,
     save_path: Path | str,
     options: RunOptions | None = None,
-    progress: Callable[[int], object] = lambda count: None,
+    progress: Callable[[int], object] | None = None,
+    *,
+    aim: Request | None = None,
 ) -> Result:
-    """Merge models into a new checkpoint folder.
+    """Merge models into a new checkpoint folder; where an earlier call has, find it complete.
 
     Args:
-        recipe: from `make_recipe`.
+        recipe: from `make_recipe` or `read_recipe_file`.
         save_path: the folder to be; it appears when it is complete, or not at all.
         options: how to run.
         progress: called with numbers of bytes read and written as they are done, from several threads.
+        aim: relaxes the merge by the base's activations before it is written: an `aim.AimRequest`.
+
+    Returns: what was done; `was_complete` where the folder holds already what this recipe makes of these inputs.
 
     Raises:
         InputError: an input or the output folder does not fit (`Refusals`, before anything is written), or a number is not
             finite, or the disk fails.
-        AlreadyComplete: the folder holds what this recipe makes of these inputs.
     """
-    job = prepare(recipe, Path(save_path), options or RunOptions())
-    with closing(job), job.staged() as stage:
-        return job.run(stage, progress)
+    if recipe.aim is not None and aim is None:
+        raise ArgumentError(
+            f"{recipe.places.get('aim', 'aim')}: the recipe asks for AIM. Pass aim=read_request(recipe.aim), from the package aim, or "
+            "take it out of the recipe."
+        )
+    save_path, options = Path(save_path), options or RunOptions()
+    step = aim.step(save_path, options) if aim else None
+    with named_by(recipe.places):
+        job = prepare(recipe, save_path, options, step=step)
+        return job.run(Console(bar=bar_of(progress)) if progress else None)

@@ -11,6 +11,7 @@ from itertools import combinations
 import numpy as np
 
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.settings import setting
 from reports import conditions
 from reports.bootstrap import Estimate, Floats, estimate, resample
 from reports.entries import BENCHMARKS, CONTROLS, PAPER, UNKNOWN_METHOD, Entry, Merge
@@ -108,7 +109,7 @@ def choose_benchmarks(entries: Sequence[Entry], benchmarks: Sequence[str] | None
     """The columns. Raises ArgumentError: an unknown name; Refusals: scores that are missing."""
     for name in benchmarks or ():
         if name not in BENCHMARKS:
-            raise ArgumentError(f"--benchmarks: {unknown('benchmark', name, BENCHMARKS)}")
+            raise ArgumentError(f"{setting('benchmarks')}: {unknown('benchmark', name, BENCHMARKS)}")
     there = {name for entry in entries for name in entry.scores}
     names = tuple(
         name for name in BENCHMARKS if name in (benchmarks or PAPER) and name in there | set(benchmarks or ())
@@ -116,7 +117,7 @@ def choose_benchmarks(entries: Sequence[Entry], benchmarks: Sequence[str] | None
     if not names:
         raise InputError(f"expected scores of {', '.join(PAPER)}, got none of them. Evaluate these benchmarks.")
     everywhere = [name for name in names if all(name in entry.scores for entry in entries)]
-    remedy = f", or leave them out of the table: --benchmarks {','.join(everywhere)}" if everywhere else ""
+    remedy = f", or leave them out of the table: {setting('benchmarks', ','.join(everywhere))}" if everywhere else ""
     problems = [
         InputError(
             f"{entry.source}: expected scores of {', '.join(names)}, got none of {', '.join(missing)}. Evaluate these{remedy}."

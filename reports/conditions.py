@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from checkpoints.errors import InputError, Refusals
+from checkpoints.settings import setting
 from reports.entries import Conditions, Entry
 
 _NAMED = 3
@@ -20,7 +21,7 @@ def check_items(entries: Sequence[Entry], benchmarks: Sequence[str]) -> None:
             first, other = known[0].conditions[name], others[0].conditions[name]
             problems.append(
                 f"{name}: expected the same items everywhere, got others in {_list(e.source for e in others)} ({_items(other)}) "
-                f"than in {known[0].source} ({_items(first)}). Evaluate all models on the same data with the same --limit."
+                f"than in {known[0].source} ({_items(first)}). Evaluate all models on the same data with the same {setting('limit')}."
             )
     if problems:
         raise Refusals([InputError(problem) for problem in problems])
@@ -44,14 +45,14 @@ def differences(entries: Sequence[Entry], benchmarks: Sequence[str]) -> list[str
     for name in benchmarks:
         known = [entry for entry in entries if name in entry.conditions]
         told = False
-        for setting in dict.fromkeys(key for entry in known for key in entry.conditions[name].settings):
+        for key in dict.fromkeys(one for entry in known for one in entry.conditions[name].settings):
             values: dict[str, list[str]] = {}
             for entry in known:
-                values.setdefault(entry.conditions[name].settings.get(setting, "not known"), []).append(entry.source)
+                values.setdefault(entry.conditions[name].settings.get(key, "not known"), []).append(entry.source)
             if len(values) > 1:
                 told = True
                 where = "; ".join(f"{value} in {_list(sources)}" for value, sources in values.items())
-                found.setdefault(f"{setting} differs: {where}", []).append(name)
+                found.setdefault(f"{key} differs: {where}", []).append(name)
         prompts = {entry.conditions[name].prompts for entry in known} - {None}
         if len(prompts) > 1 and not told:
             found.setdefault("the prompts differ", []).append(name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from checkpoints.errors import ArgumentError, InputError
+from checkpoints.settings import setting
 from reports.bootstrap import Estimate
 from reports.rows import Row
 from reports.table import Table
@@ -86,14 +87,16 @@ def draw(table: Table, folder: Path | str) -> Figures:
                 paths += written
                 missing += [] if written else [f"{lacking}."]
     except OSError as error:
-        raise InputError(f"--figures {folder}: cannot be written: {error.strerror}. Choose another folder.") from error
+        raise InputError(
+            f"{setting('figures', folder)}: cannot be written: {error.strerror}. Choose another folder."
+        ) from error
     return Figures(paths, missing)
 
 
 def check_folder(folder: Path) -> None:
     """Raise ArgumentError where figures cannot be put into a folder because it is a file."""
     if folder.exists() and not folder.is_dir():
-        raise ArgumentError(f"--figures {folder}: expected a folder, got a file. Choose another folder.")
+        raise ArgumentError(f"{setting('figures', folder)}: expected a folder, got a file. Choose another folder.")
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:

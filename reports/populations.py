@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.settings import setting
 from reports.entries import BENCHMARKS, UNKNOWN_METHOD, Entry, find
 from reports.labels import Labels
 
@@ -41,19 +42,21 @@ def choose(
     if len(names) == 1 and names[0] in columns:
         return (lambda entry: _in_column(entry, names[0], entries, labels)), f"the models in the column {names[0]}"
     missing = next(name for name in names if name not in known)
-    raise ArgumentError(f"--population: {unknown('model', missing, known | (columns if len(names) == 1 else set()))}")
+    raise ArgumentError(
+        f"{setting('population')}: {unknown('model', missing, known | (columns if len(names) == 1 else set()))}"
+    )
 
 
 def _merged(entry: Entry, entries: Sequence[Entry]) -> Population:
     assert entry.merge is not None
     if entry.merge.method == UNKNOWN_METHOD:
-        raise NoPopulation("how it was merged is not recorded. Name the models with --population")
+        raise NoPopulation("how it was merged is not recorded. Name the models as the population")
     singles = [other for other in entries if other.merge is None]
     merges = [other for other in entries if other.merge is not None and other is not entry]
     found = [find(model, singles) or find(model, merges) for model in entry.merge.models]
     missing = [model.name for model, one in zip(entry.merge.models, found, strict=True) if one is None]
     if missing:
-        raise NoPopulation(f"there are no results of {', '.join(missing)}. Give them, or name others with --population")
+        raise NoPopulation(f"there are no results of {', '.join(missing)}. Give them, or name others as the population")
     return tuple(one for one in found if one is not None)
 
 

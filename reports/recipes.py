@@ -10,7 +10,7 @@ from reports.entries import UNKNOWN_METHOD, Aim, Merge, ModelId
 
 # What a run leaves beside the keys that decide the output's bytes.
 _OUTCOME = {
-    *("schema", "outputs", "notes", "warnings", "report", "inputs", "versions", "command", "identity"),
+    *("schema", "outputs", "side_files", "notes", "warnings", "report", "inputs", "versions", "command", "identity"),
     *("aim", "merged_recipe"),
 }
 _AIM_SETTINGS = ("scaling", "seed", "numerics")

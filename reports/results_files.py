@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints.errors import InputError, first_line
+from checkpoints.settings import setting
 from reports.bootstrap import Verdicts
 from reports.entries import BENCHMARKS, Conditions, Entry, ModelId, Score
 from reports.recipes import read_recipe
@@ -65,7 +66,7 @@ def entry_of(results: Mapping[str, Any], source: str, *, samples: Mapping[str, V
         value, stderr = entry["score"], entry["stderr"]
         if value is None:
             raise InputError(
-                f"{source}: {name} is not graded yet. Run evaluate_model.py --stage score, or --resume, and give its results."
+                f"{source}: {name} is not graded yet. Run evaluate_model.py {setting('stage', 'score')}, or {setting('resume')}, and give its results."
             )
         if not (_is_number(value) and 0 <= value <= 1) or not (stderr is None or (_is_number(stderr) and stderr >= 0)):
             raise InputError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from checkpoints.errors import ArgumentError
 from checkpoints.files import write_text
+from checkpoints.settings import setting
 from reports import formats
 from reports.rows import Contents
 
@@ -39,7 +40,7 @@ class Table(Contents):
 
     def write(self, path: Path) -> None:
         """Write it, whole or not at all. Raises InputError: as `to_text`, or it cannot be written."""
-        write_text(path, self.to_text(path), flag="--out")
+        write_text(path, self.to_text(path), name="out")
 
 
 FORMATS = {".md": Table.to_markdown, ".csv": Table.to_csv, ".json": Table.to_json, ".tex": Table.to_latex}
@@ -50,13 +51,15 @@ def check_out(path: Path, read: Iterable[Path], *, overwrite: bool) -> None:
     that are `read`."""
     _check_suffix(path)
     if path.is_dir():
-        raise ArgumentError(f"--out {path}: is a folder. Give a file in it: {path / 'table.md'}.")
+        raise ArgumentError(f"{setting('out', path)}: is a folder. Give a file in it: {path / 'table.md'}.")
     if any(path.resolve() == file.resolve() for file in read):
-        raise ArgumentError(f"--out {path}: is one of the files that are read. Choose another file.")
+        raise ArgumentError(f"{setting('out', path)}: is one of the files that are read. Choose another file.")
     if path.exists() and not overwrite:
-        raise ArgumentError(f"--out {path}: exists. Choose another file, or add --overwrite.")
+        raise ArgumentError(f"{setting('out', path)}: exists. Choose another file, or add {setting('overwrite')}.")
 
 
 def _check_suffix(path: Path) -> None:
     if path.suffix.lower() not in FORMATS:
-        raise ArgumentError(f"--out {path}: expected a file that ends in {', '.join(FORMATS)}. Name such a file.")
+        raise ArgumentError(
+            f"{setting('out', path)}: expected a file that ends in {', '.join(FORMATS)}. Name such a file."
+        )

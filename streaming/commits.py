@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -18,13 +18,13 @@ class Commits:
     """A thread that commits now and then; a context manager, which commits once more at its end.
 
     Args:
-        journal: gets a record for each commit: `tensors` (name -> notes), `chunks` (per writer), and what else is given.
-        writers: of the checkpoints that every tensor is written to.
+        journal: gets a record for each commit, as `checkpoints.finished` describes it.
+        writers: folder below the save path -> writer, of the checkpoints that every tensor is written to.
 
     Raises: WriteError: a disk is full or fails, at the next `add` or at the end.
     """
 
-    def __init__(self, journal: Journal, writers: Sequence[CheckpointWriter]):
+    def __init__(self, journal: Journal, writers: Mapping[str, CheckpointWriter]):
         self._journal = journal
         self._writers = writers
         self._lock = threading.Lock()
@@ -73,5 +73,11 @@ class Commits:
             tensors, self._waiting = self._waiting, {}
             changed = sorted(self._changed)
         if tensors:
-            chunks = [writer.sync() for writer in self._writers]
-            self._journal.append({"tensors": tensors, "changed": changed, "chunks": chunks})
+            chunks = [writer.sync() for writer in self._writers.values()]
+            written = {name: [self._place(name, folder) for folder in self._writers] for name in tensors}
+            self._journal.append({"tensors": tensors, "written": written, "changed": changed, "chunks": chunks})
+
+    def _place(self, tensor: str, folder: str) -> tuple[str, list[int]]:
+        """The file of a tensor in one checkpoint, and its pieces there."""
+        file, pieces = self._writers[folder].written(tensor)
+        return (f"{folder}/{file}" if folder else file), pieces

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import ArgumentError
+from checkpoints.settings import setting
 
 Log = Callable[..., object]
 """Called with the name of an event and what belongs to it, as keywords; from any thread."""
@@ -33,7 +34,7 @@ class RunLog:
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise ArgumentError(
-                f"--log_file {path}: cannot be written: {error.strerror}. Name another file."
+                f"{setting('log_file', path)}: cannot be written: {error.strerror}. Name another file."
             ) from error
         self._lock = threading.Lock()
 

@@ -6,18 +6,20 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints.files import in_utf8, sync_folder, write_file
+from checkpoints.files import in_utf8
+from checkpoints.finished import Finished
+from checkpoints.folder import Folder
 from checkpoints.model import Model, close_all
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
 from checkpoints.sidecars import SideFiles
-from checkpoints.staging import Stage
-from checkpoints.writer import CheckpointWriter, Shard
+from checkpoints.staging import RECIPE_FILE, Stage
+from checkpoints.writer import CheckpointWriter, Shard, file_names
 from streaming.commits import Commits
 from streaming.log import Log, no_log
 from streaming.stream import (
@@ -31,8 +33,10 @@ from streaming.stream import (
     expect_changes,
     stream,
 )
+from streaming.tally import Tally
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Written:
     findings: Findings
 
 
-Describe = Callable[[Path, Variant, Mapping[str, Mapping[str, int | str]], Findings], None]
+Describe = Callable[[Folder, Variant, Mapping[str, Mapping[str, int | str]], Findings], None]
 """Writes what is no weight into a variant's folder, given the digests of its files and what the stream noticed."""
 
 
@@ -145,13 +149,13 @@ def write_checkpoints(
     Raises: InputError: as `stream`.
     """
     started = time.monotonic()
-    todo = unfinished(tensors, stage)
     transforms = [variant.transform for variant in variants]
     non_finite = count_non_finite()
     tallies = [non_finite, *(one.tally for one in (observer, *transforms) if one is not None)]
-    earlier = _Earlier(stage, len(variants))
-    for name, notes in earlier.tensors.items():
-        for tally, numbers in zip(tallies, notes, strict=True):
+    usable = _usable(stage.finished, tallies, shards, variants)
+    todo = [tensor for tensor in tensors if tensor.spec.name not in usable]
+    for name in usable:
+        for tally, numbers in zip(tallies, stage.finished.tensors[name], strict=True):
             tally.restore(name, numbers)
 
     def finish(name: str, changed: set[int], seconds: float) -> None:
@@ -162,15 +166,15 @@ def write_checkpoints(
 
     with ExitStack() as end:
         end.callback(close_all, inputs)
-        writers: list[CheckpointWriter] = []
+        writers: dict[str, CheckpointWriter] = {}
+        places = {one.folder: stage.work.subfolder(one.folder) if one.folder else stage.work for one in variants}
         try:
-            for variant, chunks in zip(variants, earlier.chunks, strict=True):
-                folder = stage.folder / variant.folder
-                folder.mkdir(exist_ok=True)
+            for number, (name, folder) in enumerate(places.items()):
                 digest = options.digest != "none"
-                writers.append(CheckpointWriter(folder, shards, digest=digest, finished=earlier.tensors, chunks=chunks))
-            sync_folder(stage.folder)
-            outputs = [Output(writer, transform) for writer, transform in zip(writers, transforms, strict=True)]
+                chunks = stage.finished.chunks[number] if number < len(stage.finished.chunks) else {}
+                writers[name] = CheckpointWriter(folder, shards, digest=digest, finished=usable, chunks=chunks)
+            stage.work.sync()
+            outputs = [Output(*pair) for pair in zip(writers.values(), transforms, strict=True)]
             with Commits(stage.journal, writers) as commits:
                 changed = stream(
                     todo,
@@ -179,19 +183,19 @@ def write_checkpoints(
                     observer=observer,
                     progress=progress,
                     finished=finish,
-                    changed=earlier.changed,
+                    changed=stage.finished.changed,
                     non_finite=non_finite,
                 )
-            digests = [writer.close() for writer in writers]
+            digests = [writer.close() for writer in writers.values()]
         finally:
-            for writer in writers:
+            for writer in writers.values():
                 writer.release()
         for model in inputs:
             model.weights.check_unchanged()
         counts = {name: int(count) for name, (count,) in non_finite.by_tensor().items()}
         findings = Findings(frozenset(expect_changes(tensors) - changed), counts)
         for variant, files in zip(variants, digests, strict=True):
-            describe(stage.folder / variant.folder, variant, files, findings)
+            describe(places[variant.folder], variant, files, findings)
     return Written(
         bytes_read(todo, transforms),
         len(variants) * (bytes_written(todo) + sum(len(shard.header) for shard in shards)),
@@ -201,31 +205,44 @@ def write_checkpoints(
     )
 
 
-class _Earlier:
-    """What earlier runs of a stage noted in its journal.
+def _usable(
+    finished: Finished, tallies: Sequence[Tally], shards: Sequence[Shard], variants: Sequence[Variant]
+) -> frozenset[str]:
+    """The tensors that an earlier run finished for every variant, whole, and with notes that these tallies can have made."""
+    place = {name: (shard, shard.offsets[name], shard.nbytes[name]) for shard in shards for name in shard.offsets}
 
-    Attributes:
-        tensors: those that are on the disk -> the sums of each tally.
-        chunks: per variant the digests of complete chunks.
-        changed: models that are known to differ from the base.
-    """
+    def is_whole(name: str) -> bool:
+        shard, begin, count = place[name]
+        written = finished.written[name]
+        files = [f"{variant.folder}/{shard.file_name}" if variant.folder else shard.file_name for variant in variants]
+        pieces = [one for _, one in written]
+        return [file for file, _ in written] == files and all(_cover(one, begin, count) for one in pieces)
 
-    def __init__(self, stage: Stage, variants: int):
-        self.tensors: dict[str, list[list[float] | None]] = {}
-        self.chunks: list[dict[str, dict[str, str]]] = [{} for _ in range(variants)]
-        self.changed: set[int] = set()
-        for record in stage.journal.records:
-            self.tensors |= record.get("tensors", {})
-            self.changed.update(record.get("changed", ()))
-            for known, files in zip(self.chunks, record.get("chunks", ()), strict=False):
-                for name, digests in files.items():
-                    known.setdefault(name, {}).update(digests)
+    def is_noted(notes: Sequence[Any]) -> bool:
+        return len(notes) == len(tallies) and all(map(Tally.accepts, tallies, notes))
+
+    noted = (name for name, notes in finished.tensors.items() if name in place and is_noted(notes))
+    return frozenset(name for name in noted if is_whole(name))
+
+
+def _cover(pieces: Sequence[int], begin: int, count: int) -> bool:
+    """Whether pieces (first byte, bytes, checksum, ...) follow each other from `begin` on, `count` bytes in all."""
+    position = begin
+    for first, nbytes in zip(pieces[::3], pieces[1::3], strict=True):
+        if first != position:
+            return False
+        position += nbytes
+    return position == begin + count
 
 
 def unfinished(tensors: Sequence[PlannedTensor], stage: Stage) -> list[PlannedTensor]:
     """The tensors that no earlier run of the stage finished."""
-    done: Collection[str] = {name for record in stage.journal.records for name in record.get("tensors", ())}
-    return [tensor for tensor in tensors if tensor.spec.name not in done]
+    return [tensor for tensor in tensors if tensor.spec.name not in stage.finished.tensors]
+
+
+def files_written(shards: Sequence[Shard], files: SideFiles) -> list[str]:
+    """What `write_checkpoints` and `write_description` write into a checkpoint's folder, for `checkpoints.staging.staged`."""
+    return [*file_names(shards), *files.names, CARD_FILE, RECIPE_FILE]
 
 
 def bytes_written(tensors: Sequence[PlannedTensor]) -> int:
@@ -234,7 +251,7 @@ def bytes_written(tensors: Sequence[PlannedTensor]) -> int:
 
 
 def write_description(
-    folder: Path,
+    folder: Folder,
     *,
     title: str,
     files: SideFiles,
@@ -263,7 +280,7 @@ def write_description(
         dtype = "float32"  # the widest that is written
     files.write(folder, dtype=dtype)
     text = model_card(title=title, base=inputs[0], models=inputs[1:], text=card, command=options.command)
-    write_file(folder / "README.md", in_utf8(text))
+    folder.write(CARD_FILE, in_utf8(text))
     write_recipe(
         folder,
         {

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from checkpoints.errors import InputError
+from checkpoints.settings import setting
 from checkpoints.source import TensorRef, dtype_name
 from checkpoints.writer import CheckpointWriter
 from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, in_groups, tile
@@ -202,7 +203,7 @@ def _is_worth_compiling(tensors: Sequence[PlannedTensor], options: StreamOptions
 
 def count_non_finite() -> Tally:
     """A tally of elements that are NaN or infinite."""
-    return Tally(lambda sums: {"non_finite": int(sums[0])})
+    return Tally(1, lambda sums: {"non_finite": int(sums[0])})
 
 
 def expect_changes(tensors: Sequence[PlannedTensor]) -> set[int]:
@@ -282,7 +283,7 @@ class _Stream:
                 return
             raise InputError(
                 f"{tensor.spec.name}: the merge is not finite in {dtype_name(tensor.dtype)}: a value of {float(result.abs().max()):g} "
-                f"exceeds the {torch.finfo(tensor.dtype).max:g} it can hold. Use --dtype bfloat16 or float32, or smaller weights."
+                f"exceeds the {torch.finfo(tensor.dtype).max:g} it can hold. Use {setting('out_dtype', 'bfloat16')} or float32, or smaller weights."
             )
         output.writer.write(tensor.spec.name, region.start, rounded)
 
@@ -380,7 +381,7 @@ def not_finite(raw: torch.Tensor, ref: TensorRef, region: Region) -> InputError:
     index = int((~raw.float().isfinite()).nonzero()[0])
     return InputError(
         f"{ref.source.label}: {ref.name}: element {region.start + index} is {float(raw[index])}. "
-        "The checkpoint is damaged; use another one, or let it through with --allow_non_finite."
+        f"The checkpoint is damaged; use another one, or let it through with {setting('allow_non_finite')}."
     )
 
 

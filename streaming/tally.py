@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -28,10 +29,12 @@ class Tally:
     The sums of a tensor that is complete can be kept for a later run: they are plain numbers (`close`, `restore`).
 
     Args:
+        width: how many numbers a row has.
         describe: what a tensor's sums mean, as JSON, for logs.
     """
 
-    def __init__(self, describe: Callable[[Sequence[float]], dict[str, Any]]) -> None:
+    def __init__(self, width: int, describe: Callable[[Sequence[float]], dict[str, Any]]) -> None:
+        self._width = width
         self._describe = describe
         self._open: dict[str, dict[int, Sequence[float]]] = {}
         self._closed: dict[str, list[float]] = {}
@@ -49,6 +52,13 @@ class Tally:
             return None
         self._closed[tensor] = _add_up(numbers for _, numbers in sorted(parts.items()))
         return self._closed[tensor]
+
+    def accepts(self, numbers: Any) -> bool:
+        """Whether `close` of such a tally can have given this, which was read from a file."""
+        if numbers is None:
+            return True
+        is_row = isinstance(numbers, list) and len(numbers) == self._width
+        return is_row and all(type(one) in (int, float) and abs(one) <= sys.float_info.max for one in numbers)
 
     def restore(self, tensor: str, numbers: Sequence[float] | None) -> None:
         """Take the sums of a tensor from an earlier run's `close`."""

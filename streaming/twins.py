@@ -14,21 +14,19 @@ import functools
 import importlib
 import importlib.util
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
+from checkpoints.process import short_turns, without
+
 Arguments = ParamSpec("Arguments")
 Returned = TypeVar("Returned")
 
 Key = tuple[str, str]
 """Module and name of a compiled version."""
-
-SWITCH_S = 0.0002
-"""Seconds between turns of Python's threads while something is compiled."""
 
 _compiled: dict[Key, Callable[..., Any]] = {}
 _known: set[Key] = set()
@@ -98,32 +96,9 @@ def compile_all() -> None:
 
 def _compile_wanted() -> None:
     while (key := _wanted.get()) is not None:
-        with _short_turns(), _without_linear_algebra():
+        # Numba imports scipy.linalg if it is there, which takes as long as all else; no loop of ours calls it.
+        with short_turns(), without("scipy.linalg"):
             _compile(key)
-
-
-@contextmanager
-def _short_turns() -> Iterator[None]:
-    """Importing numba is half a second of Python, in which every other thread would wait 5 ms for each of its turns."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_S)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-@contextmanager
-def _without_linear_algebra() -> Iterator[None]:
-    """Numba imports scipy.linalg if it is there, which takes as long as all else; no loop of ours calls it."""
-    if "scipy.linalg" in sys.modules:
-        yield
-        return
-    sys.modules["scipy.linalg"] = None  # type: ignore[assignment]  # to Python: there is none
-    try:
-        yield
-    finally:
-        del sys.modules["scipy.linalg"]
 
 
 def _compile(key: Key) -> None:

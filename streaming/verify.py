@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from checkpoints.errors import InputError, Refusals
+from checkpoints.files import is_plain_name, parse_json
 from checkpoints.model import Model, open_model
+from checkpoints.settings import setting
 from checkpoints.source import READ_ELEMENTS
 from checkpoints.staging import RECIPE_FILE, SWEEP_PREFIX
 from checkpoints.writer import chunked_sha256
@@ -25,10 +27,11 @@ class Verified:
     """What was looked at.
 
     files, tensors, bytes: how many; undigested: files of which the run took no digest, so that their bytes are unproved;
-    notes: what could not be checked.
+    notes: what could not be checked. side_files: how many of the files are no weights.
     """
 
     files: int = 0
+    side_files: int = 0
     tensors: int = 0
     bytes: int = 0
     undigested: list[str] = field(default_factory=list)
@@ -40,7 +43,7 @@ def results_in(folder: Path) -> list[Path]:
     found = [folder] if (folder / RECIPE_FILE).is_file() else sorted(folder.glob(f"{SWEEP_PREFIX}*/{RECIPE_FILE}"))
     if not found:
         raise InputError(
-            f"--verify {folder}: expected {RECIPE_FILE}, got none. Name a folder that merge.py or performAIM.py wrote."
+            f"{setting('verify', folder)}: expected {RECIPE_FILE}, got none. Name a folder that merge.py or performAIM.py wrote."
         )
     return [path if path.is_dir() else path.parent for path in found]
 
@@ -64,12 +67,21 @@ def verify(
     """
     found = Verified()
     problems: list[str | InputError] = []
-    outputs = _read_outputs(folder)
+    outputs, side_files = _read_files(folder)
     with closing(Workers()) as workers:
         present = {name: entry for name, entry in outputs.items() if _has_size(folder / name, entry, problems)}
-        problems += [
-            f"{path}: the run did not write it." for path in folder.glob("*.safetensors") if path.name not in outputs
-        ]
+        problems += _check_side_files(folder, side_files)
+        if side_files is None:
+            found.notes.append(
+                f"{folder / RECIPE_FILE}: has no digests of config, tokenizer and other small files; an earlier version wrote it, and only "
+                "weights were looked at."
+            )
+            added = [path for path in folder.glob("*.safetensors") if path.name not in outputs]
+        else:
+            known = {RECIPE_FILE, *outputs, *side_files}
+            files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+            added = [path for path in files if not _is_aside(path.relative_to(folder), known)]
+        problems += [f"{path}: the run did not write it." for path in sorted(added)]
         digests = workers.map_ordered(lambda name: _digest(folder / name, present[name], progress), list(present))
         for name, digest in zip(present, digests, strict=True):
             expected = present[name].get("sha256_64MiB")
@@ -79,7 +91,8 @@ def verify(
                 problems.append(f"{folder / name}: its bytes are not those that the run wrote.")
         if problems:
             raise Refusals(problems)
-        found.files, found.bytes = len(outputs), sum(entry["bytes"] for entry in outputs.values())
+        found.side_files = len(side_files or ())
+        found.files, found.bytes = len(outputs) + found.side_files, sum(entry["bytes"] for entry in outputs.values())
         model = open_model(str(folder), trust_remote_code=trust_remote_code)
         with closing(model.weights):
             problems += _check_shapes(model, found)
@@ -90,19 +103,49 @@ def verify(
     return found
 
 
-def _read_outputs(folder: Path) -> dict[str, dict[str, Any]]:
+Files = Mapping[str, Mapping[str, Any]]
+"""Name -> `bytes`, and digests where they were taken."""
+
+
+def _read_files(folder: Path) -> tuple[Files, Files | None]:
+    """Weight files and side files of a recipe; None for the second where an earlier version of ours wrote it."""
     try:
-        outputs = json.loads((folder / RECIPE_FILE).read_bytes())["outputs"]
-        if not all(isinstance(entry["bytes"], int) and Path(name).name == name for name, entry in outputs.items()):
+        recipe = parse_json((folder / RECIPE_FILE).read_bytes())
+        outputs, side_files = recipe["outputs"], recipe.get("side_files")
+        if not all(_is_entry(name, entry) and "/" not in name for name, entry in outputs.items()):
             raise ValueError("its outputs are no list of files")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if side_files is not None and not all(
+            _is_entry(name, entry) and isinstance(entry["sha256"], str) for name, entry in side_files.items()
+        ):
+            raise ValueError("its side_files are no list of files")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / RECIPE_FILE}: expected a recipe of ours, got {error!r}.") from None
-    return dict(outputs)
+    return outputs, side_files
 
 
-def _has_size(path: Path, entry: dict[str, Any], problems: list[str | InputError]) -> bool:
+def _is_entry(name: str, entry: Any) -> bool:
+    digest = entry.get("sha256_64MiB")
+    is_size = type(entry["bytes"]) is int and 0 <= entry["bytes"] < 1 << 62
+    return is_size and (digest is None or isinstance(digest, str)) and all(map(is_plain_name, name.split("/")))
+
+
+def _check_side_files(folder: Path, side_files: Files | None) -> list[str | InputError]:
+    problems: list[str | InputError] = []
+    for name, entry in (side_files or {}).items():
+        path = folder / name
+        if _has_size(path, entry, problems) and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+            problems.append(f"{path}: its bytes are not those that the run wrote.")
+    return problems
+
+
+def _is_aside(path: Path, known: Collection[str]) -> bool:
+    """Whether a file is the run's, or hidden, as those of git and of the hub's client are, which nothing loads."""
+    return path.as_posix() in known or path.parts[0].startswith(".")
+
+
+def _has_size(path: Path, entry: Mapping[str, Any], problems: list[str | InputError]) -> bool:
     if not path.is_file():
-        problems.append(f"{path}: is missing.")
+        problems.append(f"{path}: {'is no file' if path.exists() else 'is missing'}.")
         return False
     size = path.stat().st_size
     if size != entry["bytes"]:
@@ -110,7 +153,7 @@ def _has_size(path: Path, entry: dict[str, Any], problems: list[str | InputError
     return bool(size == entry["bytes"])
 
 
-def _digest(path: Path, entry: dict[str, Any], progress: Callable[[int], object]) -> str | None:
+def _digest(path: Path, entry: Mapping[str, Any], progress: Callable[[int], object]) -> str | None:
     digest = chunked_sha256(path) if "sha256_64MiB" in entry else None
     progress(entry["bytes"])
     return digest

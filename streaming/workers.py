@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections import deque
@@ -12,10 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from checkpoints.process import keep_freed_memory
 from streaming.twins import use_compiled
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEPT_BYTES = 16 << 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,17 +22,8 @@ class Cancelled(Exception):
     """Raised in the other threads once one has failed, so that all of them end."""
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed blocks: handing it back costs a page fault for each page of the next one."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library, which has its own ways
-        return
-    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
 def _prepare_thread(compiled: bool) -> None:
+    torch.get_num_threads()  # takes the process's number as this thread's own, which later changes of that leave alone
     torch.set_num_threads(1)
     use_compiled(compiled)
 
@@ -55,7 +43,8 @@ class Workers:
 
     def __init__(self, count: int | None = None, *, compiled: bool = False):
         self.count = count or available_cores()
-        _keep_freed_memory()
+        self._threads = torch.get_num_threads()
+        keep_freed_memory()
         self._cancelled = threading.Event()
         self._pool = ThreadPoolExecutor(
             self.count, thread_name_prefix="block", initializer=_prepare_thread, initargs=(compiled,)
@@ -115,3 +104,4 @@ class Workers:
         """Wait for what runs and end the threads."""
         self._pool.shutdown(cancel_futures=True)
         self._tensors.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)  # which the threads of the pool set for every new thread of the process

@@ -121,9 +121,9 @@ def test_reference_numerics_give_the_published_sums_bit_for_bit(published: dict[
 
 
 def test_reference_numerics_refuse_what_would_give_other_bits() -> None:
-    with pytest.raises(ArgumentError, match=r"--batch_size: --numerics reference runs one block at a time, got 2"):
+    with pytest.raises(ArgumentError, match=r"batch_size: numerics reference runs one block at a time, got 2"):
         CalibrationOptions(batch_size=2, numerics="reference")
-    with pytest.raises(ArgumentError, match=r"--calibration_dtype: --numerics reference runs in bfloat16, got float32"):
+    with pytest.raises(ArgumentError, match=r"dtype: numerics reference runs in bfloat16, got float32"):
         CalibrationOptions(dtype="float32", numerics="reference")
 
 

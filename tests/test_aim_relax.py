@@ -521,12 +521,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("omega", [-0.1, 1.1, float("nan"), float("inf")])
 def test_an_omega_outside_its_range_is_refused(omega: float) -> None:
-    with pytest.raises(ArgumentError, match=r"--omega: expected a number in \[0, 1\]"):
+    with pytest.raises(ArgumentError, match=r"omega: expected a number in \[0, 1\]"):
         factors(torch.ones(3), omega)
 
 
 def test_calibration_options_are_checked() -> None:
-    with pytest.raises(ArgumentError, match="--batch_size: expected at least 1, got 0"):
+    with pytest.raises(ArgumentError, match="batch_size: expected at least 1, got 0"):
         CalibrationOptions(batch_size=0)
-    with pytest.raises(ArgumentError, match="--calibration_dtype: expected auto, float32"):
+    with pytest.raises(ArgumentError, match="dtype: expected auto, float32"):
         CalibrationOptions(dtype="int8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -101,6 +102,59 @@ def test_a_damaged_file_is_made_again(base, home, asked, damage):
     assert len(asked) == 2
 
 
+FORGED = {
+    "a name": {"model_class": 5},
+    "names": {"missing": [1]},
+    "a kind": {
+        "placements": {"x": {"parameter": "x", "kind": "spell", "input_dim": None, "expert": None, "others": []}}
+    },
+    "a dimension": {
+        "placements": {"x": {"parameter": "x", "kind": "norm", "input_dim": [1], "expert": None, "others": []}}
+    },
+    "a placement": {"placements": {"x": [1]}},
+    "a mapping": {"tied": [1]},
+    "a value": {"tied": {"x": 10**400}},
+    "a head": {"output_head": {}},
+    "one more": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_file_is_made_again(base, home, asked, name):
+    """One whose digest is right, and whose content another wrote."""
+    found = look(base)
+    (path,) = home.iterdir()
+    text = json.dumps(json.loads(path.read_bytes().partition(b"\n")[2]) | FORGED[name]).encode()
+    path.write_bytes(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    assert look(base) == found == look(base)
+    assert len(asked) == 2
+
+
+def test_a_changed_byte_is_found_out_again(base, home, asked):
+    found = look(base)
+    (path,) = home.iterdir()
+    path.write_bytes(path.read_bytes().replace(b"q_proj", b"k_proj", 1))
+    assert look(base) == found == look(base)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "plant", [os.mkfifo, lambda path: path.symlink_to("../victim"), lambda path: os.link("victim", path)]
+)
+def test_what_is_no_plain_file_is_not_read(base, home, asked, plant, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "victim").write_text("{}")
+    found = look(base)
+    (path,) = home.iterdir()
+    path.unlink()
+    plant(path)
+    assert look(base) == found == look(base)
+    assert len(asked) == 2
+    assert (tmp_path / "victim").read_text() == "{}"
+    assert path.is_file()
+    assert not path.is_symlink()
+
+
 def test_a_disk_that_takes_no_files(base, home, asked):
     home.parent.parent.write_bytes(b"a file in the way")
     assert look(base) == look(base)
@@ -121,7 +175,7 @@ def test_the_oldest_go(base, home, monkeypatch):
         for age, path in enumerate(sorted(home.iterdir(), key=lambda one: one.stat().st_mtime_ns, reverse=True)):
             os.utime(path, (10**9 - age, 10**9 - age))
     assert len(list(home.iterdir())) == 2
-    assert not list(home.glob("*.part"))
+    assert not list(home.glob(".partial-*"))
 
 
 def test_a_second_merge_starts_without_transformers(tmp_path, base, home):

@@ -689,17 +689,20 @@ def test_disk_that_fills_up_on_the_way(scene, monkeypatch):
 
 def test_disk_that_fills_up_at_the_end(scene, monkeypatch):
     """What is finished stays, and the same command goes on with it."""
-    from checkpoints import provenance
+    from checkpoints.folder import Folder
 
-    def fail(path, content):
-        raise WriteError(path, OSError(28, "No space left on device"))
+    write = Folder.write
 
-    write_file = provenance.write_file
-    monkeypatch.setattr(provenance, "write_file", fail)
-    status, _, err = scene.run()
+    def fail(folder, name, content):
+        if name == "merge_recipe.json":
+            raise WriteError(folder / name, OSError(28, "No space left on device"))
+        write(folder, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", fail)
+        status, _, err = scene.run()
     assert (status, "merge_recipe.json: cannot be written: No space left on device" in err) == (1, True)
     assert not scene.out.exists()
-    monkeypatch.setattr(provenance, "write_file", write_file)
     assert "going on: 21 of 21 tensors are there" in scene.run()[2]
     assert not partial_folder(scene.out).exists()
 

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save, save_file
 
 from checkpoints import VERSION, writer
 from checkpoints.errors import ArgumentError, InputError, Refusals, first_line, unknown
-from checkpoints.files import write_file
+from checkpoints.files import write_text
+from checkpoints.folder import Folder
 from checkpoints.location import Location, ModelName
 from checkpoints.model import Model, open_models
 from checkpoints.provenance import common_licence, describe_input, model_card, versions, write_recipe
@@ -39,7 +40,7 @@ from checkpoints.sidecars import (
     read_json,
 )
 from checkpoints.source import SAFETENSORS_DTYPES, TensorInfo, TensorRef
-from checkpoints.staging import STATE, check_save_path, check_space, clear, partial_folder, staged
+from checkpoints.staging import STATE, check_save_path, check_space, partial_folder, staged
 from checkpoints.vocabulary import MISSING, Vocabulary, match_rows, read_vocabulary, vocabulary_digest
 from checkpoints.writer import CheckpointWriter, chunked_sha256, natural_key, plan_shards
 from tests.pico import copy_tokenizer, write_checkpoint
@@ -290,7 +291,7 @@ def write_all(
 ) -> dict[str, Any]:
     """Write tensors whole, in the order given."""
     checkpoint = CheckpointWriter(
-        folder, plan_shards(info_of(tensors), max_shard_bytes), **({"digest": True} | options)
+        Folder.open(folder), plan_shards(info_of(tensors), max_shard_bytes), **({"digest": True} | options)
     )
     for name, tensor in tensors.items():
         if tensor.numel():
@@ -358,7 +359,7 @@ def test_any_order_of_writes_gives_the_same_file(tmp_path, monkeypatch):
         folder = tmp_path / str(seed)
         folder.mkdir()
         order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
-        checkpoint = CheckpointWriter(folder, plan_shards(info_of(tensors), 10**6), digest=True)
+        checkpoint = CheckpointWriter(Folder.open(folder), plan_shards(info_of(tensors), 10**6), digest=True)
         with ThreadPoolExecutor(4) as pool:
             for index in order:
                 name, start, stop = pieces[index]
@@ -404,7 +405,7 @@ def test_index_of_shards(tmp_path):
 
 
 def test_elements_that_were_never_written_are_our_own_mistake(tmp_path):
-    checkpoint = CheckpointWriter(tmp_path, plan_shards({"a": TensorInfo(F32, (2,))}, 100), digest=True)
+    checkpoint = CheckpointWriter(Folder.open(tmp_path), plan_shards({"a": TensorInfo(F32, (2,))}, 100), digest=True)
     checkpoint.write("a", 0, torch.ones(1))
     with pytest.raises(AssertionError, match="4 bytes were never written"):
         checkpoint.close()
@@ -432,8 +433,11 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, call):
 
 
 def test_a_small_file_that_cannot_be_written(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere/x: cannot be written: No such file"):
-        write_file(tmp_path / "nowhere" / "x", b"")
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        InputError, match=r"file/x: cannot be written: (File exists|Not a directory)\. Choose another --out"
+    ):
+        write_text(tmp_path / "file" / "x", "", flag="--out")
 
 
 # ---------------------------------------------------------------------------------------------------------- staging
@@ -476,17 +480,14 @@ def test_nothing_appears_when_anything_goes_wrong(tmp_path, error):
 
 
 def test_what_a_killed_run_left_is_cleared(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "precious").write_text("1")
     left = tmp_path / "out.partial"
     (left / "folder").mkdir(parents=True)
     (left / "folder" / "x").touch()
     (left / STATE).mkdir()
-    (left / "link").symlink_to(tmp_path / "elsewhere")
-    with staged(tmp_path / "out", overwrite=False) as stage:
-        work = stage.folder
-        assert [path.name for path in work.iterdir()] == [STATE]
-    assert tree(tmp_path) == {"elsewhere/precious": "1"}
+    (left / ("." + "partial-" + "0" * 32)).touch()
+    with staged(tmp_path / "out", overwrite=False, files=["folder/x"]) as stage:
+        assert [path.name for path in stage.folder.iterdir()] == [STATE]
+    assert tree(tmp_path) == {}
 
 
 def test_a_folder_that_no_run_left_is_not_touched(tmp_path):
@@ -505,7 +506,8 @@ def test_clear_follows_no_links(tmp_path):
     (tmp_path / "keep").write_text("1")
     (tmp_path / "a" / "file").symlink_to(tmp_path / "keep")
     (tmp_path / "a" / "dangling").symlink_to("nowhere")
-    clear(tmp_path / "a")
+    with Folder.open(tmp_path / "a") as folder:
+        folder.clear()
     assert tree(tmp_path) == {"keep": "1"}
     assert (tmp_path / "a").is_dir()
 
@@ -551,11 +553,11 @@ def test_the_work_of_another_run_that_has_just_ended(tmp_path, monkeypatch):
     opened = os.open
     work = tmp_path / "out.partial"
 
-    def open_finished(path, flags, *more):
+    def open_finished(path, flags, *more, **keywords):
         if Path(path) == work and work.exists():
             work.rmdir()
-            return opened(tmp_path / "out", flags, *more)
-        return opened(path, flags, *more)
+            return opened(tmp_path / "out", flags, *more, **keywords)
+        return opened(path, flags, *more, **keywords)
 
     monkeypatch.setattr(os, "open", open_finished)
     with pytest.raises(InputError, match="another run is writing it"), staged(tmp_path / "out", overwrite=True):
@@ -579,10 +581,10 @@ def test_an_earlier_result_is_back_where_the_last_step_fails(tmp_path, monkeypat
     finish(out, "1")
     rename = os.rename
 
-    def fail(source, target):
+    def fail(source, target, **keywords):
         if Path(target) == out and Path(source) == partial_folder(out):
             raise error
-        rename(source, target)
+        rename(source, target, **keywords)
 
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(type(error)):
@@ -652,7 +654,8 @@ def test_side_files(tmp_path):
         (source / name).write_bytes(b"0123\xff\r\n")
     (source / "tokenizer").mkdir()
     assert [path.as_posix() for path in list_side_files(source)] == sorted(wanted)
-    assert SideFiles(source).write(target) == sorted(wanted)
+    with Folder.open(target) as opened:
+        assert SideFiles(source).write(opened) == sorted(wanted)
     assert {path.read_bytes() for path in target.rglob("*") if path.is_file()} == {b"0123\xff\r\n"}
     assert SideFiles(source).nbytes == 5 * 7 + 2**20
 
@@ -879,9 +882,10 @@ def test_common_licence(tmp_path):
 
 
 def test_recipe_file(tmp_path):
-    write_recipe(tmp_path, {"merge_method": "ties", "base_model": "ü"})
-    text = (tmp_path / "merge_recipe.json").read_text("utf-8")
-    assert text == '{\n  "schema": 1,\n  "merge_method": "ties",\n  "base_model": "ü"\n}\n'
+    with Folder.open(tmp_path) as folder:
+        write_recipe(folder, {"merge_method": "ties", "base_model": "ü"})
+        text = (tmp_path / "merge_recipe.json").read_text("utf-8")
+        assert text == '{\n  "schema": 1,\n  "merge_method": "ties",\n  "base_model": "ü",\n  "side_files": {}\n}\n'
     assert versions()["toolkit"] == VERSION
 
 

@@ -1,6 +1,7 @@
 """The results file: its schema, what is comparable to the paper, writing, resuming."""
 
 import json
+import os
 
 import jsonschema
 import pytest
@@ -183,11 +184,14 @@ def test_the_schema_finds_what_does_not_belong():
 def test_results_appear_whole(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "out.json"
     write_results(path, {"a": 1})
-    monkeypatch.setattr(
-        results_module.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
-    with pytest.raises(InputError, match="No space left"):
-        write_results(path, {"a": 2})
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(InputError, match="No space left"):
+            write_results(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [file.name for file in path.parent.iterdir()] == ["out.json"]
     with pytest.raises(ValueError, match="nan"):
@@ -274,3 +278,47 @@ def test_only_results_of_ours_are_read(tmp_path):
         path.write_text(content)
         with pytest.raises(InputError, match=r"expected results of evaluate_model\.py"):
             results_module.read_results(path)
+
+
+def test_forged_results_are_refused_in_words(tmp_path):
+    """Whatever --resume reads may be missing, or something else."""
+    path = tmp_path / "r.json"
+    settings = {"profile": "paper", "apply_chat_template": False, "math_prompt_type": "wcot", "math_max_tokens": 8}
+    entry = {
+        "score": None, "metrics": {}, "metrics_stderr": {}, "partial": False, "counts": {"rows_answered": 1, "unanswered": 0, "shortened": 0}, "stderr": None,
+        "data": {"files": [], "rows": 1}, "seconds": {}, "n": 1,
+        "generation": {"dtype": "bfloat16", "window": 9, "chat_template": False, "bos": {"bos_count": 0}, "max_new_tokens": None},
+        "not_comparable_because": [], "responses_sha256": "",
+    }  # fmt: skip
+    good = {
+        "schema": 1, "settings": settings, "model": {"folder": "m", "files": {}}, "responses_file": None,
+        "benchmarks": {"gsm8k": entry}, "extra_tasks": {}, "limit": None, "wanted": [],
+    }  # fmt: skip
+    path.write_text(json.dumps(good))
+    assert results_module.read_results(path) == good
+    places = [(good, key) for key in good] + [(settings, key) for key in settings] + [(entry, key) for key in entry]
+    for place, key in [*places, (good["model"], "folder"), (good["model"], "files"), (entry["data"], "files")]:
+        kept = place.pop(key)
+        path.write_text(json.dumps(good))
+        with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
+            results_module.read_results(path)
+        place[key] = "x" if isinstance(kept, bool) else True
+        path.write_text(json.dumps(good))
+        with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
+            results_module.read_results(path)
+        place[key] = kept
+    for place, key in [(entry, "score"), (entry, "n"), (entry, "metrics"), (good, "limit"), (good, "extra_tasks")]:
+        kept = place[key]
+        place[key] = {"x": 10**400} if isinstance(kept, dict) else 10**400
+        path.write_text(json.dumps(good))
+        with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
+            results_module.read_results(path)
+        place[key] = kept
+    for raw in ("[" * 100_000, '{"schema": 1' + "0" * 5000 + "}", '"\\ud800"', "null"):
+        path.write_text(raw)
+        with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
+            results_module.read_results(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match="got no plain file"):
+        results_module.read_results(path)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-import merge
+import commands.merge as merge
 from checkpoints.reader import SafetensorsFile
 from checkpoints.staging import partial_folder
 from tests.fuzz import trial

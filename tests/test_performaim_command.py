@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import aim.calibrate
-import aim.console
+import aim.step
 import merge
 import performAIM
 from tests.fake_hub import FakeHub
@@ -102,7 +102,7 @@ class Scene:
         """Run, and check that it is refused in one message that holds every part of `says`, that nothing is left behind,
         and, unless `late`, that the base was not run for it."""
         if not late:
-            self.patch.setattr(aim.console, "calibrate", lambda *_, **__: pytest.fail("the calibration was started"))
+            self.patch.setattr(aim.step, "calibrate", lambda *_, **__: pytest.fail("the calibration was started"))
         before = snapshot(self.folder)
         status, _, err = self.run(*flags)
         assert status == code, err
@@ -552,7 +552,7 @@ def test_an_unknown_flag(scene):
     ],
 )
 def test_wrong_arguments_of_merge(scene, flags, says):
-    scene.patch.setattr(aim.console, "calibrate", lambda *_, **__: pytest.fail("the calibration was started"))
+    scene.patch.setattr(aim.step, "calibrate", lambda *_, **__: pytest.fail("the calibration was started"))
     needed = {"--method": "ties", "--base_model": str(scene.base), "--models_to_merge": str(scene.merged)}
     scene.capsys.readouterr()
     assert call(merge.main, join({**needed, "--save_path": str(scene.out)}, tuple(flags))) == 2
@@ -832,7 +832,7 @@ def test_an_interrupted_calibration_leaves_nothing(scene):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    scene.patch.setattr(aim.console, "calibrate", interrupt)
+    scene.patch.setattr(aim.step, "calibrate", interrupt)
     before = snapshot(scene.folder)
     code, _, err = scene.run("--save_activations", scene.folder / "activations.safetensors")
     assert (code, snapshot(scene.folder)) == (130, before)

@@ -4,7 +4,7 @@ import pytest
 
 from checkpoints.errors import ArgumentError, InputError, Refusals, WriteError
 from checkpoints.problems import Problems
-from checkpoints.settings import CLOSE, OPEN, as_flag, setting
+from checkpoints.settings import CLOSE, OPEN, Remark, as_flag, in_file, setting, shown
 
 
 def in_recipe(name, value):
@@ -31,6 +31,27 @@ def test_an_error_with_arguments_of_its_own_is_shown_too(tmp_path):
     error = WriteError(tmp_path, OSError(28, "No space left"))
     assert type(error.shown(as_flag)) is WriteError
     assert str(error.shown(as_flag)) == str(error)
+
+
+def test_a_file_s_door_leaves_what_the_file_does_not_give_to_the_next():
+    error = ArgumentError(f"{setting('n_samples', 0)}: no, with {setting('numerics', 'reference')}.").shown(
+        in_file({"n_samples": "r.yml: aim.n_samples"})
+    )
+    assert str(error.shown(as_flag)) == "r.yml: aim.n_samples 0: no, with --numerics reference."
+    assert str(Refusals([error, "two."]).shown(as_flag)).startswith(
+        "2 problems:\n- r.yml: aim.n_samples 0: no, with --n"
+    )
+
+
+def test_a_name_with_what_it_belongs_to():
+    error = InputError(f"{setting('calibration.seed', -1)}: no.")
+    assert (str(error), str(error.shown(as_flag))) == ("seed -1: no.", "--calibration_seed -1: no.")
+
+
+def test_a_remark_is_text_that_each_door_shows():
+    remark = Remark(f"left out by {setting('only')}.")
+    assert remark == "left out by only."
+    assert shown({"notes": [remark, "x", 1]}, as_flag) == {"notes": ["left out by --only.", "x", 1]}
 
 
 def test_a_value_cannot_close_its_mark_and_a_lone_mark_is_escaped():

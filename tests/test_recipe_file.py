@@ -20,7 +20,7 @@ from checkpoints.errors import InputError
 from merging.layers import find_layers, position
 from merging.recipe_file import read_recipe_file
 from merging.safe_yaml import MAX_BYTES
-from merging.values import NOTHING, Value
+from streaming.values import NOTHING, Value
 from tests.golden_files import assert_same_bits
 from tests.pico import make_family
 
@@ -587,7 +587,7 @@ def test_flags_add_what_a_file_leaves_open_and_may_not_contradict_it(here: Path)
     assert read_recipe_file("recipe.yml", seed=4).seed == 4
     assert read_recipe_file("recipe.yml").seed == 0
     write(TIES)
-    with pytest.raises(InputError, match="--seed: ties draws no random numbers"):
+    with pytest.raises(InputError, match="seed: ties draws no random numbers"):
         read_recipe_file("recipe.yml", seed=4)
 
 
@@ -669,10 +669,10 @@ def test_the_aim_block_is_its_flags(run: Command, here: Path):
     [
         ({"omga": 0.4}, [], "aim: unknown key 'omga'. Did you mean 'omega'?"),
         ({"scaling": "sqrt"}, [], "aim: expected omega, got none"),
-        ({"omega": {"mlp": 0.4}}, [], "aim.omega: expected text or a number"),
+        ({"omega": {"mlp": 0.4}}, [], "recipe.yml: aim.omega: expected a number, a list of numbers, or a list of entries"),
         ({"omega": 0.4, "calibration": {"blocksize": 3}}, [], "aim.calibration: unknown key 'blocksize'. Did you mean 'block_size'?"),
         ({"omega": 0.4, "calibration": 3}, [], "aim.calibration: expected keys such as source, got 3"),
-        ({"omega": 1.4}, [], "--omega: expected a number in [0, 1], got 1.4"),
+        ({"omega": 1.4}, [], "recipe.yml: aim.omega: expected a number in [0, 1], got 1.4"),
         ({"omega": 0.4}, ["--omega=0.5"], "--omega: recipe.yml says 0.4 under aim"),
     ],
 )  # fmt: skip

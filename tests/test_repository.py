@@ -17,10 +17,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("checkpoints", "alignment", "streaming", "merging", "aim", "evaluation", "reports")
 SIBLINGS = {"merging", "aim", "evaluation", "reports"}
-COMMANDS = sorted(path for path in ROOT.glob("*.py") if re.search(r"^def main\(", path.read_text(), re.MULTILINE))
+COMMANDS = [ROOT / name for name in ("compare_models.py", "evaluate_model.py", "merge.py", "performAIM.py")]
 
 # Package -> top-level modules that nothing in it may import. Imports point down: to checkpoints, never to a command.
-FORBIDDEN = {package: SIBLINGS - {package} | {"examples", "tests", "benchmarks"} for package in PACKAGES}
+ABOVE = {"examples", "tests", "benchmarks", "commands", "argparse"}
+FORBIDDEN = {package: SIBLINGS - {package} | ABOVE for package in PACKAGES}
 FORBIDDEN["checkpoints"] |= {"streaming", "alignment"}
 FORBIDDEN["streaming"] |= {"alignment"}  # the loop knows no model, and what aligns models knows no loop
 FORBIDDEN["alignment"] |= {"streaming"}
@@ -82,6 +83,8 @@ def test_imports_only_point_down():
         "def f():\n    from aim import relax",
         "import importlib\nimportlib.import_module('aim.relax')",
         "from reports import tables",
+        "import argparse",
+        "from commands.shell import Parser",
     ],
 )
 def test_imports_check_finds_a_violation(line):
@@ -146,6 +149,53 @@ def test_circle_check_finds_a_circle():
 
 def test_imports_check_keeps_torch_out_of_reports():
     assert len(import_problems("reports/tables.py", "def f():\n    import torch.nn", FORBIDDEN)) == 1
+
+
+# ------------------------------------------------------------------------------------------------- no flags below
+
+FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z][a-z_]+)")
+HOLD_FLAGS_STILL = ("checkpoints/staging.py", "evaluation/sandbox.py", "streaming/layout.py", "streaming/matching.py", "streaming/tokenizer_choice.py")  # fmt: skip
+"""Files that others are at work on."""
+
+
+def flags_of_commands() -> set[str]:
+    """The name of every flag of the four commands, but for what every program has."""
+    parsers = [importlib.import_module(path.stem).build_parser() for path in COMMANDS]
+    options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    return {option.removeprefix("--") for option in options} - {"help", "version", "h"}
+
+
+def flag_problems(path: str, source: str, flags: set[str]) -> list[str]:
+    """Strings, docstrings and comments excepted, that hold a flag of a command: a message names a setting."""
+    tree = ast.parse(source)
+    prose = docstrings(tree)
+    return [
+        f"{path}:{node.lineno}: {match[0]}; write setting('{match[1]}'), which each door shows in its own way"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose
+        for match in FLAG.finditer(node.value)
+        if match[1] in flags
+    ]
+
+
+def test_no_package_holds_a_flag():
+    flags = flags_of_commands()
+    assert {"omega", "n_samples", "save_path", "limit"} <= flags
+    files = [(path, source) for path, source in sources(*PACKAGES) if path not in HOLD_FLAGS_STILL]
+    problems = [problem for path, source in files for problem in flag_problems(path, source, flags)]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("line", ["x = '--omega: no'", "x = f'{y}: use --no-resume'", "f('a', b='see --omega.')"])
+def test_flag_check_finds_a_flag(line):
+    assert len(flag_problems("merging/plan.py", line, {"omega", "resume"})) == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["x = '--dir'", '"""The value of --omega."""', "x = 'a--omega'", "x = setting('omega')"]
+)
+def test_flag_check_accepts_what_is_none(line):
+    assert flag_problems("merging/plan.py", line, {"omega"}) == []
 
 
 # ------------------------------------------------------------------------------------- no per-architecture branches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import merge
 import performAIM
 from aim.activations import Watcher
 from checkpoints.errors import WriteError
+from checkpoints.folder import Folder
 from checkpoints.journal import Journal
 from checkpoints.staging import STATE, partial_folder
 from checkpoints.writer import CheckpointWriter
@@ -62,9 +64,15 @@ def undisturbed(main: Main, argv: list[str]) -> dict[str, bytes]:
     return written
 
 
+def line(content: bytes) -> bytes:
+    """A line of a journal, its digest right."""
+    return hashlib.sha256(content).hexdigest()[:16].encode() + b" " + content + b"\n"
+
+
 def records() -> list[dict]:
-    journal = Journal(Path("out.partial") / STATE / "journal")
-    journal.close()
+    with Folder.open(Path("out.partial") / STATE) as state:
+        journal = Journal(state)
+        journal.close()
     return journal.records
 
 
@@ -211,10 +219,10 @@ def test_a_crash_before_the_last_rename(place, monkeypatch, capsys):
     expected = undisturbed(main, argv)
     rename = os.rename
 
-    def fail(source, target):
+    def fail(source, target, **keywords):
         if Path(target).name == "out":
             raise KeyboardInterrupt
-        rename(source, target)
+        rename(source, target, **keywords)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", fail)
@@ -226,7 +234,8 @@ def test_a_crash_before_the_last_rename(place, monkeypatch, capsys):
 
 def test_a_torn_line_is_cut_off(tmp_path):
     path = tmp_path / "journal"
-    journal = Journal(path)
+    folder = Folder.open(tmp_path)
+    journal = Journal(folder)
     journal.append({"tensors": {"a": []}})
     journal.append({"tensors": {"b": []}})
     journal.close()
@@ -237,15 +246,19 @@ def test_a_torn_line_is_cut_off(tmp_path):
         whole[: len(first) + 5],
         first + b"0" * 40 + b"\n",
         first + whole[len(first) :].replace(b'"b"', b'"c"'),
+        first + line(b"[" * 100_000),
+        first + line(b"[1]"),
+        first + line(b"1" * 5000),
     ):
         path.write_bytes(torn)
-        journal = Journal(path)
+        journal = Journal(folder)
         assert journal.records == [{"tensors": {"a": []}}]
         journal.append({"blocks": 3})
         journal.close()
-        again = Journal(path)
+        again = Journal(folder)
         again.close()
         assert again.records == [{"tensors": {"a": []}}, {"blocks": 3}]
+    folder.close()
 
 
 def test_a_calibration_goes_on_where_it_was(place, monkeypatch, capsys):

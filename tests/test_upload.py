@@ -295,4 +295,4 @@ def test_a_card_that_the_hub_does_not_take(hub: FakeHub, tmp_path: Path):
     with pytest.raises(InputError) as caught:
         list(plan_upload("a").push(tmp_path))
     said = 'the hub refuses: Invalid metadata in README.md. - "base_model" with value "./base" is not valid.\n'
-    assert str(caught.value).startswith(f"--push_to_hub tester/a: {said}{tmp_path} is complete.")
+    assert str(caught.value).startswith(f"push_to_hub tester/a: {said}{tmp_path} is complete.")

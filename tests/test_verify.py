@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,17 +71,53 @@ def change_config(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 24}))
 
 
+def forge(folder: Path, side_files: object) -> None:
+    recipe = json.loads((folder / "merge_recipe.json").read_text())
+    (folder / "merge_recipe.json").write_text(json.dumps(recipe | {"side_files": side_files}))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit": (flip, "its bytes are not those that the run wrote"),
     "the end": (shorten, "bytes, got"),
     "a file": (lambda folder: first_file(folder).unlink(), "is missing"),
     "one more": (lambda folder: shutil.copy(first_file(folder), folder / "more.safetensors"), "did not write it"),
-    "config": (change_config, "does not fit config.json"),
+    "config": (change_config, "config.json: expected"),
+    "config, as long": (
+        lambda folder: (folder / "config.json").write_bytes(
+            (folder / "config.json").read_bytes().replace(b"\n", b" ", 1)
+        ),
+        "config.json: its bytes are not those that the run wrote",
+    ),
+    "tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json: is missing"),
+    "card": (lambda folder: (folder / "README.md").write_text("# mine"), "README.md: expected"),
+    "index": (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "index.json: expected"),
+    "a program": (lambda folder: (folder / "modeling_evil.py").touch(), "modeling_evil.py: the run did not write it"),
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").touch(),
+        "adapter_config.json: the run did not write it",
+    ),
+    "in a folder": (
+        lambda folder: ((folder / "more").mkdir(), (folder / "more" / "x").touch()),
+        "more/x: the run did not write it",
+    ),
+    "a link": (lambda folder: (folder / "more").symlink_to(".."), "more: the run did not write it"),
+    "a pipe": (
+        lambda folder: ((folder / "README.md").unlink(), os.mkfifo(folder / "README.md")),
+        "README.md: is no file",
+    ),
     "recipe": (lambda folder: (folder / "merge_recipe.json").write_text("{}"), "expected a recipe of ours"),
     "path": (
         lambda folder: (folder / "merge_recipe.json").write_text('{"outputs": {"../x": {"bytes": 1}}}'),
         "expected a recipe of ours",
     ),
+    "forged sizes": (
+        lambda folder: forge(folder, {"README.md": {"bytes": int("9" * 400), "sha256": "0"}}),
+        "a recipe of ours",
+    ),
+    "forged digests": (lambda folder: forge(folder, {"README.md": {"bytes": 1, "sha256": [1]}}), "a recipe of ours"),
+    "forged names": (lambda folder: forge(folder, {"../x": {"bytes": 1, "sha256": "0"}}), "a recipe of ours"),
+    "forged list": (lambda folder: forge(folder, [1]), "a recipe of ours"),
+    "too deep": (lambda folder: (folder / "merge_recipe.json").write_text("[" * 100_000), "a recipe of ours"),
 }
 
 
@@ -90,6 +128,39 @@ def test_damage_is_found(results, tmp_path, capsys, name):
     damage(folder)
     assert merge.main([f"--verify={folder}"]) == 1
     assert says in capsys.readouterr().err
+
+
+def test_every_file_of_a_result_has_its_digest(results):
+    for folder in (results / "merged", results / "sweep" / "omega_0.5", results / "relaxed"):
+        recipe = json.loads((folder / "merge_recipe.json").read_text())
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        assert there == {"merge_recipe.json", *recipe["outputs"], *recipe["side_files"]}
+        for name, entry in recipe["side_files"].items():
+            content = (folder / name).read_bytes()
+            assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_a_result_of_an_earlier_version_is_verified_as_far_as_its_recipe_says(results, tmp_path, capsys):
+    folder = shutil.copytree(results / "merged", tmp_path / "copy")
+    recipe = json.loads((folder / "merge_recipe.json").read_text())
+    del recipe["side_files"]
+    (folder / "merge_recipe.json").write_text(json.dumps(recipe))
+    (folder / "README.md").write_text("# mine")
+    assert merge.main([f"--verify={folder}"]) == 0
+    said = capsys.readouterr()
+    assert "as written" in said.out
+    assert "has no digests of config, tokenizer and other small files" in said.err
+    flip(folder)
+    assert merge.main([f"--verify={folder}"]) == 1
+
+
+def test_hidden_files_beside_a_result_are_not_its_own(results, tmp_path):
+    """What git and the hub's client keep there."""
+    folder = shutil.copytree(results / "merged", tmp_path / "copy")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "x").touch()
+    (folder / ".gitattributes").touch()
+    assert merge.main([f"--verify={folder}"]) == 0
 
 
 def test_numbers_that_are_not_finite_are_found(results, tmp_path, capsys):

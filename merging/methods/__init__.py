@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from checkpoints.errors import ArgumentError, unknown
+from checkpoints.settings import setting
 
 if TYPE_CHECKING:
     from merging.methods.contract import Method
@@ -43,7 +44,7 @@ METHODS = {
 def get_method(name: str) -> type[Method]:
     """The class of the method `name`, in any case. Raises ArgumentError naming the nearest one where there is none."""
     if name.lower() not in METHODS:
-        raise ArgumentError(f"--method: {unknown('method', name, METHODS)}")
+        raise ArgumentError(f"{setting('method')}: {unknown('method', name, METHODS)}")
     module, _, cls = METHODS[name.lower()].target.partition(":")
     found: type[Method] = getattr(importlib.import_module(f"merging.methods.{module}"), cls)
     return found

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from checkpoints.errors import ArgumentError
+from checkpoints.settings import setting
 from merging.methods.contract import Method, parameter
 from streaming.blocks import Block
 from streaming.twins import twin
@@ -60,5 +61,5 @@ def check_weight_sum(weights: tuple[float, ...], normalize: bool) -> None:
     """Raise ArgumentError where weights that add up to nothing would be divided by their sum."""
     if normalize and abs(sum(weights)) < 1e-8:
         raise ArgumentError(
-            f"weight: {', '.join(f'{w:g}' for w in weights)} add up to 0, which --normalize divides by. Add --no-normalize."
+            f"weight: {', '.join(f'{w:g}' for w in weights)} add up to 0, which {setting('normalize')} divides by. Add {setting('normalize', 'false')}."
         )

@@ -1,17 +1,14 @@
-"""What both commands do and say about AIM: check, calibrate or load, keep, summarise, draw."""
+"""AIM as the step of a job: check, calibrate or load, keep, summarise, draw; whatever command or program asks for it."""
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from aim.calibrate import (
     calibrate,
@@ -23,89 +20,80 @@ from aim.calibrate import (
     select,
 )
 from aim.calibration import Blocks, is_local
-from aim.flags import check_files, read_calibration, read_relaxing
 from aim.relaxing import Relaxations, check_activations, group_kept, make_relaxations, names_of, outputs_of, why_kept
+from aim.request import AimRequest, Calibration
 from aim.statistics import Activations, load_activations
 from aim.summary import format_summaries
 from aim.targets import Selection
 from aim.unfinished import UnfinishedCalibration
-from checkpoints.errors import ArgumentError, InputError, Refusals, collecting
+from checkpoints.errors import ArgumentError, named_by
 from checkpoints.model import Model
+from checkpoints.problems import Problems
+from checkpoints.settings import Show, setting, shown
 from checkpoints.staging import Stage
 from checkpoints.tensor_names import kind_of
 from checkpoints.writer import chunked_sha256
+from streaming.job import Console
+from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
 
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
-
-@dataclass(frozen=True)
-class Console:
-    """How to speak to the user.
-
-    say: prints a line of the result; note: prints a remark beside it; bar: makes a progress bar from a title and a number of tokens.
-    """
-
-    say: Callable[[str], object]
-    note: Callable[[str], object]
-    bar: Bar
-
-
-class AimRequest:
-    """AIM as the flags ask for it.
+class AimStep:
+    """What carries a request out within one job; a `streaming.job.Step`.
 
     Args:
-        arguments: with the flags of `add_aim_flags`, `--seed`, `--device`, `--save_path`, `--dry_run` and `--quiet`.
-        device: of the blocks, and of calibration where `--device` named one.
-
-    Raises: Refusals: flags that are wrong or exclude each other, and files that could not be written.
+        request: what is asked for.
+        options: of the run.
+        dry_run: fetch no texts from a hub.
     """
 
-    def __init__(self, arguments: argparse.Namespace, device: torch.device):
-        problems: list[str | InputError] = []
-        with collecting(problems):
-            self.how = read_relaxing(arguments)
-        with collecting(problems):
-            self.data, self.calibration = read_calibration(arguments, None if arguments.device == "auto" else device)
-        problems += check_files(arguments)
-        if problems:
-            raise Refusals(problems)
-        self._device = device
-        self._file = arguments.activations and Path(arguments.activations).expanduser()
-        self._keep = arguments.save_activations and Path(arguments.save_activations).expanduser()
-        self._figures = arguments.figures and Path(arguments.figures).expanduser()
-        self._dry_run, self._quiet = arguments.dry_run, arguments.quiet
-        self._loaded: Activations | None = None
+    def __init__(self, request: AimRequest, options: RunOptions, *, dry_run: bool = False):
+        self.request = request
+        self.how = request.relaxing
+        self._options, self._dry_run = options, dry_run
+        statistics = request.statistics
+        self._file = statistics if isinstance(statistics, Path) else None
+        self._loaded = statistics if isinstance(statistics, Activations) else None
+        self._calibration = statistics if isinstance(statistics, Calibration) else Calibration()
         self._blocks: Blocks | None = None
+
+    @property
+    def folders(self) -> list[str]:
+        """Of the checkpoints, below the save path."""
+        return self.how.folders
 
     def check(self, base: Model) -> None:
         """Find everything that is known without running the base, which can take an hour; reads the texts.
 
         Raises: Refusals: a base that cannot be calibrated, texts or statistics that do not fit, filters that match nothing.
         """
+        with named_by(self.request.places):
+            self._check(base)
+
+    def _check(self, base: Model) -> None:
         _ = base.architecture  # without it, nothing else can be looked at
-        problems: list[str | InputError] = []
-        with collecting(problems):
+        problems = Problems()
+        with problems.collect():
             selection, _ = select(base, self.how.numerics)
             self._check_filters(selection)
             if self._file:
                 self._loaded = self._loaded or load_activations(self._file)
-                if base.weights.is_here:
-                    check_activations(self._loaded, base, selection, self.how.numerics, self._source)
-        for check in () if self._file else (check_causal, check_complete, self._check_texts):
-            with collecting(problems), quiet_transformers():
+            if self._loaded and base.weights.is_here:
+                check_activations(self._loaded, base, selection, self.how.numerics, self._source)
+        for check in () if self._loaded or self._file else (check_causal, check_complete, self._check_texts):
+            with problems.collect(), quiet_transformers():
                 check(base)
-        if problems:
-            raise Refusals(problems)
+        problems.raise_if_any()
 
     @property
     def _source(self) -> str:
-        return f"--activations {self._file}" if self._file else "the statistics"
+        return setting("statistics", self._file) if self._file else "the statistics"
 
     def _check_texts(self, base: Model) -> None:
-        check_block_size(base, self.data.block_size)
-        if self._blocks is None and (is_local(self.data.source) or not self._dry_run):
-            self._blocks = read_blocks(base, self.data, quiet=self._quiet)
+        data = self._calibration.data
+        check_block_size(base, data.block_size)
+        if self._blocks is None and (is_local(data.source) or not self._dry_run):
+            self._blocks = read_blocks(base, data, quiet=self._options.quiet)
 
     def _check_filters(self, selection: Selection) -> None:
         """Refuse a filter that no tensor is left for: a slip of the pen would otherwise relax with another omega."""
@@ -116,7 +104,7 @@ class AimRequest:
                     shadowed = any(part in name for name in selection.targets)
                     kinds = ", ".join(sorted({kind_of(name) for name in selection.targets}))
                     raise ArgumentError(
-                        f"--omega: the filter '{part}' is "
+                        f"{setting('omega')}: the filter '{part}' is "
                         + (
                             "in no name that an earlier filter leaves. Put it first."
                             if shadowed
@@ -143,7 +131,7 @@ class AimRequest:
             "scaling": self.how.scaling,
             "control": self.how.control,
             "numerics": self.how.numerics,
-            "statistics": str(self._file or self.data.source),
+            "statistics": self._origin,
             "relaxes": dict(Counter(kind_of(name) for name in relaxed)),
             "keeps": [{"tensors": kind, "count": count, "why": why} for (kind, why), count in group_kept(kept).items()],
             "warnings": warnings,
@@ -152,16 +140,31 @@ class AimRequest:
             described["calibration"] = self._blocks.as_json()
         return described
 
+    @property
+    def _origin(self) -> str:
+        """Where the statistics come from, for people."""
+        if isinstance(self.request.statistics, Activations):
+            return "given"
+        return str(self._file or self._calibration.data.source)
+
+    def as_text(self, base: Model, tensors: Sequence[PlannedTensor], show: Show) -> str:
+        """What `describe` finds, for people."""
+        return format_check(shown(self.describe(base, tensors), show))
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything of it that decides the output's bytes, for JSON."""
         if self._file:
             return {**self.how.as_json(), "activations": chunked_sha256(self._file)}
-        options = {"dtype": self.calibration.dtype, "batch_size": self.calibration.batch_size}
-        path = Path(self.data.source)
-        changed = path.stat().st_mtime_ns if is_local(self.data.source) and path.is_file() else None
-        return {**self.how.as_json(), "calibration": {**self.data.as_json(), **options, "mtime_ns": changed}}
+        if isinstance(self.request.statistics, Activations):
+            return {**self.how.as_json(), "statistics": self.request.statistics.digest()}
+        data, how = self._calibration.data, self._calibration.options
+        path = Path(data.source)
+        changed = path.stat().st_mtime_ns if is_local(data.source) and path.is_file() else None
+        options = {"dtype": how.dtype, "batch_size": how.batch_size, "mtime_ns": changed}
+        return {**self.how.as_json(), "calibration": {**data.as_json(), **options}}
 
-    def relaxations(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Relaxations:
+    def prepare(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Relaxations:
         """Statistics and transforms, with a summary for the user.
 
         Args:
@@ -169,32 +172,39 @@ class AimRequest:
 
         Raises: InputError: see `calibrate` and `make_relaxations`.
         """
-        unfinished = UnfinishedCalibration(stage)
+        with named_by(self.request.places):
+            return self._prepare(base, tensors, console, stage)
+
+    def _prepare(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Relaxations:
+        unfinished, keep, figures = UnfinishedCalibration(stage), self.request.save_activations, self.request.figures
+        if unfinished.lost and not self._loaded:
+            console.note("note: what an earlier run kept of the calibration is not as it wrote it, and is made again.")
         activations = self._loaded or unfinished.finished() or self._calibrate(base, console, unfinished)
         if self._loaded:
-            console.say(f"statistics: {self._file}, taken with {blocks_of(activations)}")
-        if self._keep:
-            activations.save(self._keep)
-            console.say(f"{self._keep}: statistics of {len(activations.statistics)} tensors")
+            console.say(f"statistics: {self._origin}, taken with {blocks_of(activations)}")
+        if keep:
+            activations.save(keep)
+            console.say(f"{keep}: statistics of {len(activations.statistics)} tensors")
         found = make_relaxations(
             base, activations, self.how,
-            device=self._device, outputs=outputs_of(tensors), names=names_of(tensors), source=self._source,
+            device=self._options.stream.device, outputs=outputs_of(tensors), names=names_of(tensors), source=self._source,
         )  # fmt: skip
         for warning in found.warnings:
-            console.note(f"warning: {warning}")
+            console.warn(shown(warning, console.show))
         console.say("")
         console.say(format_summaries(found.summaries))
-        if self._figures:
+        if figures:
             from aim.figures import draw_importance
 
-            for path in draw_importance(found.importance, self._figures, title=title_of(base, activations)):
+            for path in draw_importance(found.importance, figures, title=title_of(base, activations)):
                 console.say(f"{path}: written")
         console.say("")
         return found
 
     def _calibrate(self, base: Model, console: Console, unfinished: UnfinishedCalibration) -> Activations:
-        blocks = self._blocks or read_blocks(base, self.data, quiet=self._quiet)
-        console.say(blocks.summary(self.data))
+        data = self._calibration.data
+        blocks = self._blocks or read_blocks(base, data, quiet=self._options.quiet)
+        console.say(blocks.summary(data))
         if unfinished.blocks:
             console.note(f"going on: {unfinished.blocks} of {len(blocks.tokens)} blocks are there")
         console.note(f"loading {base.label}")
@@ -206,12 +216,12 @@ class AimRequest:
                 """Count from when the model is loaded, so that the rate is that of the forward passes."""
                 nonlocal started
                 if not bar:
-                    bar.append(stack.enter_context(console.bar("calibrating", tokens)))
+                    bar.append(stack.enter_context(console.bar("calibrating", tokens, " tokens")))
                     started = time.monotonic()
                 bar[0](done)
 
             activations = calibrate(
-                base, self.data, self.calibration, blocks=blocks, unfinished=unfinished, progress=progress
+                base, data, self._calibration.options, blocks=blocks, unfinished=unfinished, progress=progress
             )
         seconds = max(time.monotonic() - started, 1e-9)
         console.say(
@@ -233,7 +243,7 @@ def blocks_of(activations: Activations) -> str:
 
 
 def format_check(described: dict[str, Any]) -> str:
-    """What `AimRequest.describe` found, for people."""
+    """What `AimStep.describe` found, for people."""
     lines = [f"AIM: omega {' and '.join(described['omegas'])}, statistics from {described['statistics']}"]
     lines += [
         f"  {key} = {described[key]}"

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from checkpoints.errors import ArgumentError, unknown
-from merging.parameters import Parameter
 
 Number = float | int | bool
 
 NOTHING: Any = object()
 """What a value says of a tensor that no filter matches."""
+
+
+class Accepted(Protocol):
+    """What numbers a parameter takes; `merging.parameters.Parameter` is one, AIM's omega another."""
+
+    @property
+    def kind(self) -> str:
+        """`number`, `whole`, `switch` (yes or no) or `rule` (yes, no, or what the method itself does)."""
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it takes yes and no."""
+
+    @property
+    def expectation(self) -> str:
+        """What a value must be, for messages: `a number in [0, 1]`."""
+
+    def check(self, value: Any, *, place: bool = True) -> None:
+        """Raise ArgumentError where one value is outside the range; `place`: the message names the parameter."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +61,7 @@ class Value:
             t: where among the layers it is, 0 for the first and 1 for the last.
         """
         for part, numbers in self.entries:
-            if part is None or part in tensor:
+            if matches(part, tensor):
                 position = t * (len(numbers) - 1)
                 first = int(position)
                 if isinstance(numbers[first], bool) or len(numbers) == 1:
@@ -51,6 +69,10 @@ class Value:
                 share = position - first
                 return (1 - share) * numbers[first] + share * numbers[min(first + 1, len(numbers) - 1)]
         return NOTHING
+
+    def filter_of(self, tensor: str) -> str | None:
+        """The filter that gives a tensor its number; None where none does."""
+        return next((part for part, _ in self.entries if matches(part, tensor)), None)
 
     def as_json(self) -> Any:
         """As a recipe file has it: a number, a list of them, or a list of `{filter, value}`."""
@@ -66,16 +88,21 @@ class Value:
         ]
 
 
-def parse_value(setting: Any, parameter: Parameter) -> Value:
+def matches(part: str | None, tensor: str) -> bool:
+    """Whether a filter is in a tensor's name; None is in every name."""
+    return part is None or part in tensor
+
+
+def parse_value(content: Any, parameter: Accepted) -> Value:
     """Read a number, a gradient or filters, as a recipe file has them.
 
     Raises: ArgumentError: it is none of these, or a number is out of the parameter's range.
     """
-    if isinstance(setting, list) and not setting:
+    if isinstance(content, list) and not content:
         raise ArgumentError("expected a value, got an empty list.")
-    entries = setting if isinstance(setting, list) else [setting]
+    entries = content if isinstance(content, list) else [content]
     if not any(isinstance(entry, dict) for entry in entries):
-        return Value(((None, _parse_numbers(setting, parameter)),))
+        return Value(((None, _parse_numbers(content, parameter)),))
     found = []
     for entry in entries:
         if not isinstance(entry, dict) or "value" not in entry:
@@ -85,23 +112,63 @@ def parse_value(setting: Any, parameter: Parameter) -> Value:
         part = entry.get("filter")
         if part is not None and not isinstance(part, str):
             raise ArgumentError(f"expected a part of a tensor's name as filter, got {describe(part)}.")
-        found.append((None if part == "*" else part, _parse_numbers(entry["value"], parameter)))
+        try:
+            numbers = _parse_numbers(entry["value"], parameter)
+        except ArgumentError as error:
+            where = "the filter '" + part + "'" if part else "the rest"
+            raise ArgumentError(f"{error.marked.removesuffix('.')} for {where}.") from None
+        found.append((None if part == "*" else part, numbers))
     return Value(tuple(found))
 
 
-def _parse_numbers(content: Any, parameter: Parameter) -> tuple[Number, ...]:
+def split_filters(text: str) -> list[tuple[str | None, str]]:
+    """Read `mlp=0.2,self_attn=0.6,0.4` as it is typed: (filter, number) in order, None for a number without a filter.
+
+    A comma inside a filter stays: what follows one and has no `=` is part of the next filter, unless it is a number.
+    """
+    found: list[tuple[str | None, str]] = []
+    begun: list[str] = []
+    parts = text.split(",")
+    for at, entry in enumerate(parts):
+        part, equals, number = entry.rpartition("=")
+        if equals:
+            found.append((",".join([*begun, part]).strip(), number.strip()))
+            begun = []
+        elif at == len(parts) - 1 or (not begun and is_number(entry)):
+            found += [(None, ",".join([*begun, entry]))]
+            begun = []
+        else:
+            begun.append(entry)
+    return found
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number, as Python reads one."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _parse_numbers(content: Any, parameter: Accepted) -> tuple[Number, ...]:
     """One number, or several over the layers."""
     numbers = []
     for one in content if isinstance(content, list) and content else [content]:
         number = _number(one, parameter)
         if number is None:
             raise ArgumentError(f"expected {parameter.expectation}, got {describe(one)}.")
-        parameter.check(number, place=False)
+        try:
+            parameter.check(number, place=False)
+        except ArgumentError:
+            if not isinstance(one, str):
+                raise
+            raise ArgumentError(f"expected {parameter.expectation}, got {one:.100}.") from None
         numbers.append(number)
     return tuple(numbers)
 
 
-def _number(content: Any, parameter: Parameter) -> Number | None:
+def _number(content: Any, parameter: Accepted) -> Number | None:
     """A scalar of a file as a number: YAML reads 1e-5 as text, and mergekit's name of its rule for rescale is l1."""
     if isinstance(content, str):
         if parameter.kind == "rule" and content == "l1":

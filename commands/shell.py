@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import io
 import json
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -19,18 +16,28 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from checkpoints import VERSION
 from checkpoints.chat_templates import known_templates
-from checkpoints.errors import AlreadyComplete, ArgumentError, InputError, Refusals, unknown
-from checkpoints.settings import as_flag
+from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.process import own_process
+from checkpoints.settings import as_flag, setting, shown
 
 if TYPE_CHECKING:
     import torch
 
-    from aim.console import Console
     from checkpoints.upload import Upload
+    from streaming.job import Console, Job, Result
     from streaming.log import Log
     from streaming.output import RunOptions, Written
 
 INTERRUPTED = 130
+FLAGS = {
+    "weight": "weights",
+    "out_dtype": "dtype",
+    "models": "models_to_merge",
+    "statistics": "activations",
+    "calibration.source": "calibration_data",
+    "max_shard_bytes": "max_shard_size",
+}
+"""Setting -> its flag, where that has another name."""
 LESS_MEMORY = "Use fewer --workers, or --device cpu."
 SIZE_UNITS = {
     "": 1,
@@ -43,6 +50,14 @@ SIZE_UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
+
+
+def show_flag(name: str, value: str | None) -> str:
+    """A setting as a user of a command types it: `--weights 0.5`, `--no-normalize`."""
+    flag = FLAGS.get(name, name)
+    if value in ("true", "false"):
+        return as_flag(flag if value == "true" else f"no-{flag}", None)
+    return as_flag(flag, value)
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,14 +98,12 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequen
     ):  # what a terminal cannot show is escaped: bytes of a path that are no text
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _clean_end():
+        with own_process():
             body(arguments)
             sys.stdout.flush()
     except InputError as error:
-        print(f"{parser.prog}: {error.shown(as_flag)}", file=sys.stderr)
+        print(f"{parser.prog}: {error.shown(show_flag)}", file=sys.stderr)
         return error.exit_code
-    except AlreadyComplete as done:
-        print(done)
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; nothing is left behind.", file=sys.stderr)
         return INTERRUPTED
@@ -109,31 +122,6 @@ def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequen
         print(f"{parser.prog}: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
         return 1
     return 0
-
-
-def end(code: int) -> NoReturn:
-    """End the process. Without a last search for garbage in all that the libraries made, which takes the interpreter half a
-    second after torch, and more than one after transformers."""
-    gc.freeze()
-    sys.exit(code)
-
-
-@contextmanager
-def _clean_end() -> Iterator[None]:
-    """A polite kill and a closed terminal end a run as Ctrl-C does: cleaned up. `nohup` stays in force."""
-
-    def interrupt(*_: Any) -> NoReturn:
-        raise KeyboardInterrupt
-
-    # Python lets the main thread alone set handlers; in another one, kills are the caller's affair.
-    ours = threading.current_thread() is threading.main_thread()
-    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, interrupt) for number in caught if ours}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def command(parser: Parser, argv: Sequence[str] | None) -> list[str]:
@@ -196,11 +184,11 @@ def add_layout_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--copy_tokenizer_from", metavar="MODEL", help="tokenizer files and chat template of any model with the output's vocabulary, in place of the output's")  # fmt: skip
 
 
-def parse_yes_or_no(flag: str, text: str | None) -> bool | None:
-    """Whether a flag says yes or no; None where it was not given. Raises ArgumentError."""
+def parse_yes_or_no(name: str, text: str | None) -> bool | None:
+    """Whether the flag of a setting says yes or no; None where it was not given. Raises ArgumentError."""
     if text is None:
         return None
-    return parse_choice(flag, text.lower(), ("yes", "no")) == "yes"
+    return parse_choice(name, text.lower(), ("yes", "no")) == "yes"
 
 
 def whole(text: str) -> int:
@@ -224,19 +212,19 @@ def parse_save_path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def parse_size(flag: str, text: str) -> int:
+def parse_size(name: str, text: str) -> int:
     """Bytes from `5GB`, `500M`, `1GiB` or a plain number. Raises ArgumentError."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*((?:[KMGT]I?)?)B?", text.strip().upper())
     size = int(float(match[1]) * SIZE_UNITS[match[2]]) if match else 0
     if size < 1:
-        raise ArgumentError(f"{flag}: expected a size such as 500MB or 5GB, got {text!r}.")
+        raise ArgumentError(f"{setting(name)}: expected a size such as 500MB or 5GB, got {text!r}.")
     return size
 
 
-def parse_choice(flag: str, text: str, choices: Sequence[str]) -> str:
+def parse_choice(name: str, text: str, choices: Sequence[str]) -> str:
     """`text`, where it is one of the choices. Raises ArgumentError with the nearest one."""
     if text not in choices:
-        raise ArgumentError(f"{flag}: {unknown('value', text, choices)}")
+        raise ArgumentError(f"{setting(name)}: {unknown('value', text, choices)}")
     return text
 
 
@@ -265,8 +253,8 @@ def run_options(arguments: argparse.Namespace, device: torch.device, command: li
         raise ArgumentError("--public: nothing is pushed. Add --push_to_hub NAME, or leave it out.")
     return RunOptions(
         stream=StreamOptions(device, arguments.workers, allow_non_finite=arguments.allow_non_finite),
-        max_shard_bytes=parse_size("--max_shard_size", arguments.max_shard_size),
-        digest=parse_choice("--digest", arguments.digest, ("none", "outputs", "full")),  # type: ignore[arg-type]
+        max_shard_bytes=parse_size("max_shard_bytes", arguments.max_shard_size),
+        digest=parse_choice("digest", arguments.digest, ("none", "outputs", "full")),  # type: ignore[arg-type]
         overwrite=arguments.overwrite,
         resume=not arguments.no_resume,
         trust_remote_code=arguments.trust_remote_code,
@@ -281,29 +269,55 @@ def read_upload(arguments: argparse.Namespace, folders: Sequence[str]) -> Upload
     Args:
         folders: of the checkpoints, below the save path.
     """
-    from checkpoints.upload import plan_upload
-
     if arguments.push_to_hub is None:
         return None
+    from checkpoints.upload import plan_upload
+
     return plan_upload(arguments.push_to_hub, folders, public=arguments.public, overwrite=arguments.overwrite)
 
 
-@contextmanager
-def pushing(upload: Upload | None, save_path: Path, options: RunOptions) -> Iterator[None]:
-    """Push what the block makes, or finds complete already. Raises InputError, see `Upload.push`.
-
-    Args:
-        upload: from `read_upload`; None pushes nothing.
-    """
-    try:
-        yield
-    except AlreadyComplete as done:
-        if upload is None:
-            raise
-        print(done)
-    for pushed in upload.push(save_path, quiet=options.quiet) if upload else ():
+def carry_out(job: Job, upload: Upload | None, arguments: argparse.Namespace) -> None:
+    """Run a job and push what it made, or print its plan under `--dry_run`. Raises InputError as `Job.run`, `Upload.push`."""
+    if arguments.dry_run:
+        show_plan(job, upload, as_json=arguments.json)
+        return
+    options, told = job.options, console(job.options)
+    result = job.run(told)
+    if result.was_complete:
+        print(result.message)
+    else:
+        tell(result, told)
+    for pushed in upload.push(job.save_path, quiet=options.quiet) if upload else ():
         options.log("pushed", url=pushed.url, commit=pushed.commit)
-        console(options).say(f"pushed to {pushed.url} ({pushed.visibility}), commit {pushed.commit}")
+        told.say(f"pushed to {pushed.url} ({pushed.visibility}), commit {pushed.commit}")
+    if result.was_complete and not upload:
+        options.log("end", result=result.message)
+
+
+def show_plan(job: Job, upload: Upload | None, *, as_json: bool) -> None:
+    """Print what would be done, and pushed."""
+    if job.complete:
+        print(job.complete)
+    elif as_json:
+        plan = job.as_json() | ({"push_to_hub": upload.as_json()} if upload else {})
+        print(json.dumps(shown(plan, show_flag), indent=2, ensure_ascii=False))
+    else:
+        print(job.as_text(show_flag))
+        if upload:
+            print(upload.as_text())
+
+
+def tell(result: Result, console: Console) -> None:
+    """Say what came of a job."""
+    for warning in result.warnings:
+        console.warn(shown(warning, console.show))
+    if result.report:
+        from merging.report import format_report
+
+        console.say(format_report(result.report) + "\n")
+    if result.summary:
+        console.say(result.summary)
+    console.say(summary(result.save_path, result.written))
 
 
 @contextmanager
@@ -318,14 +332,14 @@ def refusals_as_json(arguments: argparse.Namespace) -> Iterator[None]:
             problems = error.problems if isinstance(error, Refusals) else [error]
             print(
                 json.dumps(
-                    {"refusals": [str(problem.shown(as_flag)) for problem in problems]}, indent=2, ensure_ascii=False
+                    {"refusals": [str(problem.shown(show_flag)) for problem in problems]}, indent=2, ensure_ascii=False
                 )
             )
         raise
 
 
 @contextmanager
-def progress_bar(title: str, total: int, *, quiet: bool, unit: str = "B") -> Iterator[Callable[[int], object]]:
+def progress_bar(title: str, total: int, unit: str = "B", *, quiet: bool) -> Iterator[Callable[[int], object]]:
     """A bar with bytes (or `unit`) a second and time left on stderr, silent without a terminal; yields what advances it."""
     from tqdm import tqdm
 
@@ -337,21 +351,27 @@ def progress_bar(title: str, total: int, *, quiet: bool, unit: str = "B") -> Ite
 
 
 def console(options: RunOptions) -> Console:
-    """How a command speaks to the user: results on stdout, remarks and bars on stderr, warnings even where quiet and in the log."""
-    from aim.console import Console
+    """How a command speaks to the user: results on stdout, remarks and bars on stderr, warnings even where quiet, once each,
+    and in the log."""
+    from streaming.job import Console
+
+    warned: set[str] = set()
 
     def say(line: str) -> None:
         if not options.quiet:
             print(line)
 
     def note(line: str) -> None:
-        is_warning = line.startswith("warning: ")
-        if is_warning:
-            options.log("warning", message=line.removeprefix("warning: "))
-        if is_warning or not options.quiet:
+        if not options.quiet:
             print(line, file=sys.stderr)
 
-    return Console(say, note, partial(progress_bar, quiet=options.quiet, unit=" tokens"))
+    def warn(line: str) -> None:
+        if line not in warned:
+            warned.add(line)
+            options.log("warning", message=line)
+            print(f"warning: {line}", file=sys.stderr)
+
+    return Console(say, note, warn, partial(progress_bar, quiet=options.quiet), show_flag)
 
 
 @contextmanager
@@ -362,24 +382,26 @@ def run_log(path: str | None, command: list[str]) -> Iterator[Log]:
     if path is None:
         yield no_log
         return
-    log = RunLog(Path(path).expanduser())
-    with closing(log):
+    file = RunLog(Path(path).expanduser())
+    ended = False
+
+    def log(event: str, **fields: Any) -> None:
+        nonlocal ended
+        ended = ended or event == "end"
+        file(event, **fields)
+
+    with closing(file):
         log("start", command=command, version=VERSION)
         try:
             yield log
-        except AlreadyComplete as done:
-            log("end", result=str(done))
+        except InputError as error:
+            log("end", error=str(error.shown(show_flag)))
             raise
         except BaseException as error:
             log("end", error=str(error) or type(error).__name__)
             raise
-        log("end", result="complete")
-
-
-def note_finished(console: Console, todo: Sequence[object], tensors: Sequence[object]) -> None:
-    """Say how much of an interrupted run is gone on with."""
-    if len(todo) < len(tensors):
-        console.note(f"going on: {len(tensors) - len(todo)} of {len(tensors)} tensors are there")
+        if not ended:
+            log("end", result="complete")
 
 
 def gigabytes(count: float) -> str:

@@ -1,0 +1,153 @@
+"""What changes the whole process: one place for all of it, and off unless a command says that the process is its own.
+
+A call from a notebook or a server changes nothing that outlasts it or that other threads can see; a command, which nobody
+shares its process with, starts faster, keeps the memory of freed blocks, bounds what a stranger's config can allocate, and ends
+as a user expects.
+
+    with own_process():     # commands/shell.py, nobody else
+        merge(recipe, "out")
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+SWITCH_S = 0.0002
+"""Seconds between turns of Python's threads while something is compiled."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BYTES = 16 << 20
+GUESSES = "transformers.generation.candidate_generator"
+
+_owners = 0
+
+
+@contextmanager
+def own_process() -> Iterator[None]:
+    """Switch everything here on for the length of the block; a polite kill and a closed terminal end it as Ctrl-C does."""
+    global _owners
+    _owners += 1
+    try:
+        with _kills_as_interrupts():
+            yield
+    finally:
+        _owners -= 1
+
+
+def is_ours() -> bool:
+    """Whether a command runs, and nobody shares the process with it."""
+    return _owners > 0
+
+
+@contextmanager
+def _kills_as_interrupts() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise KeyboardInterrupt, so that a run cleans up; `nohup` stays in force."""
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    # Python lets the main thread alone set handlers; in another one, kills are the caller's affair.
+    ours = threading.current_thread() is threading.main_thread()
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, interrupt) for number in caught if ours}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def end(code: int) -> NoReturn:
+    """End the process. Without a last search for garbage in all that the libraries made, which takes the interpreter half a
+    second after torch, and more than one after transformers."""
+    gc.freeze()
+    sys.exit(code)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed blocks: handing it back costs a page fault for each page of the next one."""
+    if not is_ours():
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library, which has its own ways
+        return
+    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Importing numba is half a second of Python, in which every other thread would wait 5 ms for each of its turns."""
+    if not is_ours():
+        yield
+        return
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+@contextmanager
+def without(module: str) -> Iterator[None]:
+    """Have imports inside the block find no such module, where it is not imported yet: a library that can do without starts
+    in less time. Everybody may import it afterwards."""
+    if not is_ours() or module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]  # to Python: there is none
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+@contextmanager
+def quick_start() -> Iterator[None]:
+    """Import transformers in two thirds of the time that it takes by itself, which is most of a command's start.
+
+    Without scikit-learn: transformers asks whether it is installed, and uses it only to tune how assisted generation
+    guesses, which then goes untuned in this process. Without garbage collection, which would look again and again through
+    what stays.
+    """
+    if not is_ours():
+        yield
+        return
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        if GUESSES not in sys.modules:
+            with without("sklearn"):
+                importlib.import_module(GUESSES)
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@contextmanager
+def limited_memory(more_bytes: int) -> Iterator[None]:
+    """Let no more than this be allocated on top of what is in use, on Linux. Raises MemoryError from inside the block."""
+    if not is_ours():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with suppress(OSError, ValueError, IndexError):  # only Linux says how much is in use
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limits = [limit for limit in (in_use + more_bytes, soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

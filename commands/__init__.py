@@ -1,0 +1,1 @@
+"""The four commands: flags to values, values to the packages, and back to the terminal. Nothing imports this but them."""

@@ -1,0 +1,309 @@
+"""Merge fine-tuned language models into one checkpoint.
+
+    python merge.py --method dare_ties --base_model unsloth/llama-2-13b \\
+        --models_to_merge WizardLMTeam/WizardLM-13B-V1.2,vanillaOVO/WizardMath-13B-V1.0 --save_path ./merged
+    python merge.py --method ties --base_model ./base --models_to_merge ./math:0.6,./code:0.4 --density 0.3 \\
+        --save_path ./merged --dry_run
+    python merge.py --config recipe.yml --save_path ./merged
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from checkpoints.errors import ArgumentError, named_by
+from checkpoints.problems import Problems
+from checkpoints.settings import setting, show_settings
+from commands import aim_flags, shell
+from merging.methods import METHODS, get_method
+from merging.parameters import PARAMETERS, Parameter
+
+if TYPE_CHECKING:
+    import torch
+
+    from aim.reading import Given
+    from aim.request import AimRequest
+    from merging.recipe import Recipe
+    from streaming.layout import Layout
+    from streaming.output import RunOptions
+
+
+def build_parser() -> shell.Parser:
+    """The flags of merge.py."""
+    parser = shell.Parser(prog="merge.py", description=__doc__)
+    what = parser.add_argument_group("what to merge")
+    what.add_argument("--method", metavar="METHOD", help=", ".join(METHODS) + " (in any case)")
+    what.add_argument("--base_model", metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name or NAME@REVISION; gives config, tokenizer and vocabulary")  # fmt: skip
+    what.add_argument("--models_to_merge", metavar="A,B,C", help="folders, hub names or NAME@REVISION; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
+    what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
+    what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
+    what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
+    what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that a result is what its run wrote (sizes, digests), that every number is finite, and shapes")  # fmt: skip
+    how = parser.add_argument_group("how (a flag that the method does not use is an error)")
+    for parameter in PARAMETERS.values():
+        add_parameter(how, parameter)
+    how.add_argument(
+        "--seed",
+        type=shell.whole,
+        metavar="N",
+        help="dare, della, --control permuted: seed of what is drawn (default 0)",
+    )
+    how.add_argument("--exclude", metavar="REGEX", help="tensors in whose name this is found are taken from the base")
+    layout = parser.add_argument_group("vocabulary and head of the output")
+    layout.add_argument("--tokenizer_source", metavar="S", help="whose tokenizer and vocabulary: base, union (the base's and the tokens that models add) or one of the models (default: union where a model adds tokens, else base)")  # fmt: skip
+    layout.add_argument("--pad_to_multiple_of", type=shell.positive, metavar="N", help="rows of embedding and head are a multiple of this")  # fmt: skip
+    shell.add_layout_flags(layout)
+    how.add_argument("--only", metavar="REGEX", help="tensors in whose name this is not found are taken from the base, such as the vision tower's with --only language_model")  # fmt: skip
+    aim_flags.add_aim_flags(
+        parser,
+        omega_help="relax the merge by the base's activations before it is written: 0 puts the most active channel back to the base, 1 changes nothing; also by filter, mlp=0.2,self_attn=0.6,0.4",
+    )
+    shell.add_output_flags(parser)
+    report = parser.add_argument_group("report")
+    report.add_argument(
+        "--report", default="sample", metavar="WHAT", help="sample (one block in 16; default), full or none"
+    )
+    return parser
+
+
+def add_parameter(group: argparse._ArgumentGroup, parameter: Parameter) -> None:
+    """Add the flag of a method's parameter; its help says which methods have it, and what they do without."""
+    users: dict[Any, list[str]] = {}
+    for name, entry in METHODS.items():
+        if parameter.key in entry.defaults:
+            users.setdefault(entry.defaults[parameter.key], []).append(name)
+    words = {True: "yes", False: "no", None: "as the method does"}
+    defaults = "; ".join(
+        f"{', '.join(names)} (default {words[default] if parameter.is_switch else default})"
+        for default, names in users.items()
+    )
+    form: dict[str, Any] = {"metavar": "V"} if not parameter.is_switch else {"action": argparse.BooleanOptionalAction}
+    text = show_settings(parameter.help, shell.show_flag)
+    group.add_argument(shell.show_flag(parameter.key, None), help=f"{text}: {defaults}", **form)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = build_parser()
+
+    def body(arguments: argparse.Namespace) -> None:
+        check_complete(parser, arguments)
+        run(arguments, shell.command(parser, argv))
+
+    return shell.run(parser, body, argv)
+
+
+def check_complete(parser: shell.Parser, arguments: argparse.Namespace) -> None:
+    """Exit with a message where flags are missing without which nothing is said, before anything heavy is imported."""
+    if arguments.verify is not None:
+        return
+    needed = [] if arguments.config is not None else ["--method", "--base_model", "--models_to_merge"]
+    needed += [] if arguments.write_config is not None else ["--save_path"]
+    missing = [flag for flag in needed if vars(arguments)[flag.removeprefix("--")] is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+
+
+def run(arguments: argparse.Namespace, command: list[str]) -> None:
+    """Flags -> recipe and options -> plan -> merge, relaxed by AIM where asked."""
+    if arguments.verify is not None:
+        verify(arguments)
+        return
+    if arguments.write_config is not None:
+        write_config(arguments)
+        return
+    with shell.refusals_as_json(arguments), shell.run_log(arguments.log_file, command) as log:
+        from merging.run import prepare
+
+        asked = read_flags(arguments, command)
+        options = replace(asked.options, log=log)
+        step = asked.aim.step(asked.save_path, options, dry_run=arguments.dry_run) if asked.aim else None
+        upload = shell.read_upload(arguments, step.folders if step else [""])
+        with named_by(asked.recipe.places):
+            job = prepare(asked.recipe, asked.save_path, options, step=step, download=not arguments.dry_run)
+            shell.carry_out(job, upload, arguments)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the flags and the file of --config ask for.
+
+    Attributes:
+        recipe: what to merge; aim: what AIM does to it, None for nothing.
+        options: how to run; save_path: where to.
+    """
+
+    recipe: Recipe
+    aim: AimRequest | None
+    options: RunOptions
+    save_path: Path
+
+
+def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
+    """Everything the flags say. Raises Refusals: every flag that is wrong."""
+    device = shell.parse_device("cpu")
+    problems = Problems()
+    recipe: Recipe | None = None
+    options: RunOptions | None = None
+    save_path, request = Path(), None
+    with problems.collect():
+        device = shell.parse_device(arguments.device)
+    with problems.collect():
+        recipe = read_recipe(arguments)
+    with problems.collect():
+        options = replace(shell.run_options(arguments, device, command), report=read_report(arguments))
+    with problems.collect():
+        save_path = shell.parse_save_path(arguments.save_path)
+    with problems.collect():
+        request = read_aim(arguments, recipe, device)
+    if request and arguments.save_path.strip():
+        with problems.collect():
+            request.check_kept(save_path)
+    problems.raise_if_any()
+    assert recipe is not None
+    assert options is not None
+    return Asked(recipe, request, options, save_path)
+
+
+def read_aim(arguments: argparse.Namespace, recipe: Recipe | None, device: torch.device) -> AimRequest | None:
+    """AIM as flags and recipe ask for it, None where they do not. Raises InputError where a setting is wrong or stands alone."""
+    given = given_of_aim(arguments, recipe)
+    if given is None:
+        return None
+    from aim.reading import make_request
+
+    return make_request(given, None if arguments.device == "auto" else device)
+
+
+def given_of_aim(arguments: argparse.Namespace, recipe: Recipe | None) -> Given | None:
+    """What flags and a recipe's block give of AIM's settings; None where AIM takes no part. Raises InputError: flags stand alone."""
+    block = recipe.aim if recipe else None
+    if block is None and not (recipe is None and arguments.config is not None) and not aim_flags.are_given(arguments):
+        return None
+    if block is None:
+        return aim_flags.read_flags(arguments)
+    from aim.reading import agree, read_block
+
+    return agree(read_block(block, arguments.config), aim_flags.read_flags(arguments), arguments.config)
+
+
+def read_recipe(arguments: argparse.Namespace) -> Recipe:
+    """What to merge, from flags or a file. Raises InputError where something is wrong."""
+    if arguments.config is not None:
+        return read_config(arguments)
+    from merging.recipe_flags import make_recipe
+    from streaming.layout import Layout
+
+    seed_is_aims = arguments.control == "permuted" and not get_method(arguments.method).draws
+    layout: Layout | None = None
+    recipe: Recipe | None = None
+    problems = Problems()
+    with problems.collect():
+        layout = Layout(**given_layout(arguments))
+    with problems.collect():
+        recipe = make_recipe(
+            arguments.method,
+            arguments.base_model,
+            arguments.models_to_merge,
+            parameters={key: vars(arguments)[shell.FLAGS.get(key, key)] for key in PARAMETERS},
+            seed=None if seed_is_aims else arguments.seed,
+            out_dtype=arguments.dtype,
+            exclude=arguments.exclude,
+            only=arguments.only,
+            layout=layout,
+        )
+    problems.raise_if_any()
+    assert recipe is not None
+    return recipe
+
+
+def given_layout(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What flags say of the output's vocabulary and head, by recipe key. Raises ArgumentError where one is wrong."""
+    keys = ("tokenizer_source", "new_token_rows", "pad_to_multiple_of", "chat_template", "copy_tokenizer_from")
+    given = {key: vars(arguments)[key] for key in keys}
+    given["tie_word_embeddings"] = shell.parse_yes_or_no("tie_word_embeddings", arguments.tie_word_embeddings)
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def read_config(arguments: argparse.Namespace) -> Recipe:
+    """What the file of --config says to merge; what flags say besides must not contradict it. Raises Refusals."""
+    from merging.recipe_file import read_recipe_file
+
+    problems = Problems()
+    for name in ("method", "base_model", "models", *PARAMETERS):
+        if vars(arguments)[shell.FLAGS.get(name, name)] is not None:
+            problems.add(
+                ArgumentError(
+                    f"{setting(name)}: {setting('config')} says what to merge. Write it into the file, or leave one out."
+                )
+            )
+    recipe: Recipe | None = None
+    with problems.collect():
+        recipe = read_recipe_file(
+            arguments.config,
+            seed=None if arguments.control == "permuted" else arguments.seed,
+            out_dtype=None if arguments.dtype == "auto" else arguments.dtype,
+            exclude=arguments.exclude,
+            only=arguments.only,
+            layout=given_layout(arguments),
+        )
+    if recipe and recipe.base_model is None and (recipe.aim is not None or aim_flags.are_given(arguments)):
+        problems.add(ArgumentError(f"{arguments.config}: base_model: AIM needs one. Name it, or leave AIM out."))
+    problems.raise_if_any()
+    assert recipe is not None
+    return recipe
+
+
+def write_config(arguments: argparse.Namespace) -> None:
+    """Write the recipe that the flags make as a file. Raises InputError where a flag is wrong, or the file is there."""
+    path = Path(arguments.write_config).expanduser()
+    problems = Problems()
+    recipe: Recipe | None = None
+    given: Given | None = None
+    with problems.collect():
+        recipe = read_recipe(arguments)
+    with problems.collect():
+        given = given_of_aim(arguments, recipe)
+        if given is not None:
+            from aim.reading import make_request
+
+            make_request(given)
+    where = setting("write_config", path)
+    if path.exists() and not arguments.overwrite:
+        problems.add(ArgumentError(f"{where}: is there already. Name another file, or add {setting('overwrite')}."))
+    elif not path.parent.is_dir() or path.is_dir():
+        problems.add(ArgumentError(f"{where}: expected a file in a folder that exists. Name one."))
+    problems.raise_if_any()
+    from merging.recipe_file import write_recipe_file
+
+    assert recipe is not None
+    write_recipe_file(recipe, path, given.as_block() if given else None)
+    if not arguments.quiet:
+        print(f"{path}: written. Merge with: python merge.py --config {path} --save_path FOLDER")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Check the results of an earlier run. Raises InputError: everything that is wrong with them."""
+    from streaming.verify import bytes_in, results_in, verify
+
+    folder = shell.parse_save_path(arguments.verify)
+    for result in results_in(folder):
+        with shell.progress_bar("verifying", bytes_in(result), quiet=arguments.quiet) as advance:
+            found = verify(result, trust_remote_code=arguments.trust_remote_code, progress=advance)
+        for note in found.notes:
+            print(f"note: {result}: {note}", file=sys.stderr)
+        if found.undigested:
+            print(f"note: {result}: the run took no digests, so that only sizes were compared.", file=sys.stderr)
+        if not arguments.quiet:
+            size = shell.gigabytes(found.bytes)
+            print(f"{result}: as written: {found.files} weight file(s), {found.tensors} tensors, {size}, all finite.")
+
+
+def read_report(arguments: argparse.Namespace) -> Literal["none", "sample", "full"]:
+    """How much the merge report looks at. Raises ArgumentError."""
+    return shell.parse_choice("report", arguments.report, ("none", "sample", "full"))  # type: ignore[return-value]

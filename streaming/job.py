@@ -1,0 +1,393 @@
+"""One job: what is to be written, planned and checked, run from opened inputs to finished folders.
+
+`merging` and `aim` each make a `Work`: tensors and what belongs beside them. A `Step` (AIM) changes weights on their way from the
+merge to the disk. The commands and the packages' own functions run the same `Job`:
+
+    job = plan_job(make_work, inputs, save_path, options, step)
+    result = job.run()
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from checkpoints.errors import AlreadyComplete
+from checkpoints.folder import Folder
+from checkpoints.model import Model, close_all
+from checkpoints.problems import Problems
+from checkpoints.settings import Show, as_flag, as_in_python, shown
+from checkpoints.sidecars import SideFiles
+from checkpoints.staging import RECIPE_FILE, Stage, check_complete, check_save_path, check_space, staged
+from checkpoints.writer import Shard
+from streaming.output import (
+    Findings,
+    RunOptions,
+    Variant,
+    Written,
+    bytes_written,
+    files_written,
+    identity_of,
+    unfinished,
+    write_checkpoints,
+    write_description,
+)
+from streaming.stream import Observer, PlannedTensor, bytes_read
+
+Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], object]]]
+"""Makes a progress bar from a title, a total and its unit; yields what advances it."""
+
+
+@contextmanager
+def no_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """Show no progress."""
+    yield lambda count: None
+
+
+def bar_of(progress: Callable[[int], object]) -> Bar:
+    """A bar that passes on the bytes that are read and written."""
+    return lambda title, total, unit: nullcontext(progress) if unit == "B" else no_bar(title, total, unit)
+
+
+def say_nothing(line: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Console:
+    """How a run speaks to the user; by default not at all.
+
+    Attributes:
+        say: prints a line of the result.
+        note: prints a remark beside it.
+        warn: prints what the user should look at.
+        bar: makes a progress bar.
+        show: how settings are named.
+    """
+
+    say: Callable[[str], object] = say_nothing
+    note: Callable[[str], object] = say_nothing
+    warn: Callable[[str], object] = say_nothing
+    bar: Bar = no_bar
+    show: Show = as_in_python
+
+
+class Changes(Protocol):
+    """What a step does, ready for a stream."""
+
+    @property
+    def variants(self) -> Sequence[Variant]:
+        """One for each checkpoint."""
+
+    def summary(self, show: Show) -> str:
+        """Lines for people, when the weights are written."""
+
+
+class Step(Protocol):
+    """What happens to weights between the merge and the disk."""
+
+    @property
+    def folders(self) -> Sequence[str]:
+        """Of the checkpoints, below the save path; `""` for the save path itself."""
+
+    @property
+    def identity(self) -> Any:
+        """Everything of it that decides the output's bytes, for JSON."""
+
+    def check(self, base: Model) -> None:
+        """Raise InputError with everything that does not fit, known without running the base."""
+
+    def describe(self, base: Model, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
+        """What would be done, for JSON; after `check`."""
+
+    def as_text(self, base: Model, tensors: Sequence[PlannedTensor], show: Show) -> str:
+        """The same for people."""
+
+    def prepare(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Changes:
+        """Find out how weights are changed; after `check`. Raises InputError."""
+
+
+class Request(Protocol):
+    """A step as a user asks for it: values, nothing opened."""
+
+    def step(self, save_path: Path, options: RunOptions, *, dry_run: bool = False) -> Step:
+        """What carries it out. Raises InputError: files that it keeps beside the output cannot be written."""
+
+
+@dataclass(kw_only=True)
+class Work(ABC):
+    """What a job writes, planned.
+
+    Attributes:
+        verb: what is done, for progress bars: `merging`.
+        inputs: every opened model, the base (or what stands in for it) first.
+        tensors: every output tensor with its sources.
+        shards: the files that they go into.
+        files: config, tokenizer and the rest.
+        out_dtype: `auto`, or the dtype asked for.
+        decides: what decides the output's bytes beside inputs, files and options, for JSON.
+        recipe: keys of merge_recipe.json that say what is done.
+        record: keys of merge_recipe.json that come after a step's.
+        card: the beginning of the model card.
+        notes: what a user should know; warnings: what a user should look at.
+    """
+
+    verb: str
+    inputs: Sequence[Model]
+    tensors: Sequence[PlannedTensor]
+    shards: list[Shard]
+    files: SideFiles
+    out_dtype: str
+    decides: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    card: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def base(self) -> Model:
+        """The base, or the model that stands in for it: gives what is no number."""
+        return self.inputs[0]
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of every input tensor that may be needed, each counted once."""
+        return bytes_read(self.tensors)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of one output's tensors."""
+        return bytes_written(self.tensors)
+
+    @abstractmethod
+    def as_json(self) -> dict[str, Any]:
+        """The plan for programs."""
+
+    @abstractmethod
+    def as_text(self, show: Show = as_in_python) -> str:
+        """The plan for people."""
+
+    def start(self) -> Observer | None:
+        """What looks at the blocks of a run that begins; None looks at none."""
+        return None
+
+    def warnings_of(self, findings: Findings) -> list[str]:
+        """What a user should look at, now that the numbers are known."""
+        return findings.non_finite_warnings()
+
+    def closing_record(self, observer: Observer | None) -> dict[str, Any]:
+        """The last keys of merge_recipe.json."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a job did.
+
+    Attributes:
+        save_path: the finished folder.
+        plan: what was carried out.
+        report: what the merge report says, see `merging.report.DeltaReport.as_json`; None where none was asked for.
+        warnings: what a user should look at, beside the plan's.
+        written: bytes, seconds, memory; nothing was written where `was_complete`.
+        was_complete: an earlier run had written this very output; report and warnings are those that it left.
+        message: says so, for people.
+        summary: of the step, for people.
+    """
+
+    save_path: Path
+    plan: Work
+    report: dict[str, Any] | None
+    warnings: list[str]
+    written: Written
+    was_complete: bool = False
+    message: str = ""
+    summary: str = ""
+
+
+@dataclass
+class Job:
+    """Work that has been planned and can be run.
+
+    Attributes:
+        save_path: the folder to be; options: how to run.
+        step: what happens to the weights before they are written; None for nothing.
+        complete: says that an earlier run has written this very output; empty where none has.
+    """
+
+    work: Work
+    save_path: Path
+    options: RunOptions
+    step: Step | None = None
+    complete: str = ""
+
+    @property
+    def folders(self) -> Sequence[str]:
+        """Of the checkpoints to be, below the save path."""
+        return self.step.folders if self.step else ("",)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What decides the output's bytes."""
+        work = self.work
+        aim = self.step.identity if self.step else None
+        return identity_of(work.decides, work.inputs, work.shards, work.files, self.options, aim=aim)
+
+    def staged(self) -> AbstractContextManager[Stage]:
+        """The folder to write in, which becomes the output when the context ends well. Raises as `checkpoints.staging.staged`."""
+        return staged(
+            self.save_path,
+            overwrite=self.options.overwrite,
+            folders=self.folders,
+            files=files_written(self.work.shards, self.work.files),
+            identity=self.identity,
+            resume=self.options.resume,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan for programs, the step's part under `aim`."""
+        described = {"aim": self.step.describe(self.work.base, self.work.tensors)} if self.step else {}
+        return {**self.work.as_json(), **described}
+
+    def as_text(self, show: Show = as_in_python) -> str:
+        """The plan for people."""
+        described = [self.step.as_text(self.work.base, self.work.tensors, show)] if self.step else []
+        return "\n".join([*described, self.work.as_text(show)])
+
+    def close(self) -> None:
+        """Close the inputs, for a job that is not run."""
+        close_all(self.work.inputs)
+
+    def run(self, console: Console | None = None) -> Result:
+        """Carry the plan out; the inputs are closed at the end.
+
+        Args:
+            console: how to speak to the user.
+
+        Raises: InputError: a number is not finite, an input changes under the run, the disk fails, Ctrl-C.
+        """
+        console = console or Console()
+        with closing(self):
+            if self.complete:
+                return self._as_it_was(self.complete)
+            self.options.log("plan", **shown(self.work.as_json(), console.show))
+            for note in self.work.notes:
+                console.note(f"note: {shown(note, console.show)}")
+            for warning in self.work.warnings:
+                console.warn(shown(warning, console.show))
+            try:
+                return self._run(console)
+            except AlreadyComplete as done:
+                return self._as_it_was(str(done))
+
+    def _run(self, console: Console) -> Result:
+        work, observer = self.work, self.work.start()
+        with self.staged() as stage:
+            for note in stage.notes:
+                console.note(f"note: {shown(note, console.show)}")
+            changes = self.step.prepare(work.base, work.tensors, console, stage) if self.step else None
+            variants = changes.variants if changes else (Variant(),)
+            todo = unfinished(work.tensors, stage)
+            if len(todo) < len(work.tensors):
+                console.note(f"going on: {len(work.tensors) - len(todo)} of {len(work.tensors)} tensors are there")
+            moved = bytes_read(todo, [one.transform for one in variants]) + bytes_written(todo) * len(variants)
+            with console.bar(work.verb, moved, "B") as advance:
+                written = write_checkpoints(
+                    work.tensors,
+                    work.shards,
+                    variants,
+                    stage,
+                    inputs=work.inputs,
+                    options=self.options,
+                    describe=lambda *arguments: self._describe(observer, stage, *arguments),
+                    observer=observer,
+                    progress=advance,
+                )
+        report = work.closing_record(observer).get("report")
+        summary = changes.summary(console.show) if changes else ""
+        return Result(self.save_path, work, report, work.warnings_of(written.findings), written, summary=summary)
+
+    def _describe(
+        self,
+        observer: Observer | None,
+        stage: Stage,
+        folder: Folder,
+        variant: Variant,
+        outputs: Mapping[str, Mapping[str, int | str]],
+        findings: Findings,
+    ) -> None:
+        """Write side files, model card and recipe of one variant."""
+        work = self.work
+        recipe = {
+            **work.recipe,
+            **variant.details(),
+            **work.record,
+            "outputs": outputs,
+            "notes": work.notes,
+            "warnings": [*work.warnings, *work.warnings_of(findings)],
+            **work.closing_record(observer),
+        }
+        write_description(
+            folder,
+            title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
+            files=work.files,
+            inputs=work.inputs,
+            out_dtype=work.out_dtype,
+            card=f"{work.card}\n\n{variant.card}",
+            recipe=shown(recipe, as_flag),
+            identity=stage.identity,
+            options=self.options,
+        )
+
+    def _as_it_was(self, message: str) -> Result:
+        """The result that an earlier run left."""
+        recorded = json.loads((self.save_path / self.folders[0] / RECIPE_FILE).read_bytes())
+        found = [text for text in recorded.get("warnings", ()) if text not in self.work.warnings]
+        nothing = Written(0, 0, 0.0, 0, Findings(frozenset(), {}))
+        return Result(self.save_path, self.work, recorded.get("report"), found, nothing, True, message)
+
+
+def plan_job(
+    make_work: Callable[[], Work],
+    inputs: Sequence[Model],
+    save_path: Path,
+    options: RunOptions,
+    step: Step | None = None,
+) -> Job:
+    """Plan a work, and check that it can be written and its step be taken; nothing is written.
+
+    Args:
+        make_work: plans it from the opened inputs; raises InputError where they do not fit.
+        inputs: the base, or what stands in for it, first.
+
+    Raises: Refusals: everything that keeps it from working.
+    """
+    planned, problems = Problems(), Problems()
+    job: Job | None = None
+    with planned.collect():
+        job = Job(make_work(), save_path, options, step)
+    if job and not options.overwrite and all(model.weights.is_here for model in inputs):
+        try:
+            check_complete(save_path, job.folders, job.identity)
+        except AlreadyComplete as done:
+            job.complete = str(done)
+            return job
+    folders = [folder for model in inputs for folder in model.folders]
+    problems.extend(check_save_path(save_path, folders, overwrite=options.overwrite))
+    problems.extend(planned)
+    if job and not problems:
+        needed = sum(shard.size for shard in job.work.shards) + job.work.files.nbytes
+        problems.extend(check_space(save_path, len(job.folders) * needed))
+    if step is not None:
+        with problems.collect():
+            step.check(inputs[0])
+    problems.raise_if_any()
+    assert job is not None
+    return job
