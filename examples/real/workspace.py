@@ -69,7 +69,8 @@ class Workspace:
         seed: int = 1,
         adapters: bool = False,
     ):
-        if folder.exists() and any(folder.iterdir()) and not self.is_ours(folder):
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if there - {"base"} and not self.is_ours(folder):
             raise ArgumentError(f"--folder {folder}: holds something else. Choose a folder that is empty or not there.")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).touch()
