@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from aim.reading import Given
     from aim.request import AimRequest
     from merging.recipe import Recipe
-    from streaming.layout import Layout
+    from alignment.layout import Layout
     from streaming.output import RunOptions
 
 
@@ -197,7 +197,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     if arguments.config is not None:
         return read_config(arguments)
     from merging.recipe_flags import make_recipe
-    from streaming.layout import Layout
+    from alignment.layout import Layout
 
     seed_is_aims = arguments.control == "permuted" and not get_method(arguments.method).draws
     layout: Layout | None = None

@@ -21,7 +21,7 @@ from commands import aim_flags, shell
 
 if TYPE_CHECKING:
     from aim.request import AimRequest
-    from streaming.layout import Layout
+    from alignment.layout import Layout
     from streaming.output import RunOptions
 
 
