@@ -13,6 +13,7 @@ from itertools import product
 
 LAMBDAS = (0.4, 0.6, 0.8, 1.0)
 QUICK_LAMBDAS = (0.6, 1.0)
+DENSITIES = (0.2, 0.5)
 ALL_LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
 
 Grid = Mapping[str, tuple[float, ...]]
@@ -56,15 +57,16 @@ SUM = "--method task_arithmetic --lambda {lambda}"
 AIM = f"{SUM} --omega 0 {{statistics}}"
 
 
-def rules(lambdas: tuple[float, ...], densities: tuple[float, ...] = (0.2, 0.5)) -> list[Rule]:
+def rules(lambdas: tuple[float, ...], densities: tuple[float, ...] = (0.2,)) -> list[Rule]:
     """All rules, with the values of lambda and density that are tried."""
     grid = {"lambda": lambdas}
-    trimmed = {"density": densities, "lambda": lambdas}
+    # TIES averages what agrees, where the others sum, so its lambdas are twice as large.
+    doubled = {"density": densities, "lambda": tuple(2 * value for value in lambdas)}
     return [
         Rule(REFERENCE, SUM, grid),
-        Rule("TIES", "--method ties --density {density} --lambda {lambda}", trimmed),
-        Rule("DARE", "--method dare_linear --density {density} --lambda {lambda}", trimmed),
         Rule("AIM", AIM, grid),
         Rule("AIM, uniform control", f"{AIM} --control uniform", grid, control_of="AIM"),
         Rule("AIM, permuted control", f"{AIM} --control permuted", grid, control_of="AIM"),
+        Rule("TIES", "--method ties --density {density} --lambda {lambda}", doubled),
+        Rule("DARE", "--method dare_linear --density {density} --lambda {lambda}", {"density": densities, **grid}),
     ]

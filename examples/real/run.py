@@ -31,7 +31,7 @@ def chosen_rules(*, quick: bool, full: bool) -> list[Rule]:
     if quick:
         names = (rules.REFERENCE, "AIM", "AIM, uniform control")
         return [rule for rule in rules.rules(rules.QUICK_LAMBDAS) if rule.name in names]
-    return rules.rules(rules.ALL_LAMBDAS if full else rules.LAMBDAS)
+    return rules.rules(rules.ALL_LAMBDAS, rules.DENSITIES) if full else rules.rules(rules.LAMBDAS)
 
 
 def run(arguments: argparse.Namespace) -> None:

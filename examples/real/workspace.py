@@ -185,7 +185,7 @@ class Workspace:
             command: list[str] = []
             folder = model
             if callable(model):
-                folder = self._results / "merge"
+                folder = self._results / "merges" / file.stem
                 shutil.rmtree(folder, ignore_errors=True)
                 command = model(folder)
                 run_command(merge.main, [*command, "--quiet"])
