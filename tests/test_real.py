@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints.errors import InputError
-from examples.real import adapters, base, run, statistics, texts, workspace
+from examples.real import base, extract, run, statistics, texts, workspace
 from examples.real.domains import DOMAINS, make_documents
 from examples.real.domains.documents import split_of
 from examples.real.domains.functions import function
@@ -356,7 +356,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, capsys):
 def test_factors_of_a_product_give_it_back():
     generator = torch.Generator().manual_seed(0)
     product = torch.randn(12, 3, generator=generator) @ torch.randn(3, 20, generator=generator)
-    b, a = adapters.factors(product, torch.rand(20, generator=generator), 3)
+    b, a = extract.factors(product, torch.rand(20, generator=generator), 3)
     assert (b.shape, a.shape) == ((12, 3), (3, 20))
     torch.testing.assert_close(b @ a, product, atol=1e-4, rtol=1e-4)
 
@@ -365,12 +365,11 @@ def test_the_scale_decides_which_columns_count():
     # rank 1 of diag(2, 1): unscaled the first column stays; where the second's input is three times as large, it does
     delta = torch.diag(torch.tensor([2.0, 1.0]))
     for scale, kept in (([1.0, 1.0], [2.0, 0.0]), ([1.0, 3.0], [0.0, 1.0])):
-        b, a = adapters.factors(delta, torch.tensor(scale), 1)
+        b, a = extract.factors(delta, torch.tensor(scale), 1)
         torch.testing.assert_close((b @ a).diagonal(), torch.tensor(kept))
 
 
-@pytest.mark.skipif(not (adapters.OUT / adapters.SUMS).exists(), reason="the adapters are not made")
 def test_committed_adapters_are_what_was_made():
-    assert (adapters.OUT / adapters.SUMS).read_text() == adapters.sums(adapters.OUT)
-    assert {path.name for path in adapters.OUT.iterdir() if path.is_dir()} == set(DOMAINS)
-    assert sum(path.stat().st_size for path in adapters.OUT.rglob("*") if path.is_file()) < 10_000_000
+    assert (extract.OUT / extract.SUMS).read_text() == extract.sums(extract.OUT)
+    assert {path.name for path in extract.OUT.iterdir() if path.is_dir()} == set(DOMAINS)
+    assert sum(path.stat().st_size for path in extract.OUT.rglob("*") if path.is_file()) < 10_000_000

@@ -1,4 +1,4 @@
-"""Training of an expert: a short fine-tune of the base on one domain, of all weights but the embeddings, or a LoRA adapter.
+"""Training of an expert: a short fine-tune of the base on one domain, of all weights but the embeddings.
 
     PYTHONPATH=. python -m examples.real.train --base real/base --data real/data --domain sql --out real/experts/sql
 
@@ -34,25 +34,19 @@ class Recipe:
         tokens: of all documents together, prompts included; a document may come twice.
         rate: peak learning rate. It rises over the first `warmup` of the steps, and falls to zero over the second half.
         documents: in one step.
-        seed: of the order of the documents, and of a LoRA adapter's first weights.
-        rank: of a LoRA adapter on all linear layers of the blocks; None trains all weights but the embeddings.
+        seed: of the order of the documents.
     """
 
     tokens: int = 20_000
     rate: float = 2e-4
     documents: int = 6
     seed: int = 1
-    rank: int | None = None
     warmup: float = 0.08
 
     def rate_at(self, step: int, steps: int) -> float:
         """Learning rate of a step."""
         up, down = (step + 1) / max(1.0, steps * self.warmup), (steps - step) / (steps * 0.5)
         return self.rate * min(1.0, up, down)
-
-
-ADAPTER = Recipe(rate=2e-3, rank=4)
-"""For the adapters that are committed."""
 
 
 def order(documents: Sequence[Encoded], recipe: Recipe) -> list[list[int]]:
@@ -78,7 +72,7 @@ def train(base: Path, documents: Sequence[Encoded], out: Path, recipe: Recipe, l
     Args:
         base: the checkpoint that is fine-tuned.
         documents: of the domain's train split.
-        out: folder that appears when it is complete: a float32 checkpoint with tokenizer, or a LoRA adapter.
+        out: folder that appears when it is complete: a float32 checkpoint with tokenizer.
         recipe: how.
         label: of the progress bar.
     """
@@ -90,10 +84,7 @@ def train(base: Path, documents: Sequence[Encoded], out: Path, recipe: Recipe, l
 
     torch.manual_seed(recipe.seed)
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if recipe.rank is not None:
-        model = _with_adapter(model, recipe.rank)
-    else:
-        model.get_input_embeddings().weight.requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(False)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     steps, losses, started = order(documents, recipe), [], time.process_time()
@@ -110,25 +101,11 @@ def train(base: Path, documents: Sequence[Encoded], out: Path, recipe: Recipe, l
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if recipe.rank is not None:
-        model = model.to(torch.bfloat16)
     model.save_pretrained(partial)
-    if recipe.rank is None:
-        AutoTokenizer.from_pretrained(base).save_pretrained(partial)
-    else:
-        (partial / "README.md").unlink(missing_ok=True)  # a card full of blanks
+    AutoTokenizer.from_pretrained(base).save_pretrained(partial)
     log = {"recipe": asdict(recipe), "losses": losses, "processor_seconds": round(time.process_time() - started, 1)}
     (partial / LOG).write_text(json.dumps(log, indent=1) + "\n")
     partial.rename(out)
-
-
-def _with_adapter(model: Any, rank: int) -> Any:
-    """The model with a trainable LoRA adapter on all linear layers but the head."""
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,15 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--domain", required=True, help="which one")
     parser.add_argument("--out", type=Path, required=True, help="folder of the expert")
     parser.add_argument("--seed", type=int, default=1, help="of the order of the documents (default 1)")
-    parser.add_argument("--adapter", action="store_true", help=f"train a LoRA adapter of rank {ADAPTER.rank}")
     arguments = parser.parse_args(argv)
     return guarded("train.py", lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Flags -> an expert. Raises InputError: the folder is there; the documents cannot be read."""
-    from dataclasses import replace
-
     from transformers import AutoTokenizer
 
     if arguments.out.exists():
@@ -155,8 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"--out {arguments.out}: expected a folder that is not there, got one that is. Choose another."
         )
     documents = read_encoded(arguments.data, arguments.domain, "train", AutoTokenizer.from_pretrained(arguments.base))
-    recipe = replace(ADAPTER if arguments.adapter else Recipe(), seed=arguments.seed)
-    train(arguments.base, documents, arguments.out, recipe, arguments.domain)
+    train(arguments.base, documents, arguments.out, Recipe(seed=arguments.seed), arguments.domain)
 
 
 if __name__ == "__main__":

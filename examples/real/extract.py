@@ -1,6 +1,6 @@
 """Make the LoRA adapters of `make real-quick` from trained experts: the best product of rank 5 of each layer's task vector.
 
-    PYTHONPATH=. python -m examples.real.adapters --base real/base --experts real/seed_1/experts --activations real/activations.safetensors
+    PYTHONPATH=. python -m examples.real.extract --base real/base --experts real/seed_1/experts --activations real/activations.safetensors
 
 What is kept is what matters for a layer's output: columns are scaled by the root mean square of the base's inputs
 before the singular value decomposition, and back after it. The adapters are stored in bfloat16, 3 MB each, with the digest of every file in
@@ -82,7 +82,7 @@ def extract(base: Path, expert: Path, activations: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     (out / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (out / LOG).write_text((expert / LOG).read_text())
+    (out / LOG).write_text(json.dumps(json.loads((expert / LOG).read_text())) + "\n")
 
 
 def sums(folder: Path) -> str:
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--activations", type=Path, required=True, help="the base's statistics, which make real keeps")
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the adapters (default: {OUT.name} beside this file)")  # fmt: skip
     arguments = parser.parse_args(argv)
-    return guarded("adapters.py", lambda: run(arguments.base, arguments.experts, arguments.activations, arguments.out))
+    return guarded("extract.py", lambda: run(arguments.base, arguments.experts, arguments.activations, arguments.out))
 
 
 if __name__ == "__main__":
