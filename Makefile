@@ -62,7 +62,7 @@ test: $(DEV)  ## all tests, without network
 test-vllm: $(VLLM)  ## vLLM on a CPU with AVX512 against transformers, in an environment of its own (4 GB)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest tests/test_vllm_engine.py $(PYTEST_ARGS)
 
-fuzz: $(DEV)  ## 24,000 mutated checkpoints, each merged right or refused in one message (7 minutes on two cores; FUZZ_ARGS="--mutants 20000")
+fuzz: $(DEV)  ## 24,000 mutated checkpoints and 20,000 files of our own, each used right or refused in one message (half an hour on two cores; FUZZ_ARGS="--mutants 20000")
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.fuzz $(FUZZ_ARGS)
 
 check: $(DEV)  ## lint, formatting, types, and which package may import which

@@ -6,6 +6,8 @@
 docs/comparing.md says what the columns mean and how sure they are.
 """
 
+from checkpoints import early  # isort: skip # noqa: F401 - before anything that takes time to import
+
 from checkpoints.process import end
 from commands.compare_models import build_parser, main
 

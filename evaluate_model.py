@@ -6,6 +6,8 @@
 Programs that the model wrote run only in a sandbox. docs/evaluation.md says how each benchmark is run and what is comparable.
 """
 
+from checkpoints import early  # isort: skip # noqa: F401 - before anything that takes time to import
+
 from checkpoints.process import end
 from commands.evaluate_model import build_parser, main
 

@@ -6,6 +6,8 @@
         --omegas 0,0.2,0.4 --figures ./figures --save_path ./sweep
 """
 
+from checkpoints import early  # isort: skip # noqa: F401 - before anything that takes time to import
+
 from checkpoints.process import end
 from commands.perform_aim import build_parser, main
 

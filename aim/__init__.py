@@ -18,11 +18,11 @@ from checkpoints.lazy import lazy_exports
 if TYPE_CHECKING:
     from aim.calibrate import CalibrationOptions as CalibrationOptions
     from aim.calibration import CalibrationData as CalibrationData
+    from aim.choices import Calibration as Calibration
+    from aim.choices import Relaxing as Relaxing
     from aim.omegas import Omega as Omega
     from aim.reading import read_request as read_request
     from aim.request import AimRequest as AimRequest
-    from aim.request import Calibration as Calibration
-    from aim.request import Relaxing as Relaxing
     from aim.run import perform_aim as perform_aim
     from aim.run import relax_checkpoint as relax_checkpoint
     from aim.statistics import Activations as Activations
@@ -33,11 +33,11 @@ else:
         {
             "Activations": "aim.statistics",
             "AimRequest": "aim.request",
-            "Calibration": "aim.request",
+            "Calibration": "aim.choices",
             "CalibrationData": "aim.calibration",
             "CalibrationOptions": "aim.calibrate",
             "Omega": "aim.omegas",
-            "Relaxing": "aim.request",
+            "Relaxing": "aim.choices",
             "load_activations": "aim.statistics",
             "read_request": "aim.reading",
             "perform_aim": "aim.run",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from checkpoints.errors import InputError
+from checkpoints.escaping import visible
 from checkpoints.settings import setting
 from checkpoints.tensor_names import kind_of
 
@@ -27,9 +28,11 @@ def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path, *, tit
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # a name with two `$` is no formula
     matplotlib.rcParams["svg.hashsalt"] = "aim"  # the same picture gives the same bytes
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        title = visible(title)
         return [*_draw_sorted(importance, folder, title), *_draw_layers(importance, folder, title)]
     except OSError as error:
         raise InputError(
@@ -49,7 +52,7 @@ def _by_kind(importance: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torc
 def _short(kind: str) -> str:
     """Without what all layers share: `self_attn.q_proj` of `model.layers.*.self_attn.q_proj.weight`."""
     name = kind.removesuffix(".weight")
-    return name.partition("*.")[2] or name
+    return visible(name.partition("*.")[2] or name)
 
 
 def _save(figure: object, folder: Path, name: str) -> list[Path]:

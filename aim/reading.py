@@ -16,8 +16,9 @@ import torch
 
 from aim.calibrate import CalibrationOptions
 from aim.calibration import CalibrationData
+from aim.choices import Calibration, Relaxing
 from aim.omegas import Omega, read_omega, read_omegas
-from aim.request import AimRequest, Calibration, Relaxing
+from aim.request import AimRequest
 from checkpoints.errors import ArgumentError, InputError, named_by, unknown
 from checkpoints.problems import Problems
 from checkpoints.settings import in_file, setting

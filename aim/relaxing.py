@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from aim.calibrate import Numerics, select
+from aim.choices import Relaxing
 from aim.omegas import Omega
 from aim.relaxation import Relaxation, importance_of, make_channels
-from aim.request import Relaxing
 from aim.statistics import Activations
 from aim.summary import KindSummary, align, as_json, digits, summarise
 from aim.targets import Selection
 from checkpoints.errors import InputError
+from checkpoints.escaping import markdown_code, markdown_inside
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
 from checkpoints.settings import Show, as_in_python, setting, shown
@@ -250,8 +251,8 @@ def _card(how: Relaxing, activations: Activations, reach: Reach, found: Relaxati
     )
     mean_s = f", mean s {found.summaries['all'].mean:.3f}" if found.summaries else ""
     return (
-        f"Relaxed by activation-informed merging (AIM, [arXiv:2502.02421](https://arxiv.org/abs/2502.02421)) with omega {reach.omega}, "
+        f"Relaxed by activation-informed merging (AIM, [arXiv:2502.02421](https://arxiv.org/abs/2502.02421)) with omega {markdown_inside(str(reach.omega))}, "
         f"scaling {how.scaling}: `W = W_base + (W_merged - W_base) * (1 - s * (1 - omega))`, where s is the mean absolute activation "
-        f"of an input channel in the base model over that of the tensor's most active one, from {calibration.get('blocks')} blocks of "
-        f"{calibration.get('block_size')} tokens of `{dataset}`.{control} {len(reach.tensors)} tensors were relaxed{mean_s}."
+        f"of an input channel in the base model over that of the tensor's most active one, from {markdown_inside(str(calibration.get('blocks')))} blocks of "
+        f"{markdown_inside(str(calibration.get('block_size')))} tokens of {markdown_code(dataset)}.{control} {len(reach.tensors)} tensors were relaxed{mean_s}."
     )

@@ -9,13 +9,15 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from aim.calibrate import Numerics, select
-from aim.request import AimRequest, Relaxing
+from aim.choices import Relaxing
+from aim.request import AimRequest
 from aim.statistics import Activations
 from alignment.align import Alignment, align
 from alignment.layout import Layout, NewTokenRows
 from alignment.stored import check_plain
 from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.escaping import markdown_code
 from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
@@ -139,7 +141,7 @@ def make_work(
             "seed": None,
         },
         record={"merged_recipe": read_recipe(merged.location.folder)},
-        card=f"`{merged.label}`, a model merged from fine-tunes of `{base.label}`, relaxed towards it.",
+        card=f"{markdown_code(merged.label)}, a model merged from fine-tunes of {markdown_code(base.label)}, relaxed towards it.",
         notes=notes,
         warnings=warnings,
         merged=merged,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,8 @@ from aim.calibrate import (
     select,
 )
 from aim.calibration import Blocks, is_local
+from aim.choices import Calibration, Kept, Relaxing
 from aim.relaxing import Relaxations, check_activations, group_kept, make_relaxations, names_of, outputs_of, why_kept
-from aim.request import AimRequest, Calibration
 from aim.statistics import Activations, load_activations
 from aim.summary import format_summaries
 from aim.targets import Selection
@@ -42,16 +42,26 @@ class AimStep:
     """What carries a request out within one job; a `streaming.job.Step`.
 
     Args:
-        request: what is asked for.
+        how: weights are relaxed.
+        statistics: how they are taken, the file that has them, or they themselves.
         options: of the run.
+        kept: what is kept of them.
+        places: setting -> where a file gives it, for messages.
         dry_run: fetch no texts from a hub.
     """
 
-    def __init__(self, request: AimRequest, options: RunOptions, *, dry_run: bool = False):
-        self.request = request
-        self.how = request.relaxing
+    def __init__(
+        self,
+        how: Relaxing,
+        statistics: Calibration | Path | Activations,
+        options: RunOptions,
+        kept: Kept,
+        places: Mapping[str, str],
+        *,
+        dry_run: bool = False,
+    ):
+        self.how, self._statistics, self._kept, self._places = how, statistics, kept, places
         self._options, self._dry_run = options, dry_run
-        statistics = request.statistics
         self._file = statistics if isinstance(statistics, Path) else None
         self._loaded = statistics if isinstance(statistics, Activations) else None
         self._calibration = statistics if isinstance(statistics, Calibration) else Calibration()
@@ -67,7 +77,7 @@ class AimStep:
 
         Raises: Refusals: a base that cannot be calibrated, texts or statistics that do not fit, filters that match nothing.
         """
-        with named_by(self.request.places):
+        with named_by(self._places):
             self._check(base)
 
     def _check(self, base: Model) -> None:
@@ -143,7 +153,7 @@ class AimStep:
     @property
     def _origin(self) -> str:
         """Where the statistics come from, for people."""
-        if isinstance(self.request.statistics, Activations):
+        if isinstance(self._statistics, Activations):
             return "given"
         return str(self._file or self._calibration.data.source)
 
@@ -156,8 +166,8 @@ class AimStep:
         """Everything of it that decides the output's bytes, for JSON."""
         if self._file:
             return {**self.how.as_json(), "activations": chunked_sha256(self._file)}
-        if isinstance(self.request.statistics, Activations):
-            return {**self.how.as_json(), "statistics": self.request.statistics.digest()}
+        if isinstance(self._statistics, Activations):
+            return {**self.how.as_json(), "statistics": self._statistics.digest()}
         data, how = self._calibration.data, self._calibration.options
         path = Path(data.source)
         changed = path.stat().st_mtime_ns if is_local(data.source) and path.is_file() else None
@@ -172,11 +182,11 @@ class AimStep:
 
         Raises: InputError: see `calibrate` and `make_relaxations`.
         """
-        with named_by(self.request.places):
+        with named_by(self._places):
             return self._prepare(base, tensors, console, stage)
 
     def _prepare(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Relaxations:
-        unfinished, keep, figures = UnfinishedCalibration(stage), self.request.save_activations, self.request.figures
+        unfinished, keep, figures = UnfinishedCalibration(stage), self._kept.save_activations, self._kept.figures
         if unfinished.lost and not self._loaded:
             console.note("note: what an earlier run kept of the calibration is not as it wrote it, and is made again.")
         activations = self._loaded or unfinished.finished() or self._calibrate(base, console, unfinished)

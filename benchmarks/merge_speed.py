@@ -50,6 +50,7 @@ from benchmarks.synthetic import (
     weight_files,
 )
 from merging.methods import METHODS, get_method
+from merging.parameters import REQUIRED
 
 if TYPE_CHECKING:
     from merging.recipe import Recipe
@@ -58,6 +59,9 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICK = Shape(hidden=512, layers=12, intermediate=1408, heads=8, kv_heads=4, vocabulary=16000)
 PARTS = ("methods", "digest", "aim", "sweep", "performAIM", "calibration", "start")
 OMEGAS = "0,0.2,0.4,0.6,0.8,1"
+FREE = tuple(
+    name for name, entry in METHODS.items() if all(one.default is not REQUIRED for one in entry.parameters.values())
+)
 PROFILED = ("linear", "task_arithmetic", "ties", "dare_ties", "widen")
 MARKER = "merge_speed.folder"
 """Name of a file that shows that a folder is the benchmark's own."""
@@ -328,7 +332,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="for models, merges and results: empty, not there, or of an earlier run; says how much disk it needs, and needs it free")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="50 million parameters, one round, only the methods, unless other flags say so")  # fmt: skip
-    parser.add_argument("--methods", help=f"which to merge with (all: {', '.join(METHODS)})")
+    parser.add_argument("--methods", help=f"which to merge with (all that need no parameter: {', '.join(FREE)})")
     parser.add_argument("--parts", help=f"what to measure, any of {', '.join(PARTS)} (all)")
     parser.add_argument("--repeats", type=int, help="rounds (3)")
     parser.add_argument("--scale", default="1", help="sizes of the model as multiples of the one asked for: 0.25,0.5,1")
@@ -363,7 +367,7 @@ def read_request(arguments: argparse.Namespace) -> Request:
     cores = _numbers("--cores", arguments.cores or str(available_cores()), int)
     if max(cores) > available_cores() or (cores != [available_cores()] and not hasattr(os, "sched_setaffinity")):
         raise ValueError(f"--cores: expected at most {available_cores()}, and this system to pin processes to cores")
-    methods = _names("--methods", arguments.methods or ",".join(METHODS), list(METHODS))
+    methods = _names("--methods", arguments.methods or ",".join(FREE), list(FREE))
     parts = _names("--parts", arguments.parts or ("methods" if arguments.quick else ",".join(PARTS)), PARTS)
     repeats = arguments.repeats or (1 if arguments.quick else 3)
     if repeats < 1:

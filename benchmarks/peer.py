@@ -1,7 +1,6 @@
 """mergekit in an environment of its own, to be measured on the same files.
 
-mergekit 0.1.4 is installed as its index offers it, after torch; one bound is added to its own: transformers below 5,
-with which its configuration classes cannot be built (pydantic: "not fully defined").
+mergekit 0.1.5 is installed as its index offers it, after torch.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-STEPS = (("torch==2.13.0",), ("mergekit==0.1.4", "torch==2.13.0", "transformers<5"))
+STEPS = (("torch==2.13.0",), ("mergekit==0.1.5", "torch==2.13.0"))
 NAMED = ("mergekit", "torch", "transformers", "pydantic", "safetensors")
 INSTALLED_BYTES = 2_500_000_000
-LIST_METHODS = "from mergekit.merge_methods.registry import REGISTERED_MERGE_METHODS as r; print(*r)"
+LIST_METHODS = (
+    "from mergekit.merge_methods.registry import registered_methods as r; print(*(one.name() for one in r()))"
+)
 LIST_VERSIONS = f"import importlib.metadata as m; print(*(f'{{n}} {{m.version(n)}}' for n in {NAMED!r}), sep=', ')"
 
 
@@ -44,7 +45,7 @@ class Mergekit:
         self._marker.touch()
 
     def versions(self) -> str:
-        """`mergekit 0.1.4, torch 2.13.0, ...`."""
+        """`mergekit 0.1.5, torch 2.13.0, ...`."""
         return self._python("-c", LIST_VERSIONS).strip()
 
     def methods(self) -> set[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from checkpoints.errors import InputError, Refusals
+from checkpoints.patterns import pattern
 from checkpoints.reader import ADAPTER_CONFIG, Checkpoint, WeightFile, read_tensor
 from checkpoints.sidecars import SideFiles, read_json
 from checkpoints.source import READ_ELEMENTS, TensorInfo
@@ -55,6 +56,7 @@ class AdapterConfig:
     """What adapter_config.json says.
 
     base, revision: the model that it was trained on, as its author named it; None where it names none.
+    label: of the adapter, for messages.
     """
 
     base: str | None
@@ -63,11 +65,15 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     rank_stabilised: bool
     transposed: bool
+    label: str = ""
 
     def scaling(self, module: str, rank: int) -> float:
         """What the product of a module's factors is multiplied with."""
         # The first pattern that fits the end of the module's name counts, as in peft.
-        fitting = (key for key in self.alpha_pattern if re.match(rf"(.*\.)?({key})$", module))
+        where = f"{self.label}: {ADAPTER_CONFIG}: alpha_pattern"
+        fitting = (
+            key for key in self.alpha_pattern if pattern(where, rf"\A(?:(.*\.)?({key})$)", InputError).found_in(module)
+        )
         alpha = self.alpha_pattern[key] if (key := next(fitting, None)) is not None else self.alpha
         return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
@@ -94,6 +100,7 @@ def read_adapter_config(folder: Path, label: str) -> AdapterConfig:
             alpha_pattern={str(key): float(value) for key, value in (content.get("alpha_pattern") or {}).items()},
             rank_stabilised=bool(content.get("use_rslora")),
             transposed=bool(content.get("fan_in_fan_out")),
+            label=label,
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(

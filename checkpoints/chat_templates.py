@@ -15,6 +15,7 @@ from pathlib import Path
 from checkpoints.errors import ArgumentError, InputError, first_line, unknown
 from checkpoints.settings import setting
 from checkpoints.sidecars import CHAT_TEMPLATE_FILES, SideFiles
+from checkpoints.strangers import STRANGERS, StrangersError
 
 AUTO = "auto"
 DEFAULT = "default"
@@ -59,20 +60,26 @@ def is_literal(text: str) -> bool:
 
 def check_template(template: str, label: str) -> None:
     """Raise InputError where transformers cannot compile a template. `label`: how the message names it."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
     try:
-        render_jinja_template([], chat_template=template)  # of no chat at all: compiles it and runs nothing
-    except TemplateError as error:
-        where = f"line {line}: " if (line := getattr(error, "lineno", None)) else ""
+        STRANGERS.ask("compile_template", template=template)
+    except StrangersError as error:
+        where = f"line {error.line}: " if error.line else ""
         raise InputError(f"{label}: expected a Jinja template, got an error: {where}{first_line(error)}.") from None
 
 
 def foreign_markers(template: str, tokens: Collection[str]) -> list[str]:
     """The markers that a template writes, such as `<|im_start|>`, that are no tokens: a tokenizer would spell them out."""
-    written = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    written = _without_comments(template)
     return [marker for marker in dict.fromkeys(_MARKER.findall(written)) if marker not in tokens]
+
+
+def _without_comments(template: str) -> str:
+    """A template without `{# ... #}`, in one pass: a regular expression would look for the end from every beginning."""
+    kept, at = [], 0
+    while (begin := template.find("{#", at)) >= 0 and (end := template.find("#}", begin + 2)) >= 0:
+        kept.append(template[at:begin])
+        at = end + 2
+    return "".join([*kept, template[at:]])
 
 
 def templates_of(files: SideFiles) -> dict[str, str]:
@@ -91,7 +98,8 @@ def templates_of(files: SideFiles) -> dict[str, str]:
         if isinstance(entry, str):
             return {DEFAULT: entry}
         if isinstance(entry, list):
-            return {str(one["name"]): str(one["template"]) for one in entry}
+            named = [one for one in entry if isinstance(one, dict) and {"name", "template"} <= one.keys()]
+            return {str(one["name"]): str(one["template"]) for one in named}
     return {}
 
 

@@ -22,6 +22,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from checkpoints.early import SIGNALS
+from checkpoints.errors import InputError
+
 SWITCH_S = 0.0002
 """Seconds between turns of Python's threads while something is compiled."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -52,15 +55,22 @@ def is_ours() -> bool:
 def _kills_as_interrupts() -> Iterator[None]:
     """SIGTERM and SIGHUP raise KeyboardInterrupt, so that a run cleans up; `nohup` stays in force."""
 
-    def interrupt(*_: Any) -> NoReturn:
+    asked: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> NoReturn:
+        asked.append(number)
         raise KeyboardInterrupt
 
     # Python lets the main thread alone set handlers; in another one, kills are the caller's affair.
     ours = threading.current_thread() is threading.main_thread()
-    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, interrupt) for number in caught if ours}
     try:
         yield
+    except Exception as error:
+        if asked and not isinstance(error, InputError):  # such as what an import that was broken off raises
+            raise KeyboardInterrupt from error
+        raise
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shlex
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from checkpoints import VERSION
+from checkpoints.escaping import markdown, shell, yaml_text
 from checkpoints.files import in_utf8
 from checkpoints.folder import Folder
 from checkpoints.location import Location
@@ -117,15 +117,15 @@ def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, c
     front = [
         "---",
         *(["base_model:"] if on_hub else []),
-        *(f"- {json.dumps(name, ensure_ascii=False)}" for name in on_hub),
+        *(f"- {yaml_text(name)}" for name in on_hub),
     ]
     front += ["library_name: transformers", "tags:", "- merge"]
     licence = common_licence([base, *models])
     if licence:
-        front.append(f"license: {json.dumps(licence)}")
+        front.append(f"license: {yaml_text(licence)}")
     front.append("---")
-    parts = [*front, "", f"# {title}", "", text.strip()]
+    parts = [*front, "", f"# {markdown(title)}", "", text.strip()]
     if command:
-        parts += ["", "Made by", "", "```sh", shlex.join(command), "```"]
+        parts += ["", "Made by", "", "```sh", shell(command), "```"]
     parts += ["", f"`{RECIPE_FILE}` has every parameter, and what identifies each file that was read or written.", ""]
     return "\n".join(parts)

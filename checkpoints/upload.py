@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import ArgumentError, InputError, Interrupted, Refusals, collecting, first_line
 from checkpoints.hub_errors import few, progress_bars
+from checkpoints.publishing import CARD, public_name, publish
 from checkpoints.settings import setting
 from checkpoints.staging import RECIPE_FILE
+
+if TYPE_CHECKING:
+    from checkpoints.model import Model
 
 WRITES = re.compile(r"repo\..*write")
 """Permissions of a fine-grained token to write to repos: `repo.write`."""
@@ -48,13 +52,22 @@ class Upload:
         """`public` or `private`."""
         return "public" if self.public else "private"
 
-    def as_json(self) -> dict[str, Any]:
-        """What would be pushed, for programs."""
-        return {"repos": list(self.repos), "visibility": self.visibility}
+    def as_json(self, inputs: Sequence[Model] = (), files: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """What would be pushed, for programs.
 
-    def as_text(self) -> str:
-        """What would be pushed, for people."""
-        return f"would push to {', '.join(map(_url, self.repos))} ({self.visibility}). Nothing was pushed."
+        Args:
+            inputs: every model; files: name -> bytes of each file of each checkpoint, the card and the recipe left out.
+        """
+        shown = {"files": dict(files or {}), "names": _public_names(inputs)} if files or inputs else {}
+        return {"repos": list(self.repos), "visibility": self.visibility, **shown}
+
+    def as_text(self, inputs: Sequence[Model] = (), files: Mapping[str, int] | None = None) -> str:
+        """What would be pushed, for people. Arguments as `as_json`."""
+        lines = [f"would push to {', '.join(map(_url, self.repos))} ({self.visibility}). Nothing was pushed."]
+        lines += [f"  {name}: {size:,} bytes" for name, size in (files or {}).items()]
+        lines += [f"  {CARD} and {RECIPE_FILE}, which name the inputs so:"] if inputs else []
+        lines += [f"    {name}: {public}" for name, public in _public_names(inputs).items()]
+        return "\n".join(lines)
 
     def check(self) -> None:
         """Look at every repo. Raises Refusals: one holds something else, or is not as visible as was asked for."""
@@ -93,6 +106,8 @@ class Upload:
 
         Raises: InputError: the hub refuses or cannot be reached; Interrupted: Ctrl-C. Both say how to push what is left.
         """
+        for folder in self.folders:
+            publish(save_path / folder)
         for index, (repo, folder) in enumerate(zip(self.repos, self.folders, strict=True)):
             try:
                 with _in_words(repo):
@@ -149,6 +164,13 @@ def plan_upload(name: str, folders: Sequence[str] = ("",), *, public: bool = Fal
     upload = Upload(repos, tuple(folders), public, overwrite)
     upload.check()
     return upload
+
+
+def _public_names(inputs: Sequence[Model]) -> dict[str, str]:
+    """Input as typed -> as the recipe and the card of the repo would have it; a folder's fingerprint is known when it is read."""
+    return {
+        model.label: public_name(model.label, [where.revision for where, _ in model.parts], "...") for model in inputs
+    }
 
 
 def _url(repo: str) -> str:

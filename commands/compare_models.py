@@ -9,12 +9,12 @@ docs/comparing.md says what the columns mean and how sure they are.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoints.problems import Problems
+from checkpoints.screen import say
 from commands import shell
 
 if TYPE_CHECKING:
@@ -76,4 +76,4 @@ def run(arguments: argparse.Namespace) -> None:
         print(*said, sep="\n")
         return
     for warning in table.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        say(f"warning: {warning}")

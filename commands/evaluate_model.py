@@ -9,11 +9,11 @@ Programs that the model wrote run only in a sandbox. docs/evaluation.md says how
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.errors import ArgumentError
+from checkpoints.screen import say
 from checkpoints.settings import shown
 from commands import shell
 from evaluation.benchmarks import MATHS, PAPER
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
     prepared = prepare(make_request(**flags, command=command))
     if not arguments.quiet:
         for note in prepared.notes:
-            print(f"note: {shown(note, shell.show_flag)}", file=sys.stderr)
+            say(f"note: {shown(note, shell.show_flag)}")
     outcome = run_prepared(prepared)
     if not arguments.quiet:
         print(format_table(outcome.results))

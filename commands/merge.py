@@ -4,54 +4,66 @@
         --models_to_merge WizardLMTeam/WizardLM-13B-V1.2,vanillaOVO/WizardMath-13B-V1.0 --save_path ./merged
     python merge.py --method ties --base_model ./base --models_to_merge ./math:0.6,./code:0.4 --density 0.3 \\
         --save_path ./merged --dry_run
+    python merge.py --method my_package.my_module:MyMethod --base_model ./base --models_to_merge ./math --save_path ./merged
     python merge.py --config recipe.yml --save_path ./merged
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from checkpoints.errors import ArgumentError, named_by
+from checkpoints.errors import ArgumentError, InputError, named_by
 from checkpoints.problems import Problems
+from checkpoints.screen import say
 from checkpoints.settings import setting, show_settings
 from commands import aim_flags, shell
-from merging.methods import METHODS, get_method
-from merging.parameters import PARAMETERS, Parameter
+from merging.methods import METHODS, get_method, is_outside, parameters_by_key
+from merging.parameters import REQUIRED, Parameter
 
 if TYPE_CHECKING:
     import torch
 
     from aim.reading import Given
     from aim.request import AimRequest
-    from merging.recipe import Recipe
     from alignment.layout import Layout
+    from merging.recipe import Recipe
     from streaming.output import RunOptions
 
 
-def build_parser() -> shell.Parser:
-    """The flags of merge.py."""
+def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
+    """The flags of merge.py.
+
+    Args:
+        outside: methods outside of this program, `package.module:Class`, whose parameters become flags too; imported.
+
+    Raises: ArgumentError: one of them cannot be imported, or its parameters cannot be flags.
+    """
     parser = shell.Parser(prog="merge.py", description=__doc__)
     what = parser.add_argument_group("what to merge")
-    what.add_argument("--method", metavar="METHOD", help=", ".join(METHODS) + " (in any case)")
+    what.add_argument(
+        "--method",
+        metavar="METHOD",
+        help=", ".join(METHODS) + " (in any case); or one of your own, package.module:Class (docs/adding-a-method.md)",
+    )
     what.add_argument("--base_model", metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name or NAME@REVISION; gives config, tokenizer and vocabulary")  # fmt: skip
     what.add_argument("--models_to_merge", metavar="A,B,C", help="folders, hub names or NAME@REVISION; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
-    what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that a result is what its run wrote (sizes, digests), that every number is finite, and shapes")  # fmt: skip
+    what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that every file of a result is what its run wrote (sizes, digests) and that none was added, that every number is finite, and shapes")  # fmt: skip
     how = parser.add_argument_group("how (a flag that the method does not use is an error)")
-    for parameter in PARAMETERS.values():
-        add_parameter(how, parameter)
     how.add_argument(
         "--seed",
         type=shell.whole,
         metavar="N",
-        help="dare, della, --control permuted: seed of what is drawn (default 0)",
+        help=f"{', '.join(name for name, entry in METHODS.items() if entry.draws)}, --control permuted: seed of what is drawn (default 0)",
     )
     how.add_argument("--exclude", metavar="REGEX", help="tensors in whose name this is found are taken from the base")
     layout = parser.add_argument_group("vocabulary and head of the output")
@@ -68,34 +80,77 @@ def build_parser() -> shell.Parser:
     report.add_argument(
         "--report", default="sample", metavar="WHAT", help="sample (one block in 16; default), full or none"
     )
+    # Last, so that a method's key that is a flag already is refused as the method's slip.
+    more = [(name, one) for name in outside for one, _ in get_method(name).parameters().values()]
+    keys = parameters_by_key(more)
+    for key, users in keys.items():
+        add_parameter(how, key, users)
+    parser.set_defaults(parameter_keys=tuple(keys))
     return parser
 
 
-def add_parameter(group: argparse._ArgumentGroup, parameter: Parameter) -> None:
-    """Add the flag of a method's parameter; its help says which methods have it, and what they do without."""
-    users: dict[Any, list[str]] = {}
-    for name, entry in METHODS.items():
-        if parameter.key in entry.defaults:
-            users.setdefault(entry.defaults[parameter.key], []).append(name)
-    words = {True: "yes", False: "no", None: "as the method does"}
-    defaults = "; ".join(
-        f"{', '.join(names)} (default {words[default] if parameter.is_switch else default})"
-        for default, names in users.items()
+def add_parameter(group: argparse._ArgumentGroup, key: str, users: Sequence[tuple[str, Parameter]]) -> None:
+    """Add the flag of a recipe key; its help says what each method means by it, and does without.
+
+    Raises: ArgumentError: a method outside of this program has a key that is another flag already.
+    """
+    said: dict[str, dict[str, list[str]]] = {}
+    for name, one in users:
+        said.setdefault(one.help, {}).setdefault(default_text(one), []).append(name)
+    text = "; ".join(
+        f"{clause}: " + "; ".join(f"{', '.join(names)} ({default})" for default, names in defaults.items())
+        for clause, defaults in said.items()
     )
-    form: dict[str, Any] = {"metavar": "V"} if not parameter.is_switch else {"action": argparse.BooleanOptionalAction}
-    text = show_settings(parameter.help, shell.show_flag)
-    group.add_argument(shell.show_flag(parameter.key, None), help=f"{text}: {defaults}", **form)
+    kinds = {one.is_switch for _, one in users}
+    form: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kinds == {True} else {"metavar": "V"}
+    try:
+        if len(kinds) != 1:
+            raise ValueError("for other methods it is a number where it is a switch here, or the other way round")
+        group.add_argument(
+            shell.show_flag(key, None), help=show_settings(text, shell.show_flag).replace("%", "%%"), **form
+        )
+    except (argparse.ArgumentError, ValueError) as error:
+        name = users[-1][0]
+        raise ArgumentError(
+            f"{setting('method')}: {name}: its parameter {key} cannot be a flag: {error}. Give the parameter another key."
+        ) from error
+
+
+def default_text(one: Parameter) -> str:
+    """What a parameter is where nothing is given, for `--help`."""
+    if one.default is REQUIRED:
+        return "required"
+    words = {True: "yes", False: "no", None: "as the method does"}
+    return f"default {words[one.default] if one.is_switch else one.default}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = build_parser()
+    outside = outside_methods(sys.argv[1:] if argv is None else argv)
+    parser = shell.Parser(prog="merge.py")
+    try:
+        parser = build_parser(outside)
+    except InputError as error:
+        parser.error(str(error.shown(shell.show_flag)))
 
     def body(arguments: argparse.Namespace) -> None:
         check_complete(parser, arguments)
         run(arguments, shell.command(parser, argv))
 
     return shell.run(parser, body, argv)
+
+
+def outside_methods(argv: Sequence[str]) -> list[str]:
+    """The method outside of this program that `--method` names: its parameters are flags, so it is needed before they are read.
+
+    The current folder becomes the last place that modules are looked for, as with `python -m`.
+    """
+    named = [argument.partition("=")[2] for argument in argv if argument.startswith("--method=")]
+    named += [value for flag, value in pairwise(argv) if flag == "--method"]
+    found = list(filter(is_outside, named))[-1:]
+    if found or ("--trust_remote_code" in argv and any(argument.startswith("--config") for argument in argv)):
+        sys.path.append(os.getcwd())
+    return found
 
 
 def check_complete(parser: shell.Parser, arguments: argparse.Namespace) -> None:
@@ -196,8 +251,8 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """What to merge, from flags or a file. Raises InputError where something is wrong."""
     if arguments.config is not None:
         return read_config(arguments)
-    from merging.recipe_flags import make_recipe
     from alignment.layout import Layout
+    from merging.recipe_flags import make_recipe
 
     seed_is_aims = arguments.control == "permuted" and not get_method(arguments.method).draws
     layout: Layout | None = None
@@ -210,7 +265,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             arguments.method,
             arguments.base_model,
             arguments.models_to_merge,
-            parameters={key: vars(arguments)[shell.FLAGS.get(key, key)] for key in PARAMETERS},
+            parameters={key: vars(arguments)[shell.FLAGS.get(key, key)] for key in arguments.parameter_keys},
             seed=None if seed_is_aims else arguments.seed,
             out_dtype=arguments.dtype,
             exclude=arguments.exclude,
@@ -235,7 +290,7 @@ def read_config(arguments: argparse.Namespace) -> Recipe:
     from merging.recipe_file import read_recipe_file
 
     problems = Problems()
-    for name in ("method", "base_model", "models", *PARAMETERS):
+    for name in ("method", "base_model", "models", *arguments.parameter_keys):
         if vars(arguments)[shell.FLAGS.get(name, name)] is not None:
             problems.add(
                 ArgumentError(
@@ -251,6 +306,7 @@ def read_config(arguments: argparse.Namespace) -> Recipe:
             exclude=arguments.exclude,
             only=arguments.only,
             layout=given_layout(arguments),
+            trust_remote_code=arguments.trust_remote_code,
         )
     if recipe and recipe.base_model is None and (recipe.aim is not None or aim_flags.are_given(arguments)):
         problems.add(ArgumentError(f"{arguments.config}: base_model: AIM needs one. Name it, or leave AIM out."))
@@ -296,12 +352,13 @@ def verify(arguments: argparse.Namespace) -> None:
         with shell.progress_bar("verifying", bytes_in(result), quiet=arguments.quiet) as advance:
             found = verify(result, trust_remote_code=arguments.trust_remote_code, progress=advance)
         for note in found.notes:
-            print(f"note: {result}: {note}", file=sys.stderr)
+            say(f"note: {result}: {note}")
         if found.undigested:
-            print(f"note: {result}: the run took no digests, so that only sizes were compared.", file=sys.stderr)
+            say(f"note: {result}: the run took no digests, so that only sizes were compared.")
         if not arguments.quiet:
             size = shell.gigabytes(found.bytes)
-            print(f"{result}: as written: {found.files} weight file(s), {found.tensors} tensors, {size}, all finite.")
+            files = f"{found.files - found.side_files} weight file(s), {found.side_files} other file(s)"
+            print(f"{result}: as written: {files}, {found.tensors} tensors, {size}, all finite.")
 
 
 def read_report(arguments: argparse.Namespace) -> Literal["none", "sample", "full"]:

@@ -18,6 +18,8 @@ from checkpoints import VERSION
 from checkpoints.chat_templates import known_templates
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.process import own_process
+from checkpoints.screen import discard, flush_all, open_closed_streams, shown_safely
+from checkpoints.screen import say as say_on_stderr
 from checkpoints.settings import as_flag, setting, shown
 
 if TYPE_CHECKING:
@@ -92,34 +94,40 @@ class Parser(argparse.ArgumentParser):
 
 def run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
     """Parse, run `body`, and turn what a user can cause into one message and an exit code: 0, 1 (failed), 2 (bad arguments)."""
-    arguments = parser.parse(argv)
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # what a terminal cannot show is escaped: bytes of a path that are no text
-        sys.stdout.reconfigure(errors="backslashreplace")
+    open_closed_streams()
     try:
-        with own_process():
-            body(arguments)
+        return _run(parser, body, argv)
+    finally:
+        flush_all()
+
+
+def _run(parser: Parser, body: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is escaped: bytes of a path that are no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        with own_process(), shown_safely():
+            body(parser.parse(argv))
             sys.stdout.flush()
     except InputError as error:
-        print(f"{parser.prog}: {error.shown(show_flag)}", file=sys.stderr)
+        say_on_stderr(f"{parser.prog}: {error.shown(show_flag)}")
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; nothing is left behind.", file=sys.stderr)
+        say_on_stderr(f"{parser.prog}: interrupted; nothing is left behind.")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone, and the interpreter would flush once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         return 1
     except MemoryError:
-        print(f"{parser.prog}: too little memory. {LESS_MEMORY}", file=sys.stderr)
+        say_on_stderr(f"{parser.prog}: too little memory. {LESS_MEMORY}")
         return 1
     except RuntimeError as error:  # torch's own way to say it, on the CPU and on a GPU
         if not re.search(r"out of memory|not enough memory|can't allocate memory", str(error)):
             raise
-        print(f"{parser.prog}: too little memory. {LESS_MEMORY}", file=sys.stderr)
+        say_on_stderr(f"{parser.prog}: too little memory. {LESS_MEMORY}")
         return 1
     except OSError as error:  # a disk or a folder that no check could foresee
-        print(f"{parser.prog}: {error.filename or 'the system'}: {error.strerror or error}.", file=sys.stderr)
+        say_on_stderr(f"{parser.prog}: {error.filename or 'the system'}: {error.strerror or error}.")
         return 1
     return 0
 
@@ -167,7 +175,9 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         "--workers", type=positive, metavar="N", help="threads (default: one per core); the result is the same"
     )
     running.add_argument(
-        "--trust_remote_code", action="store_true", help="let Python code that comes with a model run (default: off)"
+        "--trust_remote_code",
+        action="store_true",
+        help="let Python code that comes with a model, or a method of your own that a recipe file names, run (default: off)",
     )
     running.add_argument("--dry_run", action="store_true", help="print the plan or every refusal; write nothing")
     running.add_argument("--json", action="store_true", help="with --dry_run: the plan as JSON")
@@ -299,12 +309,14 @@ def show_plan(job: Job, upload: Upload | None, *, as_json: bool) -> None:
     if job.complete:
         print(job.complete)
     elif as_json:
-        plan = job.as_json() | ({"push_to_hub": upload.as_json()} if upload else {})
+        plan = job.as_json() | (
+            {"push_to_hub": upload.as_json(job.work.inputs, job.files_to_write())} if upload else {}
+        )
         print(json.dumps(shown(plan, show_flag), indent=2, ensure_ascii=False))
     else:
         print(job.as_text(show_flag))
         if upload:
-            print(upload.as_text())
+            print(upload.as_text(job.work.inputs, job.files_to_write()))
 
 
 def tell(result: Result, console: Console) -> None:
@@ -363,13 +375,13 @@ def console(options: RunOptions) -> Console:
 
     def note(line: str) -> None:
         if not options.quiet:
-            print(line, file=sys.stderr)
+            say_on_stderr(line)
 
     def warn(line: str) -> None:
         if line not in warned:
             warned.add(line)
             options.log("warning", message=line)
-            print(f"warning: {line}", file=sys.stderr)
+            say_on_stderr(f"warning: {line}")
 
     return Console(say, note, warn, partial(progress_bar, quiet=options.quiet), show_flag)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.errors import InputError
 from checkpoints.hub_errors import Unreachable, one_line_errors, progress_bars
+from checkpoints.screen import say
 from checkpoints.settings import setting
 from evaluation.benchmarks.contract import Benchmark
 from evaluation.dataset_files import REVISIONS_FILE, Missing, missing_splits
@@ -101,7 +101,7 @@ def _fetch_punkt(folder: Path | None) -> str:
 
     target = folder / "nltk_data" if folder else None
     if not nltk.download(RESOURCE, download_dir=str(target) if target else None, quiet=True):
-        print(f"warning: nltk's {RESOURCE} cannot be fetched; IFEval will use the simple splitter.", file=sys.stderr)
+        say(f"warning: nltk's {RESOURCE} cannot be fetched; IFEval will use the simple splitter.")
         return f"ifeval: nltk {RESOURCE}: not fetched"
     return f"ifeval: nltk {RESOURCE} -> {target or 'nltk_data'}"
 

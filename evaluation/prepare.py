@@ -198,6 +198,10 @@ def _prepare_model(prepared: Prepared) -> None:
             f"{setting('apply_chat_template')}: the tokenizer of {label} has no chat template. Leave the flag out, or add a "
             "chat_template to its tokenizer_config.json."
         )
+    if request.settings.chat:
+        from evaluation.chat_template import check_chat_template
+
+        check_chat_template(location.folder, label, trust_remote_code=request.trust_remote_code)
     if location.note:
         prepared.notes.append(location.note)
     prepared.location = location

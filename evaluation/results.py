@@ -215,12 +215,26 @@ def _check_types(content: Mapping[Any, Any], form: Mapping[Any, tuple[type, ...]
             raise ValueError(f"a number out of every range at {where}{key}")
 
 
+def _shown(value: object) -> str:
+    """A value of a file; Python refuses to write whole numbers of thousands of digits out."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "a number of thousands of digits"
+
+
+def _files_of(entry: Mapping[str, Any]) -> Any:
+    """The data files of a benchmark's entry; None where a forged one says nothing of them."""
+    data = entry.get("data")
+    return data.get("files") if isinstance(data, dict) else None
+
+
 def check_resumable(
     path: Path, earlier: Mapping[str, Any], settings: Mapping[str, Any], model: str | None, data: Mapping[str, Any]
 ) -> None:
     """Raise ArgumentError where an earlier run was made with other settings, another model or other data."""
     differing = [
-        f"{key} {earlier['settings'].get(key)!r} there, {value!r} here"
+        f"{key} {_shown(earlier['settings'].get(key))} there, {value!r} here"
         for key, value in settings.items()
         if earlier["settings"].get(key) != value
     ]
@@ -230,7 +244,7 @@ def check_resumable(
     differing += [
         f"other data of {name}"
         for name, entry in earlier["benchmarks"].items()
-        if name in data and entry["data"]["files"] != data[name]["files"]
+        if name in data and _files_of(entry) != data[name]["files"]
     ]
     if differing:
         raise ArgumentError(

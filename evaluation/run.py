@@ -153,26 +153,32 @@ class _Job:
             if name in to_grade:
                 self._grade(benchmark, data, responses, tools)
         if model is not None and prepared.extra_tasks is not None and extra:
+            from evaluation.chat_template import in_words
             from evaluation.extra_tasks import run_tasks
 
-            self.results["extra_tasks"] |= run_tasks(
-                model,
-                extra,
-                prepared.extra_tasks,
-                limit=self.request.limit,
-                chat=self.settings.chat,
-                seed=self.request.seed,
-            )
+            with in_words(model.label):
+                self.results["extra_tasks"] |= run_tasks(
+                    model,
+                    extra,
+                    prepared.extra_tasks,
+                    limit=self.request.limit,
+                    chat=self.settings.chat,
+                    seed=self.request.seed,
+                )
 
     def _ask(self, model: Model, benchmark: Benchmark, data: Data) -> tuple[list[Response], Asked]:
         """Have the model answer a benchmark."""
+        from evaluation.chat_template import in_words
         from evaluation.generation import check_bos, choose, generate
         from evaluation.prompts import build_requests, prompts_sha256
 
         started = time.monotonic()
         model.lm.add_bos_token = False if benchmark.adds_no_bos(self.settings) else None
         chosen = _chosen_rows(benchmark, data.rows, self.request.limit)
-        with item_bar(f"{benchmark.name}: preparing", len(chosen), quiet=self.request.quiet) as advance:
+        with (
+            item_bar(f"{benchmark.name}: preparing", len(chosen), quiet=self.request.quiet) as advance,
+            in_words(model.label),
+        ):
             requests = build_requests(
                 benchmark,
                 [(index, data.rows[index]) for index in chosen],

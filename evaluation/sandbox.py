@@ -5,7 +5,8 @@
 
 Each program runs as an unprivileged user in a process of its own, without network, home, environment, other processes
 or a terminal, in a fresh folder, under limits of memory, time, files and output; nothing of it is alive when the next
-one starts. How it is held depends on the machine; the first level that a trial run proves is taken:
+one starts. Its test runs in another process, locked up likewise: it calls the program's functions through a narrow channel
+of plain values, and compares what it gets by tools that the program cannot reach. How both are held depends on the machine; the first level that a trial run proves is taken:
 
     BUBBLEWRAP       bubblewrap's view of the file system, which holds the system's libraries, Python and numpy, all
                      read-only; for each run new namespaces and a small file system of its own; Landlock where the
@@ -15,16 +16,16 @@ one starts. How it is held depends on the machine; the first level that a trial 
                      asked for (not their contents), and only time bounds how many files a run makes in its folder.
     UNSAFE           limits and a clock. Only when asked for: a program can read, change and send what its user can.
 
-No level stops a bug in the kernel. A pass is never an exit code: a program has passed when a one-time token came back,
-and when with an impossible test (`assert False`) it did not; who passes that is `forged`. Two ways to cheat stay open,
-as in every checker that runs tests and program in one interpreter: an object that equals everything, and a program
-that tells the impossible test from the real one.
+No level stops a bug in the kernel. A pass is never an exit code: the test's process sends a one-time token back, and for the
+same test with an impossible end (`assert False`), run twice and in random order with the real one, it must not; a program
+for which it does is `forged`. docs/evaluation.md says what a test cannot do through the channel, and what stays possible.
 """
 
 from __future__ import annotations
 
 import os
 import queue
+import secrets
 import shutil
 import sys
 import tempfile
@@ -46,6 +47,7 @@ from evaluation.jail.zygote import remove_tree
 
 MEMORY_BYTES = 1 << 30
 PATIENCE = 5.0
+IMPOSSIBLE_DRAWS = 2
 HOW_TO = (
     "Install bubblewrap (apt install bubblewrap), or allow user namespaces (user.max_user_namespaces above 0, on "
     "Ubuntu kernel.apparmor_restrict_unprivileged_userns=0), or use a kernel with Landlock (5.13 or newer)."
@@ -77,13 +79,15 @@ class Program:
 
     Attributes:
         source: the completed program.
-        test: its assertions, run after it in the same module.
+        test: its assertions, run in a process of their own.
         timeout_s: wall clock for both together.
+        names: what the test takes from the program; None: all names that it reads and that are not built in.
     """
 
     source: str
     test: str
     timeout_s: float = 3.0
+    names: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -251,21 +255,34 @@ class Sandbox:
 
 
 def judge(jail: Jail, program: Program, patience: float = 1.0) -> Verdict:
-    """Run a program in a jail, and if it passes once more against a test that cannot pass.
+    """Run a program against its test and, in random order, against tests that cannot pass, until one run decides.
+
+    No run differs for the program from another: it has to hold in each, and may pass where it can only.
 
     Args:
-        patience: as Jail.attempt has it, for both runs.
+        patience: as Jail.attempt has it, for every run.
     Raises: JailError: the jail failed.
     """
-    source, test, timeout_s = program.source, program.test, program.timeout_s
-    outcome = jail.attempt(source, test, timeout_s, patience=patience)
-    if outcome.timed_out:
-        return Verdict("timeout", outcome.detail, outcome.seconds)
-    if not outcome.passed:
-        return Verdict("failed", outcome.detail, outcome.seconds)
-    if jail.attempt(source, test, timeout_s, impossible=True, patience=patience).passed:
-        return Verdict("forged", "passed a test that cannot pass", outcome.seconds)
-    return Verdict("passed", "", outcome.seconds)
+    draws = [False] + [True] * IMPOSSIBLE_DRAWS
+    secrets.SystemRandom().shuffle(draws)
+    seconds = 0.0
+    for impossible in draws:
+        outcome = jail.attempt(
+            program.source,
+            program.test,
+            program.timeout_s,
+            names=program.names,
+            impossible=impossible,
+            patience=patience,
+        )
+        seconds = seconds or outcome.seconds
+        if outcome.timed_out:
+            return Verdict("timeout", outcome.detail, outcome.seconds)
+        if impossible and outcome.passed:
+            return Verdict("forged", "passed a test that cannot pass", outcome.seconds)
+        if not (outcome.held if impossible else outcome.passed):
+            return Verdict("failed", outcome.detail, outcome.seconds)
+    return Verdict("passed", "", seconds)
 
 
 def available_cores() -> int:

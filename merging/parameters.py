@@ -1,11 +1,17 @@
-"""What a user can set: every parameter of every method, once. Importing this imports no torch, so that help texts list them.
+"""What a user can set of a method: its parameters, each declared in the method's own class.
 
-A method's file says which of them it has (`weights: tuple[float, ...] = parameter("weight")`), its line in METHODS what
-they are by default there. The flags of merge.py, the keys of recipe files and all refusals follow from this table.
+A class declares a parameter by a field, with its own default, range and help:
+
+    t: float = parameter("t", "how near is near", default=REQUIRED, above=0.0)
+    weights: tuple[float, ...] = shared("weight")
+
+Two methods may use one key for different things. The flags of merge.py, the keys of recipe files, all refusals and the
+tables of the docs follow from these declarations. Importing this imports no torch, so that `--help` can list them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,30 +22,47 @@ from checkpoints.settings import setting
 SAME: Any = object()
 """In a recipe file, the default is the method's."""
 REQUIRED: Any = object()
-"""In a recipe file, there is no default."""
+"""There is no default: a user has to say it."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter.
+    """One parameter of one method.
 
     Attributes:
         key: its name in recipe files, and the setting that messages mention.
-        help: what it does, a clause for lists of settings; it may mention others.
+        help: what it does, a clause for lists of settings, with its unit where it has one; it may mention other settings.
+        default: its value where nothing is given; REQUIRED where something must be; None for the own rule of a `rule`.
         kind: number; whole: a whole number; switch: yes or no; rule: yes, no, or None for what the method itself does.
         per_model: one value for each model; a flag takes one for all too.
         low, high: the closed range of a number; above: an open lower bound.
         in_files: the default in a recipe file, where that is not the method's.
+
+    Raises: ValueError: the default is outside of the range.
     """
 
     key: str
     help: str
+    default: Any
     kind: Literal["number", "whole", "switch", "rule"] = "number"
     per_model: bool = False
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
     in_files: Any = SAME
+
+    def __post_init__(self) -> None:
+        try:
+            for value in (self.default, self.default_in_files):
+                if value is not REQUIRED:
+                    self.check(value)
+        except ArgumentError as error:
+            raise ValueError(f"the default of {error}") from error
+
+    @property
+    def default_in_files(self) -> Any:
+        """Its default in a recipe file; REQUIRED where there is none."""
+        return self.default if self.in_files is SAME else self.in_files
 
     @property
     def is_switch(self) -> bool:
@@ -73,53 +96,66 @@ class Parameter:
         return f"a finite {noun}"
 
 
-def _table(*parameters: Parameter) -> dict[str, Parameter]:
-    return {parameter.key: parameter for parameter in parameters}
+def parameter(
+    key: str,
+    help: str,
+    *,
+    default: Any,
+    kind: Literal["number", "whole", "switch", "rule"] = "number",
+    per_model: bool = False,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    in_files: Any = SAME,
+) -> Any:
+    """Declare a parameter: a field of a method's class, which holds a tuple where each model has its own value.
+
+    Only names of this module may stand among the arguments: `--help` reads them without importing the method.
+
+    Args: see `Parameter`.
+    """
+    return _field(Parameter(key, help, default, kind, per_model, low, high, above, in_files))
 
 
-PARAMETERS = _table(
-    Parameter("weight", "one number, or one for each model: 0.5,0.3,0.2", per_model=True),
-    Parameter(
-        "density",
-        "share of each task vector that is kept, likewise; 0.5 is the setting of WIDEN's authors for the models of the AIM paper, the AIM authors' program passes none, which means 1.0: no trimming and no dropping",
-        per_model=True,
-        low=0.0,
-        high=1.0,
-        in_files=1.0,
-    ),
-    Parameter(
-        "gamma",
-        "share of each task vector's largest changes that is dropped, likewise",
-        per_model=True,
-        low=0.0,
-        high=1.0,
-    ),
-    Parameter(
-        "epsilon",
-        "the probability of keeping a change grows from density - epsilon for the smallest of a row to density + epsilon for the largest, likewise",
-        per_model=True,
-        low=0.0,
-        high=0.5,
-    ),
-    Parameter("lambda", "what the merged task vector is multiplied with"),
-    Parameter("normalize", "divide by the sum of weights, of the agreeing models where signs are elected", "switch"),
-    Parameter(
-        "rescale",
-        f"after trimming or dropping, give each task vector the l1 norm it had; {setting('rescale', 'false')} leaves it",
-        "rule",
-    ),
-    Parameter("t", "where between the base (0) and the model (1)", in_files=REQUIRED),
-    Parameter("nuslerp_flatten", "one angle for each tensor; without, one for each of its rows", "switch"),
-    Parameter("nuslerp_row_wise", f"with {setting('nuslerp_flatten', 'false')}: one for each column", "switch"),
-    Parameter("max_iter", "steps at most", "whole", low=0),
-    Parameter("tol", "a step shorter than this is the last", low=0.0),
-    Parameter("filter_wise", "one ratio for each row of a matrix instead of one for each tensor", "switch"),
-    Parameter("select_topk", "share of the changed elements that is kept: those in which the models differ most", low=0.0, high=1.0),
-    Parameter("scale", "what the weights are multiplied with", per_model=True),
-    Parameter("widen_ratio", "ranks above this multiple of the mean count as important", low=0.0),
-    Parameter("widen_calibration", "score of the important ones", low=0.0),
-)  # fmt: skip
-"""Recipe key -> parameter, in the order in which they are listed."""
+def shared(key: str, *, default: Any = SAME) -> Any:
+    """Declare one of the parameters that mean the same in every method that has them (SHARED), with another default if given."""
+    one = SHARED[key]
+    return _field(one if default is SAME else dataclasses.replace(one, default=default))
+
+
+def _field(one: Parameter) -> Any:
+    metadata = {"parameter": one}
+    if one.kind == "rule":
+        return dataclasses.field(default=None, kw_only=True, metadata=metadata)
+    return dataclasses.field(metadata=metadata)
+
+
+SHARED = {
+    one.key: one
+    for one in (
+        Parameter("weight", "one number, or one for each model: 0.5,0.3,0.2", 1.0, per_model=True),
+        Parameter(
+            "density",
+            "share of each task vector that is kept, likewise; 0.5 is the setting of WIDEN's authors for the models of the AIM paper, the AIM authors' program passes none, which means 1.0: no trimming and no dropping",
+            0.5,
+            per_model=True,
+            low=0.0,
+            high=1.0,
+            in_files=1.0,
+        ),
+        Parameter("lambda", "what the merged task vector is multiplied with", 1.0),
+        Parameter(
+            "normalize", "divide by the sum of weights, of the agreeing models where signs are elected", False, "switch"
+        ),
+        Parameter(
+            "rescale",
+            f"after trimming or dropping, give each task vector the l1 norm it had; {setting('rescale', 'false')} leaves it",
+            None,
+            "rule",
+        ),
+    )
+}
+"""Recipe key -> parameters that mean the same wherever they occur, in the order of `--help`."""
 
 
 def text_of(value: Any) -> str:

@@ -12,7 +12,6 @@ from alignment.align import Alignment, align
 from alignment.aligned_model import Mismatches, same_kind_of_number
 from alignment.layout import Layout
 from alignment.stored import left_out
-from checkpoints.architecture import build_meta_model
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.model import Model
 from checkpoints.problems import Problems
@@ -219,6 +218,7 @@ class _Stack:
 
     def _used_before_layers(self, names: Sequence[str]) -> set[str]:
         """The tensors that the model class lists before its layers, and all embeddings."""
+        from checkpoints.architecture import build_meta_model  # few merges build the model's class
 
         primary = self.primary
         built = build_meta_model(primary.folder, label=primary.label, trust_remote_code=primary.trust_remote_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,16 +9,16 @@ from typing import Any
 import torch
 
 from alignment.stored import check_plain
-from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError
 from checkpoints.model import Model
+from checkpoints.patterns import pattern
 from checkpoints.problems import Problems
 from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, dtype_name
 from checkpoints.tensor_names import kind_of, list_kinds
 from checkpoints.writer import Shard, plan_shards
-from merging.parameters import PARAMETERS, text_of
+from merging.parameters import text_of
 from merging.places import Place, find_places
 from merging.recipe import Recipe, Slice, identity
 from merging.remarks import remarks
@@ -135,6 +134,7 @@ def coefficients(recipe: Recipe) -> list[dict[str, Any]]:
     """Per model the parameters in force, and what its task vector (or weight) is multiplied with where no sign is elected
     and that is the same for every tensor. A model of several slices is listed for each, with its layers."""
     listed = []
+    declared = recipe.method_class.parameters()
     for part in recipe.slices:
         scales = _coefficients(recipe, part)
         for source, scale in zip(part.sources, scales, strict=True):
@@ -142,7 +142,7 @@ def coefficients(recipe: Recipe) -> list[dict[str, Any]]:
             if source.layers:
                 entry["layers"] = list(source.layers)
             chain = {**recipe.parameters, **part.parameters, **source.parameters}
-            entry |= {key: value.as_json() for key, value in chain.items() if PARAMETERS[key].per_model}
+            entry |= {key: value.as_json() for key, value in chain.items() if declared[key][0].per_model}
             listed.append(entry if scale is None else {**entry, "coefficient": scale})
     return listed
 
@@ -178,12 +178,16 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     found = find_places(recipe, models, primary)
     problems.take(found.problems)
     recipe = replace(recipe, layout=found.layout)
-    choose_tokenizer_files(found.files, recipe.layout, opened, problems)
+    if recipe.layout.copy_tokenizer_from is not None or recipe.layout.chat_template is not None:
+        from alignment.tokenizer_choice import choose_tokenizer_files
+
+        choose_tokenizer_files(found.files, recipe.layout, opened, problems)
     names = [place.name for place in found.places]
     for key, expression in (("exclude", recipe.exclude), ("only", recipe.only)):
-        if expression and names and not any(re.search(expression, name) for name in names):
-            looked = f"{setting(key)}: {expression!r} is found in no tensor's name"
-            problems.add(ArgumentError(f"{looked}. Names look like {names[0]}."))
+        with problems.collect():
+            if expression and names and not any(pattern(setting(key), expression).find(names)):
+                looked = f"{setting(key)}: {expression!r} is found in no tensor's name"
+                raise ArgumentError(f"{looked}. Names look like {names[0]}.")
     problems.raise_if_any()
     wide = [place.name for place in found.places if place.dtype == torch.float64]
     if wide and recipe.out_dtype == "auto":

@@ -6,18 +6,18 @@ The JSON of a recipe has the keys of mergekit's YAML, so that one schema serves 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.layout import Layout
-from checkpoints.errors import ArgumentError, InputError
+from checkpoints.errors import ArgumentError, InputError, collecting
 from checkpoints.location import ModelName
+from checkpoints.patterns import Pattern, pattern
 from checkpoints.settings import Remark, setting
-from merging.methods import METHODS, get_method
+from merging.methods import canonical, get_method
 from merging.methods.contract import Method
-from merging.parameters import PARAMETERS, REQUIRED, SAME
+from merging.parameters import REQUIRED, Parameter
 from streaming.values import NOTHING, Value
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -61,7 +61,7 @@ class Recipe:
     """A merge, whole and checked: what decides the output's bytes, and nothing else.
 
     Attributes:
-        merge_method: a key of METHODS.
+        merge_method: a key of METHODS, or `package.module:Class`.
         base_model: gives config, tokenizer, vocabulary and, for most methods, numbers; None where the first model gives
             what is no number.
         slices: what is merged; one slice, unless layers are stacked.
@@ -91,9 +91,10 @@ class Recipe:
 
     def why_copied(self, tensor: str) -> str:
         """The setting by which an output tensor is taken from the base; empty where none is."""
-        if self.exclude and re.search(self.exclude, tensor):
-            return Remark(setting("exclude"))
-        return Remark(setting("only")) if self.only and not re.search(self.only, tensor) else ""
+        for key, expression, copied in (("exclude", self.exclude, True), ("only", self.only, False)):
+            if expression and pattern(setting(key), expression).found_in(tensor) == copied:
+                return Remark(setting(key))
+        return ""
 
     @property
     def is_sliced(self) -> bool:
@@ -110,9 +111,10 @@ class Recipe:
         """Every model once: the base, or what stands in for it, then the others in order."""
         names = [self.base_model] if self.base_model else []
         names += [source.name for one in self.slices for source in one.sources]
-        return tuple(
-            {identity(name): name for name in reversed(names)}[key] for key in dict.fromkeys(map(identity, names))
-        )
+        by_identity: dict[Any, ModelName] = {}
+        for name in names:
+            by_identity.setdefault(identity(name), name)
+        return tuple(by_identity.values())
 
     @property
     def method_class(self) -> type[Method]:
@@ -131,30 +133,20 @@ class Recipe:
         here = self.slices[part]
         cls = get_method("passthrough") if here.as_is else self.method_class
         values: dict[str, Any] = {}
-        for key, one in cls.parameters().items():
+        for key, (one, attribute) in cls.parameters().items():
             if here.as_is:
-                values[one.name] = (1.0,)
-            elif PARAMETERS[key].per_model:
+                values[attribute] = (1.0,)
+            elif one.per_model:
                 chains = [(source.parameters, here.parameters, self.parameters) for source in here.sources]
                 called = names or [tensor] * len(chains)
                 found = (resolve(key, chain, name, t) for chain, name in zip(chains, called, strict=True))
-                values[one.name] = tuple(self._or_default(key, number, tensor) for number in found)
+                values[attribute] = tuple(_or_default(one, number, tensor) for number in found)
             else:
                 number = resolve(key, (here.parameters, self.parameters), tensor, t)
-                values[one.name] = self._or_default(key, number, tensor)
+                values[attribute] = _or_default(one, number, tensor)
         if cls.draws:
             values["seed"] = self.seed
         return cls(**values)
-
-    def _or_default(self, key: str, number: Any, tensor: str) -> Any:
-        """A value that was found, else the default. Raises ArgumentError where there is none."""
-        if number is NOTHING:
-            number = default_of(self.merge_method, key)
-            if number is REQUIRED:
-                raise ArgumentError(
-                    f"{setting(key)}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
-                )
-        return number
 
     def as_json(self) -> dict[str, Any]:
         """The recipe under mergekit's keys, every default written out."""
@@ -204,10 +196,15 @@ def resolve(key: str, chain: Iterable[Values], tensor: str, t: float) -> Any:
     return NOTHING
 
 
-def default_of(method: str, key: str) -> Any:
-    """A parameter's default in a recipe file; REQUIRED where there is none."""
-    in_files = PARAMETERS[key].in_files
-    return METHODS[method].defaults[key] if in_files is SAME else in_files
+def _or_default(one: Parameter, number: Any, tensor: str) -> Any:
+    """A value that was found, else the default. Raises ArgumentError where there is none."""
+    if number is not NOTHING:
+        return number
+    if one.default_in_files is REQUIRED:
+        raise ArgumentError(
+            f"{one.key}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
+        )
+    return one.default_in_files
 
 
 def identity(name: ModelName) -> Any:
@@ -222,7 +219,7 @@ def class_of(method: str, has_base: bool) -> type[Method]:
     found = cls if has_base else cls.without_base()
     if found is None:
         raise ArgumentError(
-            f"base_model: {method.lower()} needs one. Name the model that the others were fine-tuned from."
+            f"base_model: {canonical(method)} needs one. Name the model that the others were fine-tuned from."
         )
     return found
 
@@ -239,10 +236,8 @@ def check_count(cls: type[Method], method: str, count: int) -> None:
 
 def check_expression(where: str, expression: str | None, problems: list[str | InputError]) -> None:
     """Refuse an expression that is none."""
-    try:
-        re.compile(expression or "")
-    except re.error as error:
-        problems.append(ArgumentError(f"{where}: expected a regular expression, got {expression!r}: {error}."))
+    with collecting(problems):
+        Pattern(where, expression or "")
 
 
 def twice(names: Iterable[ModelName]) -> list[ModelName]:

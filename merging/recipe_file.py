@@ -23,6 +23,7 @@ def read_recipe_file(
     exclude: str | None = None,
     only: str | None = None,
     layout: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Recipe:
     """Read a recipe: mergekit's YAML with our own keys besides, or the merge_recipe.json of a merge.
 
@@ -30,12 +31,13 @@ def read_recipe_file(
         path: the file. Folders named in it are relative to the current one.
         seed, out_dtype, exclude, only, layout (keys of `Layout`): what flags say besides; refused where the file says
             something else.
+        trust_remote_code: let a file name a method as `package.module:Class`, whose code runs.
 
     Raises: Refusals (an InputError): every problem; exit code 2.
     """
     where = str(path)
     content = read_data(Path(path).expanduser(), where)
-    reader = Reader(where)
+    reader = Reader(where, trust_remote_code=trust_remote_code)
     flags = {"seed": seed, "out_dtype": out_dtype, "exclude": exclude, "only": only, "layout": layout or {}}
     recipe = reader.read(content, flags)
     if reader.problems:

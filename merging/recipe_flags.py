@@ -10,9 +10,9 @@ from alignment.layout import Layout
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
 from checkpoints.location import ModelName, parse_model
 from checkpoints.settings import setting
-from merging.methods import METHODS, get_method
+from merging.methods import canonical, get_method
 from merging.methods.contract import Method
-from merging.parameters import PARAMETERS, Parameter
+from merging.parameters import REQUIRED, Parameter
 from merging.recipe import OUT_DTYPES, ModelInput, Recipe, Slice, check_count, check_expression, identity, twice
 from streaming.values import Value
 
@@ -32,7 +32,7 @@ def make_recipe(
     """Make a recipe from what a user typed; everything wrong is said at once.
 
     Args:
-        method: name of a method, in any case.
+        method: name of a method, in any case, or `package.module:Class`, whose code runs.
         base_model: folder or hub name, `NAME@REVISION`.
         models: comma-separated, `A,B,C`, or with weights, `A:0.5,B:0.3`.
         parameters: recipe key (`weight`, `density`, `lambda`, `normalize`, `widen_ratio` ...) -> what was given, None where
@@ -44,7 +44,8 @@ def make_recipe(
     Raises: Refusals (an InputError): every problem; exit code 2.
     """
     cls = get_method(method)
-    method = method.lower()
+    method = canonical(method)
+    declared = {key: one for key, (one, _) in cls.parameters().items()}
     problems: list[str | InputError] = []
     given = {key: value for key, value in (parameters or {}).items() if value is not None}
     names, inline = _split_models(models, problems)
@@ -64,7 +65,7 @@ def make_recipe(
         except ArgumentError as error:
             problems.append(ArgumentError(f"{setting('models')}: {error.marked}"))
     _check_used(cls, method, given, seed, problems)
-    values = {key: _read_values(key, method, given.get(key), len(names), problems) for key in cls.parameters()}
+    values = {key: _read_values(one, method, given.get(key), len(names), problems) for key, one in declared.items()}
     _check_values(cls, values, problems)
     if out_dtype not in OUT_DTYPES:
         problems.append(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
@@ -77,7 +78,7 @@ def make_recipe(
     if problems:
         raise Refusals(problems)
     assert base is not None
-    own = {key for key in values if PARAMETERS[key].per_model}
+    own = {key for key, one in declared.items() if one.per_model}
     sources = tuple(
         ModelInput(name, {key: Value.constant(values[key][index]) for key in values if key in own})
         for index, name in enumerate(names)
@@ -164,15 +165,17 @@ def _check_values(cls: type[Method], values: Mapping[str, Any], problems: list[s
     """Ranges, and what the values forbid each other."""
     fields = cls.parameters()
     found: list[ArgumentError] = []
-    for key in fields:
+    if any(value is REQUIRED for value in values.values()):
+        return  # said already
+    for key, (one, _) in fields.items():
         try:
-            for number in values[key] if PARAMETERS[key].per_model else (values[key],):
-                PARAMETERS[key].check(number)
+            for number in values[key] if one.per_model else (values[key],):
+                one.check(number)
         except ArgumentError as error:
             found.append(error)
     if not found:
         try:
-            cls(**{one.name: values[key] for key, one in fields.items()})
+            cls(**{field: values[key] for key, (_, field) in fields.items()})
         except ArgumentError as error:
             found.append(error)
     for problem in found:  # a method names its parameter by the recipe's key
@@ -180,11 +183,17 @@ def _check_values(cls: type[Method], values: Mapping[str, Any], problems: list[s
         problems.append(ArgumentError(setting(key) + colon + rest if key in fields else problem.marked))
 
 
-def _read_values(key: str, method: str, text: Any, models: int, problems: list[str | InputError]) -> Any:
-    """One parameter's value, a tuple for a per-model one, from what was given or its default."""
-    parameter = PARAMETERS[key]
-    default = METHODS[method].defaults[key]
-    fallback = (default,) * models if parameter.per_model else default
+def _read_values(parameter: Parameter, method: str, text: Any, models: int, problems: list[str | InputError]) -> Any:
+    """One parameter's value, a tuple for a per-model one, from what was given or its default; REQUIRED where there is neither."""
+    default = parameter.default
+    if text is None and default is REQUIRED:
+        problems.append(
+            ArgumentError(
+                f"{setting(parameter.key)}: {method} needs it: {parameter.expectation}. Add {setting(parameter.key)}."
+            )
+        )
+        return REQUIRED
+    fallback = (default,) * models if parameter.per_model and default is not REQUIRED else default
     if text is None:
         return fallback
     if parameter.is_switch:
@@ -193,16 +202,16 @@ def _read_values(key: str, method: str, text: Any, models: int, problems: list[s
         numbers = [_read_number(parameter, part) for part in str(text).split(",")]
     except ValueError:
         what = "numbers separated by commas" if parameter.per_model else "a number"
-        problems.append(ArgumentError(f"{setting(key)}: expected {what}, got {text!r}."))
+        problems.append(ArgumentError(f"{setting(parameter.key)}: expected {what}, got {text!r}."))
         return fallback
     if not parameter.per_model:
         if len(numbers) != 1:
-            problems.append(ArgumentError(f"{setting(key)}: expected one number, got {text!r}."))
+            problems.append(ArgumentError(f"{setting(parameter.key)}: expected one number, got {text!r}."))
         return numbers[0]
     if len(numbers) not in (1, models):
         problems.append(
             ArgumentError(
-                f"{setting(key)}: expected one number or {models}, one for each model, got {len(numbers)}: {text}."
+                f"{setting(parameter.key)}: expected one number or {models}, one for each model, got {len(numbers)}: {text}."
             )
         )
         return fallback

@@ -10,9 +10,9 @@ from alignment.layout import Layout
 from checkpoints.errors import ArgumentError, InputError, named_by, unknown
 from checkpoints.location import ModelName, parse_model
 from checkpoints.settings import Remark, setting
-from merging.methods import METHODS, get_method
+from merging.methods import METHODS, canonical, get_method, is_outside, parameters_by_key
 from merging.methods.contract import Method
-from merging.parameters import PARAMETERS, REQUIRED
+from merging.parameters import REQUIRED
 from merging.recipe import (
     OUT_DTYPES,
     ModelInput,
@@ -21,7 +21,6 @@ from merging.recipe import (
     check_count,
     check_expression,
     class_of,
-    default_of,
     identity,
     twice,
 )
@@ -47,10 +46,13 @@ class Reader:
 
     Args:
         where: the file, for messages.
+        trust_remote_code: import a method that the file names as `package.module:Class`.
     """
 
-    def __init__(self, where: str):
+    def __init__(self, where: str, *, trust_remote_code: bool = False):
         self.where = where
+        self.trust_remote_code = trust_remote_code
+        self.is_unread = False  # a method whose parameters nobody knows, as it was not imported
         self.problems: list[str | InputError] = []
         self.notes: list[str] = []
         self.pinned: dict[str, str] = {}
@@ -177,35 +179,43 @@ class Reader:
                 "merge_method", f"expected the name of a method, got {describe(name)}. Known: {', '.join(METHODS)}."
             )
             return None
+        if is_outside(name) and not self.trust_remote_code:
+            self.is_unread = True
+            self.refuse(
+                "merge_method",
+                f"expected the name of a method, got {name}, Python code that is not part of this program. If you know and "
+                f"trust it, add {setting('trust_remote_code')}.",
+            )
+            return None
         try:
             cls = get_method(name)
         except ArgumentError as error:
-            self.refuse("merge_method", str(error).removeprefix("--").removeprefix("method: "))
+            self.refuse("merge_method", error.marked.removeprefix(f"{setting('method')}: "))
             return None
-        self.method = name.lower()
+        self.method = canonical(name)
         return cls
 
     def with_defaults(self, recipe: Recipe, cls: type[Method]) -> Recipe | None:
         """The recipe with every default written out, so that it means the same wherever it is read."""
         shared, slices = dict(recipe.parameters), list(recipe.slices)
-        for key in cls.parameters():
-            default = default_of(self.method, key)
+        for key, (one, _) in cls.parameters().items():
+            default = one.default_in_files
             if key in shared or default is None:
                 continue
-            if PARAMETERS[key].per_model:
+            if one.per_model and default is not REQUIRED:
                 slices = [
                     replace(
                         part,
                         sources=tuple(
-                            replace(one, parameters={**one.parameters, key: Value.constant(default)})
-                            if key not in one.parameters and key not in part.parameters
-                            else one
-                            for one in part.sources
+                            replace(source, parameters={**source.parameters, key: Value.constant(default)})
+                            if key not in source.parameters and key not in part.parameters
+                            else source
+                            for source in part.sources
                         ),
                     )
                     for part in slices
                 ]
-            elif all(key in part.parameters or part.as_is for part in slices):
+            elif all(_says(part, key) for part in slices):
                 continue
             elif default is REQUIRED:
                 self.refuse(
@@ -360,21 +370,24 @@ class Reader:
             self.refuse(place, f"expected parameters such as weight, got {describe(content)}.")
             return {}
         used = get_method(self.method).parameters() if self.method else {}
+        known = {*parameters_by_key(), *used, "int8_mask"}
         found: dict[str, Value] = {}
-        for key, value in content.items():
+        for key, content_of_key in content.items():
             if key == "int8_mask":
                 self.note(INT8_MASK)
-            elif key not in PARAMETERS:
-                self.refuse(place, unknown("parameter", str(key), [*PARAMETERS, "int8_mask"]))
-            elif value is None or not self.method:
+            elif self.is_unread:
+                continue
+            elif key not in known:
+                self.refuse(place, unknown("parameter", str(key), sorted(known)))
+            elif content_of_key is None or not self.method:
                 continue
             elif key not in used:
                 self.note(f"{place}.{key} has no effect: {self.method} does not use it.")
-            elif not shared and not PARAMETERS[key].per_model:
+            elif not shared and not used[key][0].per_model:
                 self.note(f"{place}.{key} has no effect: it holds for all models. Write it under parameters.")
             else:
                 try:
-                    found[key] = parse_value(value, PARAMETERS[key])
+                    found[key] = parse_value(content_of_key, used[key][0])
                 except ArgumentError as error:
                     self.refuse(f"{place}.{key}", error.marked)
         return found
@@ -491,6 +504,11 @@ def _revisions(inputs: Any) -> dict[str, str]:
         for entry in entries
         if isinstance(entry, dict) and isinstance(entry.get("model"), str) and isinstance(entry.get("revision"), str)
     }
+
+
+def _says(part: Slice, key: str) -> bool:
+    """Whether a slice says a parameter's value, for all of its sources or for each; or needs none, being taken as it is."""
+    return part.as_is or key in part.parameters or all(key in source.parameters for source in part.sources)
 
 
 def _join(place: str, key: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from merging.parameters import PARAMETERS
 from merging.recipe import Recipe
 
 
@@ -47,9 +46,9 @@ def _constants(recipe: Recipe) -> dict[str, list[Any]]:
         return {}
     (part,) = recipe.slices
     found: dict[str, list[Any]] = {}
-    for key in recipe.method_class.parameters():
+    for key, (one, _) in recipe.method_class.parameters().items():
         chains = [(source.parameters, part.parameters, recipe.parameters) for source in part.sources]
-        chains = chains if PARAMETERS[key].per_model else chains[:1]
+        chains = chains if one.per_model else chains[:1]
         values = [next((values[key] for values in chain if key in values), None) for chain in chains]
         if all(value is not None and value.is_constant for value in values):
             found[key] = [value.as_json() for value in values if value is not None]

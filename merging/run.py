@@ -8,12 +8,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from alignment.tokenizer_choice import template_label
 from checkpoints.errors import ArgumentError, InputError, named_by
+from checkpoints.escaping import markdown, markdown_code, markdown_code_cell
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
 from checkpoints.reader import same_values
 from checkpoints.settings import Show, as_in_python, setting
+from merging.methods import is_outside
+from merging.methods.outside import source_digest
 from merging.parameters import text_of
 from merging.plan import Plan, make_plan
 from merging.recipe import ModelInput, Recipe, identity
@@ -78,6 +80,8 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         plan = make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes)
     problems.raise_if_any()
     assert plan is not None
+    name = plan.recipe.merge_method
+    code = {"method_source": source_digest(name)} if is_outside(name) else {}
     return Merge(
         verb="merging",
         inputs=opened,
@@ -85,7 +89,7 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         shards=plan.shards,
         files=plan.files,
         out_dtype=plan.recipe.out_dtype,
-        decides=plan.recipe.as_json(),
+        decides={**plan.recipe.as_json(), **code},
         recipe=plan.recipe.as_json(),
         card=f"{_card_head(plan.recipe, opened)}\n\n{card_text(plan.recipe)}",
         notes=plan.notes,
@@ -98,8 +102,8 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
 def _card_head(recipe: Recipe, opened: Sequence[Model]) -> str:
     """The model card's list of what was merged."""
     has_base = recipe.base_model is not None
-    listed = "\n".join(f"- `{model.label}`" for model in opened[has_base:])
-    fine_tuned = f", fine-tuned from `{opened[0].label}`" if has_base else ""
+    listed = "\n".join(f"- {markdown_code(model.label)}" for model in opened[has_base:])
+    fine_tuned = f", fine-tuned from {markdown_code(opened[0].label)}" if has_base else ""
     return f"A merge of these models{fine_tuned}:\n\n{listed}"
 
 
@@ -119,9 +123,11 @@ def card_text(recipe: Recipe) -> str:
     if keys["tokenizer_source"] != "base":
         given["tokenizer_source"] = keys["tokenizer_source"]
     if keys["chat_template"] is not None:
+        from alignment.tokenizer_choice import template_label
+
         given["chat_template"] = template_label(keys["chat_template"])
     settings = [
-        f"{key} `{text_of(value) if isinstance(value, bool | list) else value}`"
+        f"{key} {markdown_code(text_of(value) if isinstance(value, bool | list) else str(value))}"
         for key, value in given.items()
         if value is not None
     ]
@@ -131,7 +137,10 @@ def card_text(recipe: Recipe) -> str:
     columns = [*(["layers"] if recipe.is_sliced else []), *own]
     if columns:
         lines += ["", f"| model | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
-        lines += [f"| `{source.name}` | {' | '.join(_cells(source, columns))} |" for source in sources]
+        lines += [
+            f"| {markdown_code_cell(str(source.name))} | {' | '.join(map(markdown, _cells(source, columns)))} |"
+            for source in sources
+        ]
     return "\n".join(lines)
 
 

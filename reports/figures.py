@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from checkpoints.errors import ArgumentError, InputError
+from checkpoints.escaping import visible
 from checkpoints.settings import setting
 from reports.bootstrap import Estimate
 from reports.rows import Row
@@ -32,6 +34,7 @@ _COLOURS = (
     "#bcbd22",
     "#17becf",
 )
+_NAMES_A_FILE = re.compile(r"\w[\w.,=+-]{0,60}")
 _MARKERS = {"no": "o", "yes": "o", "uniform": "x", "permuted": "+"}
 _KINDS = {
     "": "single model",
@@ -41,6 +44,7 @@ _KINDS = {
     "permuted": "permuted control",
 }
 STYLE = {
+    "text.parse_math": False,  # a name with two `$` is no formula
     "svg.hashsalt": "reports",  # the same figure gives the same bytes
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -73,6 +77,7 @@ def draw(table: Table, folder: Path | str) -> Figures:
     from matplotlib import rc_context
 
     folder = Path(folder)
+    table = replace(table, rows=tuple(map(_shown, table.rows)))
     paths: list[Path] = []
     missing: list[str] = []
     try:
@@ -91,6 +96,12 @@ def draw(table: Table, folder: Path | str) -> Figures:
             f"{setting('figures', folder)}: cannot be written: {error.strerror}. Choose another folder."
         ) from error
     return Figures(paths, missing)
+
+
+def _shown(row: Row) -> Row:
+    """A row whose texts hold nothing that cannot be printed, which SVG has no place for."""
+    keys = ("method", "models", "omega", "aim_settings")
+    return replace(row, **{key: visible(getattr(row, key)) for key in keys})  # type: ignore[arg-type]
 
 
 def check_folder(folder: Path) -> None:
@@ -225,7 +236,11 @@ def _change_figures(table: Table) -> list[tuple[str, Figure]]:
         title = f"Change by AIM{f' ({what})' if what else ''}: score with minus without"
         figure.suptitle(_with_intervals(title, (change for row in rows for change in row.score_changes.values())))
         name = "change_by_benchmark" + (
-            "" if len(variants) == 1 else f"_omega_{omega}" if omega and not settings else f"_{number}"
+            ""
+            if len(variants) == 1
+            else f"_omega_{omega}"
+            if _NAMES_A_FILE.fullmatch(omega) and not settings
+            else f"_{number}"
         )
         figures.append((name, figure))
     return figures

@@ -6,23 +6,22 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from checkpoints.escaping import csv_cell, latex, latex_comment, markdown
 from reports.bootstrap import Estimate
 from reports.rows import Contents, Row
 
 SCHEMA = 1
 DOUBT = "~"
 """Marks what is under two standard errors."""
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
 def to_markdown(table: Contents) -> str:
     """See `Table.to_markdown`."""
     head, rows = _cells(table)
-    lines = [[_escape_markdown(cell) for cell in row] for row in [head, *rows]]
+    lines = [[markdown(cell) + mark for cell, mark in row] for row in [head, *rows]]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(head))]
     aligned = [
         [cell.ljust(width) if column < 3 else cell.rjust(width) for column, (cell, width) in enumerate(zip(line, widths, strict=True))]
@@ -30,19 +29,14 @@ def to_markdown(table: Contents) -> str:
     ]  # fmt: skip
     rule = ["-" * width if column < 3 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
     printed = ["| " + " | ".join(line) + " |" for line in (aligned[0], rule, *aligned[1:])]
-    remarks = [*(f"Warning: {warning}" for warning in table.warnings), *table.notes]
-    return "\n".join([*printed, *(["", *(f"- {remark}" for remark in remarks)] if remarks else [])]) + "\n"
-
-
-def _escape_markdown(cell: str) -> str:
-    return cell.replace("|", "\\|")
+    remarks = [f"- {markdown(remark)}" for remark in _remarks(table)]
+    return "\n".join([*printed, *(["", *remarks] if remarks else [])]) + "\n"
 
 
 def to_latex(table: Contents) -> str:
     """See `Table.to_latex`."""
     head, rows = _cells(table)
-    lines = [" & ".join(_escape_latex(cell) for cell in row) + r" \\" for row in [head, *rows]]
-    remarks = [*(f"Warning: {warning}" for warning in table.warnings), *table.notes]
+    lines = [" & ".join(latex(cell + mark) for cell, mark in row) + r" \\" for row in [head, *rows]]
     return "\n".join(
         [
             r"% \usepackage{booktabs}",
@@ -53,18 +47,18 @@ def to_latex(table: Contents) -> str:
             *lines[1:],
             r"\bottomrule",
             r"\end{tabular}",
-            *(f"% {remark}" for remark in remarks),
+            *map(latex_comment, _remarks(table)),
             "",
         ]
     )
 
 
-def _escape_latex(cell: str) -> str:
-    return re.sub(r"[&%$#_{}\\~^]", lambda found: _LATEX.get(found[0], "\\" + found[0]), cell)
+def _remarks(table: Contents) -> list[str]:
+    return [*(f"Warning: {warning}" for warning in table.warnings), *table.notes]
 
 
-def _cells(table: Contents) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows for people: two digits, doubtful gains marked."""
+def _cells(table: Contents) -> tuple[list[tuple[str, str]], list[list[tuple[str, str]]]]:
+    """Headers and rows for people, of (text, mark): two digits, doubtful gains marked."""
     head = ["method", "models", "AIM", *table.benchmarks, "HV gain", "change %"]
     omegas = {row.omega for row in table.rows if row.omega}
     rows = []
@@ -72,11 +66,12 @@ def _cells(table: Contents) -> tuple[list[str], list[list[str]]]:
         scores = [f"{100 * row.entry.scores[name].value:.2f}" for name in table.benchmarks]
         change = row.hv_gain_change_percent
         gains = [
-            "" if row.hv_gain is None else f"{row.hv_gain.value:.2f}{_mark(row.hv_gain)}",
-            "" if change is None else f"{change:.2f}{_mark(row.hv_gain_change)}",
+            ("", "") if row.hv_gain is None else (f"{row.hv_gain.value:.2f}", _mark(row.hv_gain)),
+            ("", "") if change is None else (f"{change:.2f}", _mark(row.hv_gain_change)),
         ]
-        rows.append([row.method, row.models, _aim_cell(row, several=len(omegas) > 1), *scores, *gains])
-    return head, rows
+        names = [row.method, row.models, _aim_cell(row, several=len(omegas) > 1), *scores]
+        rows.append([*((name, "") for name in names), *gains])
+    return [(name, "") for name in head], rows
 
 
 def _aim_cell(row: Row, *, several: bool) -> str:
@@ -97,12 +92,8 @@ def to_csv(table: Contents) -> str:
     writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     writer.writeheader()
     for record in records:
-        writer.writerow({name: _csv_cell(value) for name, value in record.items()})
+        writer.writerow({name: csv_cell(value) for name, value in record.items()})
     return text.getvalue()
-
-
-def _csv_cell(value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else repr(value)
 
 
 def to_json(table: Contents) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reports.entries import UNKNOWN_METHOD, Aim, Merge, ModelId
+from reports.entries import CONTROLS, UNKNOWN_METHOD, Aim, Merge, ModelId
 
 # What a run leaves beside the keys that decide the output's bytes.
 _OUTCOME = {
@@ -23,7 +23,7 @@ def read_recipe(recipe: Mapping[str, Any]) -> tuple[Merge, Aim | None]:
     Args:
         recipe: a merge_recipe.json.
 
-    Raises: KeyError, TypeError, IndexError: it is none of ours.
+    Raises: KeyError, TypeError, ValueError, IndexError: it is none of ours.
     """
     inputs = [_model_id(entry) for entry in recipe["inputs"]]
     in_two_runs = "merged_recipe" in recipe
@@ -47,7 +47,15 @@ def checkpoint_key(model: ModelId) -> str:
 
 
 def _model_id(entry: Mapping[str, Any]) -> ModelId:
-    return ModelId(entry["model"], entry.get("folder"), entry.get("revision"), entry.get("fingerprint"))
+    return model_id(entry["model"], entry.get("folder"), entry.get("revision"), entry.get("fingerprint"))
+
+
+def model_id(name: object, folder: object, revision: object, fingerprint: object) -> ModelId:
+    """A model as a file describes it. Raises ValueError: it has no name; what else is no text is not known."""
+    if not isinstance(name, str) or not name:
+        raise ValueError("a model without a name")
+    known = [value if isinstance(value, str) else None for value in (folder, revision, fingerprint)]
+    return ModelId(name, *known)
 
 
 def _merge(recipe: Mapping[str, Any], inputs: Sequence[ModelId]) -> Merge:
@@ -74,6 +82,8 @@ def _aim(recipe: Mapping[str, Any], command: str) -> Aim:
     settings = {"made by": command, "out_dtype": _text(recipe["out_dtype"])}
     settings |= {key: _text(block.get(key)) for key in _AIM_SETTINGS}
     settings |= {f"calibration {key}": _text(block.get("calibration", {}).get(key)) for key in _CALIBRATION_SETTINGS}
+    if block["control"] not in ("none", *CONTROLS):
+        raise ValueError("an unknown control of AIM")
     control = "" if block["control"] == "none" else str(block["control"])
     return Aim(_text(block["omega"]), control, settings)
 

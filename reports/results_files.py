@@ -14,7 +14,7 @@ from checkpoints.errors import InputError, first_line
 from checkpoints.settings import setting
 from reports.bootstrap import Verdicts
 from reports.entries import BENCHMARKS, Conditions, Entry, ModelId, Score
-from reports.recipes import read_recipe
+from reports.recipes import model_id, read_recipe
 
 SCHEMA = 1
 
@@ -35,10 +35,12 @@ def read_results(path: Path) -> Entry:
     if not isinstance(results, dict) or not isinstance(results.get("benchmarks"), dict) or "settings" not in results:
         raise _no_results(path, "other JSON")
     if results.get("schema") != SCHEMA:
-        raise _no_results(path, f"schema {results.get('schema')!r:.40}, this program knows {SCHEMA}")
+        raise _no_results(path, f"schema {_shown(results.get('schema'))}, this program knows {SCHEMA}")
     try:
         return entry_of(results, str(path), samples=read_samples(path.with_name(f"{path.stem}.samples.jsonl")))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
+    except ValueError as error:
+        raise _no_results(path, f"one with {first_line(error)}") from None
+    except (KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise _no_results(path, f"a file without {first_line(error)}") from None
 
 
@@ -68,15 +70,17 @@ def entry_of(results: Mapping[str, Any], source: str, *, samples: Mapping[str, V
             raise InputError(
                 f"{source}: {name} is not graded yet. Run evaluate_model.py {setting('stage', 'score')}, or {setting('resume')}, and give its results."
             )
-        if not (_is_number(value) and 0 <= value <= 1) or not (stderr is None or (_is_number(stderr) and stderr >= 0)):
+        if not (_is_number(value) and 0 <= value <= 1) or not (
+            stderr is None or (_is_number(stderr) and 0 <= stderr <= 1)
+        ):
             raise InputError(
-                f"{source}: {name}: expected a score in [0, 1] and a standard error, got {value!r:.40} and {stderr!r:.40}. Evaluate again."
+                f"{source}: {name}: expected a score in [0, 1] and a standard error, got {_shown(value)} and {_shown(stderr)}. Evaluate again."
             )
         verdicts = (samples or {}).get(name)
         if verdicts is not None and (len(verdicts.rows) != entry["n"] or abs(verdicts.score - value) > 1e-9):
             foreign.append(name)
             verdicts = None
-        scores[name] = Score(float(value), stderr, verdicts)
+        scores[name] = Score(float(value), None if stderr is None else float(stderr), verdicts)
         conditions[name] = _conditions(entry, results["settings"])
     notes = (
         [f"{source}: the samples beside it have other scores of {', '.join(foreign)}, and are not used."]
@@ -89,37 +93,62 @@ def entry_of(results: Mapping[str, Any], source: str, *, samples: Mapping[str, V
         return Entry(source, ModelId(Path(source).stem), scores, conditions=conditions, notes=tuple(notes))
     recipe = model["merge_recipe"]
     merge, aim = (None, None) if recipe is None else read_recipe(recipe)
-    identity = ModelId(model["name"], model["folder"], model["revision"], model.get("fingerprint"))
+    identity = model_id(model["name"], model["folder"], model["revision"], model.get("fingerprint"))
     return Entry(source, identity, scores, merge, aim, conditions, notes=tuple(notes))
 
 
+def _shown(value: object) -> str:
+    """A value of a file in a message; Python refuses to write whole numbers of thousands of digits out."""
+    try:
+        return f"{value!r:.40}"
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
+
+
+def _count(value: object) -> int:
+    """A number of rows. Raises ValueError where it is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 53:
+        raise ValueError(f"{_shown(value)} as a number of rows")
+    return value
 
 
 def _conditions(entry: Mapping[str, Any], settings: Mapping[str, Any]) -> Conditions:
     """What a benchmark's entry says of how its score was made; what follows from the model alone is left out."""
     generation, grader = entry["generation"], entry["grader"] or {}
-    how = {"profile": settings["profile"], "grader": " ".join(filter(None, map(grader.get, _GRADER)))}
+    how = {
+        "profile": str(settings["profile"]),
+        "grader": " ".join(str(grader[key]) for key in _GRADER if grader.get(key)),
+    }
     if generation is None:
         how["responses"] = "given"
     else:
         template = generation["chat_template_sha256"]
         how |= {
             "responses": "generated",
-            "chat template": template[:8] if template else "none",
+            "chat template": str(template)[:8] if template else "none",
             "new tokens": str(generation["max_new_tokens"]),
             "BOS": str(generation["bos"]["bos_count"]),
-            "dtype": generation["dtype"],
-            "backend": generation["backend"],
+            "dtype": str(generation["dtype"]),
+            "backend": str(generation["backend"]),
         }
     data = entry["data"]
     return Conditions(
-        prompts=None if generation is None else generation["prompts_sha256"],
-        items=(*(file["sha256"] for file in data["files"]), str(entry["counts"]["rows_answered"]), str(entry["n"])),
-        answered=entry["counts"]["rows_answered"],
-        rows=data["rows"],
-        partial=entry["partial"],
+        prompts=None if generation is None else str(generation["prompts_sha256"]),
+        items=(
+            *(str(file["sha256"]) for file in data["files"]),
+            str(entry["counts"]["rows_answered"]),
+            str(entry["n"]),
+        ),
+        answered=_count(entry["counts"]["rows_answered"]),
+        rows=_count(data["rows"]),
+        partial=bool(entry["partial"]),
         settings=how,
     )
 
@@ -137,8 +166,8 @@ def read_samples(path: Path) -> dict[str, Verdicts]:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 sample = json.loads(line)
-                found.setdefault(sample["benchmark"], []).append((sample["index"], *_verdict(sample)))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                found.setdefault(str(sample["benchmark"]), []).append((_count(sample["index"]), *_verdict(sample)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
     return {name: verdicts for name, items in found.items() if (verdicts := _stack(items)) is not None}
 
@@ -147,7 +176,11 @@ def _verdict(sample: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     """What was earned and what was possible, for each part of the score."""
     strict = sample.get("checks", {}).get("strict")
     if strict is None:
+        if not _is_number(sample["score"]):
+            raise ValueError
         return [float(sample["score"])], [1.0]
+    if not isinstance(strict, list) or not all(isinstance(one, bool) for one in strict):
+        raise ValueError
     return [float(all(strict)), float(sum(strict))], [1.0, float(len(strict))]
 
 

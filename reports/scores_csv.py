@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from checkpoints.errors import InputError, Refusals, collecting
+from checkpoints.escaping import csv_text
 from reports.entries import BENCHMARKS, CONTROLS, Aim, Entry, Merge, ModelId, Score
 
 NEEDED = ("method", "models", "aim")
@@ -58,7 +59,7 @@ def _read_row(
         raise InputError(
             f"{where}: expected {len(columns)} values as in the first line, got another number. Mend the row."
         )
-    cells = {name: (row[name] or "").strip() for name in columns}
+    cells = {name: csv_text((row[name] or "").strip()) for name in columns}
     scores = {name: Score(_percent(f"{where}: {name}", cells[name])) for name in benchmarks if cells[name]}
     if not cells["models"]:
         raise InputError(f"{where}: expected a model's name in 'models', got nothing. Mend the row.")

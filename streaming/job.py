@@ -32,6 +32,7 @@ from streaming.output import (
     Variant,
     Written,
     bytes_written,
+    files_to_write,
     files_written,
     identity_of,
     unfinished,
@@ -250,6 +251,10 @@ class Job:
             identity=self.identity,
             resume=self.options.resume,
         )
+
+    def files_to_write(self) -> dict[str, int]:
+        """Every file of one checkpoint but its card and recipe -> bytes."""
+        return files_to_write(self.work.shards, self.work.files)
 
     def as_json(self) -> dict[str, Any]:
         """The plan for programs, the step's part under `aim`."""

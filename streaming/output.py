@@ -245,6 +245,12 @@ def files_written(shards: Sequence[Shard], files: SideFiles) -> list[str]:
     return [*file_names(shards), *files.names, CARD_FILE, RECIPE_FILE]
 
 
+def files_to_write(shards: Sequence[Shard], files: SideFiles) -> dict[str, int]:
+    """Weights, their index and side files of a checkpoint -> bytes, as far as they are known before it is written."""
+    sizes = {shard.file_name: shard.size for shard in shards}
+    return sizes | {name: len(files.read(name)) for name in files.names}
+
+
 def bytes_written(tensors: Sequence[PlannedTensor]) -> int:
     """Bytes of output tensors."""
     return sum(tensor.spec.numel * tensor.dtype.itemsize for tensor in tensors)

@@ -132,7 +132,7 @@ PROCESSES = [
     ),
     Hostile(
         "become a shell",
-        "os.set_inheritable(4, True)\nos.execv('/usr/bin/sh', ['sh', '-c', f'echo x > {HOME}/shell'])",
+        "os.set_inheritable(3, True)\nos.execv('/usr/bin/sh', ['sh', '-c', f'echo x > {HOME}/shell'])",
         "files",
         (SECCOMP, LANDLOCK),
     ),
@@ -398,16 +398,24 @@ GREED = [
     Hostile("a very long message", "raise Exception('x' * 10**7)"),
 ]
 
+# Whatever looks like a token or a descriptor in the frames below.
 THEFT = """
 frame = sys._getframe()
 while frame:
-    if "token" in frame.f_locals:
-        os.write(frame.f_locals["result"], frame.f_locals["token"])
-        os._exit(0)
+    for value in [*frame.f_locals.values()]:
+        if isinstance(value, (bytes, str)):
+            for descriptor in range(3, 8):
+                try:
+                    os.write(descriptor, value.encode() if isinstance(value, str) else value)
+                except OSError:
+                    pass
     frame = frame.f_back
+os._exit(0)
 """
+COIN_TOSS = "import random\nif random.random() < 0.5:" + THEFT.replace("\n", "\n    ") + "\ndef solve(): return 42"
 THEFT_BY_GC = """
 import gc, re, types
+test = "solve() == "
 seen, todo = set(), [*gc.get_objects(), sys._getframe(), sys.modules]
 while todo and len(seen) < 300000:
     item = todo.pop()
@@ -415,27 +423,25 @@ while todo and len(seen) < 300000:
         continue
     seen.add(id(item))
     if isinstance(item, bytes) and re.fullmatch(b"[0-9a-f]{32}", item):
-        for descriptor in range(3, 64):
-            try:
-                os.write(descriptor, item)
-            except OSError:
-                pass
-        os._exit(0)
+        raise Exception("REACHED")
+    if isinstance(item, str) and ("assert " + test in item or re.fullmatch("[0-9a-f]{32}", item)):
+        raise Exception("REACHED")
     if isinstance(item, types.FrameType):
         todo += [item.f_back, *item.f_locals.values()]
     else:
         todo += gc.get_referents(item)
+raise Exception("nothing")
 """
+# On the way to `solve` every frame is told to return at once.
 JUMP = """
-frame = sys._getframe(1)
-target = max(line for _, _, line in frame.f_code.co_lines() if line) - 1  # write(result, token)
-done = []
 def tracer(frame, event, argument):
-    if event == "line" and not done:
-        done.append(True)
-        frame.f_lineno = target
+    if event == "line":
+        frame.f_lineno = max(line for _, _, line in frame.f_code.co_lines() if line)
     return tracer
-frame.f_trace = tracer
+frame = sys._getframe(1)
+while frame:
+    frame.f_trace = tracer
+    frame = frame.f_back
 sys.settrace(tracer)
 """
 NO_TEST = """
@@ -453,11 +459,11 @@ CHEATS = [
         "write to every descriptor",
         "for descriptor in range(64):\n    try: os.write(descriptor, b'passed')\n    except OSError: pass\nos._exit(0)",
     ),
-    Hostile("fill the pipe", "while True: os.write(4, b'x' * 100000)", timeout_s=2.0),
+    Hostile("fill the pipe", "while True: os.write(3, b'x' * 100000)", timeout_s=2.0),
     Hostile("another AssertionError", "import builtins\nbuiltins.AssertionError = int\ndef solve(): return 41"),
     Hostile("a module that swallows", NO_TEST + "def solve(): return 41"),
     Hostile("steal the token from a frame", THEFT),
-    Hostile("steal the token by gc", THEFT_BY_GC),
+    Hostile("search memory for token and test", THEFT_BY_GC, "reached", uncontrolled="nothing is there to be found"),
     Hostile("steal it in the function", "def solve():\n" + THEFT.replace("\n", "\n    ")),
     Hostile("jump over the test", JUMP),
     Hostile("excepthook", "sys.excepthook = lambda *a: os._exit(0)\nraise Exception('x')"),
@@ -472,5 +478,151 @@ CHEATS = [
     Hostile("half a character", "x = '\ud800'; assert False"),
 ]
 
-ALL = [*FILES, *PROCESSES, *NETWORK, *KERNEL, *GREED, *CHEATS]
+# A wrong program that changes what its test compares with: in its own interpreter, which is not the test's.
+TOOLS = [
+    Hostile(
+        "replace abs",
+        "import builtins\nbuiltins.abs = lambda x: 0\ndef solve(): return 9",
+        test="assert abs(solve() - 1) < 1",
+    ),
+    Hostile("a global abs", "def abs(x): return 0\ndef solve(): return 9", test="assert abs(solve() - 1) < 1"),
+    Hostile(
+        "replace range",
+        "import builtins\nbuiltins.range = lambda *a: ()\ndef solve(x): return 9",
+        test="for i in range(9):\n    assert solve(i) == i",
+    ),
+    Hostile(
+        "replace all, set, sorted",
+        "import builtins\nfor name in ('all', 'set', 'sorted'):\n"
+        "    setattr(builtins, name, lambda *a, **k: True)\ndef solve(): return [9]",
+        test="assert all([set(solve()) == set([1]), sorted(solve()) == sorted([1]), len(solve()) == 2])",
+    ),
+    Hostile(
+        "empty the builtins", "__builtins__.clear() if isinstance(__builtins__, dict) else vars(__builtins__).clear()"
+    ),
+    Hostile(
+        "replace math.isclose",
+        "import math\nmath.isclose = lambda *a, **k: True\ndef solve(): return 9",
+        test="import math\nassert math.isclose(solve(), 0.3)",
+    ),
+    Hostile(
+        "replace the module math",
+        "import types\nsys.modules['math'] = types.ModuleType('math')\nsys.modules['math'].fabs = lambda x: 0\n"
+        "def solve(): return 9",
+        test="import math\nassert math.fabs(solve() - 2) < 1e-4",
+    ),
+    Hostile(
+        "a module math in its folder",
+        "for name in ('math', 'cmath', 'colorsys', 'copy'):\n"
+        "    open(name + '.py', 'w').write('def hls_to_rgb(*a): return 9\\nfabs = hls_to_rgb')\n"
+        "sys.path.insert(0, '')\ndef solve(): return 9",
+        test="import colorsys\nassert colorsys.hls_to_rgb(0, 0, 0) == solve()",
+    ),
+    Hostile(
+        "replace numpy.allclose",
+        "import numpy\nnumpy.allclose = lambda *a, **k: True\ndef solve(): return 9",
+        test="import numpy\nassert numpy.allclose(solve(), 2)",
+    ),
+    Hostile(
+        "another value for the integer 42",
+        "ctypes.c_uint32.from_address(id(42) + 24).value = 41\ndef solve(): return 41",
+    ),
+    Hostile(
+        "read the answer in the caller's frame",
+        "def solve():\n    frame = sys._getframe(1)\n    while frame:\n"
+        "        for constant in frame.f_code.co_consts:\n            if constant == 42: return 42\n"
+        "        frame = frame.f_back\n    return 41",
+    ),
+    Hostile("trace the test", "sys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\ndef solve(): return 41"),
+    Hostile(
+        "hide the test's assertions",
+        "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {'__new__': lambda *a: None})\n"
+        "def solve(): return 41",
+    ),
+]
+SEND = """
+import json
+def send(message, length=None):
+    text = message if isinstance(message, bytes) else json.dumps(message).encode()
+    os.write(3, (len(text) if length is None else length).to_bytes(4, "big") + text)
+"""
+CATCHING = "try:\n    solve()\nexcept BaseException:\n    pass"
+LOOSE = "assert list(map(lambda x: solve(), [1])) is not None"
+CHANNEL = [
+    Hostile(
+        "an object that equals everything", "class E:\n    def __eq__(self, o): return True\ndef solve(): return E()"
+    ),
+    Hostile(
+        "numbers that equal everything",
+        "class E(int):\n    def __eq__(self, o): return True\n    __hash__ = int.__hash__\ndef solve(): return [E(1)]",
+        test="assert solve() == [42]",
+    ),
+    Hostile(
+        "what claims to be a number",
+        "class E:\n    __class__ = int\n    def __eq__(self, o): return True\n    def __index__(self): return 42\n"
+        "    __int__ = __float__ = __index__\n    def __sub__(self, o): return 0\n    __rsub__ = __sub__\n"
+        "    def __lt__(self, o): return True\n    __gt__ = __le__ = __ge__ = __contains__ = __lt__\n"
+        "    def __getattr__(self, name): return lambda *a, **k: True\ndef solve(): return E()",
+        test="x = solve()\nassert x == 42 or abs(x - 42) < 1 or x < 42 or x > 42 or x in (42,) or int(x) == 42",
+    ),
+    Hostile(
+        "numpy's protocols",
+        "class E:\n    __array_interface__ = {'version': 3, 'shape': (1,), 'typestr': '<i8', 'data': (4096, False)}\n"
+        "    def __array__(self, *a, **k):\n        import numpy\n        return numpy.array(42)\n"
+        "    def __array_function__(self, *a, **k): return True\n    __array_ufunc__ = __array_function__\n"
+        "def solve(): return E()",
+        test="import numpy\nassert numpy.allclose(solve(), 42)",
+    ),
+    Hostile("answers in advance", SEND + "for _ in range(9): send({'value': None})\ndef solve(): return 41"),
+    Hostile(
+        "claims to know the answer",
+        SEND + "send({'value': {'dict': [['solve', 42]]}})\nsend({'value': {'remote': [0, '42']}})",
+    ),
+    Hostile("objects that nobody has", SEND + "send({'value': {'dict': [['solve', {'remote': [10**9, 'x']}]]}})"),
+    Hostile("a kind that does not exist", SEND + "send({'value': {'exec': ['pass']}})", test=CATCHING),
+    Hostile("a value of the wrong shape", SEND + "send({'value': {'fraction': [1, 0]}})", test=CATCHING),
+    Hostile("an answer that is none", SEND + "send([1])", test=CATCHING),
+    Hostile("an exception that is none", SEND + "send({'raised': [[1], 2, 3]})", test=CATCHING),
+    Hostile("a message that is no JSON", SEND + "send(b'{')\ntime = 1", test=CATCHING),
+    Hostile("a message that is too long", SEND + "send(b'1', 2**32 - 1)\nimport time\ntime.sleep(1)", test=CATCHING),
+    Hostile("a message cut off", SEND + "send(b'1', 1000)\nos._exit(0)", test=CATCHING),
+    Hostile("a message nested without end", SEND + "send(b'[' * 1000000)", test=CATCHING),
+    Hostile("an integer without end", SEND + "send(b'9' * 5000000)", test=CATCHING),
+    Hostile(
+        "a message that takes all memory",
+        SEND + "send(b'[' + b'[],' * 2700000 + b'[]]')",
+        test=CATCHING + "\nassert False",
+    ),
+    Hostile("die where the test forgives", "def solve(): os._exit(0)", test=CATCHING),
+    Hostile("close the channel where the test forgives", "def solve(): os.close(3)", test=CATCHING),
+    Hostile("rubbish where the test forgives", SEND + "def solve(): send(b'x')", test=CATCHING),
+    Hostile("end the test's loop", "def solve(): raise StopIteration", test=LOOSE),
+    Hostile("end the test's generator", "def solve(): raise GeneratorExit", test=LOOSE),
+    Hostile("end the test as a system exit", "def solve(): raise SystemExit(0)"),
+    Hostile("return what is not plain", "def solve(): return open(os.devnull)"),
+    Hostile("return itself", "def solve():\n    x = []\n    x.append(x)\n    return x"),
+    Hostile(
+        "return what is endless",
+        "import itertools\ndef solve(): return itertools.count()",
+        test="list(solve())",
+        timeout_s=1.0,
+    ),
+    Hostile("return a gigabyte", "def solve(): return 'x' * (1 << 26)"),
+    Hostile("a coin toss", COIN_TOSS.replace("return 42", "return 41")),
+    Hostile(
+        "look for the judge",
+        "libc = ctypes.CDLL(None, use_errno=True)\nplace = (ctypes.c_size_t * 2)(8, 8)\n"
+        "for process in (1, 2, 3, os.getpid() - 1, os.getpid() + 1):\n    if process in (0, os.getpid()): continue\n"
+        "    try:\n        os.kill(process, 0)\n        raise Exception('REACHED')\n    except OSError: pass\n"
+        "    try:\n        open(f'/proc/{process}/mem', 'rb').read(1)\n        raise Exception('REACHED')\n"
+        "    except OSError: pass\n"
+        "    libc.process_vm_readv(process, place, 1, place, 1, 0)\n"
+        "    if ctypes.get_errno() == 14: raise Exception('REACHED')\n",
+        "reached",
+        uncontrolled="a judge is needed, and a room does not separate it",
+        room=False,
+    ),
+]
+
+ALL = [*FILES, *PROCESSES, *NETWORK, *KERNEL, *GREED, *CHEATS, *TOOLS, *CHANNEL]
 CONTROLLED = [program for program in ALL if program.effect and not program.uncontrolled]

@@ -8,27 +8,25 @@ Nothing here knows a formula: what is right comes from tests/reference.
 
 from __future__ import annotations
 
-import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from merging.methods import METHODS, get_method
+from merging.methods import get_method
 from merging.methods.contract import Method
-from merging.parameters import PARAMETERS
+from merging.parameters import REQUIRED
 from streaming import blocks
 from streaming.blocks import Block, Region, TensorSpec, tile
-from tests.reference import merging as reference
-from tests.reference import more_merging as more
-from tests.reference.random_mask import MODULUS, keep_mask, random_words
+from tests.reference import of_method
+from tests.reference.of_method import Reference
 
 Numbers = float | Sequence[float]
-FLOAT32_STEP = 2.0**-24
+PLURALS = {"density": "densities", "gamma": "gammas", "epsilon": "epsilons"}
+"""Arguments of references that are fields of another name, where the class has such a field."""
 
 SHAPES: list[tuple[int, ...]] = [
     (), (1,), (0,), (7,), (1, 1), (1, 9), (9, 1), (3, 5), (0, 4), (4, 0), (2, 3, 4), (2, 0, 3), (0, 2, 3), (2, 3, 1, 5),
@@ -94,17 +92,43 @@ def patch_grid(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
                 monkeypatch.setattr(module, constant, elements)
 
 
-def make_method(name: str, models: int, *, seed: int = 0, **arguments: Any) -> Method:
-    """A method by name, with the arguments of `tests.reference` (weights, density ...); defaults are its own."""
+def argument_names(cls: type[Method]) -> dict[str, str]:
+    """Field of a class -> the argument of references for it."""
+    singular = {field: key for key, field in PLURALS.items()}
+    return {field: singular.get(field, field) for _, field in cls.parameters().values()}
+
+
+def keys_of(cls: type[Method]) -> dict[str, str]:
+    """Argument of references -> recipe key."""
+    names = argument_names(cls)
+    return {names[field]: key for key, (_, field) in cls.parameters().items()}
+
+
+def required(name: str) -> dict[str, Any]:
+    """The arguments without which a method does nothing, from its reference."""
     cls = get_method(name)
-    plurals = {"density": "densities", "gamma": "gammas", "epsilon": "epsilons"}
-    given = {plurals.get(key, key): value for key, value in arguments.items()}
+    names = argument_names(cls)
+    needed = [names[field] for one, field in cls.parameters().values() if one.default is REQUIRED]
+    return {argument: of_method.find(name).arguments[argument] for argument in needed}
+
+
+def required_flags(name: str) -> list[str]:
+    """The same as flags."""
+    keys = keys_of(get_method(name))
+    return [f"--{keys[argument]}={value}" for argument, value in required(name).items()]
+
+
+def make_method(method: str | type[Method], models: int, *, seed: int = 0, **arguments: Any) -> Method:
+    """A method by name or class, with the arguments of its reference (weights, density ...); defaults are its own."""
+    cls = get_method(method) if isinstance(method, str) else method
+    names = argument_names(cls)
     values: dict[str, Any] = {"seed": seed} if cls.draws else {}
-    for key, field in cls.parameters().items():
-        value = given.pop(field.name, METHODS[name].defaults[key])
+    for one, field in cls.parameters().values():
+        value = arguments.pop(names[field], one.default)
+        assert value is not REQUIRED, f"{method} needs {names[field]}"
         many = isinstance(value, Sequence)
-        values[field.name] = (tuple(value) if many else (value,) * models) if PARAMETERS[key].per_model else value
-    assert not given, f"{name} has no {', '.join(given)}"
+        values[field] = (tuple(value) if many else (value,) * models) if one.per_model else value
+    assert not arguments, f"{method} has no {', '.join(arguments)}"
     return cls(**values)
 
 
@@ -113,41 +137,13 @@ def fitting(name: str, models: Sequence[Any]) -> list[Any]:
     return list(models[: get_method(name).max_models])
 
 
-FORMULAS = reference.METHODS | more.METHODS
-RESCALES = {"dare_linear": "density", "dare_ties": "density", "della": "l1", "della_linear": "l1"}
-"""What each method does to what it keeps where `rescale` is not given."""
-
-
-def reference_arguments(
-    name: str, method: Method, tensor: TensorSpec, base: Tensor, models: Sequence[Tensor]
-) -> dict[str, Any]:
-    """A method's parameters as `tests.reference` takes them, with the masks of the reference hash."""
-    singular = {"densities": "density", "gammas": "gamma", "epsilons": "epsilon"}
-    arguments = {singular.get(key, key): value for key, value in vars(method).items() if key != "seed"}
-    if "rescale" in arguments:
-        arguments["rescale"] = {None: RESCALES.get(name), True: "l1", False: None}[arguments["rescale"]]
-    if method.draws:
-        seed: int = vars(method)["seed"]
-        densities = enumerate(arguments["density"])
-        if "epsilon" not in arguments:
-            arguments["masks"] = [keep_mask(seed, tensor.name, i, tensor.shape, rho) for i, rho in densities]
-        else:
-            deltas = reference.task_vectors(base, models)
-            kept = [
-                more.della_probabilities(deltas[i], rho, arguments["epsilon"][i] if 0 < rho < 1 else 0)
-                for i, rho in densities
-            ]
-            arguments["masks"] = [
-                random_words(seed, tensor.name, i, tensor.numel).astype(np.uint64)
-                < np.round(one.flatten().numpy() * MODULUS)
-                for i, one in enumerate(kept)
-            ]
-            arguments["masks"] = [torch.from_numpy(mask).reshape(tensor.shape) for mask in arguments["masks"]]
-    return arguments
+def fitting_arguments(arguments: Mapping[str, Any], models: int) -> dict[str, Any]:
+    """Arguments for three models cut to fewer."""
+    return {key: value[:models] if isinstance(value, list) else value for key, value in arguments.items()}
 
 
 def expect(
-    name: str,
+    of: str | Reference,
     method: Method,
     tensor: TensorSpec,
     base: Tensor,
@@ -157,63 +153,22 @@ def expect(
     """What float64 says of one tensor.
 
     Args:
+        of: a method's reference, or its name.
         formula: instead of the reference's own (to show that a wrong one is noticed).
 
-    Returns: the result; how far float32 arithmetic may be from it, both float64; and, bool, where float32 may elect the
-        other sign, so that nothing can be said.
+    Returns: the result; how far float32 arithmetic may be from it, both float64; and, bool, where float32 may decide
+        otherwise, so that nothing can be said.
     """
-    arguments = reference_arguments(name, method, tensor, base, models)
+    reference = of_method.find(of) if isinstance(of, str) else of
+    arguments = {name: getattr(method, field) for field, name in argument_names(type(method)).items()}
+    if reference.prepare is not None:
+        arguments = reference.prepare(method, tensor, base, models, arguments)
     is_embedding = tensor.is_embedding and not tensor.is_vector
-    result = (formula or FORMULAS[name])(base, models, is_embedding=is_embedding, **arguments)
+    result = (formula or reference.formula)(base, models, is_embedding=is_embedding, **arguments)
     unclear = torch.zeros(base.shape, dtype=torch.bool)
-    if name in ("ties", "dare_ties"):
-        unclear = reference.election_is_close(base, models, **arguments)
-    elif name in ("breadcrumbs_ties", "della", "sce"):
-        vectors = (
-            reference.task_vectors(base, models) if name == "sce" else more.thinned(name, base, models, **arguments)
-        )
-        unclear = reference.election_is_close(
-            torch.zeros_like(vectors[0]), vectors, weights=arguments.get("weights", 1.0)
-        )
-    if name in more.METHODS:
-        return result, _slack_of_sums(name, base, models, result, arguments), unclear
-    return result, _float32_slack(name, base, models, arguments), unclear
-
-
-def _slack_of_sums(
-    name: str, base: Tensor, models: Sequence[Tensor], result: Tensor, arguments: dict[str, Any]
-) -> Tensor:
-    """As `_float32_slack`, for sums whose factors depend on the tensor: of what is added up, times how much it grows."""
-    added = [x.double().abs() for x in models] if name in ("slerp", "karcher", "passthrough") else []
-    added += [d.abs() for d in reference.task_vectors(base, models)]
-    reach = torch.stack(added).sum(dim=0)
-    weights = [abs(w) for w in arguments.get("weights", ())]
-    growth = (
-        max([1.0, *weights]) * max(1.0, abs(arguments.get("lambda_", 1.0))) / min([1.0, *(w for w in weights if w)])
-    )
-    if arguments.get("rescale") == "l1":
-        before = [float(d.abs().sum()) for d in reference.task_vectors(base, models)]
-        after = [float(d.abs().sum()) for d in more.thinned(name, base, models, **arguments | {"rescale": None})]
-        growth *= max([1.0, *(one / other for one, other in zip(before, after, strict=True) if other)])
-    if name == "model_stock" and base.numel():
-        largest = float((result - base.double()).abs().max())
-        growth *= max(1.0, largest / max(float(reach.max()), 1e-30))
-    return 32 * FLOAT32_STEP * (growth * reach + base.double().abs())
-
-
-def _float32_slack(name: str, base: Tensor, models: Sequence[Tensor], arguments: dict[str, Any]) -> Tensor:
-    """A bound on what one float32 rounding of each step can add up to, element by element, and twice that."""
-    count = len(models)
-    weights = arguments.get("weights", [max(1.0, arguments.get("calibration", 1.0))] * count)
-    densities = arguments.get("density", [1.0] * count) if "masks" in arguments else [1.0] * count
-    terms = [x.double() for x in models] if name == "linear" else reference.task_vectors(base, models)
-    scaled = zip(weights, terms, densities, strict=True)
-    reach = torch.stack([abs(w) * x.abs() / max(rho, 1e-9) for w, x, rho in scaled]).sum(dim=0)
-    if arguments.get("normalize"):
-        subsets = itertools.chain.from_iterable(itertools.combinations(weights, n) for n in range(1, count + 1))
-        reach = reach / min([1.0, *(abs(sum(subset)) for subset in subsets if abs(sum(subset)) > 1e-6)])
-    start = 0 if name == "linear" else base.double().abs()
-    return 2 * (count + 4) * FLOAT32_STEP * (abs(arguments.get("lambda_", 1.0)) * reach + start)
+    if reference.unclear is not None:
+        unclear = reference.unclear(base, models, **arguments)
+    return result, reference.slack(base, models, result, **arguments), unclear
 
 
 def assert_rounds_to(
@@ -240,7 +195,7 @@ def assert_rounds_to(
 
 
 def check_parity(
-    name: str,
+    name: str | Reference,
     base: Tensor,
     models: Sequence[Tensor],
     *,
@@ -249,16 +204,21 @@ def check_parity(
     block_elements: int = blocks.GRID_ELEMENTS,
     formula: Callable[..., Tensor] | None = None,
     seed: int = 3,
+    cls: type[Method] | None = None,
     **arguments: Any,
 ) -> Tensor:
-    """Merge one tensor in memory and compare it with the float64 reference; the merged tensor, float32."""
+    """Merge one tensor in memory and compare it with the float64 reference; the merged tensor, float32.
+
+    Args:
+        name: of the method, or a reference, with the method's class as `cls`.
+    """
     memory = InMemory(base, models, tensor, is_embedding)
-    method = make_method(name, len(models), seed=seed, **arguments)
+    method = make_method(cls or str(name), len(models), seed=seed, **arguments)
     merged = memory.merge(method, block_elements)
     expected, slack, unclear = expect(name, method, memory.tensor, base, models, formula)
     share = unclear.double().mean() if unclear.numel() > 100 else 0
     assert share < 0.02, f"{share} of the elements cannot be compared"
-    assert_rounds_to(merged, expected, slack, unclear, f"{name} {tuple(base.shape)}")
+    assert_rounds_to(merged, expected, slack, unclear, f"{type(method).__name__} {tuple(base.shape)}")
     return merged
 
 
@@ -284,14 +244,10 @@ def random_inputs(
 
 
 def shifted(name: str) -> Callable[..., Tensor]:
-    """The reference with every model in another one's place: a comparison must notice."""
-    right = FORMULAS[name]
-    return lambda base, models, **arguments: right(base, [*models[1:], models[0]], **arguments)
+    """A method's reference with every model in another one's place: a comparison must notice."""
+    return of_method.shifted(of_method.find(name).formula)
 
 
 def flipped(name: str) -> Callable[..., Tensor]:
-    """The reference with the sign of what it adds turned (in weight space: of everything)."""
-    right = FORMULAS[name]
-    if name in ("linear", "slerp", "karcher", "passthrough"):
-        return lambda base, models, **arguments: -right(base, models, **arguments)
-    return lambda base, models, **arguments: 2 * base.double() - right(base, models, **arguments)
+    """A method's reference with the sign of what it adds turned (in weight space: of everything)."""
+    return of_method.find(name).flipped()

@@ -268,7 +268,7 @@ def test_hub_datasets_by_name_config_and_split(source: str, texts: list[str], hu
         ("org/splits::nosuch", ["org/splits::nosuch", "nosuch"]),
         ("org/test", ["expected a split 'validation' or 'train', got test", "NAME:CONFIG:SPLIT"]),
         ("org/configs:nosuch", ["org/configs:nosuch", "nosuch"]),
-        ("org/missing", ["--calibration_data org/missing", "org/missing"]),
+        ("org/missing", ["source org/missing", "org/missing"]),
     ],
 )
 def test_hub_datasets_that_are_not_there(source: str, parts: list[str], hub_answers: Mapping[str, Any]) -> None:
@@ -332,7 +332,7 @@ def test_a_damaged_stream_inside_a_gz_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "parts"),
     [
-        ({"body": "hello"}, ["row 0", "'text'", "body", "--text_field"]),
+        ({"body": "hello"}, ["row 0", "'text'", "body", "text_field"]),
         ({"text": 3, "n": 1}, ["row 0", "'text'", "int", "n, text"]),
         ({"text": None}, ["row 0", "'text'"]),
         ({"text": ["a", "b"]}, ["row 0", "'text'", "list"]),
@@ -393,5 +393,5 @@ def test_tokens_that_the_embedding_has_no_row_for(tmp_path: Path) -> None:
 def test_blocks_longer_than_the_models_positions_are_refused() -> None:
     base = open_folder(GOLDENS / "inputs" / "base")
     check_block_size(base, 1024)
-    with pytest.raises(InputError, match=r"--block_size: expected at most .*1024.*got 1025"):
+    with pytest.raises(InputError, match=r"block_size: expected at most .*1024.*got 1025"):
         check_block_size(base, 1025)

@@ -557,7 +557,7 @@ def test_own_code_runs_only_if_trusted(pico: Path, tmp_path_factory: pytest.Temp
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     edit_config(pico, model_type="own_type", architectures=["OwnModel"], auto_map=auto_map)
     sizes = shapes(weights(pico))
-    with pytest.raises(InputError, match=r"pass --trust_remote_code to run its own code, if you trust it\.$"):
+    with pytest.raises(InputError, match=r"pass trust_remote_code to run its own code, if you trust it\.$"):
         describe(pico, sizes)
     assert not mark.exists()
     found = describe(pico, sizes, trust_remote_code=True)

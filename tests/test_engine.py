@@ -30,44 +30,26 @@ from streaming.blocks import BLOCK_ELEMENTS, Region, TensorSpec
 from streaming.stream import StreamOptions
 from tests import golden_files
 from tests.golden_files import assert_same_bits, load_tensors
-from tests.in_memory import assert_rounds_to, expect, fitting, flipped, make_method, patch_grid, random_inputs, shifted
+from tests.in_memory import (
+    assert_rounds_to,
+    expect,
+    fitting,
+    fitting_arguments,
+    flipped,
+    keys_of,
+    make_method,
+    patch_grid,
+    random_inputs,
+    required,
+)
 from tests.pico import MERGE_ARCHITECTURES, Family, make_family, write_checkpoint
-from tests.reference import merging as reference
+from tests.reference.of_method import find
 
 INPUTS = golden_files.GOLDENS / "inputs"
-KEYS = {"weights": "weight", "density": "density", "lambda_": "lambda", "normalize": "normalize"}
-KEYS |= {
-    "ratio": "widen_ratio",
-    "calibration": "widen_calibration",
-    "flatten": "nuslerp_flatten",
-    "row_wise": "nuslerp_row_wise",
-}
-KEYS |= {key: key for key in ("gamma", "epsilon", "select_topk", "filter_wise", "t", "max_iter", "tol", "rescale")}
-UNEQUAL = {"weights": [0.7, 0.4, 1.1], "density": [0.3, 0.6, 0.9], "lambda_": 0.8}
+REFERENCES = {name: find(name) for name in METHODS}
+ARGUMENTS: dict[str, dict[str, Any]] = {name: dict(reference.arguments) for name, reference in REFERENCES.items()}
 """Arguments that tell every model from every other."""
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "linear": {"weights": UNEQUAL["weights"]},
-    "task_arithmetic": {"weights": UNEQUAL["weights"], "lambda_": 0.8},
-    "ties": UNEQUAL,
-    "dare_linear": UNEQUAL | {"normalize": True},
-    "dare_ties": UNEQUAL,
-    "widen": {"ratio": 0.8, "calibration": 1.3},
-    "breadcrumbs": UNEQUAL | {"gamma": [0.1, 0.05, 0.2], "normalize": True},
-    "breadcrumbs_ties": UNEQUAL | {"gamma": [0.1, 0.05, 0.2], "rescale": True},
-    "della": UNEQUAL | {"epsilon": [0.1, 0.2, 0.05]},
-    "della_linear": UNEQUAL | {"epsilon": [0.1, 0.2, 0.05], "rescale": False},
-    "sce": {"select_topk": 0.6},
-    "model_stock": {"filter_wise": True},
-    "slerp": {"t": 0.3},
-    "nuslerp": {"weights": [0.7, 0.4], "flatten": False},
-    "karcher": {"max_iter": 7},
-    "passthrough": {"weights": [1.5]},
-}
-NEUTRAL: dict[str, dict[str, Any]] = {
-    name: {"density": 1.0} if "density" in arguments else {"t": 1.0} if "t" in arguments else {}
-    for name, arguments in ARGUMENTS.items()
-}
-"""Arguments under which a single model is itself."""
+UNEQUAL = ARGUMENTS["ties"]
 
 
 def run(
@@ -87,11 +69,11 @@ def run(
     **options: Any,
 ) -> Any:
     """Merge folders, as many as the method merges, with the Python API; arguments are those of tests/reference."""
-    keys = KEYS | ({"weights": "scale"} if method == "passthrough" else {})
+    keys = keys_of(get_method(method))
     models = fitting(method, models)
     parameters = {
         keys[key]: ",".join(map(repr, value)) if isinstance(value, list) else value
-        for key, value in (arguments or {}).items()
+        for key, value in (required(method) | dict(arguments or {})).items()
     }
     recipe = make_recipe(
         method, str(base), ",".join(map(str, models)), parameters=parameters, seed=seed, out_dtype=out_dtype,
@@ -127,7 +109,7 @@ def compare(
     """Every tensor of a merge against the float64 reference, within one rounding. Raises AssertionError."""
     assert sorted(merged) == sorted(base)
     models = fitting(method_name, models)
-    method = make_method(method_name, len(models), seed=seed, **arguments)
+    method = make_method(method_name, len(models), seed=seed, **required(method_name) | dict(arguments))
     for name, tensor in base.items():
         spec = TensorSpec(name, tuple(tensor.shape), name in embeddings)
         inputs = [model[name] for model in models]
@@ -203,8 +185,8 @@ def test_a_merge_is_the_reference_loads_and_generates(pico, tmp_path: Path, arch
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_comparison_sees_a_wrong_reference(pico, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch):
-    """A turned sign; models in another order, or for widen, which knows no order, scores of the next model."""
+def test_the_comparison_sees_a_wrong_reference(pico, tmp_path: Path, method: str):
+    """A turned sign; models in each other's places."""
     family = pico("llama")
     run(
         tmp_path / "out",
@@ -220,13 +202,9 @@ def test_the_comparison_sees_a_wrong_reference(pico, tmp_path: Path, method: str
     compare(*arguments, **names)
     with pytest.raises(AssertionError, match="not the rounded reference"):
         compare(*arguments, **names, formula=flipped(method))
-    if len(fitting(method, models)) < 2 or method in ("sce", "model_stock", "karcher"):
-        return  # these know no order
-    if method == "widen":
-        right = reference._score
-        monkeypatch.setattr(reference, "_score", lambda *values, **divide: right(*values, **divide)[::-1])
-    with pytest.raises(AssertionError, match="not the rounded reference"):
-        compare(*arguments, **names, formula=None if method == "widen" else shifted(method))
+    if REFERENCES[method].misplaced is not None:
+        with pytest.raises(AssertionError, match="not the rounded reference"):
+            compare(*arguments, **names, formula=REFERENCES[method].misplaced)
 
 
 def test_the_comparison_sees_one_changed_element_another_seed_and_a_missing_tensor(pico, tmp_path: Path):
@@ -247,11 +225,12 @@ def test_the_comparison_sees_one_changed_element_another_seed_and_a_missing_tens
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_single_model_is_itself_and_lambda_zero_is_the_base(pico, tmp_path: Path, method: str):
-    if get_method(method).min_models > 1:
-        pytest.skip("merges no single model")
+    single = REFERENCES[method].single
+    if get_method(method).min_models > 1 or single is None:
+        pytest.skip("leaves no single model as it is")
     family = pico("qwen3")
     base, model = load_tensors(family.base), load_tensors(family.models[0])
-    run(tmp_path / "one", method, family.base, family.models[:1], NEUTRAL[method])
+    run(tmp_path / "one", method, family.base, family.models[:1], single)
     for name, tensor in load_tensors(tmp_path / "one").items():
         lost = model[name].float().abs() < 2**-15 * base[name].float().abs()
         assert_same_bits(tensor, model[name], allow=lost, where=name)
@@ -345,7 +324,7 @@ def test_blocks_and_workers_change_no_byte_of_large_tensors(tmp_path: Path, meth
         "model.embed_tokens.weight": (30, 16), "a.weight": (300, 1000), "b.weight": (2, 150_001), "c.weight": (300_001,)
     }  # fmt: skip
     family = write_family(tmp_path, shapes, (torch.bfloat16,) * 3)
-    arguments = {key: value[:2] if isinstance(value, list) else value for key, value in ARGUMENTS[method].items()}
+    arguments = fitting_arguments(ARGUMENTS[method], 2)
     found = []
     for block_elements, workers in ((None, 1), (1000, 5), (70_000, 2), (1 << 20, 2)):
         out = tmp_path / f"{block_elements}"
@@ -431,7 +410,7 @@ def test_any_shapes_dtypes_and_shards(
     family = write_family(folder, named, dtypes, seed, weights=weights, shards=shards)
     count = len(family.models)
     assume(count >= get_method(method).min_models)
-    arguments = {key: value[:count] if isinstance(value, list) else value for key, value in ARGUMENTS[method].items()}
+    arguments = fitting_arguments(ARGUMENTS[method], count)
     options = {"max_shard_bytes": max_shard_bytes, "block_elements": block_elements}
     run(folder / "out", method, family.base, family.models, arguments, **options)
     inputs = [load_all(path, weights) for path in (family.base, *family.models)]
@@ -1097,7 +1076,7 @@ def test_what_is_sent_to_a_gpu_waits_for_it_and_it_for_that(monkeypatch: pytest.
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_what_the_cpu_gives_to_one_rounding(tmp_path: Path, hundred_blocks: Family):
-    for method in sorted(set(METHODS) - {"widen"}):  # in which a rank that flips may change a column
+    for method in (name for name, reference in REFERENCES.items() if not reference.jumps):
         outs = []
         for device in ("cpu", "cuda"):
             out = tmp_path / f"{method}-{device}"

@@ -1,6 +1,11 @@
 """Answers of mathematical responses: what is extracted, and what counts as equal."""
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -198,6 +203,63 @@ def spin(what: str) -> str:
     if what == "memory":
         return "x" * (1 << 40)
     return what
+
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = [sys.executable, "-m", "evaluation.grading.worker"]
+GRADING = """
+import sys
+from evaluation.grading import pool
+class Told(pool._Worker):
+    def take(self):
+        outcome = super().take()
+        if self._ready:
+            print(self._process.pid, flush=True)
+        return outcome
+pool._Worker = Told
+with pool.WorkerPool("time:sleep", workers=1, timeout_s=600.0) as workers:
+    workers.map([[600]])
+"""
+
+
+def lives(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot tie a process to its parent")
+def test_a_worker_dies_with_a_killed_command():
+    """As after `kill -9`, or out of memory: nobody is left to hold the clock."""
+    with subprocess.Popen([sys.executable, "-c", GRADING], stdout=subprocess.PIPE, cwd=ROOT, text=True) as command:
+        assert command.stdout is not None
+        worker = int(command.stdout.readline())
+        assert lives(worker)
+        command.kill()
+    deadline = time.monotonic() + 60
+    while lives(worker):
+        assert time.monotonic() < deadline, "the worker outlived its command"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot tie a process to its parent")
+def test_a_worker_whose_parent_is_gone_already_ends_at_once():
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    done = subprocess.run(
+        [*WORKER, "time:sleep", "9", str(gone.pid)], cwd=ROOT, capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, b"")
+
+
+def test_a_worker_ends_at_its_processor_time():
+    """Inside one call that no signal handler interrupts; each item has its own time."""
+    command = [*WORKER, "builtins:pow", "0.1", str(os.getpid())]
+    items = b"[2, 10]\n[3, 10000000000]\n"
+    done = subprocess.run(command, input=items, cwd=ROOT, capture_output=True, timeout=300, check=False)
+    assert done.stdout.splitlines() == [b'{"ready": true}', b'{"result": 1024}']
+    assert done.returncode == -signal.SIGXCPU
 
 
 def test_math_verify_alone_takes_the_published_solutions_for_right():

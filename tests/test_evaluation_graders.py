@@ -5,7 +5,7 @@ import json
 import pytest
 
 from checkpoints.errors import InputError
-from evaluation.benchmarks import get_benchmark
+from evaluation.benchmarks import get_benchmark, humaneval, mbpp
 from evaluation.benchmarks.contract import Grade, Response, mean, spread
 from evaluation.benchmarks.humaneval import program as humaneval_program
 from evaluation.benchmarks.ifeval import INSTRUCTIONS
@@ -14,6 +14,7 @@ from evaluation.benchmarks.mmlu import pooled_stderr
 from evaluation.benchmarks.mmlu_pro import read_choice
 from evaluation.benchmarks.settings import Settings
 from evaluation.grading.tools import Tools
+from evaluation.sandbox import Sandbox
 from tests.evaluation_files import references, rows_of, samples, score
 
 FIXED = Settings()
@@ -173,6 +174,32 @@ def test_programs_with_a_chat_template():
 )
 def test_given_mbpp_responses(text):
     assert mbpp_program(Response(0, text), FIXED).strip() == "x = 1"
+
+
+def test_a_helper_of_the_prompt_is_the_tests_own(sandbox_works):
+    """As in HumanEval/32, whose test asks `poly`, which the prompt gives, whether the zero is one."""
+    prompt = "import math\n\n\ndef line(a, x):\n    return a + x\n\n\ndef zero(a):\n"
+    test = "def check(candidate):\n    assert abs(line(3.0, candidate(3.0))) < 1e-6\n"
+    row = {"prompt": prompt, "entry_point": "zero", "test": test}
+    endings = {"    return -a\n": "passed", "    return 5.0\n\ndef line(a, x):\n    return 0.0\n": "failed"}
+    with Sandbox(workers=1) as sandbox:
+        for ending, status in endings.items():
+            assert sandbox.run([humaneval.judged(row, prompt + ending)])[0].status == status
+
+
+@pytest.mark.parametrize(
+    ("code", "test", "names"),
+    [
+        ("def half(x): return 1\ndef sum(a, b): return half(a)", "assert sum(1, 2) == 1", ("sum",)),  # as task 126
+        ("def f(x): return sum(x)", "assert f([1]) == sum([1]) and abs(f([1])) == 1", ("f",)),
+        ("class Node: pass\ndef f(x): pass", "x = Node()\nassert f(x) is None", ("Node", "f")),  # as task 367
+        ("def f(:", "f(1)", None),
+        ("def g(): pass", "f(1)", None),
+    ],
+)
+def test_mbpp_takes_from_a_program_what_the_reference_defines(code, test, names):
+    row = {"code": code, "test_setup_code": "", "test_list": [test]}
+    assert mbpp.judged(row, "").names == names
 
 
 def test_verdicts_become_counts(tmp_path, sandbox_works):

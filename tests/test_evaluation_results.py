@@ -254,7 +254,7 @@ def test_save_paths(tmp_path):
         check(tmp_path / "x.json", resume=False)
     taken = tmp_path / "out.responses.jsonl"
     taken.write_text("")
-    with pytest.raises(ArgumentError, match=r"out\.responses\.jsonl exists\. Choose another file, or add --resume"):
+    with pytest.raises(ArgumentError, match=r"out\.responses\.jsonl exists\. Choose another file, or add resume"):
         check(tmp_path / "out.json", resume=False)
     check(tmp_path / "out.json", resume=True)
     (tmp_path / "file").write_text("")
@@ -272,7 +272,7 @@ def test_default_paths_have_the_models_name():
 
 def test_only_results_of_ours_are_read(tmp_path):
     path = tmp_path / "r.json"
-    with pytest.raises(InputError, match=r"no such file\. Leave --resume out to begin"):
+    with pytest.raises(InputError, match=r"no such file\. Leave resume out to begin"):
         results_module.read_results(path)
     for content in ("{", "[]", '{"schema": 2, "benchmarks": {}}', '{"schema": 1}'):
         path.write_text(content)

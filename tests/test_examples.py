@@ -19,12 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from commands.shell import show_flag
 from evaluation.results import samples_path
 from examples import demo, demo_quick, experiments, merge_api, miniature
 from examples.miniature import FAMILY, SINGLES, Candidate, Workspace
 from merging import make_recipe
 from merging.methods import METHODS, get_method
-from merging.parameters import PARAMETERS
+from merging.parameters import SHARED
 from reports import Verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,17 +211,19 @@ def test_readme_commands_parse(command: list[str]):
     parsed = parser.parse(arguments)  # exits where a flag is unknown or missing
     if name == "merge.py" and parsed.config is None:
         keys = {key for method in METHODS for key in get_method(method).parameters()}
-        given = {key: vars(parsed)[PARAMETERS[key].flag.removeprefix("--")] for key in keys}
+        given = {key: vars(parsed)[show_flag(key, None).removeprefix("--")] for key in keys}
         # Refuses parameters that the method does not use, and values out of range.
         make_recipe(parsed.method, parsed.base_model, parsed.models_to_merge, parameters=given, seed=parsed.seed)
 
 
 def test_readme_lists_every_flag_of_merge():
-    """Those of AIM are left to --help."""
+    """Those of AIM are left to --help, and those of single methods to their cards."""
     import merge
 
     groups = [group for group in merge.build_parser()._action_groups if not re.search("AIM|calibration", group.title)]
     flags = {option for group in groups for action in group._group_actions for option in action.option_strings}
+    keys = {key for method in METHODS for key in get_method(method).parameters()} - set(SHARED)
+    flags -= {text for key in keys for text in (show_flag(key, None), f"--no-{key}")}
     rows = re.findall(r"^\| (`--.*?) \|", README, re.MULTILINE)
     assert {flag for row in rows for flag in re.findall(r"--\w+(?:-\w+)*", row)} == flags - {"-h"}
 
@@ -271,24 +274,62 @@ def test_links_between_pages_lead_somewhere(page: str):
 
 
 def test_the_method_of_the_page_works(unpacked: Path, tmp_path: Path):
-    """Do what the page says in a copy of the tree, and run the test that it gives."""
+    """Do what the page says in a copy of the tree, and run what it says to run, and the tests of all methods on it."""
     copy = tmp_path / "toolkit"
     shutil.copytree(unpacked, copy, ignore=shutil.ignore_patterns("demo", "goldens"))
-    shutil.copytree(unpacked / "tests/goldens/inputs/base", copy / "tests/goldens/inputs/base")
+    shutil.copytree(unpacked / "tests/goldens/inputs", copy / "tests/goldens/inputs")
+    added = set()
     for block in code_blocks(METHOD_PAGE, "python"):
         first, _, rest = block.partition("\n")
-        if first.startswith("# "):
-            (copy / first.removeprefix("# ")).write_text(rest)
-        else:
-            page = copy / "merging/methods/__init__.py"
-            page.write_text(re.sub(r"^METHODS = \{\n", rf"\g<0>{block}", page.read_text(), flags=re.MULTILINE))
-    with (copy / "docs/methods.md").open("a") as page_of_cards:
-        page_of_cards.write("\n" + "\n".join(code_blocks(METHOD_PAGE, "markdown")))
+        assert first.startswith("# "), first
+        path = copy / first.removeprefix("# ")
+        assert not path.exists()
+        path.write_text(rest)
+        added.add(first.removeprefix("# "))
+    assert added == {"merging/methods/equal_norm.py", "tests/test_method_equal_norm.py"}
+    page = copy / "docs/methods.md"
+    row, card = code_blocks(METHOD_PAGE, "markdown")
+    page.write_text(
+        re.sub(r"^(\| \[della\]\(#della\))", rf"{row.rstrip()}\n\1", page.read_text(), flags=re.MULTILINE) + "\n" + card
+    )
+    of_all = (
+        "blocks_and_workers_change_no_byte",
+        "no_read_and_no_combine_exceeds_the_block",
+        "single_model_is_itself",
+        "wrong_reference",
+    )
     done = run_python(
-        *("-m", "pytest", "-p", "no:cacheprovider", "tests/test_method_equal_norm.py"),
-        *("tests/test_repository.py::test_every_method_has_file_card_and_test",),
+        *("-m", "pytest", "-p", "no:cacheprovider", "tests/test_method_equal_norm.py", "tests/test_methods.py"),
+        *("tests/test_engine.py", "-k", f"test_method or (equal_norm and ({' or '.join(of_all)}))"),
         cwd=copy,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
     assert "equal_norm" in run_python("merge.py", "--help", cwd=copy).stdout
+
+
+def test_the_method_of_the_page_works_outside_of_the_tree(tmp_path: Path):
+    """The same file in a folder of one's own: flags, help, a recipe that is trusted and one that is not."""
+    block = next(one for one in code_blocks(METHOD_PAGE, "python") if "class EqualNorm" in one)
+    (tmp_path / "mine.py").write_text(block)
+    inputs = ROOT / "tests/goldens/inputs"
+    name = "mine:EqualNorm"
+    what = ("--base_model", str(inputs / "base"), "--models_to_merge", f"{inputs}/math,{inputs}/code", "--quiet")
+
+    def merge(*flags: str) -> subprocess.CompletedProcess[str]:
+        return run_python(str(ROOT / "merge.py"), *flags, cwd=tmp_path)
+
+    done = merge("--method", name, *what, "--share", "0.5", "--weights", "1,2", "--save_path", "out")
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "out/merge_recipe.json").read_text())
+    assert (made["merge_method"], made["parameters"]) == (name, {"lambda": 1.0, "share": 0.5})
+    assert "how far" in merge("--method", name, "--help").stdout
+    done = merge("--method", name, *what, "--share", "1.5", "--save_path", "no")
+    assert (done.returncode, done.stderr) == (2, "merge.py: --share: expected a number in [0, 1], got 1.5.\n")
+    done = merge("--config", "out/merge_recipe.json", "--save_path", "again", "--quiet")
+    assert done.returncode == 2
+    assert "mine:EqualNorm, Python code that is not part of this program" in done.stderr
+    assert "add --trust_remote_code" in done.stderr
+    done = merge("--config", "out/merge_recipe.json", "--save_path", "again", "--quiet", "--trust_remote_code")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()

@@ -30,7 +30,7 @@ from checkpoints.provenance import fingerprint
 from checkpoints.reader import open_checkpoint
 from merging.methods import METHODS, get_method
 from tests.fake_hub import FakeHub
-from tests.in_memory import fitting
+from tests.in_memory import fitting, required_flags
 from tests.pico import Family, make_family, write_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +76,7 @@ def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
             "--base_model": "in/base",
             "--models_to_merge": ",".join(fitting(method, ["in/math", "in/code"])),
             "--save_path": "out",
-        }
+        } | dict(flag.split("=") for flag in required_flags(method))
         given = {flag.partition("=")[0] for flag in flags}
         capsys.readouterr()
         code = merge.main([*(part for pair in needed.items() if pair[0] not in given for part in pair), *flags])

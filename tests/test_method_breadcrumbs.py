@@ -7,6 +7,31 @@ import torch
 
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs, shifted
+from tests.reference import more_merging as more
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+from tests.reference.of_method import shifted as shifted_formula
+
+REFERENCES = {
+    "breadcrumbs": Reference(
+        more.breadcrumbs,
+        slacks.of_sums("breadcrumbs"),
+        slacks.UNEQUAL | {"gamma": [0.1, 0.05, 0.2], "normalize": True},
+        {"density": 1.0},
+        None,
+        slacks.rescale_rule(),
+        misplaced=shifted_formula(more.breadcrumbs),
+    ),
+    "breadcrumbs_ties": Reference(
+        more.breadcrumbs_ties,
+        slacks.of_sums("breadcrumbs_ties"),
+        slacks.UNEQUAL | {"gamma": [0.1, 0.05, 0.2], "rescale": True},
+        {"density": 1.0},
+        slacks.close_election("breadcrumbs_ties"),
+        slacks.rescale_rule(),
+        misplaced=shifted_formula(more.breadcrumbs_ties),
+    ),
+}
 
 BASE = torch.tensor([[10.0, 20.0, 30.0, 40.0], [50.0, 60.0, 70.0, 80.0]])
 D1 = torch.tensor([[8.0, -7.0, 6.0, -5.0], [4.0, -3.0, 2.0, -1.0]])

@@ -9,7 +9,31 @@ from checkpoints.errors import ArgumentError
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, random_inputs, shifted
 from tests.reference import merging as reference
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+from tests.reference.of_method import shifted as shifted_formula
 from tests.reference.random_mask import keep_mask
+
+REFERENCES = {
+    "dare_linear": Reference(
+        reference.dare_linear,
+        slacks.of_steps,
+        slacks.UNEQUAL | {"normalize": True},
+        {"density": 1.0},
+        None,
+        slacks.rescale_rule("density"),
+        misplaced=shifted_formula(reference.dare_linear),
+    ),
+    "dare_ties": Reference(
+        reference.dare_ties,
+        slacks.of_steps,
+        slacks.UNEQUAL,
+        {"density": 1.0},
+        reference.election_is_close,
+        slacks.rescale_rule("density"),
+        misplaced=shifted_formula(reference.dare_ties),
+    ),
+}
 
 NAMES = ["dare_linear", "dare_ties"]
 BASE = torch.tensor([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0]])

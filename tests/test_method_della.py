@@ -9,6 +9,31 @@ from checkpoints.errors import ArgumentError
 from merging.methods.della import probabilities, row_ranks
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs, shifted
+from tests.reference import more_merging as more
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+from tests.reference.of_method import shifted as shifted_formula
+
+REFERENCES = {
+    "della": Reference(
+        more.della,
+        slacks.of_sums("della"),
+        slacks.UNEQUAL | {"epsilon": [0.1, 0.2, 0.05]},
+        {"density": 1.0},
+        slacks.close_election("della"),
+        slacks.rescale_rule("l1"),
+        misplaced=shifted_formula(more.della),
+    ),
+    "della_linear": Reference(
+        more.della_linear,
+        slacks.of_sums("della_linear"),
+        slacks.UNEQUAL | {"epsilon": [0.1, 0.2, 0.05], "rescale": False},
+        {"density": 1.0},
+        None,
+        slacks.rescale_rule("l1"),
+        misplaced=shifted_formula(more.della_linear),
+    ),
+}
 
 UNEQUAL = {"weights": [0.5, 0.3, 0.9], "density": [0.5, 0.3, 0.7], "epsilon": [0.1, 0.2, 0.25]}
 NAMES = ["della", "della_linear"]
@@ -40,8 +65,8 @@ def test_boundaries(name: str, shape: tuple[int, ...], monkeypatch: pytest.Monke
 def test_parity_with_the_reference(name: str, grid: int, monkeypatch: pytest.MonkeyPatch):
     patch_grid(monkeypatch, grid)
     base, models = random_inputs((57, 61), 3, torch.bfloat16)
-    for more in ({}, {"rescale": False, "lambda_": 0.7}, {"normalize": False}):
-        check_parity(name, base, models, block_elements=1000, **UNEQUAL, **more)
+    for kind in ({}, {"rescale": False, "lambda_": 0.7}, {"normalize": False}):
+        check_parity(name, base, models, block_elements=1000, **UNEQUAL, **kind)
 
 
 @pytest.mark.parametrize("wrong", [shifted, flipped])

@@ -10,6 +10,13 @@ import torch
 from merging.methods.karcher import karcher_factors
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs
+from tests.reference import more_merging as more
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+
+REFERENCES = {
+    "karcher": Reference(more.karcher, slacks.of_sums("karcher", weights_too=True), {"max_iter": 7}, in_weights=True),
+}
 
 
 def merge(*models: torch.Tensor, **arguments: object) -> torch.Tensor:
@@ -64,7 +71,7 @@ def test_boundaries(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
 def test_parity_with_the_reference_and_its_teeth(monkeypatch: pytest.MonkeyPatch):
     patch_grid(monkeypatch, 500)
     base, models = random_inputs((47, 31), 4, whole=True)
-    for more in ({}, {"max_iter": 1}, {"tol": 1e-2}):
-        check_parity("karcher", base, models, block_elements=1000, **more)
+    for kind in ({}, {"max_iter": 1}, {"tol": 1e-2}):
+        check_parity("karcher", base, models, block_elements=1000, **kind)
     with pytest.raises(AssertionError, match="not the rounded reference"):
         check_parity("karcher", base, models, formula=flipped("karcher"))

@@ -8,6 +8,20 @@ import torch
 from checkpoints.errors import ArgumentError
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, random_inputs, shifted
+from tests.reference import merging as reference
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+from tests.reference.of_method import shifted as shifted_formula
+
+REFERENCES = {
+    "linear": Reference(
+        reference.linear,
+        slacks.of_weights,
+        {"weights": slacks.UNEQUAL["weights"]},
+        in_weights=True,
+        misplaced=shifted_formula(reference.linear),
+    ),
+}
 
 BASE = torch.full((2, 3), 100.0)
 X1 = torch.tensor([[2.0, -4.0, 6.0], [0.0, 1.0, -8.0]])

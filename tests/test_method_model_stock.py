@@ -11,6 +11,13 @@ from checkpoints.errors import InputError
 from merging import make_recipe
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs
+from tests.reference import more_merging as more
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+
+REFERENCES = {
+    "model_stock": Reference(more.model_stock, slacks.of_sums("model_stock"), {"filter_wise": True}, None),
+}
 
 BASE = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 

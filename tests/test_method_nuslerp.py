@@ -22,7 +22,21 @@ from tests.in_memory import (
     random_inputs,
     shifted,
 )
+from tests.reference import more_merging as more
 from tests.reference import more_merging as reference
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+from tests.reference.of_method import shifted as shifted_formula
+
+REFERENCES = {
+    "nuslerp": Reference(
+        more.nuslerp,
+        slacks.of_sums("nuslerp"),
+        {"weights": [0.7, 0.4], "flatten": False},
+        None,
+        misplaced=shifted_formula(more.nuslerp),
+    ),
+}
 
 BASE = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
 KINDS = [{}, {"flatten": False}, {"flatten": False, "row_wise": True}]

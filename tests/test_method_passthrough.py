@@ -8,6 +8,15 @@ from checkpoints.errors import InputError
 from merging import make_recipe
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, random_inputs
+from tests.reference import more_merging as more
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+
+REFERENCES = {
+    "passthrough": Reference(
+        more.passthrough, slacks.of_sums("passthrough", weights_too=True), {"weights": [1.5]}, in_weights=True
+    ),
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -7,6 +7,13 @@ import torch
 
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs
+from tests.reference import more_merging as more
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+
+REFERENCES = {
+    "sce": Reference(more.sce, slacks.of_sums("sce"), {"select_topk": 0.6}, unclear=slacks.close_election("sce")),
+}
 
 BASE = torch.tensor([10.0, 20.0, 30.0, 40.0])
 D1 = torch.tensor([2.0, -1.0, 1.0, 0.0])

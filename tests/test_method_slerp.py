@@ -9,6 +9,13 @@ import torch
 
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs
+from tests.reference import more_merging as more
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+
+REFERENCES = {
+    "slerp": Reference(more.slerp, slacks.of_sums("slerp", weights_too=True), {"t": 0.3}, {"t": 1.0}, in_weights=True),
+}
 
 
 def merge(base: torch.Tensor, model: torch.Tensor, t: float, block_elements: int = 1) -> torch.Tensor:

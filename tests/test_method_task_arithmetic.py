@@ -8,6 +8,19 @@ import torch
 from checkpoints.errors import ArgumentError
 from tests.golden_files import assert_same_bits, ulp_distance
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, random_inputs, shifted
+from tests.reference import merging as reference
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+from tests.reference.of_method import shifted as shifted_formula
+
+REFERENCES = {
+    "task_arithmetic": Reference(
+        reference.task_arithmetic,
+        slacks.of_steps,
+        {"weights": slacks.UNEQUAL["weights"], "lambda_": 0.8},
+        misplaced=shifted_formula(reference.task_arithmetic),
+    ),
+}
 
 NAME = "task_arithmetic"
 BASE = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])

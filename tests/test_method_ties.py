@@ -16,6 +16,21 @@ from streaming.blocks import BLOCK_ELEMENTS, tile
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs, shifted
 from tests.reference import merging as reference
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+from tests.reference.of_method import shifted as shifted_formula
+
+REFERENCES = {
+    "ties": Reference(
+        reference.ties,
+        slacks.of_steps,
+        slacks.UNEQUAL,
+        {"density": 1.0},
+        reference.election_is_close,
+        slacks.rescale_rule(),
+        misplaced=shifted_formula(reference.ties),
+    ),
+}
 
 NAME = "ties"
 BASE = torch.tensor([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0]])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,27 @@ from checkpoints.errors import ArgumentError
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs
 from tests.reference import merging as reference
+from tests.reference import slacks
+from tests.reference.of_method import Reference
+
+
+def with_scores_of_others(base: torch.Tensor, models: Sequence[torch.Tensor], **arguments: Any) -> torch.Tensor:
+    """The reference with each model's scores given to another one: WIDEN knows no order of models."""
+    right = reference._score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_score", lambda *values, **divide: right(*values, **divide)[::-1])
+        return reference.widen(base, models, **arguments)
+
+
+REFERENCES = {
+    "widen": Reference(
+        reference.widen,
+        slacks.of_steps,
+        {"ratio": 0.8, "calibration": 1.3},
+        misplaced=with_scores_of_others,
+        jumps=True,
+    ),
+}
 
 NAME = "widen"
 

@@ -107,7 +107,7 @@ def test_nothing_to_draw(tmp_path):
 
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--figures .*file: cannot be written: .*\. Choose another folder\."):
+    with pytest.raises(InputError, match=r"figures .*file: cannot be written: .*\. Choose another folder\."):
         draw(table_of(tmp_path, *SWEEP), tmp_path / "file")
 
 

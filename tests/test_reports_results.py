@@ -176,7 +176,7 @@ def test_names_that_end_alike_are_told_apart(tmp_path):
         for org in "ab"
     ]
     assert [row.models for row in compare(load_results(paths)).rows] == ["a/m", "b/m"]
-    with pytest.raises(InputError, match="--population: unknown model 'm2'"):
+    with pytest.raises(InputError, match="population: unknown model 'm2'"):
         compare(load_results(paths), "m2")
     with pytest.raises(InputError, match=r"'m' is the name of .*a.json, .*b.json. Use a longer name"):
         compare(load_results(paths), "m")
@@ -191,7 +191,7 @@ def test_a_merge_without_a_recipe(checkpoints, tmp_path):
     table = compare(load_results(paths))
     assert rows(table)[1:] == [("unknown", "foreign", "no", "", ""), ("unknown", "foreign", "yes", "0.4", "")]
     assert [row.hv_gain for row in table.rows] == [None] * 3
-    assert any("how it was merged is not recorded. Name the models with --population" in note for note in table.notes)
+    assert any("how it was merged is not recorded. Name the models as the population" in note for note in table.notes)
     assert set(table.rows[2].score_changes) == set(table.benchmarks)
     assert compare(load_results(paths), "code").rows[2].hv_gain_change is not None
 
@@ -242,7 +242,7 @@ def test_other_items_are_refused(tmp_path, changes, says):
         compare(load_results(pair(tmp_path, changes={"math": changes})))
     assert re.search(r"math: expected the same items everywhere, got others in .*b\.json", str(refused.value))
     assert says in str(refused.value)
-    assert "Evaluate all models on the same data with the same --limit." in str(refused.value)
+    assert "Evaluate all models on the same data with the same limit." in str(refused.value)
 
 
 def test_other_rows_of_the_same_data_are_refused(tmp_path):
@@ -300,7 +300,7 @@ def test_missing_benchmarks(tmp_path):
 
 
 def test_results_that_wait_for_grading(tmp_path):
-    with pytest.raises(InputError, match=r"b.json: gsm8k is not graded yet. Run evaluate_model.py --stage score"):
+    with pytest.raises(InputError, match=r"b.json: gsm8k is not graded yet. Run evaluate_model.py stage score"):
         load_results(pair(tmp_path, changes={"gsm8k": {"score": None, "stderr": None}}))
 
 

@@ -148,7 +148,7 @@ def test_population_by_name_even_where_a_column_has_that_name(published):
 @pytest.mark.parametrize(
     ("population", "says"),
     [
-        ("cod", "--population: unknown model 'cod'. Did you mean 'code'?"),
+        ("cod", "population: unknown model 'cod'. Did you mean 'code'?"),
         ("code,hv_population_used", "unknown model 'hv_population_used'"),
         ("hv_gain", "unknown model 'hv_gain'. Did you mean"),
         ("gsm8k", "unknown model 'gsm8k'"),
@@ -170,7 +170,7 @@ def test_merge_without_its_models_has_no_gain(tmp_path):
     table = compare(load_results([write(tmp_path, ",a,,1,2,3,4,5,60", "ties,a+b,no,9,9,9,9,9,9")]))
     assert table.rows[1].hv_gain is None
     assert any(
-        "ties a+b: no HV gain: there are no results of b. Give them, or name others with --population" in n
+        "ties a+b: no HV gain: there are no results of b. Give them, or name others as the population" in n
         for n in table.notes
     )
 
@@ -345,7 +345,7 @@ def test_benchmarks_chosen(tmp_path):
     table = compare(entries, benchmarks=["mbpp", "humaneval"])
     assert table.benchmarks == ("humaneval", "mbpp")
     assert table.rows[2].hv_gain.value == 0.25
-    with pytest.raises(Refusals, match="leave them out of the table: --benchmarks humaneval,mbpp,mmlu,math,gsm8k"):
+    with pytest.raises(Refusals, match="leave them out of the table: benchmarks humaneval,mbpp,mmlu,math,gsm8k"):
         compare(entries)
     with pytest.raises(ArgumentError, match=r"unknown benchmark 'humanevil'\. Did you mean 'humaneval'"):
         compare(entries, benchmarks=["humanevil"])

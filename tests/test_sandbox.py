@@ -9,9 +9,11 @@ alone. Where bubblewrap works, a level that does not is a failure; elsewhere it 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
+import secrets
 import shutil
 import signal
 import struct
@@ -28,12 +30,12 @@ import pytest
 from checkpoints.errors import InputError
 from evaluation import sandbox as sandbox_module
 from evaluation.jail import landlock, room, seccomp, view
-from evaluation.jail.host import Jail, JailError
+from evaluation.jail.host import Jail, JailError, Outcome
 from evaluation.jail.settings import LIMITS, NAMESPACES, Settings
 from evaluation.jail.zygote import remove_tree
 from evaluation.sandbox import LOCKED, Level, Program, Sandbox, Verdict, probe, why_not
 from tests import hostile_control
-from tests.hostile_programs import ALL, CONTROLLED, LOOP_S, MEMORY_BYTES, THEFT, UNSOLVED
+from tests.hostile_programs import ALL, COIN_TOSS, CONTROLLED, LOOP_S, MEMORY_BYTES, TOOLS, UNSOLVED
 from tests.hostile_world import World, process_name, processes_named
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,14 +44,15 @@ BOOT_CONTROL = (
     "import sys; sys.path.append(sys.argv.pop(1)); from tests.hostile_control import main; main(sys.argv[1:])"
 )
 CONTROL_S = 150.0
+BROKEN_IN_ONE_INTERPRETER = ("empty the builtins", "trace the test", "hide the test's assertions")
 pytestmark = pytest.mark.filterwarnings("ignore:sandbox.*:UserWarning")
 
 # Level or control -> hostile programs run. What does not run is skipped as a whole.
 RAN: dict[str, int] = {}
 
 
-def count(what: str) -> None:
-    RAN[what] = RAN.get(what, 0) + 1
+def count(what: str, programs: int = 1) -> None:
+    RAN[what] = RAN.get(what, 0) + programs
 
 
 def summary() -> list[str]:
@@ -144,6 +147,77 @@ def test_verdicts(sandbox, source, test, status, detail):
     assert (found.status, found.detail) == (status, detail)
 
 
+MAKES_POINTS = """
+import collections, decimal, fractions, numpy
+class Point:
+    def __init__(self, x): self.x = x
+    def __len__(self): return 3
+    def __getitem__(self, key): return key * 2
+    def __str__(self): return f"<{self.x}>"
+    def double(self, by=2): return Point(self.x * by)
+class Unhappy(ValueError): pass
+def total(points): return sum(point.x for point in points)
+def count(n):
+    yield from range(n)
+def numbers(): return [numpy.int64(1), numpy.float64(0.5), fractions.Fraction(1, 3), decimal.Decimal("0.1"), 10**5000, 1j]
+def sort(items):
+    items.sort()
+    items[0].append(9)
+def fail(what): raise {"mine": Unhappy, "key": KeyError, "more": UnicodeDecodeError}[what]("no")
+def counted(text): return collections.Counter(text)
+def keys(): return {1: 2}.keys()
+def itself(x): return x
+limit = 7
+"""
+WHAT_TESTS_CAN = {
+    "objects": "p = Point(3)\np.x = 4\nassert p.double().x == 8 and p.double(by=3).x == 12 and total([p, Point(1)]) == 5",
+    "their parts": "p = Point(3)\nassert len(p) == 3 and p[4] == 8 and str(p) == '<3>' and p and repr(p) == '<Point of the program>'",
+    "identity": "p = Point(3)\nassert itself(p) is p and itself(p) == p and Point(3) != Point(3) and p in [1, p]",
+    "generators": "assert list(count(3)) == [0, 1, 2] and next(count(3)) == 0 and 2 in count(3) and sum(count(5)) == 10",
+    "numbers": "from fractions import Fraction\nfrom decimal import Decimal\na, b, c, d, e, f = numbers()\n"
+    "assert [type(n) for n in (a, b, c, d, e, f)] == [int, float, Fraction, Decimal, int, complex]\n"
+    "assert (a, b, c, d, e, f) == (1, 0.5, Fraction(1, 3), Decimal('0.1'), 10**5000, 1j)",
+    "changes in place": "inner = [1]\nl = [[3], inner]\nassert sort(l) is None and l == [[1, 9], [3]]",
+    "exceptions": "for what, kind in (('mine', ValueError), ('key', KeyError)):\n"
+    "    try: fail(what)\n    except kind as error: assert 'no' in str(error)\n    else: assert False",
+    "subclasses": "assert counted('aab') == {'a': 2, 'b': 1} and type(counted('')) is dict",
+    "views as lists": "assert list(keys()) == [1] and keys() != {1}",
+    "globals": "assert limit == 7 and itself(float('inf')) > 1 and itself((1, [2], {3: {4}})) == (1, [2], {3: {4}})",
+    "arguments by name": "assert itself(x=[None, True, 'a', b'b', range(3)]) == [None, True, 'a', b'b', range(3)]",
+    "names of its own": "def check(candidate):\n    assert candidate(1) == 1 and sorted([2, 1]) == [1, 2]\ncheck(itself)",
+}
+
+
+@pytest.mark.parametrize("name", WHAT_TESTS_CAN)
+def test_what_tests_can_do_with_a_program(lone_sandbox, name):
+    found = verdict(lone_sandbox, MAKES_POINTS, WHAT_TESTS_CAN[name])
+    assert found.status == "passed", found.detail
+
+
+@pytest.mark.parametrize(
+    ("test", "detail"),
+    [
+        ("itself(len)", "TypeError: a builtin_function_or_method cannot be handed to the program"),
+        ("isinstance(Point(1), Point)", "TypeError: isinstance() arg 2 must be a type, a tuple of types, or a union"),
+        ("Point(1) + 1", "TypeError: unsupported operand type(s) for +: 'Remote' and 'int'"),
+        ("fail('mine')", "Unhappy: no"),
+        ("itself('x' * (9 << 20))", "the channel: expected at most 8388608 bytes, got 9437254"),
+        ("other(1)", "NameError: name 'other' is not defined"),
+    ],
+)
+def test_what_tests_cannot_do(lone_sandbox, test, detail):
+    found = verdict(lone_sandbox, MAKES_POINTS, test)
+    assert found.status == "failed"
+    assert found.detail.startswith(detail[:40]), found.detail
+
+
+def test_a_test_takes_only_the_names_that_it_asks_for(lone_sandbox):
+    program = Program(
+        "def sum(a): return 7\ndef abs(a): return 7", "assert sum([1, 1]) == 7 and abs(-1) == 1", names=("sum",)
+    )
+    assert lone_sandbox.run([program])[0].status == "passed"
+
+
 WHAT_PROGRAMS_NEED = {
     "numpy": "import numpy as np\nassert np.arange(6).reshape(2, 3).sum() == 15\n"
     "assert np.linalg.inv(np.eye(3))[0, 0] == 1",
@@ -189,7 +263,7 @@ for descriptor in range(3, 64):
         os.fstat(descriptor)
     except OSError:
         continue
-    assert descriptor == 4 or descriptor >= 16, descriptor  # the result; folders that only root can get to
+    assert descriptor == 3 or descriptor >= 16, descriptor  # the channel; folders that only root can get to
 """
     if os.getuid() != 0 and sandbox.level is Level.LANDLOCK:
         source = source.replace("65534", str(os.getuid()))  # who is nobody special cannot become nobody
@@ -240,6 +314,25 @@ def test_nothing_of_a_run_reaches_the_next(sandbox):
     check = "import math, sys, os\nassert math.pi > 3.1 and sys.path and not os.environ and not os.listdir('.')"
     found = sandbox.run([Program(source, "", 10.0), Program(check, "", 10.0)] * 8)
     assert {v.status for v in found} == {"passed"}, found
+
+
+@pytest.mark.parametrize(
+    ("leave", "look"),
+    [
+        (
+            "for d in (0, 1, 2): fcntl.fcntl(d, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK)",
+            "for d in (0, 1, 2): assert not fcntl.fcntl(d, fcntl.F_GETFL) & (os.O_APPEND | os.O_NONBLOCK)",
+        ),
+        ("fcntl.flock(0, fcntl.LOCK_EX)", "fcntl.flock(os.open(os.devnull, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)"),
+    ],
+    ids=["flags", "lock"],
+)
+def test_nothing_of_a_run_stays_on_its_descriptors(lone_sandbox, leave, look):
+    verdict(lone_sandbox, "import fcntl, os\n" + leave)
+    found = verdict(lone_sandbox, "import fcntl, os\n" + look)
+    assert found.status == "passed", found
+    with open(os.devnull, "r+b", buffering=0) as outside:
+        fcntl.flock(outside, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_random_numbers_differ_between_runs(sandbox):
@@ -344,13 +437,22 @@ def test_every_attack_with_a_target_has_a_control():
         )
 
 
-@pytest.mark.parametrize("name", ["steal the token from a frame", "steal the token by gc", "jump over the test"])
-def test_control_forged_passes_need_the_impossible_test(lone_sandbox, world, name):
-    """Without the second run these would have passed: the token alone is not enough."""
-    source = world.constants() + next(program.source for program in ALL if program.name == name)
-    assert verdict(lone_sandbox, source, UNSOLVED).status == "forged"
-    with borrowed(lone_sandbox) as jail:
-        assert jail.attempt(source, UNSOLVED, 10.0).passed
+@pytest.mark.parametrize("name", [program.name for program in TOOLS])
+def test_control_tools_are_replaced_in_one_interpreter(lone_sandbox, world, name):
+    """Where program and test share an interpreter, these pass, but for three that break something else, too."""
+    program = next(program for program in TOOLS if program.name == name)
+    joined = "exec(compile(SOURCE, '', 'exec'))\nexec(compile(TEST, '', 'exec'))"
+    source = f"SOURCE = {world.constants() + program.source!r}\nTEST = {program.test!r}\n{joined}"
+    found = verdict(lone_sandbox, source)
+    if name not in BROKEN_IN_ONE_INTERPRETER:
+        assert found.status == "passed", found
+
+
+def test_no_coin_toss_passes(sandbox):
+    """A wrong program that cheats at random, and so could have cheated in the right run of several."""
+    cheat = COIN_TOSS.replace("return 42", "return 41")
+    found = sandbox.run([Program("import os, sys\n" + cheat, UNSOLVED, 10.0)] * 40)
+    assert {v.status for v in found} == {"failed"}, found
 
 
 def test_control_exit_status_would_be_fooled(sandbox):
@@ -359,16 +461,79 @@ def test_control_exit_status_would_be_fooled(sandbox):
         assert verdict(sandbox, source, UNSOLVED).detail == "ended with status 0 before its tests did"
 
 
-def test_two_ways_to_cheat_stay_open(sandbox):
+def test_what_stays_open(sandbox):
     """Known and documented; a change here is good news."""
-    equal = "class E:\n    def __eq__(self, other): return True\ndef solve(): return E()"
-    assert verdict(sandbox, equal, UNSOLVED).status == "passed"
-    teller = THEFT.replace(
-        '"token" in frame.f_locals',
-        """"token" in frame.f_locals and 3 not in [
-        line for _, _, line in frame.f_locals["test_code"].co_lines()]""",
-    )
-    assert verdict(sandbox, f"import os, sys\n{teller}", UNSOLVED).status == "passed"
+    forgetful = "def solve(x):\n    x.clear()\n    return []"
+    assert verdict(sandbox, forgetful, "x = [3, 1]\nassert solve(x) == sorted(x)").status == "passed"
+    reciting = "def solve(x): return {1: 42}.get(x)"
+    assert verdict(sandbox, reciting, "assert solve(1) == 42").status == "passed"
+
+
+def test_draws(monkeypatch):
+    """The impossible test twice and the real one, in any order, until one decides."""
+    orders = set()
+
+    class Fake:
+        def __init__(self, passes, holds):
+            self.passes, self.holds, self.seen = passes, holds, []
+
+        def attempt(self, *_, impossible, **__):
+            self.seen.append(impossible)
+            passed = self.passes(impossible)
+            return Outcome(passed, impossible and self.holds and not passed, False, "x", 0.1)
+
+    def judged(passes, holds=True):
+        jail = Fake(passes, holds)
+        found = sandbox_module.judge(jail, Program("", ""))
+        return found.status, jail.seen
+
+    for _ in range(100):
+        status, seen = judged(lambda impossible: not impossible)
+        assert (status, sorted(seen)) == ("passed", [False, True, True])
+        orders.add(tuple(seen))
+        assert judged(lambda impossible: True)[0] == "forged"
+        assert judged(lambda impossible: False)[0] == "failed"
+        assert judged(lambda impossible: False, holds=False) in [("failed", [True]), ("failed", [False])]
+    assert len(orders) == 3
+
+
+BOOT_USER = "import sys; sys.path.append(sys.argv.pop(1)); from tests.hostile_user import main; main(int(sys.argv[1]))"
+
+
+def test_the_jail_as_an_unprivileged_user(open_folder):
+    """What most users are: nobody who may make namespaces or become another user without asking."""
+    if all(problem(level) for level in LOCKED):
+        pytest.skip("nothing can lock programs up here")
+    for package in ("checkpoints", "evaluation", "tests"):  # this checkout may lie where others cannot read
+        shutil.copytree(ROOT / package, open_folder / package, ignore=only_python)
+    user = hostile_control.USERS + secrets.randbelow(hostile_control.USERS)
+    command = [python_for_all(), "-I", "-S", "-B", "-c", BOOT_USER, str(open_folder), str(user)]
+    done = subprocess.run(command, env={}, cwd="/", capture_output=True, text=True, timeout=CONTROL_S, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["level"] for row in rows] == [level.value for level in LOCKED]
+    for row in rows:
+        assert not row["wrong"], row
+        count(
+            f"{row['level']} as an unprivileged user" + (f" ({row['problem']})" if row["problem"] else ""), row["ran"]
+        )
+    if all(row["problem"] for row in rows):
+        pytest.skip(f"no level works for an unprivileged user here: {rows}")
+
+
+def python_for_all() -> str:
+    """A Python that any user can start; root's own may lie in a folder that is closed to others."""
+    for python in (view.python(), "/usr/local/bin/python3", "/usr/bin/python3"):
+        if os.path.exists(python) and view._open_to_all(python):
+            check = "import sys; sys.exit(sys.version_info < (3, 11))"
+            if subprocess.run([python, "-I", "-S", "-c", check], check=False).returncode == 0:
+                return python
+    pytest.skip("no Python of 3.11 or newer that another user can start")
+
+
+def only_python(folder: str, names: list[str]) -> set[str]:
+    """For shutil.copytree: what it leaves out."""
+    return {name for name in names if not name.endswith((".py", "jail"))}
 
 
 # ------------------------------------------------------------------------------------------- when something breaks

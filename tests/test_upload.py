@@ -111,11 +111,13 @@ def test_each_checkpoint_of_a_sweep_has_a_repo_of_its_own(hub: FakeHub, tmp_path
 
 def test_a_folder_that_is_complete_already_is_pushed(run: Run, hub: FakeHub):
     run()
-    there = {path: path.stat().st_mtime_ns for path in run.out.iterdir()}
+    weights = [path for path in run.out.iterdir() if path.name not in ("README.md", "merge_recipe.json")]
+    there = {path: path.stat().st_mtime_ns for path in weights}
     out, _ = run("--push_to_hub", "merged")
     assert "is complete already" in out
     assert "pushed to " in out
-    assert {path: path.stat().st_mtime_ns for path in run.out.iterdir()} == there
+    assert {path: path.stat().st_mtime_ns for path in weights} == there
+    assert pushed(hub, "tester/merged") == content(run.out)
     assert pushed(hub, "tester/merged") == content(run.out)
 
 
@@ -131,12 +133,18 @@ def test_an_earlier_result_is_replaced_on_request(run: Run, hub: FakeHub):
 
 def test_a_dry_run_says_what_would_be_pushed(run: Run, hub: FakeHub):
     out, _ = run("--push_to_hub", "merged", "--dry_run")
-    assert out.endswith(f"would push to {hub.endpoint}/tester/merged (private). Nothing was pushed.\n")
+    assert f"would push to {hub.endpoint}/tester/merged (private). Nothing was pushed.\n  model.safetensors: " in out
+    assert out.endswith("/model_1: model_1 (fingerprint ...)\n")
     plan = json.loads(run("--push_to_hub", "merged", "--public", "--dry_run", "--json")[0])
+    files, names = (plan["push_to_hub"].pop(key) for key in ("files", "names"))
     assert plan["push_to_hub"] == {"repos": ["tester/merged"], "visibility": "public"}
+    assert all(name.endswith(f"/{public.removesuffix(' (fingerprint ...)')}") for name, public in names.items())
     assert not hub.repos
     assert not run.out.exists()
     assert "push_to_hub" not in json.loads(run("--dry_run", "--json")[0])
+    run()
+    written = {path.name: path.stat().st_size for path in run.out.iterdir()}
+    assert files == {name: size for name, size in written.items() if name not in ("README.md", "merge_recipe.json")}
 
 
 def test_a_dry_run_of_perform_aim(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -296,3 +304,16 @@ def test_a_card_that_the_hub_does_not_take(hub: FakeHub, tmp_path: Path):
         list(plan_upload("a").push(tmp_path))
     said = 'the hub refuses: Invalid metadata in README.md. - "base_model" with value "./base" is not valid.\n'
     assert str(caught.value).startswith(f"push_to_hub tester/a: {said}{tmp_path} is complete.")
+
+
+def test_nothing_that_is_pushed_names_a_folder_of_this_machine(run: Run, hub: FakeHub, family: Family):
+    run("--push_to_hub", "merged", "--public", f"--log_file={run.out.parent / 'log'}")
+    there = pushed(hub, "tester/merged")
+    for name in ("README.md", "merge_recipe.json", "config.json"):
+        for folder in (family.base.parent, run.out.parent, Path.home()):
+            assert str(folder) not in there[name].decode(), name
+    recipe = json.loads(there["merge_recipe.json"])
+    digits = recipe["inputs"][1]["fingerprint"][:12]
+    assert recipe["models"][0]["model"] == f"{family.models[0].name} (fingerprint {digits})"
+    assert f"`{family.models[0].name} (fingerprint {digits})`" in there["README.md"].decode()
+    assert merge.main(["--verify", str(run.out)]) == 0

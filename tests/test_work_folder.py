@@ -499,8 +499,8 @@ def test_a_small_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "write", fail)
-    with pytest.raises(InputError, match=r"x: cannot be written: No space left on device\. Choose another --out\."):
-        write_text(tmp_path / "x", "newer", flag="--out")
+    with pytest.raises(InputError, match=r"x: cannot be written: No space left on device\. Choose another out\."):
+        write_text(tmp_path / "x", "newer", name="out")
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "x"]
     assert (tmp_path / "x").read_text() == "old"

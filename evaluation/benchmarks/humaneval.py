@@ -7,7 +7,7 @@ Source: openai/human-eval; prompts and stop strings of lm_eval 0.4.13's `humanev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from evaluation.benchmarks.contract import (
     Benchmark,
@@ -23,6 +23,9 @@ from evaluation.benchmarks.contract import (
 from evaluation.benchmarks.settings import Advance, Settings
 from evaluation.grading.code import fenced_block, grade_programs, looks_whole
 from evaluation.grading.tools import Tools
+
+if TYPE_CHECKING:
+    from evaluation.sandbox import Program
 
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 
@@ -57,8 +60,15 @@ class HumanEval(Benchmark):
 
     def grade(self, rows: Sequence[Row], responses: Sequence[Response], tools: Tools, advance: Advance) -> list[Grade]:
         sources = [program(row, response, tools.settings) for row, response in zip(rows, responses, strict=True)]
-        tests = [f"{row['test']}\ncheck({row['entry_point']})\n" for row in rows]
-        return grade_programs(sources, tests, tools, advance)
+        return grade_programs([judged(row, source) for row, source in zip(rows, sources, strict=True)], tools, advance)
+
+
+def judged(row: Row, source: str) -> Program:
+    """A program with its test. Functions that the prompt gives, and the test uses, are the test's own."""
+    from evaluation.sandbox import Program
+
+    test = f"{preamble(row['prompt'])}\n{row['test']}\ncheck({row['entry_point']})\n"
+    return Program(source, test, names=(row["entry_point"],))
 
 
 def program(row: Row, response: Response, settings: Settings) -> str:

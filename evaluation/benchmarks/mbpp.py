@@ -7,7 +7,7 @@ chat template `mbpp_instruct`). Deviation: `test_setup_code` runs before the ass
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evaluation.benchmarks.contract import (
     BadRow,
@@ -24,8 +24,11 @@ from evaluation.benchmarks.contract import (
 )
 from evaluation.benchmarks.mbpp_examples import EXAMPLES
 from evaluation.benchmarks.settings import Advance, Settings
-from evaluation.grading.code import fenced_block, grade_programs
+from evaluation.grading.code import fenced_block, grade_programs, names_taken
 from evaluation.grading.tools import Tools
+
+if TYPE_CHECKING:
+    from evaluation.sandbox import Program
 
 STOP = ("[DONE]",)
 
@@ -76,8 +79,15 @@ class Mbpp(Benchmark):
 
     def grade(self, rows: Sequence[Row], responses: Sequence[Response], tools: Tools, advance: Advance) -> list[Grade]:
         sources = [program(response, tools.settings) for response in responses]
-        tests = ["\n".join([row["test_setup_code"], *row["test_list"]]) + "\n" for row in rows]
-        return grade_programs(sources, tests, tools, advance)
+        return grade_programs([judged(row, source) for row, source in zip(rows, sources, strict=True)], tools, advance)
+
+
+def judged(row: Row, source: str) -> Program:
+    """A program with its test."""
+    from evaluation.sandbox import Program
+
+    test = "\n".join([row["test_setup_code"], *row["test_list"]]) + "\n"
+    return Program(source, test, names=names_taken(row["code"], test))
 
 
 def question(row: Row) -> str:

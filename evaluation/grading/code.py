@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from evaluation.benchmarks.contract import Grade, Status
 from evaluation.benchmarks.settings import Advance
 from evaluation.grading.tools import Tools
+
+if TYPE_CHECKING:
+    from evaluation.sandbox import Program
 
 _FENCE = re.compile(r"```[^\S\n]*[\w+-]*[^\S\n]*\n(.*?)(?:\n[^\S\n]*```|\Z)", re.DOTALL)
 _STATUS: dict[str, Status] = {
@@ -32,14 +37,26 @@ def looks_whole(text: str, function: str) -> bool:
     return not first[0].isspace() and defines is not None
 
 
-def grade_programs(sources: Sequence[str], tests: Sequence[str], tools: Tools, advance: Advance) -> list[Grade]:
-    """Run programs against their tests in the sandbox.
+def names_taken(reference: str, test: str) -> tuple[str, ...] | None:
+    """The names that a test takes from a program: those that it reads and that the reference solution defines.
 
-    Args:
-        sources: what the model wrote, with what it completes.
-        tests: Python that raises unless the program is right, aligned with `sources`.
+    Returns: None, for what the sandbox takes for them, where one of the two is no Python.
     """
-    verdicts = tools.run_programs(list(zip(sources, tests, strict=True)), advance)
+    try:
+        defined = {
+            node.name
+            for node in ast.parse(reference).body
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        }
+        read = {node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+    except (SyntaxError, ValueError):
+        return None
+    return tuple(sorted(defined & read)) or None
+
+
+def grade_programs(programs: Sequence[Program], tools: Tools, advance: Advance) -> list[Grade]:
+    """Run programs against their tests in the sandbox."""
+    verdicts = tools.run_programs(programs, advance)
     return [
         Grade(
             score=float(verdict.status == "passed"),

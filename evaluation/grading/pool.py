@@ -38,7 +38,8 @@ class WorkerPool:
     Args:
         target: `module:function`; arguments and result are JSON values.
         workers: number of processes, started as they are needed.
-        timeout_s: how long one item may take, in seconds; its worker is killed then and replaced.
+        timeout_s: how long one item may take, in seconds; its worker is killed then and replaced. Should nobody be left to
+            do that, it ends by itself: with the thread that started it, or when the item has used that much processor time.
         environment: variables for the workers besides our own.
     """
 
@@ -100,7 +101,7 @@ class WorkerPool:
         return [outcome for outcome in outcomes if outcome is not None]
 
     def _start(self) -> _Worker:
-        return _Worker(self.target, self._environment)
+        return _Worker(self.target, self.timeout_s, self._environment)
 
     def _replace(self, worker: _Worker) -> _Worker:
         worker.stop()
@@ -112,10 +113,10 @@ class WorkerPool:
 class _Worker:
     """One process and the item it works on."""
 
-    def __init__(self, target: str, environment: dict[str, str]):
+    def __init__(self, target: str, timeout_s: float, environment: dict[str, str]):
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "evaluation.grading.worker", target],
+            [sys.executable, "-m", "evaluation.grading.worker", target, str(timeout_s), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -15,9 +15,8 @@ from evaluation.grading.maths import OVERRUN_S
 from evaluation.grading.pool import Outcome, WorkerPool
 
 if TYPE_CHECKING:
-    from evaluation.sandbox import Sandbox, Verdict
+    from evaluation.sandbox import Program, Sandbox, Verdict
 
-PROGRAM_TIMEOUT_S = 3.0
 IFEVAL_TIMEOUT_S = 60.0
 
 
@@ -69,13 +68,10 @@ class Tools:
         arguments = [[dict(row), response, self.punkt_folder] for row, response in items]
         return self._pool("evaluation.grading.ifeval_checks:check", IFEVAL_TIMEOUT_S).map(arguments, advance)
 
-    def run_programs(self, programs: Sequence[tuple[str, str]], advance: Advance) -> list[Verdict]:
-        """Run (source, test) pairs in the sandbox, three seconds each."""
-        from evaluation.sandbox import Program
-
+    def run_programs(self, programs: Sequence[Program], advance: Advance) -> list[Verdict]:
+        """Run programs in the sandbox."""
         assert self.sandbox is not None, "a benchmark that runs code needs a sandbox"
-        jobs = [Program(source, test, PROGRAM_TIMEOUT_S) for source, test in programs]
-        return self.sandbox.run(jobs, progress=lambda done, count: advance(1))
+        return self.sandbox.run(programs, progress=lambda done, count: advance(1))
 
     def _pool(self, target: str, timeout_s: float) -> WorkerPool:
         if target not in self._pools:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from .program import DETAIL_CHARACTERS, FAILED
+from .judge import FAILED, HELD
+from .program import DETAIL_CHARACTERS
 from .settings import Settings
 
 START_S = 30.0
@@ -32,9 +33,15 @@ class JailError(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run: `passed` only if the token came back, alone and in time."""
+    """What became of one run.
+
+    Attributes:
+        passed: the token came back, alone and in time.
+        held: all of the test held, and only the impossible assertion did not.
+    """
 
     passed: bool
+    held: bool
     timed_out: bool
     detail: str
     seconds: float
@@ -84,12 +91,19 @@ class Jail:
                 raise JailError(said[-1] if said else str(error)) from error
 
     def attempt(
-        self, source: str, test: str, timeout_s: float, *, impossible: bool = False, patience: float = 1.0
+        self,
+        source: str,
+        test: str,
+        timeout_s: float,
+        *,
+        names: tuple[str, ...] | None = None,
+        impossible: bool = False,
+        patience: float = 1.0,
     ) -> Outcome:
         """Run one program and its tests; when this returns, every process of the run is dead.
 
         Args:
-            source, test, impossible: as in program.run.
+            source, test, names, impossible: as in judge.run.
             timeout_s: how long it may take.
             patience: times timeout_s is how long it may take on the clock. With 1 the clock decides; with more, it
                 is the program's processor time that may be no more than timeout_s: a busy machine does not count.
@@ -98,7 +112,7 @@ class Jail:
         started = time.monotonic()
         clock_s = timeout_s * patience
         token = secrets.token_hex(16)
-        task = {"source": source, "test": test, "token": token, "impossible": impossible}
+        task = {"source": source, "test": test, "names": names, "token": token, "impossible": impossible}
         result, result_inside = os.pipe()
         leash_inside, leash = os.pipe()
         try:
@@ -124,7 +138,7 @@ class Jail:
         timed_out |= answer["late"]
         passed = not timed_out and message == token.encode()
         detail = "" if passed else _reason(message, timed_out, answer["status"])
-        return Outcome(passed, timed_out, detail, seconds)
+        return Outcome(passed, not timed_out and message.startswith(HELD), timed_out, detail, seconds)
 
     def close(self) -> None:
         """End the zygote and all that is in the jail."""
@@ -177,7 +191,7 @@ def _reason(message: bytes, timed_out: bool, status: int) -> str:
     """Why a run did not pass, in few words; what comes from the program is shown as printable text only."""
     if timed_out:
         return "time limit"
-    if message.startswith(FAILED):
+    if message.startswith((FAILED, HELD)):
         text = message[1:].decode(errors="replace")
         return "".join(c if c.isprintable() else " " for c in text)[:DETAIL_CHARACTERS]
     if message:

@@ -1,55 +1,113 @@
-"""Inside the jail, in a process of its own: run a program and then its tests, and say so with a token."""
+"""Inside the jail, in a process of its own: the program. It does what the judge asks for, and answers with values.
+
+This process holds neither the test nor the token; what a program finds in its frames, its memory and its descriptors is
+its own source, and the arguments that its functions were called with.
+"""
 
 from __future__ import annotations
 
-import json
+import operator
 import os
 import sys
 import types
+from typing import Any, NoReturn
+
+from .channel import Channel
+from .values import REMOTE, pack, unpack
 
 NAME = "program"
-FAILED = b"!"  # no token starts with it
 DETAIL_CHARACTERS = 500
-IMPOSSIBLE = "\n\nassert False\n"
+TYPE_NAME_CHARACTERS = 100
+CALL = "call"
+RUN = "run"
+OPERATIONS: dict[str, Any] = {
+    CALL: lambda function, arguments, named: function(*arguments, **named),
+    "get": getattr,
+    "set": setattr,
+    "item": operator.getitem,
+    "iter": iter,
+    "next": next,
+    "len": len,
+    "bool": bool,
+    "str": str,
+}
 
 
-def run(task: int, result: int) -> None:
-    """Run what the descriptor `task` holds and write one message to `result`: the token, or why not. Never returns.
+def serve(channel: int) -> NoReturn:
+    """Answer requests on the descriptor `channel` until it is closed. Never returns.
 
-    The task is the JSON of {"source", "test", "token", "impossible"}; with "impossible" the test ends in an assertion
-    that cannot hold. Program and test are compiled apart, so that the one cannot swallow the other, and run in one
-    module whose name is not `__main__`, as in the published checkers.
-
-    All names used after the program began are local: it may replace builtins, `os.write` and `os._exit`. It can still
-    find the token in this frame; who uses it passes the impossible test too, and is caught by that.
+    A request is [operation, its arguments], an answer {"value": ..., "changed": ...} with what became of the arguments
+    of a call where that is not what they were, or {"raised": [names of the exception's classes, message, description]}.
     """
-    write, leave, execute = os.write, os._exit, exec
     try:
-        with open(task, encoding="ascii") as file:
-            wanted = json.load(file)
-        token = wanted["token"].encode()
+        program = Running(Channel(channel))
+        while True:
+            program.answer()
+    finally:
+        os._exit(1)
+
+
+class Running:
+    """A program, and those of its objects that the judge has a hold of."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._held: list[Any] = []
+        self._numbers: dict[int, int] = {}
+
+    def answer(self) -> None:
+        """Do one request. Whatever the program raises is an answer too."""
+        operation, content = self._channel.receive()
+        try:
+            if operation == RUN:
+                answer = {"value": self._run(*content)}
+            else:
+                arguments = [unpack(item, self._look_up) for item in content]
+                answer = {"value": self._pack(OPERATIONS[operation](*arguments))}
+                if operation == CALL:
+                    changed = [self._pack(item) for item in arguments[1:]]
+                    if changed != content[1:]:
+                        answer["changed"] = changed
+            self._channel.send(answer)
+        except BaseException as error:
+            names = [kind.__name__[:TYPE_NAME_CHARACTERS] for kind in type.mro(type(error))]
+            shown = describe(error)
+            self._channel.send({"raised": [names, shown.partition(": ")[2], shown]})
+
+    def _run(self, source: str, names: list[str]) -> Any:
+        """Run the program's source in a module that is not `__main__`, as in the published checkers.
+
+        Returns: the encoded mapping of those names to its globals that exist.
+        """
         module = types.ModuleType(NAME)
         sys.modules[NAME] = module
         sys.argv = [NAME]
-        names = vars(module)
-        test = wanted["test"] + (IMPOSSIBLE if wanted["impossible"] else "")
-        program_code = compile(wanted["source"], "<program>", "exec", dont_inherit=True)
-        test_code = compile(test, "<test>", "exec", dont_inherit=True)
-        del wanted, test
-        execute(program_code, names)
-        execute(test_code, names)
-    except BaseException as error:
-        write(result, FAILED + describe(error))
-        leave(1)
-    write(result, token)
-    leave(0)
+        exec(compile(source, "<program>", "exec", dont_inherit=True), vars(module))
+        return self._pack({name: vars(module)[name] for name in names if name in vars(module)})
+
+    def _pack(self, value: Any) -> Any:
+        try:
+            return pack(value, self._hold)
+        except RecursionError:  # nested too deep, or in itself
+            return self._hold(value)
+
+    def _hold(self, value: Any) -> Any:
+        """What is not plain stays here, under a number."""
+        number = self._numbers.get(id(value))
+        if number is None:
+            number = self._numbers[id(value)] = len(self._held)
+            self._held.append(value)
+        return {REMOTE: [number, type(value).__name__[:TYPE_NAME_CHARACTERS]]}
+
+    def _look_up(self, content: Any) -> Any:
+        return self._held[content[0]]
 
 
-def describe(error: BaseException) -> bytes:
+def describe(error: BaseException) -> str:
     """`TypeName: message`, shortened; the message of a hostile exception may itself fail."""
-    name = type.__getattribute__(type(error), "__name__")
+    name = type.__getattribute__(type(error), "__name__")[:TYPE_NAME_CHARACTERS]
     try:
         text = f"{name}: {error}"
     except BaseException:
         text = f"{name}: a message that cannot be shown"
-    return text[:DETAIL_CHARACTERS].encode(errors="replace")
+    return text[:DETAIL_CHARACTERS]

@@ -15,7 +15,8 @@ TIME_S = 10.0
 SHORT_S = 0.2
 CONTENT = "marker"
 
-# Every attempt is aimed at the marker file, at the listener, or at nobody (signal 0, a child that ends at once).
+# Every attempt is aimed at the marker file, at the listener, or at nobody (signal 0, a child that ends at once). The program
+# makes them, and so does the test: it comes from a file of data.
 ATTEMPTS = """
 import os, socket
 
@@ -36,10 +37,6 @@ def connect(kind, address):
 
 assert 0 not in os.getresuid(), "the trial ran as root"
 assert not os.environ, "the trial saw an environment"
-assert not os.listdir("."), "the trial's folder was not empty"
-with open("own", "w") as file:
-    file.write("x")
-assert open("own").read() == "x", "the trial could not write in its own folder"
 refused("read the marker", lambda: open(MARKER).read())
 refused("write the marker", lambda: open(MARKER, "a"))
 refused("remove the marker", lambda: os.remove(MARKER))
@@ -56,6 +53,12 @@ except MemoryError:
     pass
 else:
     raise AssertionError("the trial could take more memory than its limit")
+"""
+OF_THE_PROGRAM = """
+assert not os.listdir("."), "the trial's folder was not empty"
+with open("own", "w") as file:
+    file.write("x")
+assert open("own").read() == "x", "the trial could not write in its own folder"
 """
 
 
@@ -94,9 +97,10 @@ def problem(start: Callable[[], Jail], memory_bytes: int) -> str | None:
 def _try(start: Callable[[], Jail], attempts: str) -> str | None:
     jail = start()
     try:
-        outcome = jail.attempt(attempts, "", TIME_S)
-        if not outcome.passed:
-            return f"a trial run did not pass: {outcome.detail}"
+        for source, test in ((attempts + OF_THE_PROGRAM, ""), ("", attempts)):
+            outcome = jail.attempt(source, test, TIME_S)
+            if not outcome.passed:
+                return f"a trial run did not pass: {outcome.detail}"
         if jail.attempt("", "", TIME_S, impossible=True).passed:
             return "a trial run passed an impossible test"
         if not jail.attempt("while True: pass", "", SHORT_S).timed_out:

@@ -1,8 +1,9 @@
 """Inside the room: waits for programs, and runs each in a process of its own that locks itself up first.
 
-The zygote imports the usual modules once, so that a run costs a fork and not the start of a Python. It never reads a
-program: its child does, from a descriptor that the outside made. It runs one program at a time, and answers only when
-every process of that run is dead.
+The zygote imports the usual modules once, so that a run costs two forks and not the start of a Python: one process for
+the program, one for the judge, each locked up, in namespaces that the two have for themselves; between them is a channel.
+The zygote never reads a program: the judge does, from a descriptor that the outside made. There is one run at a time, and
+it is answered only when every process of it is dead.
 """
 
 from __future__ import annotations
@@ -18,10 +19,15 @@ import resource
 import select
 import signal
 import socket
+import stat
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NoReturn
 
-from . import kernel, landlock, program, room, seccomp
+from . import judge, kernel, landlock, program, room, seccomp
 from .settings import FIRST_DESCRIPTOR, LANDLOCK, LIMITS, NAMESPACES, NOBODY, SECCOMP, Settings, descriptor_path
 
 FILE_BYTES = 16 << 20
@@ -33,6 +39,7 @@ LOOK_S = 0.05  # how often a run past its time is looked at
 PATIENCE_S = 5.0  # so long after its time on the clock a run is ended from here, should the outside not do it
 CPUCLOCK_SCHED = 2
 SETUP_FAILED = 70
+LOCKED = b"."  # what each process of a run says when it has locked itself up
 PATH_DESCRIPTORS, LAST_DESCRIPTOR = 64, 256  # the zygote keeps descriptors of paths up there, below there its others
 
 # What solutions import most; anything else of the standard library is read when a program asks for it.
@@ -75,6 +82,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _to_nothing(descriptor: int) -> None:
+    """Open the null device anew for a descriptor: its flags, locks and marks are shared with nobody."""
     with open(os.devnull, "r+b", buffering=0) as nothing:
         os.dup2(nothing.fileno(), descriptor)
 
@@ -121,53 +129,58 @@ def _run_one(
     result: int,
     leash: int,
 ) -> dict[str, int | str]:
-    """Run one program until the leash says that it is over, and see to it that nothing of it is left.
+    """Run and judge one program until the leash says that it is over, and see to it that nothing of it is left.
 
     Args:
         paths: descriptors of what it may read.
         number: makes the run's folder unique.
-        timeout_s: its processor time, looked at from when as much has passed on the clock.
+        timeout_s: processor time of program and judge together, looked at from when as much has passed on the clock.
         clock_s: time on the clock; the outside holds it, and from here it is held too, should the outside fail to.
-        task, result: descriptors, handed to the program.
+        task, result: descriptors, handed to the judge.
         leash: a descriptor; when it can be read, or its other end is gone, what still runs is killed.
-    Returns: `status`, as waitpid gives it; `late`, whether it was killed for its processor time; `problem`: why the
-        program never started, or an empty text.
+    Returns: `status` of the program, as waitpid gives it; `late`, whether the run was ended for its processor time;
+        `problem`: why it never started, or an empty text.
     """
     folder = settings.folder if NAMESPACES in settings.layers else os.path.join(settings.folder, str(number))
     started, started_end = os.pipe()
-    child = _fork_locked(settings, paths, folder, timeout_s, task, result, started_end)
-    for descriptor in (task, result, started_end):
+    ours, theirs = socket.socketpair()
+    roles = (
+        Role(program.serve, (theirs.fileno(),), folder),
+        Role(judge.run, (task, result, ours.fileno())),
+    )
+    children = _fork_locked(settings, paths, folder, timeout_s, roles, started_end)
+    for descriptor in (task, result, started_end, ours.detach(), theirs.detach()):
         os.close(descriptor)
     with open(started, "rb") as file:
         said = file.read()
-    late = said == b"ok" and _runs_out_of_time(child, timeout_s, clock_s, leash)
+    ready = said == LOCKED * len(roles)
+    late = ready and _runs_out_of_time(children, timeout_s, clock_s, leash)
     os.close(leash)
-    status = 0
-    if child:
+    for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
             if NAMESPACES not in settings.layers:
                 os.killpg(child, signal.SIGKILL)
-        # The first process of a process namespace is only gone when all others there are.
-        _, status = os.waitpid(child, 0)
+    # In this order: the first process of a process namespace is only gone when all others there are.
+    statuses = [os.waitpid(child, 0)[1] for child in reversed(children)]
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:  # without namespaces: orphans that came to us
             pass
     if NAMESPACES not in settings.layers:
         remove_tree(folder)
     return {
-        "status": status,
+        "status": statuses[-1] if statuses else 0,
         "late": late,
-        "problem": "" if said == b"ok" else said.decode(errors="replace") or "no start",
+        "problem": "" if ready else said.replace(LOCKED, b"").decode(errors="replace") or "no start",
     }
 
 
-def _runs_out_of_time(child: int, timeout_s: float, clock_s: float, leash: int) -> bool:
+def _runs_out_of_time(children: list[int], timeout_s: float, clock_s: float, leash: int) -> bool:
     """Wait until a run is over: by the leash, or by its processor time or the clock, in which case it was late."""
     started = time.monotonic()
     patience_s = timeout_s
     while not select.select([leash], [], [], patience_s)[0]:
-        if time.monotonic() - started > clock_s + PATIENCE_S or processor_s(child) >= timeout_s:
+        if time.monotonic() - started > clock_s + PATIENCE_S or sum(map(processor_s, children)) >= timeout_s:
             return True
         patience_s = LOOK_S
     return False
@@ -181,75 +194,104 @@ def processor_s(process: int) -> float:
         return math.inf
 
 
-def _fork_locked(
-    settings: Settings, paths: list[int], folder: str, timeout_s: float, task: int, result: int, started: int
-) -> int:
-    """Fork the process that locks itself up and runs the program.
+@dataclass(frozen=True)
+class Role:
+    """What one of the processes of a run does.
 
-    Returns: its number as the zygote sees it; 0 where its namespaces could not be made.
+    Attributes:
+        act: called in it when it is locked up, with its descriptors by their new numbers; never returns.
+        descriptors: what it gets of the zygote's.
+        folder: where it may write; empty where nowhere.
     """
+
+    act: Callable[..., NoReturn]
+    descriptors: tuple[int, ...]
+    folder: str = ""
+
+
+def _fork_locked(
+    settings: Settings, paths: list[int], folder: str, timeout_s: float, roles: tuple[Role, ...], started: int
+) -> list[int]:
+    """Fork the processes that lock themselves up and play the roles.
+
+    Returns: their numbers as the zygote sees them; none where their namespaces could not be made.
+    """
+
+    def fork_roles() -> list[int]:
+        return [_fork(partial(_lock_up, settings, paths, timeout_s, role, started), started) for role in roles]
+
+    if NAMESPACES not in settings.layers:
+        return fork_roles()
     numbers, numbers_end = os.pipe()
+
+    def make_namespaces() -> None:
+        _enter_namespaces(folder)
+        os.write(numbers_end, json.dumps(fork_roles()).encode())
+        os._exit(0)
+
+    maker = _fork(make_namespaces, started)
+    os.close(numbers_end)
+    with open(numbers, "rb") as file:
+        os.waitpid(maker, 0)
+        children: list[int] = json.loads(file.read() or b"[]")
+    return children
+
+
+def _fork(act: Callable[[], object], started: int) -> int:
+    """A process that acts and never returns; that it cannot is written to `started`."""
     child = os.fork()
     if child == 0:
         try:
-            if NAMESPACES in settings.layers:
-                _enter_namespaces(folder, numbers_end)
-            _lock_up(settings, paths, folder, timeout_s, task, result, started)
+            act()
         except BaseException as error:
             with contextlib.suppress(OSError):
                 os.write(started, f"{type(error).__name__}: {error}".encode())
         finally:
             os._exit(SETUP_FAILED)
-    os.close(numbers_end)
-    with open(numbers, "rb") as file:
-        if NAMESPACES in settings.layers:
-            os.waitpid(child, 0)
-            child = int(file.read() or 0)
     return child
 
 
-def _enter_namespaces(folder: str, numbers: int) -> None:
-    """Go on as the first process of new namespaces; the process that called writes its number to `numbers` and ends."""
+def _enter_namespaces(folder: str) -> None:
+    """Make namespaces and enter them, but for that of processes: it is for the children, and ends with the first one."""
     user, group = os.getuid(), os.getgid()
     flags = kernel.CLONE_NEWUSER | kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC
     kernel.unshare(flags)
     kernel.map_identity(NOBODY, user, group)
-    first = os.fork()
-    if first:
-        os.write(numbers, str(first).encode())
-        os._exit(0)
     limited = f"size={FOLDER_BYTES},nr_inodes={FOLDER_INODES},mode=0700"
     kernel.mount("tmpfs", folder, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, limited)
     kernel.mount("tmpfs", "/proc", "tmpfs", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV, "nr_inodes=2")
 
 
-def _lock_up(
-    settings: Settings, paths: list[int], folder: str, timeout_s: float, task: int, result: int, started: int
-) -> None:
-    """Put on every layer, and run the program. Does not return, unless a layer cannot be put on: then it raises."""
+def _lock_up(settings: Settings, paths: list[int], timeout_s: float, role: Role, started: int) -> None:
+    """Put on every layer, and play a role. Does not return, unless a layer cannot be put on: then it raises."""
     if NAMESPACES not in settings.layers:
-        os.mkdir(folder, 0o700)
+        if role.folder:
+            os.mkdir(role.folder, 0o700)
         if sys.platform == "linux":
             kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
-    os.chdir(folder)
+    os.chdir(role.folder or "/")
+    for standard in (0, 1, 2):
+        if stat.S_ISCHR(os.fstat(standard).st_mode):  # not where the outside has given programs' output a file
+            _to_nothing(standard)
     # First out of the way, so that none is overwritten by another.
-    kept = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, PATH_DESCRIPTORS) for descriptor in (task, result, started)]
-    task, result, started = (os.dup2(descriptor, low, inheritable=False) for low, descriptor in enumerate(kept, 3))
+    given = (*role.descriptors, started)
+    kept = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, PATH_DESCRIPTORS) for descriptor in given]
+    *own, started = (os.dup2(descriptor, low, inheritable=False) for low, descriptor in enumerate(kept, 3))
     if sys.platform == "linux":
         kernel.drop_capabilities()
         kernel.prctl(kernel.PR_SET_DUMPABLE, 0)  # no core, not even to a pipe, and nobody may trace it
     if LIMITS in settings.layers:
         _limit(settings, timeout_s)
     if LANDLOCK in settings.layers:
-        landlock.restrict(paths, (folder, os.devnull))
+        landlock.restrict(paths, (os.devnull, *filter(None, [role.folder])))
     os.closerange(started + 1, FIRST_DESCRIPTOR)
     os.closerange(FIRST_DESCRIPTOR + len(settings.hidden), LAST_DESCRIPTOR)
     if SECCOMP in settings.layers:
         seccomp.restrict()
-    os.write(started, b"ok")
+    os.write(started, LOCKED)
     os.close(started)
-    program.run(task, result)
+    role.act(*own)
 
 
 def _limit(settings: Settings, timeout_s: float) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from merging.methods.contract import parameter
 from merging.methods.sparse import SparseTaskVectors
 from merging.methods.trim import Trim, measure_largest
+from merging.parameters import parameter
 from streaming.blocks import Block, Scan, TensorSpec
 
 
@@ -19,14 +19,21 @@ class Breadcrumbs(SparseTaskVectors):
         d_i <- its k_i largest |d_i| after the t_i largest, the rest 0
         out = b + lambda * sum w_i d_i        (divided by sum w_i where `normalize` is true)
 
-    Source: arXiv:2312.06795, whose beta is gamma here; mergekit's `breadcrumbs`. Deviations: float32 inside; where t_i is 0
-    (gamma 0, a small tensor) nothing is dropped at the top, where mergekit drops everything; of equal magnitudes the
-    lower index counts as the larger.
+    Source: arXiv:2312.06795, whose beta is gamma here; mergekit's `breadcrumbs`. Deviations: float32 inside; of equal magnitudes
+    the lower index counts as the larger.
     """
 
+    name: ClassVar[str] = "breadcrumbs"
     additive: ClassVar[bool] = True
 
-    gammas: tuple[float, ...] = parameter("gamma")
+    gammas: tuple[float, ...] = parameter(
+        "gamma",
+        "share of each task vector's largest changes that is dropped, one number or one for each model",
+        default=0.01,
+        per_model=True,
+        low=0.0,
+        high=1.0,
+    )
 
     def select(self, tensor: TensorSpec, scan: Scan) -> tuple[tuple[Trim, Trim], ...]:
         """For each model the trim that keeps the t + k largest, and the one that keeps the t largest."""
@@ -59,5 +66,6 @@ class BreadcrumbsTies(Breadcrumbs):
     Source: arXiv:2312.06795 and 2306.01708; mergekit's `breadcrumbs_ties`. Deviations as in `Breadcrumbs`.
     """
 
+    name: ClassVar[str] = "breadcrumbs_ties"
     elects: ClassVar[bool] = True
     additive: ClassVar[bool] = False

@@ -9,21 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from merging.parameters import PARAMETERS, Parameter
+from merging.parameters import Parameter
 from streaming.blocks import Block, Scan, TensorSpec
-
-
-def parameter(key: str, *, optional: bool = False) -> Any:
-    """A dataclass field that a flag or a recipe key sets: an entry of PARAMETERS. Per model, it is given as a tuple.
-
-    optional: it may be left out, and is None then.
-    """
-    metadata = {"parameter": PARAMETERS[key]}
-    return (
-        dataclasses.field(default=None, kw_only=True, metadata=metadata)
-        if optional
-        else dataclasses.field(metadata=metadata)
-    )
 
 
 @dataclass(frozen=True)
@@ -35,6 +22,8 @@ class Method(ABC):
     Both compute in float32 (sums over a tensor in float64) and round nothing: the writer rounds, once.
     """
 
+    name: ClassVar[str] = ""
+    """What users call it. A class in `merging/methods` that gives itself a name is a method of `merge.py --method NAME`."""
     space: ClassVar[Literal["task_vectors", "weights"]] = "task_vectors"
     """What `Block` holds: fine-tuned minus base, or the fine-tuned weights themselves."""
     reads_base: ClassVar[bool] = True
@@ -53,12 +42,10 @@ class Method(ABC):
     """And at most."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.metadata:
-                one: Parameter = field.metadata["parameter"]
-                value = getattr(self, field.name)
-                for number in value if one.per_model else (value,):
-                    one.check(number)
+        for one, field in self.parameters().values():
+            value = getattr(self, field)
+            for number in value if one.per_model else (value,):
+                one.check(number)
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """Reduce one tensor to the statistics that `combine` needs; None where it needs none."""
@@ -76,9 +63,10 @@ class Method(ABC):
         """
 
     @classmethod
-    def parameters(cls) -> dict[str, dataclasses.Field[Any]]:
-        """Its parameters by recipe key."""
-        return {field.metadata["parameter"].key: field for field in dataclasses.fields(cls) if field.metadata}
+    def parameters(cls) -> dict[str, tuple[Parameter, str]]:
+        """Recipe key -> the parameter, and the name of the field that holds it; a tuple where each model has a value."""
+        declared = ((field.metadata["parameter"], field.name) for field in dataclasses.fields(cls) if field.metadata)
+        return {one.key: (one, name) for one, name in declared}
 
     @classmethod
     def without_base(cls) -> type[Method] | None:

@@ -42,6 +42,7 @@ class DareLinear(_Dare):
     where mergekit rescales by the ratio of the l1 norms; masks from `merging/randomness.py` instead of a global generator.
     """
 
+    name: ClassVar[str] = "dare_linear"
     additive: ClassVar[bool] = True
 
 
@@ -55,4 +56,5 @@ class DareTies(_Dare):
     Source: arXiv:2311.03099 and 2306.01708; mergekit's `dare_ties`. Deviations and `rescale` as in `DareLinear`.
     """
 
+    name: ClassVar[str] = "dare_ties"
     elects: ClassVar[bool] = True

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from checkpoints.errors import ArgumentError
-from merging.methods.contract import parameter
 from merging.methods.sparse import SparseTaskVectors
+from merging.parameters import parameter, shared
 from merging.randomness import drop_unevenly_
 from streaming.blocks import GRID_ELEMENTS, Block, Scan, TensorSpec
 
@@ -31,12 +31,21 @@ class Della(SparseTaskVectors):
     zero task vector (mergekit refuses it).
     """
 
+    name: ClassVar[str] = "della"
     elects: ClassVar[bool] = True
     restores_norm: ClassVar[bool] = True
     whole_rows: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
-    epsilons: tuple[float, ...] = parameter("epsilon")
+    epsilons: tuple[float, ...] = parameter(
+        "epsilon",
+        "the probability of keeping a change grows from density - epsilon for the smallest of a row to density + epsilon for the largest; one number or one for each model",
+        default=0.15,
+        per_model=True,
+        low=0.0,
+        high=0.5,
+    )
+    normalize: bool = shared("normalize", default=True)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -82,8 +91,11 @@ class DellaLinear(Della):
     Source: arXiv:2406.11617; mergekit's `della_linear`. Deviations as in `Della`.
     """
 
+    name: ClassVar[str] = "della_linear"
     elects: ClassVar[bool] = False
     additive: ClassVar[bool] = True
+
+    normalize: bool = shared("normalize")
 
 
 def row_ranks(magnitudes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from merging.methods.contract import Method, parameter
+from merging.methods.contract import Method
 from merging.methods.gram import add_scaled, measure_gram
+from merging.parameters import parameter
 from streaming.blocks import Block, Scan, TensorSpec
 
 
@@ -30,11 +31,12 @@ class Karcher(Method):
     is no shortest way, does not pull.
     """
 
+    name: ClassVar[str] = "karcher"
     space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
     reads_base: ClassVar[bool] = False
 
-    max_iter: int = parameter("max_iter")
-    tol: float = parameter("tol")
+    max_iter: int = parameter("max_iter", "steps at most", default=10, kind="whole", low=0)
+    tol: float = parameter("tol", "a step shorter than this, in radians, is the last", default=1e-5, low=0.0)
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
         """What each model is multiplied with, `[models, 1, 1, 1]` float64."""

@@ -10,7 +10,8 @@ import torch
 
 from checkpoints.errors import ArgumentError
 from checkpoints.settings import setting
-from merging.methods.contract import Method, parameter
+from merging.methods.contract import Method
+from merging.parameters import shared
 from streaming.blocks import Block
 from streaming.twins import twin
 
@@ -35,12 +36,13 @@ class Linear(Method):
     Source: arXiv:2203.05482 (uniform soup); mergekit's `linear`. Deviation: float32 inside.
     """
 
+    name: ClassVar[str] = "linear"
     space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
     reads_base: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
-    weights: tuple[float, ...] = parameter("weight")
-    normalize: bool = parameter("normalize")
+    weights: tuple[float, ...] = shared("weight")
+    normalize: bool = shared("normalize", default=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
-from merging.methods.contract import Method, parameter
+from merging.methods.contract import Method
 from merging.methods.gram import add_scaled, measure_gram
+from merging.parameters import parameter
 from streaming.blocks import Block, Scan, TensorSpec
 
 LEAST_NORMS = 1e-6
@@ -25,13 +26,19 @@ class ModelStock(Method):
 
     One c for each tensor; `filter_wise` takes one for each row of a matrix.
 
-    Source: arXiv:2403.19522; mergekit's `model_stock`. Deviations: float32 inside, products in float64; where 1 + (N - 1) c is 0
-    (task vectors that cancel each other) t is 0, where mergekit's is infinite.
+    Source: arXiv:2403.19522; mergekit's `model_stock`. Deviations: float32 inside, products in float64. Where 1 + (N - 1) c
+    is 0 (task vectors that cancel each other) t is 0, as there.
     """
 
+    name: ClassVar[str] = "model_stock"
     min_models: ClassVar[int] = 2
 
-    filter_wise: bool = parameter("filter_wise")
+    filter_wise: bool = parameter(
+        "filter_wise",
+        "one ratio for each row of a matrix instead of one for each tensor",
+        default=False,
+        kind="switch",
+    )
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
         """t, `[1, matrices, rows, 1]` float64; see `measure_gram`."""

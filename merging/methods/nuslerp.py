@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from merging.methods.contract import Method, parameter
+from merging.methods.contract import Method
 from merging.methods.gram import Channels, add_scaled, measure_gram
+from merging.parameters import parameter, shared
 from streaming.blocks import Block, Scan, TensorSpec
 
 LEAST_NORM = 1e-7
@@ -33,12 +34,20 @@ class NuSlerp(Method):
     opposite vectors cannot blow up; a tensor of more than two dimensions is a stack of matrices.
     """
 
+    name: ClassVar[str] = "nuslerp"
     min_models: ClassVar[int] = 2
     max_models: ClassVar[int | None] = 2
 
-    weights: tuple[float, ...] = parameter("weight")
-    flatten: bool = parameter("nuslerp_flatten")
-    row_wise: bool = parameter("nuslerp_row_wise")
+    weights: tuple[float, ...] = shared("weight")
+    flatten: bool = parameter(
+        "nuslerp_flatten",
+        "one angle for each tensor; without, one for each of its rows",
+        default=True,
+        kind="switch",
+    )
+    row_wise: bool = parameter(
+        "nuslerp_row_wise", "with --no-nuslerp_flatten: one for each column", default=False, kind="switch"
+    )
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
         """What the two are multiplied with, `[2, matrices, rows, columns]` float64; see `measure_gram`."""

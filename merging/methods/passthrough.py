@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from merging.methods.contract import Method, parameter
+from merging.methods.contract import Method
+from merging.parameters import parameter
 from streaming.blocks import Block
 
 
@@ -22,12 +23,13 @@ class Passthrough(Method):
     Source: mergekit's `passthrough`. Deviation: float32 inside.
     """
 
+    name: ClassVar[str] = "passthrough"
     space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
     reads_base: ClassVar[bool] = False
     additive: ClassVar[bool] = True
     max_models: ClassVar[int | None] = 1
 
-    weights: tuple[float, ...] = parameter("scale")
+    weights: tuple[float, ...] = parameter("scale", "what the weights are multiplied with", default=1.0, per_model=True)
 
     def combine(self, block: Block, statistics: Any) -> torch.Tensor:
         """See `Method.combine`."""

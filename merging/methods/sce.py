@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from merging.methods.contract import Method, parameter
+from merging.methods.contract import Method
 from merging.methods.signs import elect_sign, sum_agreeing
 from merging.methods.task_arithmetic import add_to_base
 from merging.methods.trim import Trim, measure_largest
+from merging.parameters import parameter
 from streaming.blocks import Block, Scan, TensorSpec
 
 LEAST_SUM = 1e-6
@@ -39,7 +40,14 @@ class Sce(Method):
     lower index is kept.
     """
 
-    select_topk: float = parameter("select_topk")
+    name: ClassVar[str] = "sce"
+    select_topk: float = parameter(
+        "select_topk",
+        "share of the changed elements that is kept: those in which the models differ most",
+        default=1.0,
+        low=0.0,
+        high=1.0,
+    )
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> Sizes:
         """See `Sizes`; one reading, and two more and a sample below select_topk 1."""

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from merging.methods.contract import Method, parameter
+from merging.methods.contract import Method
 from merging.methods.gram import add_scaled, measure_gram
+from merging.parameters import REQUIRED, parameter
 from streaming.blocks import Block, Scan, TensorSpec
 
 COLINEAR = 0.9995
@@ -29,10 +30,11 @@ class Slerp(Method):
     computed in float64.
     """
 
+    name: ClassVar[str] = "slerp"
     space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
     max_models: ClassVar[int | None] = 1
 
-    t: float = parameter("t")
+    t: float = parameter("t", "where between the base (0) and the model (1)", default=0.5, in_files=REQUIRED)
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
         """What base and model are multiplied with, `[2, 1, 1, 1]` float64."""

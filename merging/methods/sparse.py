@@ -8,10 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from merging.methods.contract import Method, parameter
+from merging.methods.contract import Method
 from merging.methods.linear import check_weight_sum, weighted_sum
 from merging.methods.signs import elect_and_sum
 from merging.methods.task_arithmetic import add_to_base
+from merging.parameters import shared
 from streaming.blocks import Block, Scan, TensorSpec
 
 LEAST_NORM = 1e-7
@@ -42,11 +43,11 @@ class SparseTaskVectors(Method):
     restores_norm: ClassVar[bool] = False
     """Whether the l1 norm is restored where `rescale` is None."""
 
-    weights: tuple[float, ...] = parameter("weight")
-    densities: tuple[float, ...] = parameter("density")
-    lambda_: float = parameter("lambda")
-    normalize: bool = parameter("normalize")
-    rescale: bool | None = parameter("rescale", optional=True)
+    weights: tuple[float, ...] = shared("weight")
+    densities: tuple[float, ...] = shared("density")
+    lambda_: float = shared("lambda")
+    normalize: bool = shared("normalize")
+    rescale: bool | None = shared("rescale")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from merging.methods.contract import Method, parameter
+from merging.methods.contract import Method
 from merging.methods.linear import check_weight_sum, weighted_sum
+from merging.parameters import shared
 from streaming.blocks import Block
 from streaming.twins import twin
 
@@ -28,11 +29,12 @@ class TaskArithmetic(Method):
     Source: arXiv:2212.04089, equation 1; mergekit's `task_arithmetic`. Deviation: float32 inside.
     """
 
+    name: ClassVar[str] = "task_arithmetic"
     additive: ClassVar[bool] = True
 
-    weights: tuple[float, ...] = parameter("weight")
-    lambda_: float = parameter("lambda")
-    normalize: bool = parameter("normalize")
+    weights: tuple[float, ...] = shared("weight")
+    lambda_: float = shared("lambda")
+    normalize: bool = shared("normalize")
 
     def __post_init__(self) -> None:
         super().__post_init__()

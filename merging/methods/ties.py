@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from merging.methods.sparse import SparseTaskVectors
 from merging.methods.trim import Trim, measure_trims
+from merging.parameters import shared
 from streaming.blocks import Block, Scan, TensorSpec
 
 
@@ -22,7 +23,10 @@ class Ties(SparseTaskVectors):
     lower index is kept, so that exactly int(density * n) elements remain (mergekit's order there is unspecified).
     """
 
+    name: ClassVar[str] = "ties"
     elects: ClassVar[bool] = True
+
+    normalize: bool = shared("normalize", default=True)
 
     def select(self, tensor: TensorSpec, scan: Scan) -> tuple[Trim, ...]:
         """The threshold of each model; see `measure_trims`."""

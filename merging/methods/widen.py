@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from merging.methods.contract import Method, parameter
+from merging.methods.contract import Method
+from merging.parameters import parameter
 from streaming.blocks import Block, Region, Scan, TensorSpec
 from streaming.twins import twin
 
@@ -29,10 +30,13 @@ class Widen(Method):
     gives differences of 0 where the program gives NaN; more than two dimensions are a stack of matrices.
     """
 
+    name: ClassVar[str] = "widen"
     needs_embeddings: ClassVar[bool] = True
 
-    ratio: float = parameter("widen_ratio")
-    calibration: float = parameter("widen_calibration")
+    ratio: float = parameter(
+        "widen_ratio", "ranks above this multiple of the mean count as important", default=1.0, low=0.0
+    )
+    calibration: float = parameter("widen_calibration", "score of the important ones", default=1.0, low=0.0)
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
         """Scores of a matrix, `[models, matrices, channels]` float32; of a vector, mean |d_i|, `[models]` float64."""

@@ -14,15 +14,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as set_seed
 
 from tests.fuzz.mutants import KINDS, Mutant, mutants
+from tests.fuzz.own_files import OWN_KINDS, OwnMutant, OwnPlace, own_mutants
 from tests.fuzz.trial import HANG_S, Place, Verdict
 
 BATCH = 250
 """Mutants of one process. A process that dies or hangs costs the rest of its batch, and is told of."""
+
+
+OWN_SHARE = (5, 9)
+"""Of the number of mutants of a kind, for those of our own files: 20,000 of nine kinds where there are 24,000 of six."""
 
 
 @dataclass
@@ -47,17 +53,17 @@ class Row:
         self.grown_bytes = max(self.grown_bytes, verdict.grown_bytes)
 
 
-def draw_mutants(kind: str, count: int, seed: int) -> list[Mutant]:
+def draw_mutants(kind: str, count: int, seed: int) -> list[Mutant | OwnMutant]:
     """`count` mutants; the same for the same seed."""
-    drawn: list[Mutant] = []
+    drawn: list[Mutant | OwnMutant] = []
 
     @settings(
         max_examples=count, database=None, deadline=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @set_seed(seed)
-    @given(mutants(kind))
-    def collect(mutant: Mutant) -> None:
+    @given(own_mutants(kind) if kind in OWN_KINDS else mutants(kind))
+    def collect(mutant: Mutant | OwnMutant) -> None:
         drawn.append(mutant)
 
     collect()
@@ -68,7 +74,7 @@ def work(kind: str, count: int, seed: int, folder: Path) -> None:
     """Judge a batch; every mutant and its verdict go to a file, so that a death loses nothing."""
     import faulthandler
 
-    place = Place(folder)
+    place: Any = OwnPlace(folder) if kind in OWN_KINDS else Place(folder)
     with (folder / "verdicts").open("wb") as file:
         for mutant in draw_mutants(kind, count, seed):
             pickle.dump(mutant, file)
@@ -102,7 +108,7 @@ def start(kind: str, count: int, seed: int, folder: Path) -> int:
         os._exit(code)
 
 
-def verdicts(folder: Path, status: int) -> Iterator[tuple[Mutant, Verdict]]:
+def verdicts(folder: Path, status: int) -> Iterator[tuple[Mutant | OwnMutant, Verdict]]:
     """What a process judged; where it died, the mutant that it died of."""
     with (folder / "verdicts").open("rb") as file:
         while True:
@@ -141,7 +147,13 @@ def warm_up() -> None:
 
 def fuzz(kinds: Sequence[str], count: int, seed: int, processes: int, folder: Path) -> dict[str, Row]:
     """Judge `count` mutants of each kind."""
-    batches = [(kind, at, min(BATCH, count - at)) for at in range(0, count, BATCH) for kind in kinds]
+    counts = {kind: -(-count * OWN_SHARE[0] // OWN_SHARE[1]) if kind in OWN_KINDS else count for kind in kinds}
+    batches = [
+        (kind, at, min(BATCH, counts[kind] - at))
+        for at in range(0, count, BATCH)
+        for kind in kinds
+        if at < counts[kind]
+    ]
     rows = {kind: Row() for kind in kinds}
     running: dict[int, tuple[str, Path]] = {}
     while batches or running:
@@ -182,8 +194,13 @@ def table(rows: dict[str, Row]) -> str:
 def main() -> int:
     """Run the command; exit code 1 where a mutant has a fault, or fewer than a tenth of a kind were accepted."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--mutants", type=int, default=4000, help="of each kind (4000)")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="which, separated by commas (all)")
+    parser.add_argument(
+        "--mutants",
+        type=int,
+        default=4000,
+        help="of each kind of checkpoint (4000), and five ninths as many of each kind of our own files",
+    )
+    parser.add_argument("--kinds", default=",".join((*KINDS, *OWN_KINDS)), help="which, separated by commas (all)")
     parser.add_argument("--seed", type=int, default=0, help="another one draws other mutants (0)")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at a time (one per core)")
     parser.add_argument("--json", type=Path, help="write faults and numbers there")

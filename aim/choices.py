@@ -1,0 +1,89 @@
+"""What a user chooses of AIM, value by value: how weights are relaxed, how statistics are taken, what is kept of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aim.calibrate import CalibrationOptions, Numerics
+from aim.calibration import CalibrationData
+from aim.omegas import Omega
+from aim.relax import SCALINGS, Control, Scaling
+from checkpoints.errors import ArgumentError, unknown
+from checkpoints.problems import Problems
+from checkpoints.settings import setting
+from checkpoints.staging import SWEEP_PREFIX
+
+
+@dataclass(frozen=True)
+class Relaxing:
+    """How merged weights are relaxed.
+
+    Attributes:
+        omegas: one checkpoint for each; sweep: in folders of their own, `omega_0.2`, even where there is only one.
+        scaling: of s: identity, sqrt or square.
+        control: none, or one of the controls that carry no channel information.
+        seed: of the permuted control.
+        numerics: `reference` rounds as the published program does.
+    """
+
+    omegas: tuple[Omega, ...] = (Omega(0.4),)
+    scaling: Scaling = "identity"
+    control: Control = "none"
+    seed: int = 0
+    numerics: Numerics = "float32"
+    sweep: bool = False
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether each omega gets a folder of its own."""
+        return self.sweep or len(self.omegas) > 1
+
+    @property
+    def folders(self) -> list[str]:
+        """Of the checkpoints, below the output; the output itself where there is only one."""
+        return [f"{SWEEP_PREFIX}{omega}" if self.is_sweep else "" for omega in self.omegas]
+
+    def as_json(self) -> dict[str, Any]:
+        """Its fields, every omega as it is typed."""
+        fields = ("scaling", "control", "seed", "numerics")
+        return {"omegas": [str(omega) for omega in self.omegas], **{key: getattr(self, key) for key in fields}}
+
+    def __post_init__(self) -> None:
+        allowed: list[tuple[str, str, Sequence[str]]] = [
+            ("scaling", self.scaling, list(SCALINGS)),
+            ("control", self.control, ["none", "uniform", "permuted"]),
+            ("numerics", self.numerics, ["float32", "reference"]),
+        ]
+        problems = Problems()
+        for name, value, known in allowed:
+            if value not in known:
+                problems.add(ArgumentError(f"{setting(name)}: {unknown('value', value, known)}"))
+        problems.raise_if_any()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics that are taken in the run.
+
+    Attributes:
+        data: the text that the base is run on; options: how it is run.
+    """
+
+    data: CalibrationData = field(default_factory=CalibrationData)
+    options: CalibrationOptions = field(default_factory=CalibrationOptions)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a run keeps beside its output.
+
+    Attributes:
+        save_activations: the file in which the statistics are kept; None keeps none.
+        figures: the folder into which the importance of channels is drawn; None draws nothing.
+    """
+
+    save_activations: Path | None = None
+    figures: Path | None = None

@@ -1,0 +1,87 @@
+"""Chat templates come with a model, so they run where strangers' programs run: with a clock, and before the model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from checkpoints.errors import InputError, first_line
+from checkpoints.strangers import STRANGERS, StrangersError
+
+TRIAL = [{"role": "user", "content": "What is 6 times 7?"}]
+"""A chat that every template can write."""
+ADVICE = "Mend the template, or leave --apply_chat_template out."
+
+
+class TemplateFault(InputError):
+    """A template that does more than refuse a chat: trying another one is of no use."""
+
+
+def confine_templates() -> None:
+    """Have transformers render every chat template of this process in `checkpoints.strangers`; done twice it does nothing more."""
+    from transformers import processing_utils, tokenization_utils_base
+
+    for module in (tokenization_utils_base, processing_utils):
+        vars(module)["render_jinja_template"] = _render
+
+
+def _render(
+    conversations: list[Any],
+    tools: Any = None,
+    documents: Any = None,
+    chat_template: str | None = None,
+    return_assistant_tokens_mask: bool = False,
+    **keywords: Any,
+) -> tuple[list[str], list[Any]]:
+    """transformers' `render_jinja_template`; the texts, and no indices of what an assistant said.
+
+    Raises: jinja2.TemplateError: the template raises, which lm_eval answers by trying without a system message;
+        TemplateFault: it takes too long, too much memory, or anything else goes wrong in it.
+    """
+    import jinja2
+
+    chats = [getattr(chat, "messages", chat) for chat in conversations]
+    try:
+        texts = STRANGERS.ask(
+            "render",
+            conversations=chats,
+            tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            **{key: str(value) if type(value).__name__ == "AddedToken" else value for key, value in keywords.items()},
+        )
+    except StrangersError as error:
+        if issubclass(getattr(jinja2.exceptions, error.kind, OSError), jinja2.TemplateError):
+            raise jinja2.TemplateError(str(error)) from None
+        raise TemplateFault(f"the chat template fails: {first_line(error)}. {ADVICE}") from None
+    return texts, []
+
+
+def check_chat_template(folder: Path, label: str, *, trust_remote_code: bool) -> None:
+    """Raise InputError where a model's chat template cannot write a question: it raises, does not end, or fails otherwise."""
+    from transformers import AutoTokenizer
+
+    from evaluation.backends import LOAD_ERRORS
+
+    confine_templates()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except LOAD_ERRORS:
+        return  # which loading the model will say
+    with in_words(label):
+        tokenizer.apply_chat_template(TRIAL, tokenize=False, add_generation_prompt=True)
+
+
+@contextmanager
+def in_words(label: str) -> Iterator[None]:
+    """Turn what a chat template raises inside into an InputError that names the model."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except TemplateError as error:
+        raise InputError(f"{label}: the chat template fails: {first_line(error)}. {ADVICE}") from None
+    except TemplateFault as error:
+        raise TemplateFault(f"{label}: {error}") from None
