@@ -22,7 +22,7 @@ from examples.real.domains import Split
 from examples.real.rules import Rule
 
 FULL: dict[Split, int] = {"val": 16, "test": 32}
-QUICK: dict[Split, int] = {"val": 6, "test": 16}
+QUICK: dict[Split, int] = {"val": 6, "test": 12}
 """Documents of each domain that are scored."""
 
 
