@@ -37,11 +37,13 @@ def chosen_rules(*, quick: bool, full: bool) -> list[Rule]:
 def run(arguments: argparse.Namespace) -> None:
     """Train, merge and score what is missing; write the table and the figures. Raises: InputError, CommandFailed."""
     import torch
+    from transformers.utils import logging
 
     from examples.real.compare import compare
     from examples.real.report import as_markdown, write
     from examples.real.workspace import Workspace
 
+    logging.disable_progress_bar()  # of every model that is loaded; our own bars stay
     started = time.monotonic()
     if arguments.fresh and Workspace.is_ours(arguments.folder):
         shutil.rmtree(arguments.folder)
