@@ -1,84 +1,114 @@
-"""Watch a model run: mean |x| and mean x² of every weight's input, per channel, by hooks on the modules themselves."""
+"""Statistics of a model's inputs while it runs: sums per input channel of every weight that AIM may relax."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from aim.statistics import ChannelStatistics
+from aim.statistics import ChannelStatistics, Means, stack_statistics
 from checkpoints.errors import InputError
 from checkpoints.settings import setting
+from forward.parts import Use
+from forward.watch import Watch
 
-ROWS_AT_ONCE = 1024
-"""Rows of an input that are turned to float32 at a time, which bounds the memory that watching takes."""
 SUMMED_AT_ONCE = 32
 """Rows that are added up in float32, before their sum goes to float64."""
-
-
-Key = tuple[str, str, int | None]
-"""Module, parameter where it has several, expert."""
+ELEMENTS_AT_ONCE = 1 << 18
+"""Of an input that are turned to float32 at a time: a scratch of 1 MB stays in a core's cache."""
+UNKNOWN = -1
+"""Position of a row whose token cannot be told: rows that a router has picked."""
+OTHERS = "means."
+"""How sums of other kinds begin, which `aim.reference` has."""
+NO_TOKEN = "its module saw no token"
+NO_PRODUCT = "no product of the forward pass has it"
 
 
 @dataclass(frozen=True)
 class Target:
     """A checkpoint tensor whose input is watched.
 
-    module: name of the module that multiplies the input with it; parameter: its name there, `weight` for most; width: input
-    channels; expert: which expert of a fused parameter the tensor is; experts: number of experts where it holds all of them.
+    Attributes:
+        parameter: which becomes it in the model.
+        axes: for each dimension of the parameter the one of the stored tensor; None where it has none.
+        expert: which index of the parameter's first dimension the stored tensor is, where several become one.
+        shape: of the stored tensor.
+        is_known: whether its module says that it is multiplied; else only the forward pass shows it.
     """
 
-    module: str
     parameter: str
-    width: int
+    axes: tuple[int | None, ...]
+    shape: tuple[int, ...]
     expert: int | None = None
-    experts: int | None = None
+    is_known: bool = True
 
     @property
-    def is_expert(self) -> bool:
-        """Whether each row of the input goes to one expert of several."""
-        return self.expert is not None or self.experts is not None
-
-    def key(self, expert: int | None) -> Key:
-        """Under which its input, of one expert where there are several, is summed."""
-        return (self.module, self.parameter if self.is_expert else "", expert)
+    def is_vector(self) -> bool:
+        """Whether it is a norm's weight, which takes part in no product."""
+        return len(self.shape) == 1
 
 
+@dataclass
 class _Sums:
-    """Sums over rows, `[in]` float64 each, on the device of the module."""
+    """Sums over rows.
 
-    def __init__(self, width: int, device: torch.device):
-        self.abs = torch.zeros(width, dtype=torch.float64, device=device)
-        self.sq = torch.zeros(width, dtype=torch.float64, device=device)
-        self.rows = 0
+    Attributes:
+        abs, sq, signed: of |x|, x² and x, `[in]` float64, on the device of the input.
+        peak: the largest |x|, `[in]` float32; peak_at: the position of its token in its block, `[in]` int64.
+        rows: how many.
+    """
 
-    def add(self, absolute: torch.Tensor, square: torch.Tensor, rows: int) -> None:
-        self.abs = self.abs.to(absolute.device).add_(absolute)  # what was restored is on the CPU
-        self.sq = self.sq.to(square.device).add_(square)
-        self.rows += rows
+    abs: torch.Tensor
+    sq: torch.Tensor
+    signed: torch.Tensor
+    peak: torch.Tensor
+    peak_at: torch.Tensor
+    rows: int
 
-    def statistics(self) -> ChannelStatistics:
-        rows = max(1, self.rows)
-        return ChannelStatistics(
-            (self.abs / rows).float().cpu(), (self.sq / rows).float().cpu(), torch.tensor(self.rows)
-        )
+    @classmethod
+    def zeros(cls, width: int, device: torch.device | None = None) -> _Sums:
+        """Of no rows."""
+        sums = torch.zeros(3, width, dtype=torch.float64, device=device)
+        at = torch.full((width,), UNKNOWN, dtype=torch.int64, device=device)
+        return cls(sums[0], sums[1], sums[2], torch.zeros(width, device=device), at, 0)
+
+    def to(self, device: torch.device) -> None:
+        """Move them: what was restored is on the CPU."""
+        if self.abs.device != device:
+            for key, value in vars(self).items():
+                setattr(self, key, value.to(device) if isinstance(value, torch.Tensor) else value)
 
 
-def channel_sums(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum |x| and sum x² over all dimensions but the last, `[..., in]` -> `[in]` float64 twice."""
+_scratch: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+
+def channel_sums(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of |x|, x² and x over all dimensions but the last, `[..., in]` -> `[in]` float64 each; the largest |x|, `[in]` float32."""
     rows = x.reshape(-1, x.shape[-1])
-    absolute = torch.zeros(x.shape[-1], dtype=torch.float64, device=x.device)
-    square = torch.zeros_like(absolute)
-    for piece in rows.split(ROWS_AT_ONCE):
-        values = piece.to(torch.float32, copy=True).abs_()
-        absolute += _column_sums(values)
-        square += _column_sums(values.square_())
-    return absolute, square
+    width = x.shape[-1]
+    sums = torch.zeros(3, width, dtype=torch.float64, device=x.device)
+    peak = torch.zeros(width, device=x.device)
+    at_once = max(1, ELEMENTS_AT_ONCE // width // SUMMED_AT_ONCE) * SUMMED_AT_ONCE
+    for piece in rows.split(at_once):
+        values = _buffer(len(piece), width, x.device)
+        values.copy_(piece)
+        sums[2] += _column_sums(values)
+        sums[0] += _column_sums(values.abs_())
+        peak = torch.maximum(peak, values.amax(dim=0))
+        sums[1] += _column_sums(values.square_())
+    return sums[0], sums[1], sums[2], peak
+
+
+def _buffer(rows: int, width: int, device: torch.device) -> torch.Tensor:
+    """Room for float32 numbers, the same for every input of a width: new memory would cost more than the sums do."""
+    key = (width, device)
+    if key not in _scratch or len(_scratch[key]) < rows:
+        _scratch[key] = torch.empty(rows, width, device=device)
+    return _scratch[key][:rows]
 
 
 def _column_sums(values: torch.Tensor) -> torch.Tensor:
@@ -88,11 +118,46 @@ def _column_sums(values: torch.Tensor) -> torch.Tensor:
     `SUMMED_AT_ONCE` rows, which lie `groups` apart, and float64 does the rest.
     """
     groups = len(values) // SUMMED_AT_ONCE
+    if not groups:
+        return values.sum(dim=0, dtype=torch.float64)
     whole = values[: groups * SUMMED_AT_ONCE].view(SUMMED_AT_ONCE, groups * values.shape[1])
     partial = (values.new_ones(1, SUMMED_AT_ONCE) @ whole).view(groups, values.shape[1])
     total = partial.sum(dim=0, dtype=torch.float64)
     rest = values[groups * SUMMED_AT_ONCE :]
     return total + rest.sum(dim=0, dtype=torch.float64) if len(rest) else total
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one input adds: sums of |x|, x² and x, `[in]` float64 each; the largest |x|, `[in]` float32; rows for each token."""
+
+    sums: tuple[torch.Tensor, ...]
+    peak: torch.Tensor
+    rows: int
+    per_token: int | None = None
+
+
+@dataclass(frozen=True)
+class _Last:
+    """The last input that was summed up. Holding it keeps its memory from being reused, so that identity means the same numbers."""
+
+    x: torch.Tensor
+    version: int
+    look: _Look
+    first: _Look | None
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        """Whether an input is that one, or a view of the same numbers in the same order."""
+        ours = self.x
+        if self.version != x._version:
+            return False
+        return ours is x or (
+            ours.data_ptr() == x.data_ptr()
+            and ours.untyped_storage()._cdata == x.untyped_storage()._cdata
+            and (ours.numel(), ours.shape[-1], ours.dtype) == (x.numel(), x.shape[-1], x.dtype)
+            and ours.is_contiguous()
+            and x.is_contiguous()
+        )
 
 
 class Watcher:
@@ -101,171 +166,319 @@ class Watcher:
     Args:
         model: any module tree; its forward is not changed.
         targets: checkpoint tensor -> where its input shows up.
+        head: the weight of an output head whose product nobody needs.
+
+    Attributes:
+        block: `(blocks, tokens)` of the batch that runs, which says which rows are first tokens; None where nothing does.
+        watch: sees the inputs.
     """
 
-    def __init__(self, model: torch.nn.Module, targets: Mapping[str, Target]):
-        self._model = model
+    def __init__(self, model: torch.nn.Module, targets: Mapping[str, Target], *, head: torch.Tensor | None = None):
         self._targets = targets
-        self._sums: dict[Key, _Sums] = {}
-        self._last: tuple[torch.Tensor, int, torch.Tensor, torch.Tensor] | None = None
-        self._experts = _ExpertWatch(self)
+        first: dict[int, str] = {}  # a parameter that several modules share goes by the first one's name
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._names = {name: first.setdefault(id(one), name) for name, one in parameters.items()}
+        self._shapes = {name: tuple(one.shape) for name, one in parameters.items()}
+        wanted = {self._names[one.parameter]: one.is_vector for one in targets.values()}
+        vectors, products = (
+            [name for name, kind in wanted.items() if kind is is_vector] for is_vector in (True, False)
+        )
+        self.watch = Watch(model, self.observe, products=products, vectors=vectors, head=head)
+        self.block: tuple[int, int] | None = None
+        self._sums: dict[Use, _Sums] = {}
+        self._first: dict[Use, _Sums] = {}
+        self._blind: set[Use] = set()
+        self._last: _Last | None = None
+        self._only_first = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Have the hooks on for the length of the context."""
-        plain = {target.module for target in self._targets.values() if not target.is_expert}
-        fused = {target.module for target in self._targets.values() if target.is_expert}
-        handles = [
-            self._model.get_submodule(name).register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name in sorted(plain)
-        ]
-        for name in sorted(fused):
-            module = self._model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(self._experts.entering(name)))
-            handles.append(module.register_forward_hook(self._experts.leaving, always_call=True))
+        """Have the model watched for the length of the context."""
+        try:
+            with self.watch:
+                yield
+        finally:
+            self._last = None
+
+    @contextmanager
+    def first_tokens(self) -> Iterator[None]:
+        """Count what runs as the first tokens of all blocks that have run, for those inputs whose rows did not tell."""
+        for use in self._blind:  # an expert may have got no first token at all
+            self._first[use] = _Sums.zeros(self._sums[use].abs.numel(), self._sums[use].abs.device)
+        self._only_first = True
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
-            self._last = None
+            self._only_first = False
+            self._blind.clear()
 
-    def _hook(self, name: str) -> Any:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(
-                (
-                    value
-                    for value in (*args, *kwargs.values())
-                    if isinstance(value, torch.Tensor) and value.is_floating_point()
-                ),
-                None,
-            )
-            if x is not None:
-                self.observe((name, "", None), x)
+    @property
+    def knows_first_tokens(self) -> bool:
+        """Whether every input told which of its rows were first tokens; else those run again under `first_tokens`."""
+        return not self._blind
 
-        return hook
-
-    def observe(self, key: Key, x: torch.Tensor) -> None:
-        """Add an input `[..., in]` of (module, parameter, expert); one that several modules share is summed once."""
-        if not x.numel():
+    def observe(self, use: Use, x: torch.Tensor) -> None:
+        """Add an input `[..., channels]`; one that several weights share is summed once. See `forward.watch.See`."""
+        x = x.detach()
+        if self._only_first:
+            if use in self._blind:
+                self._add(self._first, use, _look(x), x)
             return
-        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
-            # Holding x keeps its memory from being reused, so identity means the same numbers.
-            self._last = (x, x._version, *channel_sums(x.detach()))
-        if key not in self._sums:
-            self._sums[key] = _Sums(x.shape[-1], x.device)
-        if x.shape[-1] == self._sums[key].abs.numel():
-            self._sums[key].add(self._last[2], self._last[3], x.numel() // x.shape[-1])
+        if self._last is None or not self._last.is_of(x):
+            per_token, first = self._rows_per_token(x), None
+            if per_token is not None and self.block is not None:
+                first = _look_at_few(x.reshape(self.block[0], -1, x.shape[-1])[:, :per_token])
+            self._last = _Last(x, x._version, _look(x, per_token), first)
+        last = self._last
+        self._add(self._sums, use, last.look, x)
+        if last.first is None:
+            self._blind.add(use)
+        else:
+            self._add(self._first, use, last.first, x)
+
+    def _add(self, to: dict[Use, _Sums], use: Use, look: _Look, x: torch.Tensor) -> None:
+        """Add what was seen of an input to the sums of a use."""
+        width = x.shape[-1]
+        if use not in to:
+            to[use] = _Sums.zeros(width, x.device)
+        sums = to[use]
+        if sums.abs.numel() != width:
+            return
+        sums.to(x.device)
+        for total, part in zip((sums.abs, sums.sq, sums.signed), look.sums, strict=True):
+            total += part
+        sums.rows += look.rows
+        larger = look.peak > sums.peak
+        if x.device.type == "cpu" and not bool(larger.any()):  # asking a GPU would make it wait
+            return
+        sums.peak = torch.where(larger, look.peak, sums.peak)
+        if look.per_token is not None and self.block is not None:
+            where = larger.nonzero().flatten()
+            rows = x.reshape(-1, width)[:, where].abs().argmax(dim=0)
+            sums.peak_at[where] = rows // look.per_token % self.block[1]
+        else:
+            sums.peak_at[larger] = UNKNOWN
+
+    def _rows_per_token(self, x: torch.Tensor) -> int | None:
+        """Rows of an input for each token, in the order of the tokens; None where that is not so."""
+        if self.block is None:
+            return None
+        blocks, length = self.block
+        if x.shape[:2] == (blocks, length):
+            return x.numel() // x.shape[-1] // (blocks * length)
+        return 1 if x.ndim == 2 and len(x) == blocks * length else None
 
     def sums(self) -> dict[str, torch.Tensor]:
         """All that has been added up, under names that `restore` knows."""
         found: dict[str, torch.Tensor] = {}
-        for place, (key, sums) in enumerate(self._sums.items()):
-            name = json.dumps([place, *key])
-            found |= {f"{name}.abs": sums.abs, f"{name}.sq": sums.sq, f"{name}.rows": torch.tensor(sums.rows)}
+        for kind, sums_of in (("all", self._sums), ("first", self._first)):
+            for place, (use, sums) in enumerate(sums_of.items()):
+                name = json.dumps([place, kind, use.parameter, use.axis, use.ranges, use in self._blind])
+                found |= {f"{name}.{key}": torch.as_tensor(value) for key, value in vars(sums).items()}
         return found
 
     @staticmethod
     def check_sums(tensors: Mapping[str, torch.Tensor]) -> None:
-        """Raise ValueError where this is not what `sums` gave, but somebody else wrote it."""
-        for name in {name.rpartition(".")[0] for name in tensors if not name.endswith(".means")}:
+        """Raise ValueError where this is not what `sums` gave, but another version or somebody else wrote it."""
+        for name in {name.rpartition(".")[0] for name in tensors if not name.startswith(OTHERS)}:
             key = json.loads(name)
-            place, module, parameter, expert = key if isinstance(key, list) and len(key) == 4 else (None,) * 4
-            is_key = type(place) is int and isinstance(module, str) and isinstance(parameter, str)
-            parts = [tensors.get(f"{name}.{part}") for part in ("abs", "sq", "rows")]
-            if not (is_key and (expert is None or type(expert) is int)) or not all(part is not None for part in parts):
-                raise ValueError(f"{name}: no sums of a module's input")
-            absolute, square, rows = (part for part in parts if part is not None)
-            if absolute.shape != square.shape or absolute.ndim != 1 or rows.numel() != 1 or rows.is_floating_point():
+            if not isinstance(key, list) or len(key) != 6 or not isinstance(key[2], str) or type(key[3]) is not int:
+                raise ValueError(f"{name}: no sums of an input")
+            parts = [tensors.get(f"{name}.{one.name}") for one in fields(_Sums)]
+            shapes = {tuple(part.shape) for part in parts[:-1] if part is not None}
+            if (
+                any(part is None for part in parts)
+                or not all(_is_range(one) for one in key[4])
+                or len(shapes) != 1
+                or len(shapes.pop()) != 1
+            ):
                 raise ValueError(f"{name}: sums that do not fit each other")
-            if {absolute.dtype, square.dtype} != {torch.float64}:
-                raise ValueError(f"{name}: expected float64")
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take what another watcher's `sums` gave."""
-        names = sorted((name.removesuffix(".abs") for name in tensors if name.endswith(".abs")), key=json.loads)
-        for name in names:
-            _, module, parameter, expert = json.loads(name)
-            sums = _Sums(tensors[f"{name}.abs"].numel(), torch.device("cpu"))
-            sums.add(tensors[f"{name}.abs"], tensors[f"{name}.sq"], int(tensors[f"{name}.rows"]))
-            self._sums[module, parameter, expert] = sums
+        for name in sorted({name.rpartition(".")[0] for name in tensors}, key=json.loads):
+            _, kind, parameter, axis, ranges, blind = json.loads(name)
+            use = Use(parameter, axis, tuple((first, last) for first, last in ranges))
+            own = {key.name: tensors[f"{name}.{key.name}"].clone() for key in fields(_Sums)}
+            sums = _Sums(**(own | {"rows": int(own["rows"])}))  # type: ignore[arg-type]
+            (self._sums if kind == "all" else self._first)[use] = sums
+            self._blind |= {use} if blind else set()
 
     def check_finite(self) -> None:
-        """Raise InputError where an input held NaN or an infinity, naming the first such module of the forward pass."""
-        for (module, _, _), sums in self._sums.items():  # in the order in which they were first seen
+        """Raise InputError where an input held NaN or an infinity, naming the first such weight of the forward pass."""
+        for use, sums in self._sums.items():  # in the order in which they were first seen
             if not bool(sums.sq.isfinite().all()):
+                where = use.parameter.removesuffix(".weight")
                 raise InputError(
-                    f"{module}: its input holds NaN or an infinity, the first to do so. Use {setting('calibration.dtype', 'float32')}, or check the base model."
+                    f"{where}: its input holds NaN or an infinity, the first to do so. Use {setting('calibration.dtype', 'float32')}, or check the base model."
                 )
 
-    def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, str]]:
-        """Statistics per checkpoint tensor, and for each tensor without any the reason.
+    def totals(self) -> dict[Use, torch.Tensor]:
+        """Sums of |x| of every input so far, `[in]` float64 on the CPU."""
+        return {use: sums.abs.cpu().clone() for use, sums in self._sums.items()}
 
-        Raises: InputError: an input that holds NaN or an infinity, naming the module.
+    def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, int], dict[str, str]]:
+        """Statistics and the input dimension of each checkpoint tensor, and for each tensor without any the reason.
+
+        Raises: InputError: an input that holds NaN or an infinity, naming the weight.
         """
         self.check_finite()
-        found: dict[str, ChannelStatistics] = {}
+        statistics: dict[str, ChannelStatistics] = {}
+        dims: dict[str, int] = {}
         silent: dict[str, str] = {}
+        by_parameter: dict[str, list[Use]] = {}
+        for use in self._sums:
+            by_parameter.setdefault(use.parameter, []).append(use)
         for tensor, target in self._targets.items():
-            experts = range(target.experts) if target.experts is not None else [target.expert]
-            sums = [self._sums.get(target.key(expert)) for expert in experts]
-            seen = [one for one in sums if one is not None]
-            if not seen:
-                silent[tensor] = "its module saw no token"
-                continue
-            if seen[0].abs.numel() != target.width:
-                silent[tensor] = f"its module's input has {seen[0].abs.numel()} channels, the weight {target.width}"
-                continue
-            parts = [(one or _Sums(target.width, torch.device("cpu"))).statistics() for one in sums]
-            stacked = ChannelStatistics(
-                *(torch.stack([getattr(part, key) for part in parts]) for key in ("mean_abs", "mean_sq", "tokens"))
-            )
-            one = stacked if target.experts is not None else parts[0]
-            if not bool(one.mean_abs.any()):
-                silent[tensor] = "its module's input is zero throughout"
-                continue
-            found[tensor] = one
-        return found, silent
+            found = self._result(target, by_parameter.get(self._names[target.parameter], []))
+            if isinstance(found, str):
+                silent[tensor] = found
+            else:
+                statistics[tensor], dims[tensor] = found
+        return statistics, dims, silent
+
+    def _result(self, target: Target, uses: Sequence[Use]) -> tuple[ChannelStatistics, int] | str:
+        """Statistics and input dimension of one checkpoint tensor, or why it has none."""
+        if not uses:
+            return NO_TOKEN if target.is_known else NO_PRODUCT
+        axes = {use.axis for use in uses}
+        if len(axes) > 1:
+            return f"it is multiplied along {len(axes)} of its dimensions"
+        axis = axes.pop()
+        dim = target.axes[axis]
+        if dim is None:
+            return "its input channels are joined from several tensors"
+        shape = self._shapes[target.parameter]
+        seen = next(self._sums[use].abs.numel() for use in uses)
+        if target.is_vector and seen != shape[0]:
+            return f"its module's input has {seen} channels, the weight {shape[0]}"
+        cells = _Cells(uses, shape, axis, self._sums, {} if self._blind & set(uses) else self._first)
+        stack = cells.stack()
+        if isinstance(stack, str):
+            return stack
+        stacked_axis, table = stack
+        if stacked_axis is None:
+            one = table[0]
+        elif stacked_axis == 0 and target.expert is not None:
+            one = table[target.expert]
+        elif target.axes[stacked_axis] == 0 and len(target.shape) == len(shape) > 2:
+            one = stack_statistics(table)
+        else:
+            return "its rows have different inputs"
+        if not bool((one.tokens > 0).any()):
+            return NO_TOKEN
+        if not bool(one.mean_abs.any()):
+            return "its module's input is zero throughout"
+        return one, dim
 
 
-class _ExpertWatch(TorchFunctionMode):
-    """Watches experts, which share one module: the products with slices of its fused parameters, while its forward runs.
+def _is_range(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
 
-    The module must compute expert by expert (transformers' `eager` implementation), as in
-    `linear(x, gate_up_proj[e])`, or `x @ gate_up_proj[e]` where weights are stored input first.
+
+def _look(x: torch.Tensor, per_token: int | None = None) -> _Look:
+    *sums, peak = channel_sums(x)
+    return _Look(tuple(sums), peak, x.numel() // x.shape[-1], per_token)
+
+
+def _look_at_few(x: torch.Tensor) -> _Look:
+    """The same of few rows, in fewer steps."""
+    rows = x.reshape(-1, x.shape[-1]).double()
+    absolute = rows.abs()
+    sums = (absolute.sum(dim=0), rows.square().sum(dim=0), rows.sum(dim=0))
+    return _Look(sums, absolute.amax(dim=0).float(), len(rows))
+
+
+class _Cells:
+    """The uses of a parameter, put together: which of its parts have which input.
+
+    Args:
+        uses: all along `axis`; shape: of the parameter; sums, first: over all rows, and over those of first tokens.
     """
 
-    PRODUCTS = (
-        torch.nn.functional.linear,
-        torch.matmul,
-        torch.Tensor.matmul,
-        torch.Tensor.__matmul__,
-        torch.mm,
-        torch.Tensor.mm,
+    def __init__(
+        self,
+        uses: Sequence[Use],
+        shape: tuple[int, ...],
+        axis: int,
+        sums: Mapping[Use, _Sums],
+        first: Mapping[Use, _Sums],
+    ):
+        self._uses, self._shape, self._axis, self._sums, self._first = uses, shape, axis, sums, first
+
+    def stack(self) -> tuple[int | None, list[ChannelStatistics]] | str:
+        """Statistics, one for each index of the dimension that is returned with them, or one where all parts have one input.
+
+        Returns: the reason where there are several inputs, and not by one dimension.
+        """
+        cuts = {
+            axis: sorted({0, size, *(edge for use in self._uses for edge in use.ranges[axis])})
+            for axis, size in enumerate(self._shape)
+            if axis != self._axis and any(use.ranges[axis] != (0, size) for use in self._uses)
+        }
+        cells: dict[tuple[int, ...], tuple[Use, ...]] = {}
+        for corner in itertools.product(*(edges[:-1] for edges in cuts.values())):
+            place = dict(zip(cuts, corner, strict=True))
+            cells[corner] = tuple(
+                use
+                for use in self._uses
+                if all(use.ranges[axis][0] <= at < use.ranges[axis][1] for axis, at in place.items())
+            )
+        statistics = {uses: self._together(uses) for uses in set(cells.values())}
+        axes = list(cuts)
+        for axis in list(cuts):  # leave out a dimension along which nothing differs
+            position = axes.index(axis)
+            by_rest: dict[tuple[int, ...], list[ChannelStatistics]] = {}
+            for corner, uses in cells.items():
+                by_rest.setdefault(corner[:position] + corner[position + 1 :], []).append(statistics[uses])
+            if all(_are_same(ones) for ones in by_rest.values()):
+                cells = {corner[:position] + corner[position + 1 :]: uses for corner, uses in cells.items()}
+                axes.remove(axis)
+        if not axes:
+            return None, [statistics[uses] for uses in cells.values()][:1]
+        if len(axes) > 1:
+            return "its parts have different inputs"
+        edges = cuts[axes[0]]
+        table = []
+        for low, high in itertools.pairwise(edges):
+            table += [statistics[cells[(low,)]]] * (high - low)
+        return axes[0], table
+
+    def _together(self, uses: Sequence[Use]) -> ChannelStatistics:
+        """Statistics of a part that has these uses, one after the other or for parts of its channels."""
+        width = self._shape[self._axis]
+        totals, first = (torch.zeros(3, width, dtype=torch.float64) for _ in range(2))
+        rows, first_rows = (torch.zeros(width, dtype=torch.int64) for _ in range(2))
+        peak, peak_at = torch.zeros(width), torch.full((width,), UNKNOWN, dtype=torch.int64)
+        for use in uses:
+            here, sums = slice(*use.channels), self._sums[use]
+            totals[:, here] += torch.stack([sums.abs, sums.sq, sums.signed]).cpu()
+            rows[here] += sums.rows
+            larger = sums.peak.cpu() > peak[here]
+            peak[here] = torch.where(larger, sums.peak.cpu(), peak[here])
+            peak_at[here] = torch.where(larger, sums.peak_at.cpu(), peak_at[here])
+            if use in self._first:
+                one = self._first[use]
+                first[:, here] += torch.stack([one.abs, one.sq, one.signed]).cpu()
+                first_rows[here] += one.rows
+        after_first = None
+        if uses and all(use in self._first for use in uses):
+            rest = totals - first
+            rest[:2].clamp_(min=0.0)
+            after_first = _means(rest, rows - first_rows)
+        return ChannelStatistics(**vars(_means(totals, rows)), max_abs=peak, max_at=peak_at, after_first=after_first)
+
+
+def _means(totals: torch.Tensor, rows: torch.Tensor) -> Means:
+    """Means of sums `[3, in]` over rows `[in]`."""
+    mean_abs, mean_sq, mean = (totals / rows.clamp(min=1)).float()
+    return Means(mean_abs, mean_sq, rows.amax() if rows.numel() else torch.tensor(0), mean)
+
+
+def _are_same(ones: Sequence[ChannelStatistics]) -> bool:
+    """Whether parts of a parameter have the same input, as far as numbers tell."""
+    return all(
+        one is ones[0]
+        or (bool(one.tokens == ones[0].tokens) and torch.allclose(one.mean_abs, ones[0].mean_abs, rtol=1e-5, atol=0.0))
+        for one in ones
     )
-
-    def __init__(self, watcher: Watcher):
-        super().__init__()
-        self._watcher = watcher
-        self._name = ""
-        self._module = torch.nn.Module()
-
-    def entering(self, name: str) -> Any:
-        def hook(module: torch.nn.Module, args: Any) -> None:
-            self._name, self._module = name, module
-            self.__enter__()  # type: ignore[no-untyped-call]
-
-        return hook
-
-    def leaving(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self.PRODUCTS and len(args) > 1 and isinstance(args[1], torch.Tensor) and args[1].ndim == 2:
-            storage = args[1].untyped_storage().data_ptr()
-            # Looked up here and not on entering: an offloaded module has no numbers before its forward.
-            for key, parameter in self._module.named_parameters(recurse=False):
-                if parameter.ndim == 3 and parameter.untyped_storage().data_ptr() == storage:
-                    expert = (args[1].storage_offset() - parameter.storage_offset()) // parameter.stride(0)
-                    self._watcher.observe((self._name, key, expert), args[0])
-        return func(*args, **(kwargs or {}))

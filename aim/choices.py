@@ -13,8 +13,8 @@ from aim.omegas import Omega
 from aim.relax import SCALINGS, Control, Scaling
 from checkpoints.errors import ArgumentError, unknown
 from checkpoints.problems import Problems
+from checkpoints.save_path import SWEEP_PREFIX
 from checkpoints.settings import setting
-from checkpoints.staging import SWEEP_PREFIX
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,27 @@ from streaming.values import describe
 RESULTS = ("base_fingerprint", "merged_fingerprint", "relaxed", "share_kept", "kept", "mean_change")
 """What merge_recipe.json has in the block besides: it says what came of it, and is passed over."""
 CALIBRATION = "calibration"
-CALIBRATION_RESULTS = ("numerics", "texts", "too_long", "empty", "blocks", "dropped_tokens", "transformers", "torch")
+CALIBRATION_RESULTS = (
+    "numerics",
+    "texts",
+    "too_long",
+    "empty",
+    "blocks",
+    "dropped_tokens",
+    "tokens",
+    "difference",
+    "threads",
+    "attention",
+    "passes",
+    "mode",
+    "transformers",
+    "torch",
+)
 FLAGS_ONLY = ("save_activations", "figures")
 """Settings that belong to one run, and to no recipe."""
+MACHINE = {"mode": "calibration.mode", "max_memory": "max_memory"}
+"""The same, of how a machine calibrates, by their names in `CalibrationOptions`: they change no number."""
+NO_KEYS = {*FLAGS_ONLY, *MACHINE.values()}
 
 
 def _whole(name: str, content: Any) -> int:
@@ -39,6 +57,23 @@ def _whole(name: str, content: Any) -> int:
     if type(content) is not int:
         raise ArgumentError(f"{setting(name)}: expected a whole number, got {describe(content)}.")
     return content
+
+
+def _number(name: str, content: Any) -> float:
+    """A number, or the text of one."""
+    try:
+        return float(content) if not isinstance(content, bool) else float("nan")
+    except (TypeError, ValueError):
+        raise ArgumentError(f"{setting(name)}: expected a number, got {describe(content)}.") from None
+
+
+def _size(name: str, content: Any) -> int:
+    """A number of bytes, or the text of one with its unit."""
+    found = re.fullmatch(r"(\d{1,15})(B|KB|MB|GB|TB)?", str(content).upper())
+    if isinstance(content, bool) or found is None:
+        raise ArgumentError(f"{setting(name)}: expected a size such as 500MB or 8GB, got {describe(content)}.")
+    size: int = int(found[1]) * 1000 ** ("B", "KB", "MB", "GB", "TB").index(found[2] or "B")
+    return size
 
 
 def _text(name: str, content: Any) -> str:
@@ -74,6 +109,9 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "calibration.seed": _whole,
     "batch_size": _whole,
     "calibration.dtype": _text,
+    "calibration.tolerance": _number,
+    "calibration.mode": _text,
+    "max_memory": _size,
 }
 """Setting -> what makes a value of what a file or a flag gives."""
 CALIBRATION_KEYS = {
@@ -84,6 +122,7 @@ CALIBRATION_KEYS = {
     "seed": "calibration.seed",
     "batch_size": "batch_size",
     "dtype": "calibration.dtype",
+    "tolerance": "calibration.tolerance",
 }
 """Key of a recipe's `aim.calibration` -> setting. The other settings are keys of `aim` itself."""
 
@@ -104,7 +143,7 @@ class Given:
 
     def as_block(self) -> dict[str, Any]:
         """The `aim:` block of a recipe that gives the same."""
-        left_out = {*FLAGS_ONLY, *CALIBRATION_KEYS.values()}
+        left_out = {*NO_KEYS, *CALIBRATION_KEYS.values()}
         if self.values.get("control") != "permuted":
             left_out.add("seed")
         block = {name: _as_json(value) for name, value in self.values.items() if name not in left_out}
@@ -145,10 +184,10 @@ def read_block(block: Mapping[str, Any], where: str) -> Given:
     for key, value in block.items():
         if key in RESULTS or key == CALIBRATION or (key == "statistics" and isinstance(value, Mapping)):
             continue
-        if key in READERS and key not in {*FLAGS_ONLY, *CALIBRATION_KEYS.values()}:
+        if key in READERS and key not in {*NO_KEYS, *CALIBRATION_KEYS.values()}:
             content[key], places[key] = value, f"{where}: aim.{key}"
         else:
-            known = [name for name in READERS if name not in {*FLAGS_ONLY, *CALIBRATION_KEYS.values()}]
+            known = [name for name in READERS if name not in {*NO_KEYS, *CALIBRATION_KEYS.values()}]
             problems.add(ArgumentError(f"{where}: aim: {unknown('key', str(key), [*known, CALIBRATION])}"))
     calibration = block.get(CALIBRATION)
     if calibration is not None and not isinstance(calibration, Mapping):
@@ -240,13 +279,15 @@ def _read_relaxing(values: Mapping[str, Any]) -> Relaxing:
 def _read_statistics(values: Mapping[str, Any], device: torch.device | None, relaxing: Relaxing) -> Calibration | Path:
     """Where the statistics come from."""
     calibration = {key: values[name] for key, name in CALIBRATION_KEYS.items() if name in values}
+    machine = {key: values[name] for key, name in MACHINE.items() if name in values}
     if "statistics" in values:
-        for key in calibration:
+        for key in (*calibration, *machine):
             raise ArgumentError(
-                f"{setting(CALIBRATION_KEYS[key])}: {setting('statistics')} brings the statistics, nothing is calibrated. Leave one of the two out."
+                f"{setting((CALIBRATION_KEYS | MACHINE)[key])}: {setting('statistics')} brings the statistics, nothing is calibrated. Leave one of the two out."
             )
         return Path(values["statistics"])
-    options = {key: calibration.pop(key) for key in ("batch_size", "dtype") if key in calibration}
+    options = {key: calibration.pop(key) for key in ("batch_size", "dtype", "tolerance") if key in calibration}
     return Calibration(
-        CalibrationData(**calibration), CalibrationOptions(device=device, numerics=relaxing.numerics, **options)
+        CalibrationData(**calibration),
+        CalibrationOptions(device=device, numerics=relaxing.numerics, **options, **machine),
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from aim.activations import Key, Target, Watcher
+from aim.activations import OTHERS, Target, Watcher
 from aim.statistics import ChannelStatistics
+from forward.parts import Use
 
 
 class ReferenceWatcher(Watcher):
@@ -20,33 +20,30 @@ class ReferenceWatcher(Watcher):
     Source: the AIM authors' program, commit e7eccd5.
     """
 
-    def __init__(self, model: torch.nn.Module, targets: Mapping[str, Target]):
-        super().__init__(model, targets)
-        self._means: dict[Key, torch.Tensor] = {}
+    def __init__(self, model: torch.nn.Module, targets: Mapping[str, Target], *, head: torch.Tensor | None = None):
+        super().__init__(model, targets, head=head)
+        self._means: dict[str, torch.Tensor] = {}
 
-    def observe(self, key: Key, x: torch.Tensor) -> None:
+    def observe(self, use: Use, x: torch.Tensor) -> None:
         """See `Watcher.observe`."""
-        super().observe(key, x)
+        super().observe(use, x)
+        if self._only_first:
+            return
         mean = x.detach().abs().reshape(-1, x.shape[-1]).mean(dim=0)
-        self._means[key] = self._means[key].to(mean.device) + mean if key in self._means else mean
+        name = use.parameter
+        self._means[name] = self._means[name].to(mean.device) + mean if name in self._means else mean
 
     def sums(self) -> dict[str, torch.Tensor]:
         """See `Watcher.sums`."""
-        means = {json.dumps(key) + ".means": mean for key, mean in self._means.items()}
-        return {**super().sums(), **means}
+        return {**super().sums(), **{OTHERS + name: mean for name, mean in self._means.items()}}
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """See `Watcher.restore`."""
-        super().restore(tensors)
-        for name, mean in tensors.items():
-            if name.endswith(".means"):
-                module, parameter, expert = json.loads(name.removesuffix(".means"))
-                self._means[module, parameter, expert] = mean
+        super().restore({name: tensor for name, tensor in tensors.items() if not name.startswith(OTHERS)})
+        self._means |= {name[len(OTHERS) :]: tensor for name, tensor in tensors.items() if name.startswith(OTHERS)}
 
-    def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, str]]:
+    def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, int], dict[str, str]]:
         """See `Watcher.results`."""
-        found, silent = super().results()
-        return {
-            name: replace(one, mean_abs=self._means[self._targets[name].key(None)].float().cpu())
-            for name, one in found.items()
-        }, silent
+        found, dims, silent = super().results()
+        means = {name: self._means[self._names[self._targets[name].parameter]] for name in found}
+        return {name: replace(one, mean_abs=means[name].float().cpu()) for name, one in found.items()}, dims, silent

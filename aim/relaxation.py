@@ -95,10 +95,11 @@ def make_channels(
         omega, scaling, control: see `aim.relax`; seed: of the permuted control.
     """
     channels = {}
-    for name, dim in selection.input_dims.items():
+    dims = {**selection.input_dims, **activations.input_dims}
+    for name in selection.targets:
         if name in activations.statistics and omega.of(name) < 1.0:
             f = factors(importance_of(activations, name, scaling), omega.of(name))
-            channels[name] = ChannelFactors(without_channels(f, control, seed=seed, tensor=name), dim)
+            channels[name] = ChannelFactors(without_channels(f, control, seed=seed, tensor=name), dims[name])
     return channels
 
 

@@ -17,12 +17,14 @@ from aim.omegas import Omega
 from aim.relaxation import Relaxation, importance_of, make_channels
 from aim.statistics import Activations
 from aim.summary import KindSummary, align, as_json, digits, summarise
-from aim.targets import Selection
+from aim.targets import Origins, Selection
 from checkpoints.errors import InputError
 from checkpoints.escaping import markdown_code, markdown_inside
 from checkpoints.model import Model
+from checkpoints.pieces import Origin
 from checkpoints.provenance import fingerprint
 from checkpoints.settings import Show, as_in_python, setting, shown
+from checkpoints.source import TensorInfo
 from checkpoints.tensor_names import kind_of
 from streaming.output import Variant
 from streaming.stream import PlannedTensor
@@ -111,14 +113,15 @@ def check_activations(
     taken = activations.calibration.get("numerics")
     if (taken == "reference") != (numerics == "reference"):
         raise InputError(f"{source}: were taken with {setting('numerics', taken)}. Use the same here.")
+    dims = {**selection.input_dims, **activations.input_dims}
     for name, statistics in activations.statistics.items():
-        target = selection.targets.get(name)
-        experts = [] if target is None or target.experts is None else [target.experts]
-        expected = None if target is None else [*experts, target.width]
-        if list(statistics.mean_abs.shape) != expected:
+        got, shape = list(statistics.mean_abs.shape), selection.targets[name].shape if name in selection.targets else ()
+        width = shape[dims[name]] if name in dims and dims[name] < len(shape) else None
+        expected = [] if width is None else [[width], [shape[0], width]] if len(shape) > 2 else [[width]]
+        if got not in expected:
             raise InputError(
-                f"{source}: {name}: expected {f'shape {expected}' if expected else 'no statistics'} as in {base.label}, "
-                f"got {list(statistics.mean_abs.shape)}. Calibrate again."
+                f"{source}: {name}: expected {f'shape {expected[-1]}' if expected else 'no statistics'} as in {base.label}, "
+                f"got {got}. Calibrate again."
             )
 
 
@@ -129,7 +132,7 @@ def make_relaxations(
     *,
     device: torch.device,
     outputs: Mapping[str, str] | None = None,
-    names: Mapping[str, str] | None = None,
+    names: Origins | None = None,
     source: str = "the statistics",
 ) -> Relaxations:
     """Turn statistics into one transform for each omega.
@@ -139,7 +142,7 @@ def make_relaxations(
         activations: from `calibrate` or a file; source: how messages name them.
         how: omegas and the rest; device: where blocks will be.
         outputs: output tensor -> why it is copied instead of merged, empty for most; None for the base's tensors.
-        names: the base's tensor -> the output's, where that has another name.
+        names: see `names_of`.
 
     Raises: InputError: statistics of another base or other shapes; numerics that differ from the statistics'.
     """
@@ -159,8 +162,8 @@ def make_relaxations(
         channels = make_channels(activations, selection, omega, scaling=how.scaling, control=how.control, seed=how.seed)
         channels = {name: one for name, one in channels.items() if outputs.get(name) == ""}
         transform = Relaxation(channels, device, like_the_reference=how.numerics == "reference")
-        stored = {(names or {}).get(name, name): info.numel for name, info in base.weights.tensors.items()}
-        weights = {name: stored[name] for name in channels}
+        stored = base.weights.tensors
+        weights = {name: _numel((names or {}).get(name, (Origin(name),)), stored) for name in channels}
         share = sum(float(one.values.double().mean()) * weights[name] for name, one in channels.items())
         found.transforms.append(transform)
         label = f"omega {omega}" + ("" if how.control == "none" else f", {how.control} control")
@@ -177,14 +180,20 @@ def make_relaxations(
     return found
 
 
+def _numel(origins: Sequence[Origin], stored: Mapping[str, TensorInfo]) -> int:
+    """Elements of the tensor that is made of them."""
+    infos = [(stored[one.name], one.expert) for one in origins]
+    return sum(info.numel if expert is None else info.numel // info.shape[0] for info, expert in infos)
+
+
 def outputs_of(tensors: Sequence[PlannedTensor]) -> dict[str, str]:
     """Planned tensor -> why it is copied instead of merged, empty for those that are merged."""
     return {one.spec.name: "" if one.method is not None else one.note or "copied" for one in tensors}
 
 
-def names_of(tensors: Sequence[PlannedTensor]) -> dict[str, str]:
-    """The base's tensor -> the output's, where that has another name."""
-    return {one.base_name: one.spec.name for one in tensors if one.base_name not in ("", one.spec.name)}
+def names_of(tensors: Sequence[PlannedTensor]) -> Origins:
+    """The output's tensor -> what it is in the base's files, where that is no tensor of its name."""
+    return {one.spec.name: one.origins for one in tensors if one.origins}
 
 
 def why_kept(selection: Selection, outputs: Mapping[str, str], activations: Activations | None) -> dict[str, str]:

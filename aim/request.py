@@ -11,8 +11,8 @@ from aim.choices import Calibration, Kept, Relaxing
 from aim.statistics import Activations, is_activations_file
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.problems import Problems
+from checkpoints.save_path import existing_ancestor, is_writable, partial_folder
 from checkpoints.settings import setting
-from checkpoints.staging import existing_ancestor, is_writable, partial_folder
 
 if TYPE_CHECKING:
     from aim.step import AimStep

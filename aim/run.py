@@ -13,7 +13,9 @@ from aim.choices import Relaxing
 from aim.request import AimRequest
 from aim.statistics import Activations
 from alignment.align import Alignment, align
+from alignment.configs import check_configs
 from alignment.layout import Layout, NewTokenRows
+from alignment.output_check import check_output
 from alignment.stored import check_plain
 from alignment.tokenizer_choice import choose_tokenizer_files
 from checkpoints.errors import ArgumentError, InputError, unknown
@@ -21,9 +23,9 @@ from checkpoints.escaping import markdown_code
 from checkpoints.location import ModelName, parse_model
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
+from checkpoints.save_path import read_recipe
 from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.source import FLOAT_DTYPES, TensorInfo
-from checkpoints.staging import read_recipe
 from checkpoints.writer import plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
 from streaming.job import Job, Result, Step, Work, plan_job
@@ -76,6 +78,7 @@ class Relaxed(Work):
         plan = self.as_json()
         lines = [f"merged model {self.merged.label}, base {self.base.label}"]
         lines += [f"note: {shown(note, show)}" for note in self.notes]
+        lines += [f"warning: {shown(warning, show)}" for warning in self.warnings]
         lines.append(
             f"reads {plan['bytes_to_read']:,} bytes; writes {plan['bytes_to_write']:,} bytes an omega. Nothing was written."
         )
@@ -109,6 +112,7 @@ def make_work(
         problems.add(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     problems.raise_if_any()
     alignment = align(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
+    check_configs((merged, base), alignment.layout.allow_config_difference, problems, is_base=False)
     choose_tokenizer_files(alignment.files, alignment.layout, (merged, base), alignment.problems)
     problems.take(alignment.problems)
     warnings: list[str] = []
@@ -122,6 +126,8 @@ def make_work(
         out_dtype = "bfloat16"  # what the published program writes, whatever the merge is stored in
     tensors = tuple(_plan_tensor(alignment, name, out_dtype) for name in alignment.dtypes)
     infos = {tensor.spec.name: TensorInfo(tensor.dtype, tensor.spec.shape) for tensor in tensors}
+    check_output(alignment.files, {name: info.shape for name, info in infos.items()}, merged, problems)
+    problems.raise_if_any()
     written = {"merged_model": merged.label, "base_model": base.label, "out_dtype": out_dtype}
     return Relaxed(
         verb="relaxing",
@@ -143,7 +149,7 @@ def make_work(
         record={"merged_recipe": read_recipe(merged.location.folder)},
         card=f"{markdown_code(merged.label)}, a model merged from fine-tunes of {markdown_code(base.label)}, relaxed towards it.",
         notes=notes,
-        warnings=warnings,
+        warnings=[*problems.warnings, *warnings],
         merged=merged,
     )
 
@@ -271,4 +277,4 @@ def _plan_tensor(alignment: Alignment, name: str, out_dtype: str) -> PlannedTens
         dtype = FLOAT_DTYPES.get(out_dtype, torch.float32 if dtype == torch.float64 else dtype)
     if base is None or not dtype.is_floating_point:
         return PlannedTensor(spec, dtype, own, (), None, "not in the base" if base is None else "not a weight")
-    return PlannedTensor(spec, dtype, base, (own,), Keep(), base_name=aligned.own_names.get(name, name))
+    return PlannedTensor(spec, dtype, base, (own,), Keep(), origins=aligned.origins(name))

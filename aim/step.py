@@ -15,12 +15,12 @@ from aim.calibrate import (
     check_block_size,
     check_causal,
     check_complete,
-    quiet_transformers,
     read_blocks,
     select,
 )
 from aim.calibration import Blocks, is_local
 from aim.choices import Calibration, Kept, Relaxing
+from aim.enough import FIRST_CHECK
 from aim.relaxing import Relaxations, check_activations, group_kept, make_relaxations, names_of, outputs_of, why_kept
 from aim.statistics import Activations, load_activations
 from aim.summary import format_summaries
@@ -33,6 +33,7 @@ from checkpoints.settings import Show, setting, shown
 from checkpoints.staging import Stage
 from checkpoints.tensor_names import kind_of
 from checkpoints.writer import chunked_sha256
+from forward.loading import quiet_transformers
 from streaming.job import Console
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
@@ -171,7 +172,7 @@ class AimStep:
         data, how = self._calibration.data, self._calibration.options
         path = Path(data.source)
         changed = path.stat().st_mtime_ns if is_local(data.source) and path.is_file() else None
-        options = {"dtype": how.dtype, "batch_size": how.batch_size, "mtime_ns": changed}
+        options = {**how.as_json(), "mtime_ns": changed}
         return {**self.how.as_json(), "calibration": {**data.as_json(), **options}}
 
     def prepare(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Relaxations:
@@ -218,26 +219,43 @@ class AimStep:
         if unfinished.blocks:
             console.note(f"going on: {unfinished.blocks} of {len(blocks.tokens)} blocks are there")
         console.note(f"loading {base.label}")
-        tokens, started = blocks.tokens.numel(), 0.0
+        tokens, started, run = blocks.tokens.numel(), 0.0, 0
         with ExitStack() as stack:
             bar: list[Callable[[int], object]] = []
 
             def progress(done: int) -> None:
                 """Count from when the model is loaded, so that the rate is that of the forward passes."""
-                nonlocal started
+                nonlocal started, run
                 if not bar:
                     bar.append(stack.enter_context(console.bar("calibrating", tokens, " tokens")))
                     started = time.monotonic()
                 bar[0](done)
+                run += done
 
             activations = calibrate(
-                base, data, self._calibration.options, blocks=blocks, unfinished=unfinished, progress=progress
+                base,
+                data,
+                self._calibration.options,
+                blocks=blocks,
+                unfinished=unfinished,
+                progress=progress,
+                note=lambda line: console.note(f"calibration: {line}"),
             )
-        seconds = max(time.monotonic() - started, 1e-9)
-        console.say(
-            f"calibrated in {seconds:.2f} s, {tokens / seconds:,.0f} tokens/s, in {activations.calibration['dtype']}"
-        )
+        console.say(calibrated(activations, max(time.monotonic() - started, 1e-9), run=run))
         return activations
+
+
+def calibrated(activations: Activations, seconds: float, *, run: int) -> str:
+    """How much text was run and why no more, and how fast; `run`: tokens of this run."""
+    told = activations.calibration
+    difference = told["difference"]
+    if difference is None:
+        enough = f"; too few to see whether s has settled, which takes {FIRST_CHECK:,}" if told["tolerance"] else ""
+    elif difference < told["tolerance"]:
+        enough = f"; enough, as s of both halves differs by {difference:.3f} at most in a kind of layer"
+    else:
+        enough = f"; s of both halves differed by {difference:.3f} in a kind of layer"
+    return f"calibrated on {told['tokens']:,} tokens in {seconds:.2f} s, {run / seconds:,.0f} tokens/s, in {told['dtype']}{enough}"
 
 
 def title_of(base: Model, activations: Activations) -> str:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from aim.activations import Target
 from checkpoints.errors import InputError
 from checkpoints.model import Model
+from checkpoints.pieces import Origin
 from checkpoints.placements import Placement
 from checkpoints.reader import equal_tensors
 from checkpoints.settings import Remark, setting
 
+Origins = Mapping[str, Sequence[Origin]]
+"""Output tensor -> what it is in the base's files: one tensor, or one for each expert that is packed in it."""
+
 REASONS = {
     "embedding": "an embedding",
     "bias": "a bias",
-    "other": "no module multiplies its input with it",
+    "convolution": "a convolution",
+    "other": "takes part in no matrix product",
 }
 
 
@@ -23,26 +28,49 @@ REASONS = {
 class Selection:
     """What a model offers to be relaxed.
 
-    targets: checkpoint tensor -> where its input shows up.
-    input_dims: checkpoint tensor -> its dimension that runs over input channels.
-    skipped: every other tensor -> why it stays as merged.
+    Attributes:
+        targets: checkpoint tensor -> where its input shows up.
+        input_dims: checkpoint tensor -> its dimension that runs over input channels, where its module tells; of the others only
+            a run of the model shows it, or that nothing is multiplied with them.
+        skipped: every other tensor -> why it stays as merged.
     """
 
     targets: Mapping[str, Target]
     input_dims: Mapping[str, int]
     skipped: Mapping[str, str]
 
-    def renamed(self, names: Mapping[str, str]) -> Selection:
-        """The same under other tensor names: old -> new; the rest keep theirs."""
-        return Selection(
-            {names.get(key, key): value for key, value in self.targets.items()},
-            {names.get(key, key): value for key, value in self.input_dims.items()},
-            {names.get(key, key): value for key, value in self.skipped.items()},
-        )
+    def renamed(self, origins: Origins) -> Selection:
+        """The same for output tensors that are other ones in the base's files; the rest keep their names.
+
+        Args:
+            origins: output tensor -> what it is there.
+        """
+        targets, dims, skipped = dict(self.targets), dict(self.input_dims), dict(self.skipped)
+        for name in {one.name for parts in origins.values() for one in parts}:
+            targets.pop(name, None)
+            dims.pop(name, None)
+            skipped.pop(name, None)
+        for name, parts in origins.items():
+            first = parts[0]
+            if first.name not in self.targets:
+                skipped[name] = self.skipped.get(first.name, "not stored in the base")
+                continue
+            target, dim = self.targets[first.name], self.input_dims.get(first.name)
+            more = 0
+            if first.expert is not None:  # one of those that are packed there
+                axes = tuple(None if axis in (None, 0) else axis - 1 for axis in target.axes)
+                target, more = replace(target, axes=axes, shape=target.shape[1:], expert=first.expert), -1
+            elif len(parts) > 1:
+                axes = tuple(0 if axis is None else axis + 1 for axis in target.axes)
+                target, more = replace(target, axes=axes, shape=(len(parts), *target.shape), expert=None), 1
+            targets[name] = target
+            if dim is not None:
+                dims[name] = dim + more
+        return Selection(targets, dims, skipped)
 
 
 def select_targets(base: Model) -> Selection:
-    """Every weight of the base that a module multiplies its input with: linear layers, an untied head, norms, experts."""
+    """Every weight of the base that something may be multiplied with: linear layers, an untied head, norms, experts, bare matrices."""
     architecture, tensors = base.architecture, base.weights.tensors
     # A head that is stored beside the embedding it is tied to is an embedding, unless the two differ.
     tied = {
@@ -55,22 +83,26 @@ def select_targets(base: Model) -> Selection:
     skipped: dict[str, str] = {}
     for name, info in tensors.items():
         placement = architecture.placements.get(name)
-        if name in tied:
+        if placement is None:
+            skipped[name] = "a buffer" if name in architecture.buffers else "no parameter of the model"
+        elif name in tied:
             skipped[name] = "tied to an embedding"
-            continue
-        if placement is None or placement.input_dim is None:
-            skipped[name] = REASONS.get(placement.kind, REASONS["other"]) if placement else "no parameter of the model"
-            continue
-        targets[name] = _target(placement, info.shape)
-        input_dims[name] = placement.input_dim
+        elif placement.input_dim is None and not _may_be_multiplied(placement, info.shape):
+            skipped[name] = REASONS[placement.kind]
+        else:
+            targets[name] = _target(placement, info.shape)
+            if placement.input_dim is not None:
+                input_dims[name] = placement.input_dim
     return Selection(targets, input_dims, skipped)
 
 
+def _may_be_multiplied(placement: Placement, shape: tuple[int, ...]) -> bool:
+    """Whether a product may have a tensor of which its module does not tell."""
+    return placement.kind == "other" and bool(placement.axes) and len(shape) > 1 and all(shape)
+
+
 def _target(placement: Placement, shape: tuple[int, ...]) -> Target:
-    assert placement.input_dim is not None
-    leaf = placement.parameter.rpartition(".")[2]
-    experts = shape[0] if placement.kind == "experts" and placement.expert is None else None
-    return Target(placement.module, leaf, shape[placement.input_dim], placement.expert, experts)
+    return Target(placement.parameter, placement.axes, tuple(shape), placement.expert, placement.input_dim is not None)
 
 
 def select_like_the_reference(base: Model) -> tuple[Selection, list[str]]:
@@ -118,6 +150,6 @@ def select_like_the_reference(base: Model) -> tuple[Selection, list[str]]:
                 )
             )
             for stored in [twin, name] if name in tensors else [twin]:
-                targets[stored], input_dims[stored] = Target(module, "weight", tensors[twin].shape[1]), 1
+                targets[stored], input_dims[stored] = Target(f"{module}.weight", (0, 1), tuple(tensors[twin].shape)), 1
                 skipped.pop(stored, None)
     return Selection(targets, input_dims, skipped), warnings

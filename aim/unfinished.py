@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import xxhash
 
-from aim.activations import Watcher
+from aim.enough import Enough
 from aim.statistics import Activations, unpack_activations
 from checkpoints.errors import InputError
 from checkpoints.folder import Folder
 from checkpoints.safetensors_format import pack_tensors, unpack_tensors
 from checkpoints.staging import Stage
+from forward.tuning import is_choice
 from streaming import commits
 
 KEEP_EVERY = 5
 """In units of the time between commits of tensors: each time all sums are written, not only new ones."""
+KEEP_SHARE = 20
+"""Times what keeping took that pass before the next time."""
 WHOLE = "activations.safetensors"
+FILE = re.compile(r"(calibration|layer)-\d+\.safetensors")
+HIDDEN = "hidden."
 LABEL = "the unfinished calibration"
 
 
@@ -39,26 +45,65 @@ class UnfinishedCalibration:
 
     def __init__(self, stage: Stage):
         self._stage = stage
-        self._kept = time.monotonic()
+        self._kept, self._wait_s = time.monotonic(), KEEP_EVERY * commits.COMMIT_S
         self._activations = self._find_statistics()
         self._file, self.blocks, self._sums = self._find_sums()
-        noted = any(record.get("blocks") or "calibrated" in record for record in stage.journal.records)
-        self.lost = noted and self._activations is None and not self.blocks
+        noted = any(record.keys() & {"blocks", "layer", "calibrated"} for record in stage.journal.records)
+        self.lost = noted and self._activations is None and not self._sums
 
     def finished(self) -> Activations | None:
         """The statistics of a calibration that came to its end."""
         return self._activations
 
-    def restore(self, watcher: Watcher) -> int:
-        """Give a watcher the sums. Returns: the blocks that are in them."""
-        watcher.restore(self._sums)
+    @property
+    def choice(self) -> dict[str, Any] | None:
+        """How the model is run, as `choose` was told; None where nothing was, or it is not as this version writes it."""
+        for record in self._stage.journal.records:
+            choice = record.get("choice")
+            if isinstance(choice, dict) and is_choice(choice):
+                return choice
+        return None
+
+    def choose(self, choice: dict[str, Any]) -> None:
+        """Keep how the model is run: a run that goes on does the same. Raises WriteError: the disk is full or fails."""
+        self._stage.journal.append({"choice": choice})
+
+    def restore(self, enough: Enough) -> int:
+        """Put the sums back. Returns: the blocks that are in them, in those of all layers."""
+        enough.restore({name: tensor for name, tensor in self._sums.items() if not name.startswith(HIDDEN)})
         return self.blocks
 
-    def keep(self, watcher: Watcher, blocks: int) -> None:
+    @property
+    def hidden(self) -> dict[str, torch.Tensor]:
+        """What the layer is called with that a pass had come to; empty where it stood between two passes."""
+        return {name[len(HIDDEN) :]: tensor for name, tensor in self._sums.items() if name.startswith(HIDDEN)}
+
+    def forget(self) -> None:
+        """Begin again, as what is there cannot be gone on with."""
+        self._sums, self.blocks = {}, 0
+
+    def keep_layer(self, enough: Enough, hidden: Callable[[], dict[str, torch.Tensor]], blocks: int) -> None:
+        """Keep the sums within a pass that goes through the layers, now and then. Raises WriteError: the disk is full or fails.
+
+        Args:
+            hidden: gives what the next layer is called with; blocks: in the sums of all layers, from earlier passes.
+        """
+        started = time.monotonic()
+        if started - self._kept < self._wait_s:
+            return
+        tensors = enough.sums() | {HIDDEN + name: tensor for name, tensor in hidden().items()}
+        earlier, self._file = self._file, f"layer-{len(self._stage.journal.records)}.safetensors"
+        self._write(self._file, pack_tensors(tensors, {"blocks": str(blocks)}), {"layer": blocks})
+        if earlier:
+            self._stage.state.remove(earlier)
+        self._kept = time.monotonic()
+        self._wait_s = max(self._wait_s, KEEP_SHARE * (self._kept - started))  # hidden states can be gigabytes
+
+    def keep(self, enough: Enough, blocks: int) -> None:
         """Keep the sums over the first `blocks` blocks, now and then. Raises WriteError: the disk is full or fails."""
         if time.monotonic() - self._kept >= KEEP_EVERY * commits.COMMIT_S:
             earlier, self._file = self._file, f"calibration-{blocks}.safetensors"
-            self._write(self._file, pack_tensors(watcher.sums(), {"blocks": str(blocks)}), {"blocks": blocks})
+            self._write(self._file, pack_tensors(enough.sums(), {"blocks": str(blocks)}), {"blocks": blocks})
             if earlier and earlier != self._file:  # until now the journal may have spoken of it alone
                 self._stage.state.remove(earlier)
             self._kept = time.monotonic()
@@ -87,13 +132,13 @@ class UnfinishedCalibration:
     def _find_sums(self) -> tuple[str, int, dict[str, torch.Tensor]]:
         """File, blocks and sums of the last record that fits."""
         for blocks, record in self._with_blocks():
-            name = f"calibration-{blocks}.safetensors"
-            content = _content(self._stage.state, record, name)
+            name = str(record.get("file"))
+            content = _content(self._stage.state, record, name) if FILE.fullmatch(name) else None
             if content is None:
                 continue
             try:
                 sums, metadata = unpack_tensors(content, LABEL)
-                Watcher.check_sums(sums)
+                Enough.check_sums({name: one for name, one in sums.items() if not name.startswith(HIDDEN)})
             except (InputError, ValueError):
                 continue
             if metadata.get("blocks") == str(blocks):
@@ -103,8 +148,8 @@ class UnfinishedCalibration:
     def _with_blocks(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Records of sums, the last first."""
         for record in reversed(self._stage.journal.records):
-            blocks = record.get("blocks")
-            if type(blocks) is int and 0 < blocks < 1 << 62:
+            blocks = record.get("blocks", record.get("layer"))
+            if type(blocks) is int and 0 <= blocks < 1 << 62:
                 yield blocks, record
 
 

@@ -31,7 +31,7 @@ class Alignment:
         models: the model that gives names, config and dtypes first; the others in order.
         dtypes: of the output's tensors, as the first model stores them; every name is in it.
         files: the output's side files.
-        layout: what was asked for, `tokenizer_source` decided.
+        layout: what was asked for, `tokenizer_source` and `new_token_rows` decided.
         problems: everything that does not fit, and the notes.
     """
 
@@ -98,8 +98,20 @@ def align(
     models = tables.models
     models[1:] = [check_shapes(models[0], model, tables.refused, optional) for model in models[1:]]
     for aligned in models:
+        if aligned.problems and (other := _other_class(models[0], aligned)):
+            problems.add(other)
         problems.take(aligned.problems)
-    return Alignment(models, dtypes, files, replace(layout, tokenizer_source=tables.tokenizer_source), problems)
+    decided = replace(layout, tokenizer_source=tables.tokenizer_source, new_token_rows=tables.new_token_rows)
+    return Alignment(models, dtypes, files, decided, problems)
+
+
+def _other_class(first: AlignedModel, model: AlignedModel) -> str:
+    """That a model which does not fit is of another family, which is why; empty where it is of the same."""
+    ours, theirs = (str((one.model.config.get("architectures") or [""])[0]) for one in (first, model))
+    if not ours or not theirs or ours == theirs:
+        return ""
+    says = f"{model.label}: expected a {ours} as {first.label}, got a {theirs}"
+    return "" if any(str(problem).startswith(says) for problem in model.problems) else f"{says}. {model.advice}"
 
 
 def _stored(model: Model, part: Callable[[Model], Iterable[str]]) -> dict[str, TensorInfo]:

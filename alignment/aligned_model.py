@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from checkpoints.model import Model
+from checkpoints.pieces import Assembled, Origin
 from checkpoints.problems import Problems
 from checkpoints.source import TensorInfo, TensorRef, dtype_name
 from checkpoints.tensor_names import kind_of
@@ -78,6 +79,13 @@ class AlignedModel:
     def label(self) -> str:
         """How messages name it."""
         return self.model.label
+
+    def origins(self, name: str) -> tuple[Origin, ...]:
+        """What an output tensor is in this model's files, where that is no tensor of its name; see `Assembled.origins`."""
+        source = self.tensors[name].source
+        if isinstance(source, Assembled):
+            return source.origins(name)
+        return (Origin(self.own_names[name]),) if name in self.own_names else ()
 
     def with_tensors(self, tensors: Mapping[str, TensorRef]) -> AlignedModel:
         """This model with some of its tensors read from elsewhere."""

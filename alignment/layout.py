@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from checkpoints.chat_templates import read_template
 from checkpoints.errors import ArgumentError, unknown
@@ -11,7 +11,8 @@ from checkpoints.location import ModelName, parse_name
 from checkpoints.problems import Problems
 from checkpoints.settings import setting
 
-NewTokenRows = Literal["owner", "mean"]
+NewTokenRows = Literal["auto", "owner", "owners_mean", "mean"]
+NEW_TOKEN_ROWS: tuple[NewTokenRows, ...] = get_args(NewTokenRows)
 
 
 @dataclass(frozen=True)
@@ -22,26 +23,31 @@ class Layout:
         tokenizer_source: `base`: the base's tokenizer and vocabulary; `union`: these, and what other models have more; a
             model as the user named it: its tokenizer and vocabulary; `auto`: `union` where a model adds tokens, else `base`.
         new_token_rows: the row of a token in a model that lacks it: `owner`: the row of the first model that has it, the base
-            before all others, so that its task vector is zero; `mean`: the mean of the model's own rows.
+            before all others, so that its task vector is zero; `owners_mean`: the base's, where that has it, else the mean of
+            the rows of all models that have it; `mean`: the mean of the model's own rows; `auto`: `owners_mean` where two or
+            more models have a token that the base lacks, else `owner`, which is the same there.
         pad_to_multiple_of: rows of the vocabulary tables are a multiple of it; None: as many as tokens or the base ask for.
         tie_word_embeddings: whether the output's head is its embedding; None: as in the base.
         chat_template: the name of a known template, a file, a template itself, or `auto`: the one that most inputs have.
+        allow_config_difference: entries of config.json, separated by commas, in which the models may differ from the one whose
+            config the output has.
         copy_tokenizer_from: the model, among the inputs or not, whose tokenizer files take the place of the output's.
 
     Raises: Refusals: a value that none of them can have.
     """
 
     tokenizer_source: str = "auto"
-    new_token_rows: NewTokenRows = "owner"
+    new_token_rows: NewTokenRows = "auto"
     pad_to_multiple_of: int | None = None
     tie_word_embeddings: bool | None = None
     chat_template: str | None = None
     copy_tokenizer_from: str | None = None
+    allow_config_difference: str | None = None
 
     def __post_init__(self) -> None:
         problems = Problems()
-        if self.new_token_rows not in ("owner", "mean"):
-            known = unknown("value", self.new_token_rows, ["owner", "mean"])
+        if self.new_token_rows not in NEW_TOKEN_ROWS:
+            known = unknown("value", self.new_token_rows, NEW_TOKEN_ROWS)
             problems.add(ArgumentError(f"{setting('new_token_rows')}: {known}"))
         if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             problems.add(
@@ -66,6 +72,7 @@ class Layout:
             "tie_word_embeddings": self.tie_word_embeddings,
             "chat_template": self.chat_template,
             "copy_tokenizer_from": self.copy_tokenizer_from,
+            **({"allow_config_difference": self.allow_config_difference} if self.allow_config_difference else {}),
         }
 
 

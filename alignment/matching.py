@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from alignment.aligned_model import AlignedModel, Mismatches, same_kind_of_number
 from checkpoints.model import Model
+from checkpoints.pieces import Assembled, Piece
 from checkpoints.problems import Problems
 from checkpoints.reader import equal_tensors
 from checkpoints.settings import setting
 from checkpoints.source import TensorInfo, TensorRef
+from checkpoints.tensor_names import list_kinds
 
 MODELS_OF_THIS_BASE = "Give models fine-tuned from this base."
 
@@ -42,67 +44,129 @@ def match_names(
     extra = [
         name for name in stored if name not in wanted and (name not in first.stored or _is_head(first, tied, name))
     ]
+    assembled: dict[str, TensorRef] = {}
     if missing and extra:
-        aliases = _same_parameters(first, stored, missing, extra)
-        if aliases:
-            ours, theirs = next(iter(aliases.items()))
-            problems.note(f"{label}: {len(aliases)} tensors have other names there, such as {theirs} for {ours}.")
-        own |= aliases
-        missing = [name for name in missing if name not in aliases]
-        extra = [name for name in extra if name not in aliases.values()]
+        found = _same_parameters(first, model, stored, missing)
+        whole = {name: pieces[0].name for name, pieces in found.items() if pieces[0].is_whole}
+        parts = {name: pieces for name, pieces in found.items() if name not in whole}
+        if whole:
+            ours, theirs = next(iter(whole.items()))
+            problems.note(f"{label}: {len(whole)} tensors have other names there, such as {theirs} for {ours}.")
+        if parts:
+            ours, pieces = next(iter(parts.items()))
+            problems.note(
+                f"{label}: {len(parts)} tensors are stored in other pieces there, such as {ours} in {pieces[0].name}."
+            )
+        source = Assembled(model.weights, parts, {name: wanted[name].info.shape for name in parts})
+        assembled = {name: TensorRef(source, name) for name in parts}
+        own |= whole
+        used = {piece.name for pieces in found.values() for piece in pieces}
+        missing = [name for name in missing if name not in found]
+        extra = [name for name in extra if name not in used]
+    lacking, kept = [], []
     for name in missing:
         if optional(name):
             continue
-        twin = model.architecture.tied.get(name)
+        twin = _tied_to(first, model, name)
         if twin is not None and twin in stored:
             own[name] = twin
             problems.note(f"{label}: {name} is tied to {twin} there; that is used for it.")
         elif _is_buffer(first, name):
             problems.note(f"{label}: the buffer {name} is not stored there; that of {first.label} is kept.")
+        elif name in first.model.known_architecture.unused:
+            kept.append(name)
         else:
-            mismatches.add_missing(name, first.label)
+            lacking.append(name)
+    ignored = [name for name in extra if not optional(name) and name in model.known_architecture.unused]
+    if ignored:
+        problems.note(f"{label}: left out, as the model computes nothing with them: {list_kinds(ignored)}.")
+    strangers, untied = [], {}
     for name in extra:
-        if optional(name):
+        if optional(name) or name in ignored:
             continue
-        twin = tied.get(name) or model.architecture.tied.get(name) or first.model.architecture.tied.get(name)
+        ours = _name_of_head(first, model, name)
+        twin = (
+            tied.get(ours) or model.known_architecture.tied.get(name) or first.model.known_architecture.tied.get(ours)
+        )
         twin = own.get(twin, twin) if twin is not None else None
-        whose = "the output" if name in tied else first.label
-        if name in model.architecture.ignored:
-            problems.note(f"{label}: {name} is left out, as loading ignores or recomputes it.")
-        elif twin is None or twin not in stored:
-            mismatches.add_extra(name, first.label)
+        whose = "the output" if ours in tied else first.label
+        if twin is None or twin not in stored:
+            strangers.append(name)
         elif equal_tensors(model.weights, name, twin):
             problems.note(f"{label}: {name} is left out, as it equals {twin}, to which {whose} ties it.")
         else:
-            mismatches.add(
-                name,
-                f"expected equal to {twin}, to which {whose} ties it, got other numbers. Use {setting('tie_word_embeddings', 'no')}, "
-                "which gives the output a head of its own.",
-            )
+            untied[name] = f"expected equal to {twin}, to which {whose} ties it, got other numbers."
+    if lacking and not strangers and _lacks_a_part(first.model, model, lacking):
+        kept += lacking
+        lacking = []
+    if kept:
+        problems.note(f"{label}: not stored there, and kept as in {first.label}: {list_kinds(kept)}.")
+    for name in lacking:
+        mismatches.add_missing(name, first.label)
+    if strangers and not lacking and _lacks_a_part(model, first.model, strangers):
+        problems.add(
+            f"{label}: expected a {first.model.known_architecture.model_class} as {first.label}, got a {model.known_architecture.model_class}, "
+            f"of which other parts have no place there: {list_kinds(strangers)}. Make it the base, and {first.label} one of the models."
+        )
+        strangers = []
+    for name in strangers:
+        mismatches.add_extra(name, first.label)
+    for name, problem in untied.items():
+        use = setting("tie_word_embeddings", "no")
+        mismatches.add(name, f"{problem} Use {use}, which gives the output a head of its own.")
     mismatches.report_to(problems)
-    tensors = {name: TensorRef(model.weights, own[name]) for name in wanted if name in own}
+    refs = {name: TensorRef(model.weights, there) for name, there in own.items()} | assembled
+    tensors = {name: refs[name] for name in wanted if name in refs}
     renamed = {name: there for name, there in own.items() if name != there}
     return AlignedModel(model, first.advice, stored, tensors, renamed, problems)
 
 
 def _is_head(first: AlignedModel, tied: Mapping[str, str], name: str) -> bool:
     """Whether a tensor of the first model that the output lacks is a head that it ties."""
-    return name in tied or name in first.model.architecture.tied
+    return name in tied or name in first.model.known_architecture.tied
 
 
 def _same_parameters(
-    first: AlignedModel, stored: Mapping[str, TensorInfo], missing: Sequence[str], extra: Sequence[str]
-) -> dict[str, str]:
-    """Output tensor -> a stored tensor of another name that becomes the same parameter of the first model's class."""
-    found = first.model.find_same({name: info.shape for name, info in stored.items()})
-    own = {found[name]: name for name in extra if name in found}
-    return {name: own[name] for name in missing if name in own}
+    first: AlignedModel, model: Model, stored: Mapping[str, TensorInfo], missing: Sequence[str]
+) -> dict[str, list[Piece]]:
+    """Output tensor -> what it consists of in the model's files, found by the parameters that both become."""
+    found = first.model.find_pieces({name: info.shape for name, info in stored.items()}, model)
+    ours, theirs = first.model.known_architecture.output_head, model.known_architecture.output_head
+    if (
+        ours is not None and theirs is not None and theirs in stored
+    ):  # a head that the first model ties is in none of its files
+        found.setdefault(ours, [Piece(theirs, 0, stored[theirs].numel, is_whole=True)])
+    return {name: found[name] for name in missing if name in found}
+
+
+def _name_of_head(first: AlignedModel, model: Model, name: str) -> str:
+    """What the first model calls a tensor that is the other's head; any other keeps its name."""
+    ours = first.model.known_architecture.output_head
+    return ours if ours is not None and name == model.known_architecture.output_head else name
+
+
+def _tied_to(first: AlignedModel, model: Model, name: str) -> str | None:
+    """The stored tensor of a model that has the values of an output tensor which it ties."""
+    theirs = model.known_architecture
+    if name == first.model.known_architecture.output_head and theirs.output_head is not None:
+        name = theirs.output_head
+    return theirs.tied.get(name)
+
+
+def _lacks_a_part(whole: Model, part: Model, names: Sequence[str]) -> bool:
+    """Whether one model is of the class of another's decoder, and lacks what is outside of it: a part that reads images, say.
+
+    Args:
+        names: the tensors that it lacks, as the whole one stores them.
+    """
+    ours, theirs = whole.known_architecture, part.known_architecture
+    return theirs.model_class != ours.model_class and not any(ours.is_text(name) for name in names)
 
 
 def _is_buffer(first: AlignedModel, name: str) -> bool:
     """Whether a tensor of the first model is no weight, so that the others need not store it."""
     is_number = name not in first.stored or first.stored[name].dtype.is_floating_point
-    return name in first.model.architecture.buffers or not is_number
+    return name in first.model.known_architecture.buffers or not is_number
 
 
 def check_shapes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from alignment.aligned_model import AlignedModel
 from alignment.layout import Layout
@@ -11,7 +11,7 @@ from alignment.tables import Tables
 from checkpoints.chat_templates import take_templates
 from checkpoints.problems import Problems
 from checkpoints.sidecars import TOKENIZER_FILES, SideFiles
-from checkpoints.tokenizer_files import NewToken, end_tokens, renumber_tokens, set_end_tokens
+from checkpoints.tokenizer_files import NewToken, end_ids, end_tokens, renumber_tokens, set_end_tokens
 from checkpoints.vocabulary import PLAIN, Vocabulary
 
 NAMED_TOKENS = 5
@@ -53,18 +53,32 @@ def take_tokenizer(first: Tables, donor: Tables, files: SideFiles) -> None:
 
 
 def unite_configs(
-    models: Sequence[AlignedModel], tokens: Vocabulary | None, layout: Layout, files: SideFiles, problems: Problems
+    models: Sequence[AlignedModel],
+    vocabulary: Callable[[], Vocabulary | None],
+    layout: Layout,
+    files: SideFiles,
+    problems: Problems,
 ) -> None:
     """End the output's text at every token that ends a model's; take the chat template of the first model that has one,
-    unless another one was asked for."""
-    if tokens is None:
-        return
+    unless another one was asked for.
+
+    Args:
+        vocabulary: gives the output's tokens; reading them takes a while, and mostly all models end alike.
+    """
     inputs = [model.model for model in models]
-    ends = [end_tokens(model.side_files(), model.vocabulary) for model in inputs if model.vocabulary is not None]
+    alike = len({(model.vocabulary_digest, tuple(end_ids(model.side_files()))) for model in inputs}) == 1
+    tokens = None if alike else vocabulary()
+    ends = [end_tokens(model.side_files(), model.vocabulary) for model in inputs if tokens and model.vocabulary]
+    if tokens and ends:
+        _unite_ends(ends, tokens, files, problems)
+    is_chosen = layout.chat_template is not None or layout.copy_tokenizer_from is not None
+    for model in () if is_chosen else inputs[1:]:
+        if take_templates(files, model.side_files()):
+            problems.note(f"the chat template is that of {model.label}.")
+
+
+def _unite_ends(ends: Sequence[Sequence[str]], tokens: Vocabulary, files: SideFiles, problems: Problems) -> None:
     united = dict.fromkeys(token for tokens_of_one in ends for token in tokens_of_one if token in tokens.ids)
     if list(united) != ends[0]:
         set_end_tokens(files, [tokens.ids[token] for token in united])
         problems.note(f"the output's text ends at any of {', '.join(map(repr, united))}.")
-    for model in inputs[1:] if layout.chat_template is None else ():
-        if take_templates(files, model.side_files()):
-            problems.note(f"the chat template is that of {model.label}.")

@@ -52,7 +52,7 @@ def left_out(model: Model, stored: Mapping[str, TensorInfo]) -> list[str]:
         for name, info in stored.items()
         if not name.endswith("weight") and not (name.endswith("bias") and len(info.shape) == 1)
     ]
-    dropped = [name for name in suspects if name in model.architecture.ignored]
+    dropped = [name for name in suspects if name in model.known_architecture.ignored]
     dropped += [name for name, twin in _stored_twice(model, stored) if equal_tensors(model.weights, name, twin)]
     return dropped
 
@@ -71,5 +71,5 @@ def _stored_twice(model: Model, stored: Mapping[str, TensorInfo]) -> list[tuple[
     tables = [name for name, info in stored.items() if info.shape[:1] == (model.config.get("vocab_size"),)]
     if len(tables) < 2 or model.config.get("tie_word_embeddings") is False:
         return []
-    tied = model.architecture.tied
+    tied = model.known_architecture.tied
     return [(name, tied[name]) for name in tables if tied.get(name) in stored]

@@ -12,7 +12,7 @@ from alignment.aligned_model import AlignedModel
 from alignment.layout import NewTokenRows
 from checkpoints.model import Model
 from checkpoints.problems import Problems
-from checkpoints.rows import AlignedRows, MeanRows
+from checkpoints.rows import AlignedRows, MeanOfOwners, MeanRows
 from checkpoints.source import Source, TensorRef, dtype_name
 from checkpoints.vocabulary import Vocabulary
 
@@ -124,10 +124,16 @@ def put_into_rows(
     """
     first = members[0]
     owner: Source = MeanRows(first.tables)  # of rows that no model has: padding
-    for member, row_of in zip(reversed(members), reversed(rows), strict=True):
-        if any(name not in member.tables for name in first.tables):
-            continue  # a model without a head, say, owns no rows
-        owner = AlignedRows(member.tables, owner, row_of)
+    owners = [  # a model without a head, say, owns no rows
+        (member.tables, row_of)
+        for member, row_of in zip(members, rows, strict=True)
+        if all(name in member.tables for name in first.tables)
+    ]
+    if new_token_rows == "owners_mean":
+        owner = MeanOfOwners(owners[1:], owner)
+        owners = owners[:1]
+    for tables, row_of in reversed(owners):
+        owner = AlignedRows(tables, owner, row_of)
     return [
         member.model if member.fits(row_of) else _with_rows(member, row_of, owner, new_token_rows)
         for member, row_of in zip(members, rows, strict=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from alignment.aligned_model import AlignedModel
-from alignment.layout import Layout
+from alignment.layout import Layout, NewTokenRows
 from alignment.output_tokenizer import describe_new, take_tokenizer, tokens_of_others, unite_configs
 from alignment.tables import Tables, check_tables, find_tables, lost_table, put_into_rows, table_names
 from checkpoints.errors import ArgumentError, InputError
@@ -18,6 +18,9 @@ from checkpoints.sidecars import SideFiles
 from checkpoints.tokenizer_files import add_tokens, check_tokens, set_vocabulary_size
 from checkpoints.vocabulary import MISSING, Vocabulary, match_rows
 
+FILLINGS = {"owner": "the owner's row", "owners_mean": "the mean of the owners' rows", "mean": "the mean row"}
+"""Value of `Layout.new_token_rows` -> how a note says it."""
+
 
 @dataclass(frozen=True)
 class Vocabularies:
@@ -25,11 +28,13 @@ class Vocabularies:
 
     Attributes:
         tokenizer_source: whose vocabulary the output has: `base`, `union` or the label of a model.
+        new_token_rows: `owner`, `owners_mean` or `mean`.
         models: with their vocabulary tables in the output's rows.
         refused: names of the vocabulary tables, where they were refused.
     """
 
     tokenizer_source: str
+    new_token_rows: NewTokenRows
     models: list[AlignedModel]
     refused: Collection[str] = ()
 
@@ -46,10 +51,11 @@ def align_vocabularies(
         problems: gets what is refused, and notes.
     """
     source = _named_source(models, layout, problems)
+    new_rows: NewTokenRows = "owner" if layout.new_token_rows == "auto" else layout.new_token_rows
     if source in ("auto", "base", "union") and layout.pad_to_multiple_of is None and _are_alike(models):
-        if source == "union":
-            unite_configs(models, models[0].model.vocabulary, layout, files, problems)
-        return Vocabularies("base" if source == "auto" else source, list(models))
+        if source in ("auto", "union"):
+            unite_configs(models, lambda: models[0].model.vocabulary, layout, files, problems)
+        return Vocabularies("base" if source == "auto" else source, new_rows, list(models))
     names = table_names(models[0])
     lost = lost_table(models[0])
     if lost and not _have_equal_tokens(models):
@@ -57,21 +63,30 @@ def align_vocabularies(
             f"{models[0].label}: expected {lost}, in which to match the other tokens of other models, by config.json, got no such tensor. "
             "Use matching files."
         )
-        return Vocabularies("base", list(models), names)
+        return Vocabularies("base", new_rows, list(models), names)
     if not names:
-        return Vocabularies("base", list(models))
+        return Vocabularies("base", new_rows, list(models))
     members = find_tables(models)
     uneven = check_tables(members)
     if uneven:
         problems.take(uneven)
-        return Vocabularies("base", list(models), names)
+        return Vocabularies("base", new_rows, list(models), names)
     matched = _match(members, source, layout, files, problems)
     if not matched.rows:
-        return Vocabularies(matched.source, list(models), names)
-    changed = put_into_rows(members, matched.rows, layout.new_token_rows)
+        return Vocabularies(matched.source, new_rows, list(models), names)
+    if layout.new_token_rows == "auto" and _share_new_tokens(matched.rows):
+        new_rows = "owners_mean"
+    _describe_rows(members, matched, new_rows, problems)
+    changed = put_into_rows(members, matched.rows, new_rows)
     having = [member.model for member in members]
     aligned = [next((new for old, new in zip(having, changed, strict=True) if old is one), one) for one in models]
-    return Vocabularies(matched.source, aligned)
+    return Vocabularies(matched.source, new_rows, aligned)
+
+
+def _share_new_tokens(rows: Sequence[torch.Tensor]) -> bool:
+    """Whether two or more models have a row that the first one lacks."""
+    has = torch.stack([row_of != MISSING for row_of in rows])  # [models, rows]
+    return bool(((has[1:].sum(dim=0) > 1) & ~has[0]).any())
 
 
 def _named_source(models: Sequence[AlignedModel], layout: Layout, problems: Problems) -> str:
@@ -112,6 +127,7 @@ class _Matched:
 
     source: str
     rows: Sequence[torch.Tensor] = ()
+    by_token: bool = False
 
 
 def _match(members: Sequence[Tables], source: str, layout: Layout, files: SideFiles, problems: Problems) -> _Matched:
@@ -165,6 +181,7 @@ def _match_by_token(
         problems.add(f"{member.label}: its tokenizer shares no token with that of {first.label}. {member.model.advice}")
     if strangers:
         return _Matched(source)
+    chosen = source
     new = tokens_of_others(members) if source in ("auto", "union") else []
     if source == "auto":
         source = "union" if new or _rows_owned(first.tokens, members, first.rows) > first.rows else "base"
@@ -181,7 +198,8 @@ def _match_by_token(
         problems.note(describe_new(new, first))
     if source == "union":
         count = _rows_owned(tokens, members, count)
-        unite_configs([member.model for member in members], tokens, layout, files, problems)
+    if source == "union" or chosen == "auto":
+        unite_configs([member.model for member in members], lambda: tokens, layout, files, problems)
     if donor is not first:
         take_tokenizer(first, donor, files)
     most = sum(member.rows + len(member.tokens.ids) for member in members)
@@ -195,8 +213,7 @@ def _match_by_token(
     if count != first.rows:
         set_vocabulary_size(files, first.rows, count)
         problems.note(f"the vocabulary tables get {count:,} rows, those of {first.label} have {first.rows:,}.")
-    _describe_rows(members, rows, layout, problems)
-    return _Matched(source, rows)
+    return _Matched(source, rows, by_token=True)
 
 
 def _rows_owned(tokens: Vocabulary, members: Sequence[Tables], rows: int) -> int:
@@ -212,13 +229,16 @@ def _padded(rows: int, layout: Layout) -> int:
     return -(-rows // multiple) * multiple
 
 
-def _describe_rows(members: Sequence[Tables], rows: Sequence[torch.Tensor], layout: Layout, problems: Problems) -> None:
+def _describe_rows(
+    members: Sequence[Tables], matched: _Matched, new_token_rows: NewTokenRows, problems: Problems
+) -> None:
     """Note for each model how many rows were matched, added, filled and dropped; nothing where all fit as they are."""
-    if all(member.fits(row_of) for member, row_of in zip(members, rows, strict=True)):
+    each = list(zip(members, matched.rows, strict=True))
+    if not matched.by_token or all(member.fits(row_of) for member, row_of in each):
         return
-    owned = torch.zeros(len(rows[0]), dtype=torch.bool)
-    filling = "the owner's row" if layout.new_token_rows == "owner" else "the mean row"
-    for member, row_of in zip(members, rows, strict=True):
+    owned = torch.zeros(len(matched.rows[0]), dtype=torch.bool)
+    filling = FILLINGS[new_token_rows]
+    for member, row_of in each:
         has = row_of != MISSING
         used, added = int(has.sum()), int((has & ~owned).sum()) if member is not members[0] else 0
         owned |= has

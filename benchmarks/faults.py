@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import merge
 import performAIM
 from benchmarks.fragile_disk import AFTER_POWER_LOSS, FLUSHES, WRITES, Fault, FragileDisk
-from checkpoints.staging import partial_folder
+from checkpoints.save_path import partial_folder
 from evaluation.jail import kernel
 from streaming import commits
 

@@ -6,6 +6,9 @@
 is for a module that stores its weight `[in, out]`. Tensors that the adapter holds whole (`modules_to_save`, trained biases,
 an embedding of another size) take the place of the base's. Everything is float32; nothing is rounded.
 
+A tied head stays the base's where the embedding alone is adapted, and the other way round, as in peft's forward pass: the
+adapted model has a head of its own then.
+
 Source: arXiv:2106.09685; arXiv:2312.03732 (rank-stabilised); file format and meaning of the config: peft 0.21.
 Deviation: peft rounds the product to the adapter's dtype and the sum to the base's; here whoever writes rounds once.
 """
@@ -26,7 +29,8 @@ from checkpoints.patterns import pattern
 from checkpoints.reader import ADAPTER_CONFIG, Checkpoint, WeightFile, read_tensor
 from checkpoints.sidecars import SideFiles, read_json
 from checkpoints.source import READ_ELEMENTS, TensorInfo
-from checkpoints.tokenizer_files import set_vocabulary_size
+from checkpoints.tensor_names import layer_of
+from checkpoints.tokenizer_files import set_tied, set_vocabulary_size
 from checkpoints.weights import Weights
 
 CACHED_PRODUCTS = 16
@@ -65,7 +69,12 @@ class AdapterConfig:
     alpha_pattern: Mapping[str, float]
     rank_stabilised: bool
     transposed: bool
+    saved_whole: tuple[str, ...] = ()
+    """Ends of the names of modules that were trained as copies of their own (`modules_to_save`)."""
+    keeps_ties: bool = False
+    """Whether what it does to an embedding it does to the head that is tied to it (`ensure_weight_tying`)."""
     label: str = ""
+    """How messages name it."""
 
     def scaling(self, module: str, rank: int) -> float:
         """What the product of a module's factors is multiplied with."""
@@ -101,6 +110,8 @@ def read_adapter_config(folder: Path, label: str) -> AdapterConfig:
             rank_stabilised=bool(content.get("use_rslora")),
             transposed=bool(content.get("fan_in_fan_out")),
             label=label,
+            saved_whole=tuple(map(str, content.get("modules_to_save") or ())),
+            keeps_ties=bool(content.get("ensure_weight_tying")),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(
@@ -135,6 +146,18 @@ class _Product:
     scaling: float
 
 
+@dataclass(frozen=True)
+class Tie:
+    """A head that a base does not store, as it is tied to the embedding.
+
+    Attributes:
+        head, embedding: their names.
+    """
+
+    head: str
+    embedding: str
+
+
 class AdaptedWeights:
     """A base's tensors with an adapter on top; a `Weights`.
 
@@ -142,6 +165,7 @@ class AdaptedWeights:
         base: what the adapter was trained on; adapter: its own file; label: how messages name both.
         config: see `read_adapter_config`.
         find: names that the base does not store, with shapes -> the base's tensors that become the same parameters.
+        tie: asks for the head that the base ties to its embedding, and that, where it stores one of them; None where not.
 
     Raises: Refusals: tensors of the adapter that have no place in the base, or do not fit it.
     """
@@ -153,6 +177,7 @@ class AdaptedWeights:
         label: str,
         config: AdapterConfig,
         find: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, str]],
+        tie: Callable[[], Tie | None] = lambda: None,
     ):
         self.label = label
         self.folder = base.folder
@@ -170,8 +195,13 @@ class AdaptedWeights:
             for name, change in changes.items()
             if places.get(name, name) in base.tensors
         )
+        self._head = _untied(changes, places, config, tie)
+        if self._head is not None:
+            infos[self._head.head] = base.tensors[self._head.embedding]
         for name, change in changes.items():
             place = places.get(name, name)
+            if config.keeps_ties and name not in base.tensors and _is_head_of(tie(), name):
+                continue  # the same change as the embedding's
             if change.whole is not None:
                 self._whole[place] = change.whole
                 own, replaced = adapter.tensors[change.whole], base.tensors.get(place)
@@ -182,8 +212,7 @@ class AdaptedWeights:
                 continue
             if place not in infos:
                 problems.append(
-                    f"{label}: adapts {name}, which {base.label} does not store. Give the base that it was trained on; "
-                    "a head that is tied to the embedding cannot be adapted alone."
+                    f"{label}: adapts {name}, which {base.label} does not store. Give the base that it was trained on."
                 )
                 continue
             product = _fit(change, adapter, infos[place].shape, config, transposed)
@@ -227,6 +256,8 @@ class AdaptedWeights:
         whole = self._whole.get(name)
         if whole is not None:
             return self._adapter.read(whole, start, stop, buffer)
+        if self._head is not None and name == self._head.head:
+            name = self._head.embedding
         return self._base.read(name, start, stop, buffer)
 
     def _read_factors(self, product: _Product) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,6 +272,8 @@ class AdaptedWeights:
         self._base.adjust(files)
         for old, new in self._resized.items():
             set_vocabulary_size(files, old, new)
+        if self._head is not None:
+            set_tied(files, False)
 
     def check_unchanged(self) -> None:
         """See `Weights`."""
@@ -267,14 +300,43 @@ def _read_changes(adapter: Checkpoint, problems: list[str | InputError]) -> dict
             problems.append(
                 f"{adapter.label}: {key}: expected tensors of a plain LoRA adapter, got one of another kind. Merge it into its base with peft."
             )
-        else:
+        elif re.search(r"\.original_module\.[^.]+$", name) is None:  # which holds the base's, from before the training
             whole = re.sub(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)", "", name)
-            changes.setdefault(whole, _Change(whole.rpartition(".")[0])).whole = key
+            change = changes.setdefault(whole, _Change(whole.rpartition(".")[0]))
+            if change.whole is None or whole != name:  # a table may be there twice, and the trained one counts
+                change.whole = key
     for name, change in changes.items():
         if change.factors and change.factors.keys() != {"A", "B"}:
             problems.append(f"{adapter.label}: {name}: expected lora_A and lora_B, got one of them. Download it again.")
             change.factors = {}
     return changes
+
+
+def _untied(
+    changes: Mapping[str, _Change], places: Mapping[str, str], config: AdapterConfig, tie: Callable[[], Tie | None]
+) -> Tie | None:
+    """The tie that an adapter undoes, as it changes one end of it, or each in its own way; None where it undoes none."""
+    if config.keeps_ties:
+        return None
+    own = {
+        places.get(name, name)
+        for name, change in changes.items()
+        if change.factors or any(f".{change.module}".endswith(f".{saved}") for saved in config.saved_whole)
+    }
+    # Asking takes seconds: most adapters change layers alone.
+    if not any(change.embedding or change.whole is not None or _is_outside(name) for name, change in changes.items()):
+        return None
+    ends = tie()
+    return ends if ends is not None and own & {ends.head, ends.embedding} else None
+
+
+def _is_outside(name: str) -> bool:
+    """Whether a tensor is in no layer of a stack."""
+    return layer_of(name) is None
+
+
+def _is_head_of(tie: Tie | None, name: str) -> bool:
+    return tie is not None and tie.head == name
 
 
 def _find_places(

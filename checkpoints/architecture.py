@@ -14,6 +14,7 @@ Source: transformers 5.19, `core_model_loading.convert_and_load_state_dict_in_mo
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.errors import InputError, first_line
+from checkpoints.errors import InputError, UnknownClass, first_line
 from checkpoints.limits import limited_building
 from checkpoints.placements import Architecture, Kind, Placement, Shape
 from checkpoints.process import quick_start
@@ -108,6 +109,7 @@ def _describe(model: Any, shapes: Mapping[str, Shape]) -> Architecture:
             unplaced=tuple(sorted(unplaced)),
             missing=tuple(sorted(left.missing_keys)),
             mismatched=mismatched,
+            decoder=_decoder_of(model),
         )
 
 
@@ -121,7 +123,24 @@ def build_meta_model(folder: Path, *, label: str | None = None, trust_remote_cod
     Raises:
         InputError: config.json is missing or broken, its model type is unknown, or no model can be built from it.
     """
-    from transformers import AutoConfig, __version__, initialization
+    from transformers import initialization
+
+    label = label or str(folder)
+    raw = read_config(folder, label)
+    code = raw.get("auto_map") or {}
+    with _building(label):
+        config = load_config(folder, label=label, trust_remote_code=trust_remote_code)
+        build = _choose_class(config, raw.get("architectures"), code if trust_remote_code else {})
+        safe_ops, no_weights = initialization.meta_device_safe_creation_ops(), initialization.no_init_weights()
+        with torch.device("meta"), safe_ops, no_weights:
+            # eager: the attention kernel that the config asks for need not be installed to look at names.
+            return build(dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@quick_start()
+def load_config(folder: Path, *, label: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's config as transformers has it, what config.json leaves out filled in. Raises InputError as `build_meta_model`."""
+    from transformers import AutoConfig, __version__
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     label = label or str(folder)
@@ -135,19 +154,25 @@ def build_meta_model(folder: Path, *, label: str | None = None, trust_remote_cod
             if code
             else "install a newer one"
         )
-        raise InputError(
+        raise UnknownClass(
             f"{label}: config.json: expected a model_type that transformers {__version__} knows, "
             f"got '{model_type}'. Mend it, or {advice}."
         )
+    with _building(label):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _building(label: str) -> Iterator[None]:
+    """Say in one message what transformers cannot make of a config: its validators and constructors raise anything."""
+    from transformers import __version__
+
     with _quiet():
         try:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-            build = _choose_class(config, raw.get("architectures"), code if trust_remote_code else {})
-            safe_ops, no_weights = initialization.meta_device_safe_creation_ops(), initialization.no_init_weights()
-            with torch.device("meta"), safe_ops, no_weights:
-                # eager: the attention kernel that the config asks for need not be installed to look at names.
-                return build(dtype=torch.float32, attn_implementation="eager").eval()
-        except Exception as error:  # config validators and constructors raise anything
+            yield
+        except InputError:
+            raise
+        except Exception as error:
             raise InputError(
                 f"{label}: config.json: expected what transformers {__version__} can build a model from, got "
                 f"{type(error).__name__}: {first_line(error)}. Mend it, or install the version it was written for."
@@ -220,9 +245,15 @@ def _place(
     kind, dim = _classify(model, group.parameter)
     try:
         made = _convert(group, sources, shape, model.config)
-        if dim is not None and group.converter is not None:
-            dim = _trace(group, sources, shape, dim, model.config)
-            kind = "other" if dim is None else kind
+        axes: tuple[int | None, ...] = tuple(range(len(shape)))
+        if group.converter is not None:
+            stored = len(next(iter(sources.values())))
+            axes = tuple(
+                None if len(shape) - axis > stored else _trace(group, sources, shape, axis, model.config)
+                for axis in range(len(shape))
+            )
+            dim = dim if dim is None else axes[dim]
+            kind = "other" if dim is None and kind in ("linear", "conv1d", "experts", "norm") else kind
     except (RuntimeError, ValueError, IndexError) as error:  # such as experts of different shapes: they do not stack
         return dict.fromkeys(sources, Placement(group.parameter, "other")), f"{group.parameter}: {error}"
     complaint = "; ".join(
@@ -231,17 +262,19 @@ def _place(
         if got != state.get(name)
     )
     stacked = len(shape) > len(next(iter(sources.values())))
+    starts = {} if complaint else _starts(group, sources, shape, model.config)
     placements: dict[str, Placement] = {}
     count: dict[str | None, int] = {}
     for name, pattern in group.sources:
         if not stacked:
             others = tuple(other for other in made if other != group.parameter)
-            placements[name] = Placement(group.parameter, kind, dim, None, others)
+            placements[name] = Placement(group.parameter, kind, dim, None, others, starts.get(name), axes)
             continue
         # More tensors than a parameter has experts: transformers fills the converter's next target with the rest.
         target, expert = divmod(count.get(pattern, 0), shape[0])
         count[pattern] = count.get(pattern, 0) + 1
-        placements[name] = Placement([*made][min(target, len(made) - 1)], kind, dim, expert)
+        parameter = [*made][min(target, len(made) - 1)]
+        placements[name] = Placement(parameter, kind, dim, expert, (), starts.get(name), axes)
     return placements, complaint
 
 
@@ -254,12 +287,108 @@ def _convert(group: _Group, sources: Mapping[str, Shape], shape: Shape, config: 
     """
     if group.converter is None:
         return {group.parameter: next(iter(sources.values()))}
+    empty = {name: torch.empty(one, device="meta") for name, one in sources.items()}
+    return {name: tuple(tensor.shape) for name, tensor in _run_converter(group, empty, shape, config).items()}
+
+
+def _run_converter(
+    group: _Group, tensors: Mapping[str, torch.Tensor], shape: Shape, config: Any
+) -> dict[str, torch.Tensor]:
+    """What transformers' converter makes of a group's tensors; `shape`: of the parameter, in the model."""
     converter = deepcopy(group.converter)
     for name, pattern in group.sources:
-        converter.add_tensor(group.parameter, name, pattern, torch.empty(sources[name], device="meta"))
+        converter.add_tensor(group.parameter, name, pattern, tensors[name])
     model = SimpleNamespace(get_parameter=lambda _: torch.empty(shape, device="meta"))
     made = converter.convert(group.parameter, model=model, config=config)
-    return {name: tuple((tensor[0] if isinstance(tensor, list) else tensor).shape) for name, tensor in made.items()}
+    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+class Conversion:
+    """How stored tensors become a model's parameters and buffers, as transformers does it when it loads them.
+
+    Args:
+        model: with its parameters on the meta device; shapes: name and shape of every stored tensor.
+
+    Attributes:
+        targets: the parameter or buffer that each conversion is known by; it may make further ones.
+    """
+
+    def __init__(self, model: Any, shapes: Mapping[str, Shape]):
+        self._model = model
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        groups, _ = _match_names(model, shapes)
+        self._groups = {group.parameter: group for group in groups}
+        self._made = {
+            name: list(
+                _convert(
+                    group,
+                    {source: tuple(shapes[source]) for source, _ in group.sources},
+                    self._shapes[name],
+                    model.config,
+                )
+            )
+            for name, group in self._groups.items()
+        }
+        self.targets = tuple(self._groups)
+
+    def made(self, target: str) -> list[str]:
+        """Names of all that a conversion makes."""
+        return self._made[target]
+
+    def sources(self, target: str) -> list[str]:
+        """Names of the stored tensors that a conversion takes."""
+        return [name for name, _ in self._groups[target].sources]
+
+    def plain_source(self, target: str) -> str | None:
+        """The one stored tensor that is taken as it is; None where a conversion changes something."""
+        group = self._groups[target]
+        return group.sources[0][0] if group.converter is None else None
+
+    def make(self, target: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the stored tensors become, by names of parameters and buffers."""
+        group = self._groups[target]
+        if group.converter is None:
+            return {target: next(iter(tensors.values()))}
+        return _run_converter(group, tensors, self._shapes[target], self._model.config)
+
+
+def _starts(group: _Group, sources: Mapping[str, Shape], shape: Shape, config: Any) -> dict[str, int]:
+    """Where each of a group's disk tensors begins in its flattened parameter; nothing for one that is no run of it.
+
+    Converts tensors that hold the numbers of their rows, one column wide, and looks where these come out.
+    """
+    if group.converter is None:
+        return {name: 0 for name, source in sources.items() if source == shape}
+    first = next(iter(sources.values()))
+    if len(first) < 2 or any(source[-1] != shape[-1] for source in sources.values()):
+        return {}
+    converter = deepcopy(group.converter)
+    begins: dict[str, int] = {}
+    rows = 0
+    for name, pattern in group.sources:
+        begins[name], count = rows, math.prod(sources[name][:-1])
+        numbers = torch.arange(rows, rows + count).view(*sources[name][:-1], 1)
+        converter.add_tensor(group.parameter, name, pattern, numbers)
+        rows += count
+    model = SimpleNamespace(get_parameter=lambda _: torch.empty(*shape[:-1], 1, device="meta"))
+    try:
+        made = converter.convert(group.parameter, model=model, config=config)
+    except (RuntimeError, ValueError, IndexError):  # an operation that looks at columns
+        return {}
+    if len(made) != 1:
+        return {}
+    tensor = next(iter(made.values()))
+    order = (tensor[0] if isinstance(tensor, list) else tensor).flatten()
+    if len(order) != rows:
+        return {}
+    position = torch.empty_like(order)
+    position[order] = torch.arange(rows)
+    starts = {}
+    for name, begin in begins.items():
+        count, at = math.prod(sources[name][:-1]), int(position[begin])
+        if torch.equal(order[at : at + count], torch.arange(begin, begin + count)):
+            starts[name] = at * shape[-1]
+    return starts
 
 
 def _trace(group: _Group, sources: Mapping[str, Shape], shape: Shape, dim: int, config: Any) -> int | None:
@@ -295,6 +424,8 @@ def _classify(model: Any, parameter: str) -> tuple[Kind, int | None]:
         return "linear", 1
     if leaf == "weight" and isinstance(module, Conv1D):
         return "conv1d", 0
+    if n_dims > 2 and isinstance(module, nn.modules.conv._ConvNd):
+        return "convolution", None
     # Set by transformers on every module of experts that its `ALL_EXPERTS_FUNCTIONS` can run.
     if n_dims == 3 and hasattr(module, "is_transposed"):
         return "experts", 1 if module.is_transposed else 2
@@ -380,6 +511,15 @@ def _weight_of(
     if path is None or not isinstance(module, kind) or not isinstance(getattr(module, "weight", None), nn.Parameter):
         return None
     return _disk_name(model, f"{path}.weight", disk_names)
+
+
+def _decoder_of(model: Any) -> str:
+    """See `Architecture.decoder`."""
+    try:
+        module = model.get_decoder()
+    except (NotImplementedError, AttributeError):
+        return ""
+    return next((path for path, other in model.named_modules() if other is module), "")
 
 
 @contextmanager

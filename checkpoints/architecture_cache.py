@@ -76,7 +76,8 @@ def _read(path: Path) -> Architecture:
     for name in ("buffers", "ignored", "unplaced", "missing"):
         content[name] = tuple(content[name])
     content["placements"] = {
-        name: Placement(**{**one, "others": tuple(one["others"])}) for name, one in content["placements"].items()
+        name: Placement(**{**one, "others": tuple(one["others"]), "axes": tuple(one["axes"])})
+        for name, one in content["placements"].items()
     }
     found = Architecture(**content)
     _check(found)

@@ -26,6 +26,8 @@ CONFIGS = ("tokenizer_config.json", "processor_config.json")
 _KNOWN = Path(__file__).parent / "templates"
 _MARKER = re.compile(r"<\|[^|<>{}\s'\"]+\|>|\[\|[^|\[\]{}\s'\"]+\|\]")
 
+_END = re.compile(r"</s>|<[^<>{}\s'\"]*(?:end|eot|eos)[^<>{}\s'\"]*>|\[\|?end[^\[\]{}\s'\"]*\]", re.IGNORECASE)
+
 
 def known_templates() -> list[str]:
     """The names of the templates that come with the toolkit."""
@@ -80,6 +82,16 @@ def _without_comments(template: str) -> str:
         kept.append(template[at:begin])
         at = end + 2
     return "".join([*kept, template[at:]])
+
+
+def end_markers(template: str, eos_token: str | None, tokens: Collection[str]) -> list[str]:
+    """The tokens that a template writes and that may end a turn, by what they are called; what it calls `eos_token` is one.
+
+    Read off the text: the template, which may be a stranger's, is not run.
+    """
+    written = _without_comments(template)
+    named = [eos_token] if eos_token is not None and "eos_token" in written else []
+    return [marker for marker in dict.fromkeys([*_END.findall(written), *named]) if marker in tokens]
 
 
 def templates_of(files: SideFiles) -> dict[str, str]:

@@ -11,6 +11,8 @@ from typing import Self
 from checkpoints.settings import CLOSE, OPEN, VALUE, Show, as_in_python, in_file, show_settings
 
 LONGEST_MESSAGE = 2000
+MOST_PROBLEMS = 10
+"""Problems that a message lists; a program finds all of them in `Refusals.problems`."""
 
 
 class InputError(Exception):
@@ -45,6 +47,10 @@ class ArgumentError(InputError):
     exit_code = 2
 
 
+class UnknownClass(InputError):
+    """What was asked needs the class of a model that transformers does not know."""
+
+
 class Refusals(InputError):
     """Everything found wrong, in one message, so that a user mends it all at once.
 
@@ -57,9 +63,10 @@ class Refusals(InputError):
         if all(isinstance(problem, ArgumentError) for problem in self.problems):
             self.exit_code = ArgumentError.exit_code
         lines = [printable(problem.marked) for problem in self.problems]
-        self.marked = (
-            lines[0] if len(lines) == 1 else f"{len(lines)} problems:\n" + "\n".join(f"- {line}" for line in lines)
-        )
+        listed = [f"- {line}" for line in lines[:MOST_PROBLEMS]]
+        if len(lines) > MOST_PROBLEMS:
+            listed.append(f"- and {len(lines) - MOST_PROBLEMS} more")
+        self.marked = lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems:", *listed])
         Exception.__init__(self, show_settings(self.marked, as_in_python))
 
     def shown(self, show: Show) -> Self:

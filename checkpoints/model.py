@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from checkpoints.architecture_cache import remembered
-from checkpoints.errors import InputError, Refusals, collecting
+from checkpoints.errors import InputError, Refusals, UnknownClass, collecting
 from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
+from checkpoints.pieces import Piece, find_pieces, text_placements
 from checkpoints.reader import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -28,7 +29,7 @@ from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_diges
 from checkpoints.weights import Weights
 
 if TYPE_CHECKING:
-    from checkpoints.adapters import AdapterConfig
+    from checkpoints.adapters import AdapterConfig, Tie
     from checkpoints.placements import Architecture
 
 Planned = TypeVar("Planned")
@@ -107,6 +108,16 @@ class Model:
             return self._describe(shapes)
         return remembered(config.read_bytes(), shapes, lambda: self._describe(shapes))
 
+    @cached_property
+    def known_architecture(self) -> Architecture:
+        """`architecture`; of a class that transformers does not know one of which nothing is known: arithmetic needs none."""
+        try:
+            return self.architecture
+        except UnknownClass:
+            from checkpoints.placements import Architecture
+
+            return Architecture("", {}, {}, None, None, (), (), tuple(self.weights.tensors), (), {})
+
     def _describe(self, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
         """What would hold tensors of these names and shapes in this model's class."""
         from checkpoints.architecture import describe
@@ -121,13 +132,32 @@ class Model:
 
         Returns: nothing for a name that has no place, or where transformers does not know the class.
         """
+        found = self.find_pieces(shapes)
+        return {pieces[0].name: name for name, pieces in found.items() if len(pieces) == 1 and pieces[0].is_whole}
+
+    def find_pieces(self, shapes: Mapping[str, tuple[int, ...]], other: Model | None = None) -> dict[str, list[Piece]]:
+        """What this model's tensors consist of, in the files of another: found by the parameters that both become.
+
+        Both are looked up in this model's class. What has no place there, as the text part of a model that reads images
+        too has not, is looked up in the other model's own class, whose decoder stands for this one's.
+
+        Args:
+            shapes: name -> shape of the other model's tensors.
+            other: that model, to look in its class; None to look in this one's alone.
+
+        Returns: this model's tensor -> its elements, in order; nothing for one that is not there whole, or where transformers
+            does not know the class.
+        """
+        ours = {name: info.shape for name, info in self.weights.tensors.items()}
         try:
-            ours = {(one.parameter, one.expert): name for name, one in self.architecture.placements.items()}
-            placed = self._describe(shapes).placements
+            mine = self.architecture
+            found = find_pieces(mine.placements, ours, self._describe(shapes).placements, shapes)
         except InputError:
             return {}
-        keys = {name: (one.parameter, one.expert) for name, one in placed.items()}
-        return {name: ours[key] for name, key in keys.items() if key in ours}
+        if other is not None and len(found) < len(mine.placements):
+            with suppress(InputError):
+                found = find_pieces(mine.placements, ours, text_placements(other.architecture, mine), shapes) | found
+        return found
 
     @cached_property
     def licence(self) -> str | None:
@@ -275,9 +305,20 @@ def _open_adapted(name: ModelName, location: Location, **options: bool) -> Model
         opened.callback(base.weights.close)
         adapter = open_checkpoint(location.folder, label, ADAPTER_FILES)
         opened.callback(adapter.close)
-        weights = AdaptedWeights(base.weights, adapter, str(name), config, base.find_same)
+        weights = AdaptedWeights(base.weights, adapter, str(name), config, base.find_same, lambda: _tie_of(base))
         opened.pop_all()
     return Model(base.location, weights, base.trust_remote_code, name, (*base.adapters, (location, adapter)))
+
+
+def _tie_of(base: Model) -> Tie | None:
+    """The head that a model ties to its embedding and does not store."""
+    from checkpoints.adapters import Tie
+
+    head, embedding = base.architecture.output_head, base.architecture.input_embedding
+    if head is None or embedding is None or head in base.weights.tensors:
+        return None
+    embedding = base.architecture.stored_name(embedding)
+    return Tie(head, embedding) if embedding in base.weights.tensors else None
 
 
 def _named_base(config: AdapterConfig, label: str) -> ModelName:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-Kind = Literal["linear", "conv1d", "experts", "norm", "embedding", "bias", "other"]
+from checkpoints.tensor_names import layer_of
+
+Kind = Literal["linear", "conv1d", "experts", "norm", "embedding", "bias", "convolution", "other"]
 Shape = tuple[int, ...]
 
 
@@ -19,13 +22,20 @@ class Placement:
     kind: Kind
     """linear: a matrix that its module multiplies the input with; conv1d: the same, stored input first; experts: such
     matrices fused for all experts of a layer; norm: one-dimensional, and a norm if the module's input is as wide (who
-    sees inputs checks that); embedding: an nn.Embedding, or what one is tied to; bias; other: anything else."""
+    sees inputs checks that); embedding: an nn.Embedding, or what one is tied to; bias; convolution: its kernel; other: anything
+    else, whose use only a run of the model tells."""
     input_dim: int | None = None
     """The dimension of the tensor ON DISK that runs over the module's input channels; None where none does."""
     expert: int | None = None
     """Which expert, where the disk tensor is one slice of a fused parameter."""
     others: tuple[str, ...] = ()
     """Further parameters cut from the same disk tensor: a projection that is fused on disk and not in the model."""
+    start: int | None = field(default=None, compare=False)
+    """Where in the flattened parameter the flattened tensor begins, which is one run of its elements, in order; None where
+    it is not: transposed, say, or cut into several parameters."""
+
+    axes: tuple[int | None, ...] = field(default=(), compare=False)
+    """For each dimension of the parameter the one of the tensor on disk that becomes it whole; None where none does."""
 
     @property
     def module(self) -> str:
@@ -33,7 +43,7 @@ class Placement:
         return self.parameter.rpartition(".")[0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Architecture:
     """A checkpoint's tensors, by their names on disk.
 
@@ -59,6 +69,26 @@ class Architecture:
     """Parameters, by their names in the model, that no stored tensor fills and the model class expects."""
     mismatched: Mapping[str, str]
     """Stored tensor -> what does not fit, a clause: its shape is not what the config says."""
+    decoder: str = ""
+    """Dotted name of the module that reads tokens and whose output the head reads; empty where that is the model itself."""
+
+    @cached_property
+    def unused(self) -> frozenset[str]:
+        """Stored tensors with which the model computes nothing: those that loading ignores, and layers behind its last one,
+        which guess the tokens after the next."""
+        numbers = [layer for layer in map(layer_of, self.placements) if layer]
+        last: dict[str, int] = {}
+        for stack, number in numbers:
+            last[stack] = max(number, last.get(stack, 0))
+        behind = (name for name in self.unplaced if (at := layer_of(name)) and at[1] > last.get(at[0], at[1]))
+        return frozenset((*self.ignored, *behind))
+
+    def is_text(self, name: str) -> bool:
+        """Whether a stored tensor belongs to the decoder or is its head: not to a tower that reads images, say."""
+        placement = self.placements.get(name)
+        if name == self.output_head or placement is None or not self.decoder:
+            return True
+        return placement.parameter.startswith(f"{self.decoder}.")
 
     def stored_name(self, name: str) -> str:
         """The disk tensor with the values of `name`: the one that it is tied to, or itself."""

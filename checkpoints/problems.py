@@ -10,7 +10,7 @@ from checkpoints.settings import Remark
 
 
 class Problems:
-    """What is wrong, in the order in which it was found, each problem once; and what is only worth a note.
+    """What is wrong, in the order in which it was found, each problem once; and what is only worth a warning or a note.
 
         problems = Problems()
         with problems.collect():
@@ -19,12 +19,13 @@ class Problems:
         problems.raise_if_any()
 
     Attributes:
-        found: the problems; notes: lines that stop nothing.
+        found: the problems; notes: lines that stop nothing; warnings: such as nobody should miss.
     """
 
     def __init__(self, found: Iterable[str | InputError] = (), notes: Iterable[str] = ()):
         self.found: list[InputError] = []
         self.notes: list[str] = list(notes)
+        self.warnings: list[str] = []
         self.extend(found)
 
     def __bool__(self) -> bool:
@@ -54,6 +55,11 @@ class Problems:
         """Add the problems and the notes that were collected elsewhere."""
         self.extend(others)
         self.notes += others.notes
+        self.warnings += others.warnings
+
+    def warn(self, text: str) -> None:
+        """Add a line that stops nothing and that nobody should miss."""
+        self.warnings.append(text)
 
     def note(self, text: str) -> None:
         """Add a line that stops nothing."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
+import os
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +30,9 @@ SWITCH_S = 0.0002
 """Seconds between turns of Python's threads while something is compiled."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 16 << 20
+WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+"""Threads that have nothing to do sleep. By default they spin, and where other programs want the same cores a forward pass of
+two threads, which wait for each other thousands of times, becomes slower than that of one."""
 GUESSES = "transformers.generation.candidate_generator"
 
 _owners = 0
@@ -39,6 +43,8 @@ def own_process() -> Iterator[None]:
     """Switch everything here on for the length of the block; a polite kill and a closed terminal end it as Ctrl-C does."""
     global _owners
     _owners += 1
+    if "torch" not in sys.modules:  # it reads them once
+        wait_passively(os.environ)
     try:
         with _kills_as_interrupts():
             yield
@@ -74,6 +80,12 @@ def _kills_as_interrupts() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def wait_passively(environment: MutableMapping[str, str]) -> None:
+    """Have OpenMP's threads sleep while they wait, unless the user has said how they wait."""
+    if not WAITING.keys() & environment.keys():
+        environment.update(WAITING)
 
 
 def end(code: int) -> NoReturn:

@@ -18,7 +18,7 @@ from checkpoints.folder import Folder
 from checkpoints.location import Location
 from checkpoints.model import Model
 from checkpoints.reader import WeightFile
-from checkpoints.staging import RECIPE_FILE
+from checkpoints.save_path import RECIPE_FILE
 from checkpoints.weights import Weights
 from checkpoints.writer import chunked_sha256
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from checkpoints.chat_templates import is_literal
 from checkpoints.files import in_utf8, write_text
-from checkpoints.staging import RECIPE_FILE, read_recipe
+from checkpoints.save_path import RECIPE_FILE, read_recipe
 
 CARD = "README.md"
 DIGITS = 12

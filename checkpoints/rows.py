@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -81,6 +81,43 @@ class MeanRows:
                 self._rows[name] = mean_row(self._tables[name])
         row = self._rows[name]
         return row[torch.arange(start, stop) % len(row)]
+
+
+class MeanOfOwners:
+    """A source whose every row of a table is the mean of that row in all models that have it, in float32.
+
+    Args:
+        owners: of each model its tables, output name -> table, and per output row its row or `MISSING`, `[rows]` int64; at
+            least one.
+        fallback: gives the rows that none of them has.
+    """
+
+    def __init__(self, owners: Sequence[tuple[Mapping[str, TensorRef], torch.Tensor]], fallback: Source):
+        self.label = fallback.label
+        self._fallback = fallback
+        rows = len(owners[0][1])
+        self._counts = torch.stack([row_of != MISSING for _, row_of in owners]).sum(dim=0)  # [rows]
+        self._owners = [(AlignedRows(tables, fallback, row_of), row_of) for tables, row_of in owners]
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(torch.float32, (rows, *table.info.shape[1:])) for name, table in owners[0][0].items()
+        }
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`; sums in float64, in the order of the models."""
+        info = self.tensors[name]
+        width = info.numel // info.shape[0]
+        row = torch.arange(start, stop) // width
+        counts = self._counts[row]
+        total = torch.zeros(stop - start, dtype=torch.float64)
+        scratch = torch.empty_like(buffer)
+        for source, row_of in self._owners:
+            has = row_of[row] != MISSING
+            if has.any():
+                total += torch.where(has, source.read(name, start, stop, scratch).double(), 0.0)
+        mean = total / counts.clamp(min=1)
+        if (counts == 0).any():
+            mean = torch.where(counts > 0, mean, self._fallback.read(name, start, stop, scratch).double())
+        return mean.float()
 
 
 def mean_row(table: TensorRef) -> torch.Tensor:

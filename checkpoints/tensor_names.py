@@ -12,7 +12,15 @@ def kind_of(tensor: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", tensor)
 
 
-def list_kinds(names: Iterable[str]) -> str:
-    """The names, or their kinds with a count where there are many."""
+def list_kinds(names: Iterable[str], most: int = 8) -> str:
+    """The names, or their kinds with a count where there are many; at most `most` of them, and how many more."""
     kinds = Counter(kind_of(name) for name in names)
-    return ", ".join(f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items())
+    listed = [f"{kind} ({count})" if count > 1 else kind for kind, count in kinds.items()]
+    more = [f"and {len(listed) - most} more kinds"] if len(listed) > most + 1 else []
+    return ", ".join([*listed[:most], *more] if more else listed)
+
+
+def layer_of(tensor: str) -> tuple[str, int] | None:
+    """The stack that a tensor belongs to and its number there: (`model.layers.`, 3); None outside of a stack."""
+    found = re.match(r"(.*?\.|)(\d+)\.", tensor)
+    return (found[1], int(found[2])) if found else None

@@ -110,11 +110,15 @@ def check_tokens(files: SideFiles, expected: Vocabulary, *, trust_remote_code: b
 def end_tokens(files: SideFiles, tokens: Vocabulary) -> list[str]:
     """The tokens that end a model's text, by its generation config, else its config."""
     strings = {index: token for token, index in tokens.ids.items()}
+    return [strings[index] for index in end_ids(files) if index in strings]
+
+
+def end_ids(files: SideFiles) -> list[int]:
+    """The ids of the tokens that end a model's text, by its generation config, else its config."""
     for name in reversed(CONFIGS):
         ids = files.read_json(name).get("eos_token_id")
         if ids is not None:
-            listed = ids if isinstance(ids, list) else [ids]
-            return [strings[index] for index in listed if type(index) is int and index in strings]
+            return [index for index in (ids if isinstance(ids, list) else [ids]) if type(index) is int]
     return []
 
 

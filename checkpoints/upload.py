@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from checkpoints.errors import ArgumentError, InputError, Interrupted, Refusals, collecting, first_line
 from checkpoints.hub_errors import few, progress_bars
 from checkpoints.publishing import CARD, public_name, publish
+from checkpoints.save_path import RECIPE_FILE
 from checkpoints.settings import setting
-from checkpoints.staging import RECIPE_FILE
 
 if TYPE_CHECKING:
     from checkpoints.model import Model

@@ -28,6 +28,9 @@ SETTINGS = {
     "calibration_seed": "calibration.seed",
     "batch_size": "batch_size",
     "calibration_dtype": "calibration.dtype",
+    "calibration_tolerance": "calibration.tolerance",
+    "calibration_mode": "calibration.mode",
+    "max_memory": "max_memory",
 }
 """Flag -> the setting of `aim.reading` that it gives."""
 NOT_ALONE = [flag for flag in SETTINGS if flag not in ("omega", "omegas", "seed")]
@@ -58,8 +61,11 @@ def add_aim_flags(parser: argparse.ArgumentParser, *, omega_help: str) -> argpar
     text.add_argument("--n_samples", metavar="N", help="texts (default 256)")
     text.add_argument("--block_size", metavar="N", help="tokens of a block, and of the longest text (default 512)")
     text.add_argument("--calibration_seed", metavar="N", help="of the shuffle that picks the texts (default 42)")
-    text.add_argument("--batch_size", metavar="N", help="blocks of a forward pass (default 1)")
-    text.add_argument("--calibration_dtype", metavar="DTYPE", help="of the forward pass: auto (the checkpoint's; default), float32, bfloat16 or float16")  # fmt: skip
+    text.add_argument("--batch_size", metavar="N", help="blocks of a forward pass (default: what is fastest)")
+    text.add_argument("--calibration_dtype", metavar="DTYPE", help="of the forward pass: auto (the checkpoint's), float32, bfloat16 or float16 (default: the faster of the checkpoint's and float32)")  # fmt: skip
+    text.add_argument("--calibration_tolerance", metavar="T", help="stop when s of the first half of the text and of the second differ by less in every kind of layer, looked at after 2048 tokens, 4096 and so on (default 0.02; 0 runs all of the text, as published)")  # fmt: skip
+    text.add_argument("--calibration_mode", metavar="M", help="whole (all weights in memory), layerwise (one layer of them at a time) or auto (what fits; default)")  # fmt: skip
+    text.add_argument("--max_memory", metavar="SIZE", help="for weights and hidden states of the calibration, such as 8GB (default: what is free)")  # fmt: skip
     return how
 
 

@@ -279,7 +279,14 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
 
 def given_layout(arguments: argparse.Namespace) -> dict[str, Any]:
     """What flags say of the output's vocabulary and head, by recipe key. Raises ArgumentError where one is wrong."""
-    keys = ("tokenizer_source", "new_token_rows", "pad_to_multiple_of", "chat_template", "copy_tokenizer_from")
+    keys = (
+        "tokenizer_source",
+        "new_token_rows",
+        "pad_to_multiple_of",
+        "chat_template",
+        "copy_tokenizer_from",
+        "allow_config_difference",
+    )
     given = {key: vars(arguments)[key] for key in keys}
     given["tie_word_embeddings"] = shell.parse_yes_or_no("tie_word_embeddings", arguments.tie_word_embeddings)
     return {key: value for key, value in given.items() if value is not None}

@@ -126,5 +126,9 @@ def read_layout(arguments: argparse.Namespace) -> Layout:
     from aim.run import layout_of
 
     tie = shell.parse_yes_or_no("tie_word_embeddings", arguments.tie_word_embeddings)
-    more = {"chat_template": arguments.chat_template, "copy_tokenizer_from": arguments.copy_tokenizer_from}
+    more = {
+        "chat_template": arguments.chat_template,
+        "copy_tokenizer_from": arguments.copy_tokenizer_from,
+        "allow_config_difference": arguments.allow_config_difference,
+    }
     return layout_of(arguments.numerics or "float32", arguments.new_token_rows, tie_word_embeddings=tie, **more)

@@ -56,6 +56,8 @@ SIZE_UNITS = {
 
 def show_flag(name: str, value: str | None) -> str:
     """A setting as a user of a command types it: `--weights 0.5`, `--no-normalize`."""
+    if (name, value) == ("resume", "false"):
+        return as_flag("no_resume", None)
     flag = FLAGS.get(name, name)
     if value in ("true", "false"):
         return as_flag(flag if value == "true" else f"no-{flag}", None)
@@ -188,10 +190,11 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
 
 def add_layout_flags(group: argparse._ArgumentGroup) -> None:
     """The flags of what a checkpoint with another vocabulary or head than its base's looks like."""
-    group.add_argument("--new_token_rows", metavar="R", help="rows of a token that a model lacks: owner (the row of the first model that has it; default) or mean (of the model's own rows)")  # fmt: skip
+    group.add_argument("--new_token_rows", metavar="R", help="rows of a token that a model lacks: owner (the row of the first model that has it), owners_mean (the mean of the rows of all that have it; default where several do) or mean (of the model's own rows)")  # fmt: skip
     group.add_argument("--tie_word_embeddings", metavar="YES|NO", help="whether the output's head is its embedding (default: as in the model that gives its config)")  # fmt: skip
     group.add_argument("--chat_template", metavar="T", help=f"the output's chat template: {', '.join(known_templates())}, a Jinja file, or auto, the one that most inputs have (default: as the tokenizer has it)")  # fmt: skip
     group.add_argument("--copy_tokenizer_from", metavar="MODEL", help="tokenizer files and chat template of any model with the output's vocabulary, in place of the output's")  # fmt: skip
+    group.add_argument("--allow_config_difference", metavar="KEYS", help="entries of config.json, separated by commas, in which models may differ from the one whose config the output has (default: heads must be the same; the rest is warned of)")  # fmt: skip
 
 
 def parse_yes_or_no(name: str, text: str | None) -> bool | None:

@@ -15,10 +15,7 @@ from checkpoints.errors import ArgumentError, InputError
 from checkpoints.settings import setting
 from checkpoints.sidecars import read_config
 from evaluation.chat_template import confine_templates
-from evaluation.model import BackendName, Model, ModelOptions
-
-# What a library raises for a folder that is no model it can load.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError)
+from evaluation.model import LOAD_ERRORS, BackendName, Model, ModelOptions
 
 # For vLLM, where they are not set yet. Its log would drown ours.
 GPU_ENVIRONMENT = {

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError, first_line
+from checkpoints.settings import setting
 from checkpoints.strangers import STRANGERS, StrangersError
 
 TRIAL = [{"role": "user", "content": "What is 6 times 7?"}]
 """A chat that every template can write."""
-ADVICE = "Mend the template, or leave --apply_chat_template out."
+ADVICE = f"Mend the template, or leave {setting('apply_chat_template')} out."
 
 
 class TemplateFault(InputError):
@@ -63,7 +64,7 @@ def check_chat_template(folder: Path, label: str, *, trust_remote_code: bool) ->
     """Raise InputError where a model's chat template cannot write a question: it raises, does not end, or fails otherwise."""
     from transformers import AutoTokenizer
 
-    from evaluation.backends import LOAD_ERRORS
+    from evaluation.model import LOAD_ERRORS
 
     confine_templates()
     try:

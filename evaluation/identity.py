@@ -15,7 +15,7 @@ from typing import Any
 from checkpoints import VERSION
 from checkpoints.errors import InputError
 from checkpoints.location import Location
-from checkpoints.staging import read_recipe
+from checkpoints.save_path import read_recipe
 
 PATTERNS = (
     "*.json",

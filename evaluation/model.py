@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from evaluation.transformers_model import Finish
 
+# What a library raises for a folder that is no model it can load.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError)
+
 BackendName = Literal["vllm", "hf"]
 CPU_BATCH, GPU_BATCH = 8, 32
 SCORE_BATCH = 256

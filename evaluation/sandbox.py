@@ -39,6 +39,7 @@ from types import TracebackType
 from typing import Literal
 
 from checkpoints.errors import InputError
+from checkpoints.settings import setting
 from evaluation.jail import landlock, seccomp, trial, view
 from evaluation.jail.host import Jail, JailError
 from evaluation.jail.kernel import MACHINE
@@ -125,7 +126,7 @@ def probe(*, unsafe: bool = False, memory_bytes: int = MEMORY_BYTES) -> Level:
         return Level.UNSAFE
     raise InputError(
         f"sandbox: expected a way to lock programs up, got none ({'; '.join(problems)}). {HOW_TO} "
-        "--unsafe_code_execution runs what a model wrote without a lock."
+        f"{setting('unsafe_code_execution')} runs what a model wrote without a lock."
     )
 
 
@@ -178,7 +179,7 @@ class Sandbox:
         else:
             problem = why_not(level, memory_bytes)
             if level is Level.UNSAFE and not unsafe:
-                problem = "runs programs without a lock, which --unsafe_code_execution has to allow"
+                problem = f"runs programs without a lock, which {setting('unsafe_code_execution')} has to allow"
             if problem is not None:
                 raise InputError(f"sandbox: expected level {level.value} to work here, got: {problem}. {HOW_TO}")
             _warn(level)

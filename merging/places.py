@@ -51,7 +51,7 @@ class Places:
     Attributes:
         places: in the order of the reference's names.
         files: the output's side files.
-        layout: the recipe's, `tokenizer_source` decided.
+        layout: the recipe's, decided where that says `auto`.
         problems: what does not fit, and notes.
         is_stacked: whether the output's layers are not simply the first model's.
     """

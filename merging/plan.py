@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from alignment.configs import check_configs
+from alignment.output_check import check_output
 from alignment.stored import check_plain
 from checkpoints.errors import ArgumentError
 from checkpoints.model import Model
@@ -178,6 +180,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     found = find_places(recipe, models, primary)
     problems.take(found.problems)
     recipe = replace(recipe, layout=found.layout)
+    check_configs(opened, recipe.layout.allow_config_difference, problems, is_base=recipe.base_model is not None)
     if recipe.layout.copy_tokenizer_from is not None or recipe.layout.chat_template is not None:
         from alignment.tokenizer_choice import choose_tokenizer_files
 
@@ -201,12 +204,16 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
             by_name[place.name] = _plan_tensor(recipe, place, place.name in embeddings)
     problems.raise_if_any()
     infos = {name: TensorInfo(tensor.dtype, tensor.spec.shape) for name, tensor in by_name.items()}
+    check_output(found.files, {name: info.shape for name, info in infos.items()}, primary, problems)
+    problems.raise_if_any()
     shards = plan_shards(infos, max_shard_bytes)
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
     labels = tuple(models[identity(source.name)].label for source in recipe.models)
     where = [location.note for model in opened for location, _ in model.parts if location.note]
     notes = [*recipe.notes, *where, *problems.notes]
-    return Plan(recipe, labels, ordered, shards, found.files, notes, remarks(recipe), found.is_stacked)
+    return Plan(
+        recipe, labels, ordered, shards, found.files, notes, [*problems.warnings, *remarks(recipe)], found.is_stacked
+    )
 
 
 def _embeddings(recipe: Recipe, base: Model) -> set[str]:
@@ -226,7 +233,7 @@ def _plan_tensor(recipe: Recipe, place: Place, is_embedding: bool) -> PlannedTen
     elif why := recipe.why_copied(place.name):
         note = why
     elif len(inputs) < len(place.inputs):
-        note = "a buffer that not every model stores"
+        note = "not stored by every model"
     if dtype.is_floating_point:
         dtype = FLOAT_DTYPES.get(recipe.out_dtype, torch.float32 if dtype == torch.float64 else dtype)
     if note:

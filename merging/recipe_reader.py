@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from alignment.layout import Layout
+from alignment.layout import NEW_TOKEN_ROWS, Layout
 from checkpoints.errors import ArgumentError, InputError, named_by, unknown
 from checkpoints.location import ModelName, parse_model
 from checkpoints.settings import Remark, setting
@@ -28,7 +28,7 @@ from streaming.values import Value, describe, parse_value
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "tie_word_embeddings", "exclude", "only",
+    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "allow_config_difference", "tie_word_embeddings", "exclude", "only",
     "seed", "aim",
 )  # fmt: skip
 RECORD_KEYS = (
@@ -445,7 +445,7 @@ class Reader:
             key: content[key]
             for key in (
                 *("pad_to_multiple_of", "new_token_rows", "tie_word_embeddings"),
-                *("chat_template", "copy_tokenizer_from"),
+                *("chat_template", "copy_tokenizer_from", "allow_config_difference"),
             )
             if content.get(key) is not None
         }
@@ -466,9 +466,9 @@ class Reader:
         multiple = further.get("pad_to_multiple_of", 1)
         if type(multiple) is not int or multiple < 1:
             self.refuse("pad_to_multiple_of", f"expected a whole number above 0, got {describe(multiple)}.")
-        for key in ("chat_template", "copy_tokenizer_from"):
+        for key in ("chat_template", "copy_tokenizer_from", "allow_config_difference"):
             self.read_text(key, further.get(key))
-        choices = {"new_token_rows": ("owner", "mean"), "tie_word_embeddings": (True, False)}
+        choices: dict[str, Sequence[Any]] = {"new_token_rows": NEW_TOKEN_ROWS, "tie_word_embeddings": (True, False)}
         for key, allowed in choices.items():
             if key in further and further[key] not in allowed:
                 self.refuse(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,11 @@ from streaming.tally import SAMPLE_EVERY, Tally, sample_of
 from streaming.twins import twin
 
 DIGITS = 4
+ALIKE = 0.9
+FAR = 0.1
+MOSTLY = 0.8
+"""Of the changed matrices, the share on which the task vectors are alike (mean cosine above `ALIKE`) and far (|d|/|b| above `FAR`)
+that asks for another base: what models share is then mostly what sets the base apart from theirs."""
 
 
 class DeltaReport:
@@ -88,6 +93,27 @@ class DeltaReport:
             "all": self._entry([sum(column) for column in zip(*kinds.values(), strict=True)]),
             "layers": layers,
         }
+
+    def suspects_base(self, matrices: Collection[str]) -> bool:
+        """Whether the task vectors of two or more models are so alike and so far from the base that it is hardly theirs.
+
+        Two checkpoints of one fine-tuning run are alike, too, and not far.
+
+        Args:
+            matrices: the tensors that have rows and columns: vectors are too short to tell.
+        """
+        count = len(self.models)
+        looked_at = alike_and_far = 0
+        for name, sums in self.tally.by_tensor().items():
+            _, changed, _, base, _, *gram = sums
+            if count < 2 or name not in matrices or not changed or not base:
+                continue
+            norms = [math.sqrt(gram[i * count + i]) for i in range(count)]
+            pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+            cosines = [gram[i * count + j] / (norms[i] * norms[j]) if norms[i] * norms[j] else 0.0 for i, j in pairs]
+            looked_at += 1
+            alike_and_far += sum(cosines) > ALIKE * len(pairs) and min(norms) > FAR * math.sqrt(base)
+        return bool(looked_at) and alike_and_far >= MOSTLY * looked_at
 
     def _entry(self, sums: Sequence[float]) -> dict[str, Any]:
         count = len(self.models)

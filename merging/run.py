@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Merge(Work):
 
     plan: Plan
     detail: str
+    _report: DeltaReport | None = field(default=None, init=False)
 
     def as_json(self) -> dict[str, Any]:
         """The plan for programs."""
@@ -47,7 +48,8 @@ class Merge(Work):
     def start(self) -> Observer | None:
         """The merge report, where there are task vectors to look at."""
         wanted = self.detail != "none" and self.plan.has_deltas
-        return DeltaReport(self.plan.models, full=self.detail == "full") if wanted else None
+        self._report = DeltaReport(self.plan.models, full=self.detail == "full") if wanted else None
+        return self._report
 
     @cached_property
     def _compared_equal(self) -> set[int]:
@@ -60,11 +62,17 @@ class Merge(Work):
         }
 
     def warnings_of(self, findings: Findings) -> list[str]:
-        """Models that equal the base, and numbers that are not finite."""
+        """Models that equal the base, a base that is hardly theirs, and numbers that are not finite."""
         equal = sorted(self._compared_equal | findings.unchanged) if self.plan.has_deltas else []
         found = [f"{self.plan.models[index]} equals the base: its task vector is zero throughout." for index in equal]
         if equal and len(equal) == len(self.plan.models):
             found.append("All models equal the base, and so does the output.")
+        matrices = {tensor.spec.name for tensor in self.plan.tensors if not tensor.spec.is_vector}
+        if self._report is not None and self._report.suspects_base(matrices):
+            found.append(
+                f"The task vectors of all models are nearly the same and large: is {self.inputs[0].label} the base that they were fine-tuned "
+                "from? Name that one, or merge without a base (linear, slerp)."
+            )
         return [*found, *findings.non_finite_warnings()]
 
     def closing_record(self, observer: Observer | None) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from checkpoints.errors import AlreadyComplete
 from checkpoints.folder import Folder
 from checkpoints.model import Model, close_all
 from checkpoints.problems import Problems
+from checkpoints.save_path import RECIPE_FILE, check_save_path, check_space
 from checkpoints.settings import Show, as_flag, as_in_python, shown
 from checkpoints.sidecars import SideFiles
-from checkpoints.staging import RECIPE_FILE, Stage, check_complete, check_save_path, check_space, staged
+from checkpoints.staging import Stage, check_complete, staged
 from checkpoints.writer import Shard
 from streaming.output import (
     Findings,

@@ -17,8 +17,9 @@ from checkpoints.finished import Finished
 from checkpoints.folder import Folder
 from checkpoints.model import Model, close_all
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
+from checkpoints.save_path import RECIPE_FILE
 from checkpoints.sidecars import SideFiles
-from checkpoints.staging import RECIPE_FILE, Stage
+from checkpoints.staging import Stage
 from checkpoints.writer import CheckpointWriter, Shard, file_names
 from streaming.commits import Commits
 from streaming.log import Log, no_log

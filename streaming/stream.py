@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from checkpoints.errors import InputError
+from checkpoints.pieces import Origin
 from checkpoints.settings import setting
 from checkpoints.source import TensorRef, dtype_name
 from checkpoints.writer import CheckpointWriter
@@ -101,7 +102,8 @@ class PlannedTensor:
     base: None only where the output has no base.
     inputs: the fine-tuned models' tensors, in the recipe's order; shapes equal to the output's.
     dtype: of the output.
-    note: why it is copied; base_name: its name in the base's files, where that is another than the output's.
+    note: why it is copied.
+    origins: what it is in the base's files, where that is no tensor of its name: one, or one for each of its experts.
     """
 
     spec: TensorSpec
@@ -110,7 +112,7 @@ class PlannedTensor:
     inputs: tuple[TensorRef, ...]
     method: Merger | None
     note: str = ""
-    base_name: str = ""
+    origins: tuple[Origin, ...] = ()
 
     def needs_base(self, transforms: Sequence[Transform | None]) -> bool:
         """Whether the base is read: not for a method that has no use for it, unless a transform asks for it."""

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from checkpoints.chat_templates import DEFAULT, end_markers, templates_of
 from checkpoints.errors import InputError, Refusals
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.model import Model, open_model
+from checkpoints.save_path import RECIPE_FILE, SWEEP_PREFIX
 from checkpoints.settings import setting
 from checkpoints.source import READ_ELEMENTS
-from checkpoints.staging import RECIPE_FILE, SWEEP_PREFIX
+from checkpoints.tokenizer_files import end_tokens
 from checkpoints.writer import chunked_sha256
 from streaming.stream import all_finite
 from streaming.workers import Workers
@@ -96,6 +98,7 @@ def verify(
         model = open_model(str(folder), trust_remote_code=trust_remote_code)
         with closing(model.weights):
             problems += _check_shapes(model, found)
+            problems += _check_end(model)
             problems += _check_numbers(model, workers, progress)
             found.tensors = len(model.weights.tensors)
     if problems:
@@ -172,6 +175,25 @@ def _check_shapes(model: Model, found: Verified) -> list[str]:
     problems += [f"{model.label}: no tensor fills {name}, which config.json asks for." for name in architecture.missing]
     problems += [f"{model.label}: {name}: nothing in config.json's model takes it." for name in architecture.unplaced]
     return problems
+
+
+def _check_end(model: Model) -> list[str]:
+    """A chat template that ends a turn with a token at which the model's text does not end: it would talk on."""
+    files = model.side_files()
+    template = templates_of(files).get(DEFAULT)
+    tokens = model.vocabulary if template is not None else None
+    if template is None or tokens is None:
+        return []
+    eos_token = files.read_json("tokenizer_config.json").get("eos_token")
+    named = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
+    markers = end_markers(template, named if isinstance(named, str) else None, tokens.ids)
+    ends = end_tokens(files, tokens)
+    if not markers or not ends or set(markers) & set(ends):
+        return []
+    return [
+        f"{model.label}: its chat template ends a turn with {' or '.join(map(repr, markers))}, and eos_token_id lists {', '.join(map(repr, ends))} "
+        "only: the model will not stop. Add the token's id to eos_token_id in generation_config.json."
+    ]
 
 
 def _check_numbers(model: Model, workers: Workers, progress: Callable[[int], object]) -> list[str]:

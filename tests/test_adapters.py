@@ -117,6 +117,84 @@ def test_names_on_disk_that_differ_from_those_of_modules(conv_family: Family, tm
     assert check_against_peft(base, adapter, {name: f"transformer.{name}" for name in tensors}) == 2
 
 
+@pytest.fixture(scope="module")
+def tied_family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("tied"), "qwen2", dtype=torch.float32, n_models=1)
+
+
+ONE_END: dict[str, dict[str, Any]] = {
+    "the embedding": {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
+    "the head": {"r": 4, "target_modules": ["lm_head", "q_proj"]},
+    "each in its own way": {"r": 4, "target_modules": ["embed_tokens", "lm_head"]},
+    "the embedding, whole": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("kind", ONE_END)
+def test_one_end_of_a_tie(tied_family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str):
+    """The output computes what base and adapter do, with a head of its own; without leave for one it is refused."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tied_family.base
+    adapter = make_adapter(tmp_path / "lora", base, **ONE_END[kind])
+    how = [
+        "--method=task_arithmetic",
+        "--base_model",
+        base,
+        "--models_to_merge",
+        adapter,
+        "--save_path",
+        tmp_path / "out",
+    ]
+    run(merge, *how, code=1)
+    said = capsys.readouterr().err
+    assert "lm_head.weight: expected equal to model.embed_tokens.weight, to which" in said
+    assert "Use --tie_word_embeddings no, which gives the output a head of its own." in said
+    run(merge, *how, "--tie_word_embeddings", "no")
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        before = plain(ids).logits
+        theirs = PeftModel.from_pretrained(plain, adapter).eval()(ids).logits
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert (theirs - before).abs().max() > 1e-3
+
+
+def test_an_adapter_that_keeps_the_tie(tied_family: Family, tmp_path: Path):
+    """Trained with `ensure_weight_tying`: one change for both ends."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = tied_family.base
+    adapter = make_adapter(tmp_path / "lora", base, r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    run(merge, "--method=linear", "--base_model", base, "--models_to_merge", adapter, "--save_path", tmp_path / "out")
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        theirs = PeftModel.from_pretrained(plain, adapter).eval()(ids).logits
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_tables_beside_those_from_before_the_training(family: Family, tmp_path: Path):
+    """As some versions of peft write new tokens: each table by its name, trained, and as it was."""
+    adapter = make_adapter(tmp_path / "lora", family.base, r=4, target_modules=["q_proj"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    trained = torch.randn(300, 32)
+    for module in ("model.embed_tokens", "lm_head"):
+        key = f"base_model.model.{module}"
+        tensors |= {f"{key}.weight": torch.zeros(300, 32), f"{key}.modules_to_save.weight": trained.clone()}
+        tensors[f"{key}.original_module.weight"] = torch.zeros(300, 32)
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    model = open_model(f"{family.base}+{adapter}")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(read_tensor(model.weights, name), trained)
+    assert model.weights.tensors.keys() == load_file(family.base / "model.safetensors").keys()
+    model.weights.close()
+
+
 def test_no_block_changes_a_bit(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     adapter = make_adapter(tmp_path / "lora", family.base, r=4, target_modules=["q_proj", "embed_tokens"])
     patch_grid(monkeypatch, 256)  # eight rows of 32 in a tile

@@ -339,7 +339,7 @@ def test_a_damaged_stream_inside_a_gz_is_refused(tmp_path: Path) -> None:
         (17, ["row 0", "int"]),
         ({"text": ""}, ["at least one block", "1 empty"]),
         ({"text": "   "}, ["at least one block", "1 empty"]),
-        ({"text": "hello"}, ["at least one block of 8 tokens, got 1 texts with 5 tokens", "--block_size"]),
+        ({"text": "hello"}, ["at least one block of 8 tokens, got 1 texts with 5 tokens", "block_size"]),
         ({"text": "hello world"}, ["at least one block of 8 tokens, got 0 texts with 0 tokens", "1 of 1 were longer"]),
     ],
 )
@@ -361,11 +361,11 @@ def test_places_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "flag"),
     [
-        ({"n_samples": 0}, "--n_samples"),
-        ({"block_size": 0}, "--block_size"),
-        ({"block_size": -5}, "--block_size"),
-        ({"seed": -1}, "--calibration_seed"),
-        ({"seed": 1 << 32}, "--calibration_seed"),
+        ({"n_samples": 0}, "n_samples"),
+        ({"block_size": 0}, "block_size"),
+        ({"block_size": -5}, "block_size"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 1 << 32}, "seed"),
     ],
 )
 def test_numbers_out_of_range(arguments: dict[str, Any], flag: str) -> None:

@@ -42,7 +42,9 @@ def forward(blocks: Blocks) -> Callable[..., Activations]:
 
     def run(**options: Any) -> Activations:
         data = CalibrationData(str(TEXTS))
-        return calibrate(open_folder(BASE), data, CalibrationOptions(**options), blocks=blocks)
+        return calibrate(
+            open_folder(BASE), data, CalibrationOptions(**{"dtype": "auto", "tolerance": 0.0} | options), blocks=blocks
+        )
 
     return run
 

@@ -30,6 +30,8 @@ from tests.reference.aim import Seen
 TOLERANCE = 1e-5
 """Relative, of a float32 forward against a float64 one; 1e-6 is usual."""
 TOKENS = random_tokens()
+MEANS = ("mean_abs", "mean_sq", "mean", "tokens")
+KEYS = (*MEANS, "max_abs", "max_at", *(f"after_first.{key}" for key in MEANS))
 TIED = {"qwen2", "qwen3", "gemma2", "gemma3", "gpt2", "falcon", "bloom"}
 
 
@@ -82,6 +84,41 @@ def test_statistics_are_those_of_what_is_multiplied(
         check_statistics(statistics, selection.input_dims[name], seen[name], base.weights.tensors[name].shape)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "mixtral", "gpt_oss"])
+def test_signed_means_peaks_and_what_follows_the_first_token(
+    architecture: str,
+    base_of: Callable[[str], Path],
+    ours_of: Callable[[str], Activations],
+    seen_of: Callable[[str], dict[str, Seen]],
+) -> None:
+    ours, seen, stored = (
+        ours_of(architecture),
+        seen_of(architecture),
+        load_file(base_of(architecture) / "model.safetensors"),
+    )
+    first = reference.watch_inputs(base_of(architecture), TOKENS[:, :1])
+    for name, statistics in ours.statistics.items():
+        experts = range(stored[name].shape[0]) if None not in seen[name].rows else [None]
+        for expert in experts:
+            one = statistics.tensors() if expert is None else {k: v[expert] for k, v in statistics.tensors().items()}
+            rows = torch.cat(seen[name].rows[expert])
+            scale = rows.abs().mean(0).max()
+            torch.testing.assert_close(one["mean"].double(), rows.mean(0), rtol=0, atol=1e-5 * scale)
+            torch.testing.assert_close(one["max_abs"].double(), rows.abs().amax(0), rtol=TOLERANCE, atol=0)
+            ahead = first[name].rows.get(expert, []) if name in first else []  # of an expert perhaps none
+            starts = torch.cat([rows[:0], *ahead])
+            assert one["after_first.tokens"] == len(rows) - len(starts)
+            for key, of in (("mean_abs", torch.abs), ("mean_sq", torch.square), ("mean", torch.clone)):
+                rest = (of(rows).sum(0) - of(starts).sum(0)) / max(1, len(rows) - len(starts))
+                got = one[f"after_first.{key}"].double()
+                torch.testing.assert_close(got, rest, rtol=0, atol=1e-5 * of(rows).abs().mean(0).max())
+            if expert is None and "router" not in name and "gate.weight" not in name and architecture != "mixtral":
+                per_token = len(rows) // TOKENS.numel()
+                position = rows.abs().argmax(0) // per_token % TOKENS.shape[1]
+                assert (one["max_at"] == position).double().mean() > 0.95  # but for ties within rounding
+                assert one["max_at"].min() >= 0
+
+
 def test_what_has_no_input_is_listed_with_the_reason(base_of: Callable[[str], Path]) -> None:
     def reasons(architecture: str) -> dict[str, str]:
         return dict(select_targets(open_folder(base_of(architecture))).skipped)
@@ -92,7 +129,7 @@ def test_what_has_no_input_is_listed_with_the_reason(base_of: Callable[[str], Pa
         "transformer.wpe.weight",
     }
     assert {why for name, why in kept.items() if name.endswith(".bias")} == {"a bias"}
-    assert reasons("gpt_oss")["model.layers.0.self_attn.sinks"] == "no module multiplies its input with it"
+    assert reasons("gpt_oss")["model.layers.0.self_attn.sinks"] == "takes part in no matrix product"
     assert reasons("llama") == {"model.embed_tokens.weight": "an embedding"}
 
 
@@ -189,7 +226,11 @@ def test_offloaded_weights_are_watched_too(
 ) -> None:
     load = aim.calibrate.load
     here = torch.device("cpu")
-    monkeypatch.setattr(aim.calibrate, "load", lambda *args: accelerate.cpu_offload(load(*args), execution_device=here))
+    monkeypatch.setattr(
+        aim.calibrate,
+        "load",
+        lambda *args, **options: accelerate.cpu_offload(load(*args, **options), execution_device=here),
+    )
     for architecture in ("llama", "mixtral"):
         offloaded, expected = calibrate_on(base_of(architecture), TOKENS, batch_size=3), ours_of(architecture)
         assert not offloaded.silent
@@ -244,8 +285,9 @@ class Toy(nn.Module):
         return self.third(self.between(x))
 
 
-def targets(width: int = 4) -> dict[str, Target]:
-    return {name: Target(name, "weight", width) for name in ("first", "second", "third", "unused")}
+def targets() -> dict[str, Target]:
+    shapes = {"first": (3, 4), "second": (5, 4), "third": (2, 4), "unused": (2, 4)}
+    return {name: Target(f"{name}.weight", (0, 1), shape) for name, shape in shapes.items()}
 
 
 def watch(model: Toy, inputs: list[Tensor]) -> tuple[dict[str, ChannelStatistics], dict[str, str]]:
@@ -253,7 +295,8 @@ def watch(model: Toy, inputs: list[Tensor]) -> tuple[dict[str, ChannelStatistics
     with watcher.watching(), torch.no_grad():
         for x in inputs:
             model(x)
-    return watcher.results()
+    statistics, _, silent = watcher.results()
+    return statistics, silent
 
 
 def mean_abs(rows: list[Tensor]) -> Tensor:
@@ -266,7 +309,7 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     seen = []
     real = aim.activations.channel_sums
 
-    def counted(x: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(x: Tensor) -> tuple[Tensor, ...]:
         seen.append(x.shape)
         return real(x)
 
@@ -333,7 +376,7 @@ def test_inputs_are_let_go_and_hooks_removed_even_after_a_failure(sums: list[tor
 def test_watching_does_not_change_the_output(base_of: Callable[[str], Path]) -> None:
     for architecture in ("gpt2", "mixtral"):
         base = open_folder(base_of(architecture))
-        model = aim.calibrate.load(base, aim.calibrate.CalibrationOptions())
+        model = aim.calibrate.load(base)
         if architecture == "mixtral":
             model.set_experts_implementation("eager")
         with torch.no_grad():
@@ -351,12 +394,13 @@ def test_sums_are_float32_or_better_whatever_the_input_is() -> None:
     torch.testing.assert_close(found["first"].mean_sq, torch.full((4,), 1.0078125**2), rtol=1e-6, atol=0)
 
 
-def test_an_input_of_another_width_is_no_channel_of_the_weight() -> None:
-    watcher = Watcher(Toy(), targets(width=9))
-    model = watcher._model
+def test_an_input_of_another_width_is_no_channel_of_a_norm() -> None:
+    model = nn.Sequential(nn.LayerNorm(4))
+    model[0].forward = lambda x: x  # type: ignore[method-assign]
+    watcher = Watcher(model, {"norm": Target("0.weight", (0,), (4,))})
     with watcher.watching(), torch.no_grad():
-        model(torch.randn(2, 4))
-    assert watcher.results()[1]["first"] == "its module's input has 4 channels, the weight 9"
+        model(torch.randn(2, 9))
+    assert watcher.results()[2]["norm"] == "its module's input has 9 channels, the weight 4"
 
 
 # The file
@@ -370,7 +414,7 @@ def test_the_file_has_the_documented_keys_and_comes_back_the_same(
     ours.save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with safe_open(tmp_path / "a", "pt") as file:
-        assert set(file.keys()) == {f"{n}.{key}" for n in ours.statistics for key in ("mean_abs", "mean_sq", "tokens")}
+        assert set(file.keys()) == {f"{name}.{key}" for name in ours.statistics for key in KEYS}
         fused = "model.layers.0.mlp.experts.gate_up_proj"
         assert file.get_tensor(f"{fused}.mean_abs").shape == (4, 32)
         assert file.get_tensor(f"{fused}.mean_abs").dtype == file.get_tensor(f"{fused}.mean_sq").dtype == torch.float32
@@ -380,10 +424,32 @@ def test_the_file_has_the_documented_keys_and_comes_back_the_same(
     assert (back.base, back.silent, back.calibration) == (ours.base, ours.silent, ours.calibration)
     assert set(back.statistics) == set(ours.statistics)
     for name, statistics in ours.statistics.items():
-        for key in ("mean_abs", "mean_sq", "tokens"):
-            assert torch.equal(getattr(back.statistics[name], key), getattr(statistics, key))
+        found = back.statistics[name].tensors()
+        assert found.keys() == set(KEYS)
+        assert all(torch.equal(found[key], value) for key, value in statistics.tensors().items())
+    assert back.input_dims == ours.input_dims
     assert ours.calibration["block_size"] == TOKENS.shape[1]
     assert (ours.calibration["blocks"], ours.calibration["dtype"]) == (len(TOKENS), "float32")
+
+
+def test_a_file_of_schema_1_is_read_for_what_it_has(tmp_path: Path, ours_of: Callable[[str], Activations]) -> None:
+    ours = ours_of("llama")
+    ours.save(tmp_path / "new")
+    with safe_open(tmp_path / "new", "pt") as file:
+        old = {
+            key: file.get_tensor(key)
+            for key in file.keys()  # noqa: SIM118
+            if key.rpartition(".")[2] in ("mean_abs", "mean_sq", "tokens")
+        }
+        metadata = {key: value for key, value in file.metadata().items() if key != "input_dims"}
+    old = {key: value for key, value in old.items() if ".after_first." not in key}
+    save_file(old, tmp_path / "old", metadata | {"schema": "aim-activations/1"})
+    back = load_activations(tmp_path / "old")
+    assert back.input_dims == {}
+    for name, statistics in ours.statistics.items():
+        one = back.statistics[name]
+        assert torch.equal(one.mean_abs, statistics.mean_abs)
+        assert (one.mean, one.max_abs, one.max_at, one.after_first) == (None, None, None, None)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])

@@ -377,7 +377,7 @@ class Holds(nn.Module):
         (nn.BatchNorm1d(8), "weight", ("other", None)),
         (nn.GroupNorm(2, 8), "weight", ("other", None)),
         (nn.PReLU(8), "weight", ("other", None)),
-        (nn.Conv1d(8, 4, 3), "weight", ("other", None)),
+        (nn.Conv1d(8, 4, 3), "weight", ("convolution", None)),
         (Holds("weight", 8), "weight", ("norm", 0)),
         (Holds("scale", 8), "scale", ("other", None)),
         (Holds("weight", 4, 8), "weight", ("other", None)),

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 
 import merge
 from checkpoints.errors import WriteError
-from checkpoints.staging import partial_folder, staged
+from checkpoints.save_path import partial_folder
+from checkpoints.staging import staged
 from tests.fake_hub import FakeHub
 from tests.pico import write_checkpoint
 

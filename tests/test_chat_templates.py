@@ -12,7 +12,14 @@ import yaml
 
 import merge
 import performAIM
-from checkpoints.chat_templates import foreign_markers, known_templates, read_template, set_templates, templates_of
+from checkpoints.chat_templates import (
+    end_markers,
+    foreign_markers,
+    known_templates,
+    read_template,
+    set_templates,
+    templates_of,
+)
 from checkpoints.errors import InputError
 from checkpoints.sidecars import SideFiles
 from tests.fake_hub import FakeHub
@@ -301,3 +308,89 @@ def test_perform_aim(scene: Scene, capsys: pytest.CaptureFixture[str]):
     named = ["--merged_model", str(merged), "--pretrained_model_name", str(base), "--save_path", str(scene.out)]
     assert performAIM.main([*named, "--chat_template", "mistrel"]) == 2
     assert "Did you mean 'mistral'?" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ where a turn ends
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>\n{% endfor %}"
+TURNS = ["<|im_start|>", "<|im_end|>"]
+
+
+def make_chats(scene: Scene) -> tuple[Path, list[Path]]:
+    """A base that has the tokens of turns and does not end at them, and two chat models with the same tokens that do."""
+    base = make_model(scene.folder / "base", "bpe", TURNS)
+    models = [make_model(scene.folder / name, "bpe", TURNS) for name in ("one", "two")]
+    end = tokenizer_of(base).convert_tokens_to_ids("<|im_end|>")
+    write_json(base / "generation_config.json", {"eos_token_id": 2, "do_sample": True})
+    for folder in models:
+        change_json(folder / "config.json", eos_token_id=end)
+        write_json(folder / "generation_config.json", {"eos_token_id": [end, 2]})
+        (folder / "chat_template.jinja").write_text(CHATML)
+    return base, models
+
+
+def test_chat_models_with_the_tokens_of_the_base(scene: Scene):
+    """The output ends where the models do and has their template; with a note each; what the base says besides stays."""
+    base, models = make_chats(scene)
+    said = scene.merge(base, models)
+    end = tokenizer_of(base).convert_tokens_to_ids("<|im_end|>")
+    assert scene.json("generation_config.json") == {"eos_token_id": [2, end], "do_sample": True}
+    assert (scene.out / "chat_template.jinja").read_text() == CHATML
+    assert said.count("note: the output's text ends at any of '!', '<|im_end|>'.") == 1
+    assert said.count(f"note: the chat template is that of {models[0]}.") == 1
+    assert merge.main(["--verify", str(scene.out)]) == 0
+
+
+def test_a_user_who_names_the_bases_tokenizer_keeps_its_files(scene: Scene):
+    base, models = make_chats(scene)
+    said = scene.merge(base, models, "--tokenizer_source", "base")
+    for name in ("config.json", "generation_config.json"):
+        assert (scene.out / name).read_bytes() == (base / name).read_bytes()
+    assert not (scene.out / "chat_template.jinja").exists()
+    assert "note: the" not in said
+
+
+def test_models_that_end_as_the_base_leave_its_files_as_they_are(scene: Scene):
+    base, models = make_chats(scene)
+    for folder in (base, models[0]):
+        shutil.copy(models[1] / "generation_config.json", folder)
+        (folder / "chat_template.jinja").write_text(CHATML)
+    said = scene.merge(base, models)
+    for name in ("config.json", "generation_config.json", "chat_template.jinja"):
+        assert (scene.out / name).read_bytes() == (base / name).read_bytes()
+    assert "note: the" not in said
+
+
+def test_a_named_template_is_not_replaced(scene: Scene):
+    base, models = make_chats(scene)
+    said = scene.merge(base, models, "--chat_template", "chatml")
+    assert "the chat template is chatml." in said
+    assert f"the chat template is that of {models[0]}" not in said
+    assert "ends at any of" in said
+
+
+def test_verifying_a_template_whose_turns_do_not_end(scene: Scene, capsys: pytest.CaptureFixture[str]):
+    base, models = make_chats(scene)
+    scene.merge(base, models, "--tokenizer_source", "base", "--chat_template", "chatml")
+    capsys.readouterr()
+    assert merge.main(["--verify", str(scene.out)]) == 1
+    assert (
+        f"{scene.out}: its chat template ends a turn with '<|im_end|>', and eos_token_id lists '!' only: the model will not stop. Add the "
+        "token's id to eos_token_id in generation_config.json." in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "eos_token", "expected"),
+    [
+        (CHATML, None, ["<|im_end|>"]),
+        ("{# ends with <|eot_id|> #}{{ messages }}</s>", None, ["</s>"]),
+        ("{{ m['content'] + eos_token }}", "<|im_end|>", ["<|im_end|>"]),
+        ("{{ m['content'] }}", "<|im_end|>", []),
+        ("<end_of_turn>\n[|endofturn|]<|eot_id|>", None, ["<end_of_turn>", "[|endofturn|]", "<|eot_id|>"]),
+        ("<|unknown_end|>", None, []),
+    ],
+)
+def test_what_may_end_a_turn(template: str, eos_token: str | None, expected: list[str]):
+    known = {"<|im_end|>", "</s>", "<end_of_turn>", "[|endofturn|]", "<|eot_id|>"}
+    assert end_markers(template, eos_token, known) == expected

@@ -32,6 +32,7 @@ from checkpoints.provenance import common_licence, describe_input, model_card, v
 from checkpoints.reader import find_weight_files, open_checkpoint, read_tensor, same_values
 from checkpoints.rows import AlignedRows
 from checkpoints.safetensors_format import build_header, parse_header, pread_exactly, read_header
+from checkpoints.save_path import check_save_path, check_space, partial_folder
 from checkpoints.sidecars import (
     SideFiles,
     config_with_dtype,
@@ -40,8 +41,9 @@ from checkpoints.sidecars import (
     read_json,
 )
 from checkpoints.source import SAFETENSORS_DTYPES, TensorInfo, TensorRef
-from checkpoints.staging import STATE, check_save_path, check_space, partial_folder, staged
+from checkpoints.staging import staged
 from checkpoints.vocabulary import MISSING, Vocabulary, match_rows, read_vocabulary, vocabulary_digest
+from checkpoints.work_folder import STATE
 from checkpoints.writer import CheckpointWriter, chunked_sha256, natural_key, plan_shards
 from tests.pico import copy_tokenizer, write_checkpoint
 

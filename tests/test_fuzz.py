@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 
 import commands.merge as merge
 from checkpoints.reader import SafetensorsFile
-from checkpoints.staging import partial_folder
+from checkpoints.save_path import partial_folder
 from tests.fuzz import trial
 from tests.fuzz.__main__ import Row, draw_mutants, table
 from tests.fuzz.mutants import KINDS, Mutant, mutants

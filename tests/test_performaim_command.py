@@ -21,8 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import aim.calibrate
 import aim.step
+import forward.loading
 import merge
 import performAIM
 from tests.fake_hub import FakeHub
@@ -32,6 +32,12 @@ INPUTS = Path(__file__).parent / "goldens" / "inputs"
 TEXTS = INPUTS / "calib.jsonl.gz"
 UP = "model.layers.0.mlp.up_proj.weight"
 CALIBRATION = {"--calibration_data": str(TEXTS), "--n_samples": "8", "--block_size": "64"}
+WIDE = tuple(
+    f"{after}{key}"
+    for after in ("", "after_first.")
+    for key in ("mean_abs", "mean_sq", "mean", "max_abs", "max_at")
+    if not after or key.startswith("mean")
+)
 CHECKPOINT = ["README.md", "config.json", "merge_recipe.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
 
 
@@ -170,7 +176,10 @@ def test_what_a_run_prints_and_writes(scene):
         r"6 blocks of 64 tokens, 11 tokens left over",
         lines[0],
     )
-    assert re.fullmatch(r"calibrated in \d+\.\d\d s, [\d,]+ tokens/s, in bfloat16", lines[1])
+    assert re.fullmatch(
+        r"calibrated on 384 tokens in \d+\.\d\d s, [\d,]+ tokens/s, in bfloat16; too few to see whether s has settled, which takes 2,048",
+        lines[1],
+    )
     header = next(line for line in lines if line.startswith("layer"))
     assert header.split("  ")[-5:] == ["tensors", "mean s", "median s", "s > 0.5", "largest/median"]
     kinds = [line.split()[:2] for line in lines[lines.index(header) + 1 :][:12]]
@@ -358,7 +367,7 @@ def test_statistics_are_kept_and_used_again(scene):
     assert file.read_bytes() == before
     assert names(file.parent) == [file.name]
     with safe_open(file, "pt") as opened:
-        assert opened.metadata()["schema"] == "aim-activations/1"
+        assert opened.metadata()["schema"] == "aim-activations/2"
         assert opened.get_tensor(f"{UP}.mean_abs").shape == (64,)
 
 
@@ -616,7 +625,7 @@ def test_half_an_activations_file_is_never_left(scene):
     assert not any(path.name.startswith(file.name) for path in scene.folder.iterdir())
     scene.patch.setattr(Path, "rename", rename)
     code, out, _ = scene.run("--save_activations", file)  # with the statistics that are kept beside the output
-    assert (code, "calibrated in" in out, file.is_file()) == (0, False, True)
+    assert (code, "calibrated on" in out, file.is_file()) == (0, False, True)
 
 
 # ------------------------------------------------------------------------------------------------- calibration text
@@ -801,7 +810,7 @@ CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocat
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to"), RuntimeError(CPU_ALLOCATOR), MemoryError()], ids=["gpu", "cpu", "python"])  # fmt: skip
 def test_out_of_memory_says_what_to_lower(scene, error):
-    load = aim.calibrate._from_pretrained
+    load = forward.loading._from_pretrained
 
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -811,11 +820,11 @@ def test_out_of_memory_says_what_to_lower(scene, error):
         model.forward = fail
         return model
 
-    scene.patch.setattr(aim.calibrate, "_from_pretrained", load_to_fail)
+    scene.patch.setattr(forward.loading, "_from_pretrained", load_to_fail)
     says = ("calibration: ", "too little memory", "Lower --batch_size (now 2) or --block_size (now 64)")
     message = scene.refuse("--batch_size", "2", code=1, says=says, late=True)
     assert ("--device cpu" in message) == isinstance(error, torch.OutOfMemoryError)
-    scene.patch.setattr(aim.calibrate, "_from_pretrained", fail)
+    scene.patch.setattr(forward.loading, "_from_pretrained", fail)
     scene.refuse(code=1, says=(f"{scene.base}: loading it: ", "too little memory"), late=True)
 
 
@@ -823,8 +832,8 @@ def test_a_base_that_cannot_be_loaded(scene):
     def fail(*_: object) -> None:
         raise RuntimeError("the kernel wants\nanother driver")
 
-    scene.patch.setattr(aim.calibrate, "_from_pretrained", fail)
-    says = (f"{scene.base}: cannot be loaded as a causal language model: the kernel wants.",)
+    scene.patch.setattr(forward.loading, "_from_pretrained", fail)
+    says = (f"{scene.base}: cannot be loaded as a LlamaForCausalLM: the kernel wants.",)
     scene.refuse(code=1, says=says, late=True)
 
 
@@ -863,10 +872,10 @@ def nothing(_: dict[str, torch.Tensor]) -> None:
         (lambda t: t.update({f"{UP}.mean_abs": -torch.ones(64)}), {}, f"{UP}: expected finite means >= 0"),
         (lambda t: t.update({f"{UP}.mean_abs": torch.zeros(64)}), {}, f"{UP}: expected finite means"),
         (lambda t: t.update({f"{UP}.mean_abs": torch.ones(64).double()}), {}, f"{UP}: expected finite means"),
-        (lambda t: t.update({f"{UP}.{key}": torch.ones(63) for key in ("mean_abs", "mean_sq")}), {}, f"{UP}: expected shape [64] as in"),
+        (lambda t: t.update({f"{UP}.{key}": torch.ones(63) for key in WIDE}), {}, f"{UP}: expected shape [64] as in"),
         (lambda t: t.update({f"other.{key}": torch.ones(4) for key in ("mean_abs", "mean_sq", "tokens")}), {}, "other: expected no statistics as in"),
         (lambda t: t.pop(f"{UP}.mean_sq"), {}, "is damaged"),
-        (nothing, {"schema": "aim-activations/9"}, "expected a file written by --save_activations (aim-activations/1), got another"),
+        (nothing, {"schema": "aim-activations/9"}, "expected a file written by --save_activations (aim-activations/2), got another"),
         (nothing, {"calibration": "[1]"}, "is damaged"),
         (nothing, {"base": "0" * 64}, "were taken with another base model than"),
     ],

@@ -94,3 +94,13 @@ def test_what_is_no_input_error_passes_through():
     with pytest.raises(KeyError), problems.collect():
         raise KeyError("x")
     assert not problems
+
+
+def test_a_message_lists_ten_problems_and_counts_the_rest():
+    ten = [f"problem {number}." for number in range(10)]
+    assert str(Refusals(ten)).count("\n- problem") == 10
+    many = Refusals([*ten, "eleven.", "twelve."])
+    assert str(many).splitlines()[:2] == ["12 problems:", "- problem 0."]
+    assert str(many).splitlines()[-2:] == ["- problem 9.", "- and 2 more"]
+    assert [str(problem) for problem in many.problems][-1] == "twelve."
+    assert str(many.shown(as_flag)) == str(many)

@@ -204,7 +204,10 @@ def test_without_a_base_the_first_model_gives_what_is_no_number(run: Command, he
     run({"merge_method": "karcher", "models": [{"model": "first"}, {"model": "in/code"}]})
     assert json.loads(Path("out/config.json").read_text())["rope_theta"] == 5.0
     content = json.loads(Path("out/merge_recipe.json").read_text())
-    assert (content["base_model"], content["report"], content["warnings"]) == (None, None, [])
+    assert (content["base_model"], content["report"]) == (None, None)
+    assert [warning.split(" (")[0] for warning in content["warnings"]] == [
+        "in/code: its config.json has rope_parameters.rope_theta 10000.0"
+    ]
     assert [entry["model"] for entry in content["inputs"]] == ["first", "in/code"]
     assert "fine-tuned from" not in Path("out/README.md").read_text()
 

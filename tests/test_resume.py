@@ -19,8 +19,10 @@ from aim.activations import Watcher
 from checkpoints.errors import WriteError
 from checkpoints.folder import Folder
 from checkpoints.journal import Journal
-from checkpoints.staging import STATE, partial_folder
+from checkpoints.save_path import partial_folder
+from checkpoints.work_folder import STATE
 from checkpoints.writer import CheckpointWriter
+from forward.layerwise import Layerwise
 from merging import make_recipe
 from merging.run import prepare
 from streaming import commits
@@ -276,12 +278,38 @@ def test_a_calibration_goes_on_where_it_was(place, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(aim.calibrate.UnfinishedCalibration, "keep", fail)
         assert main(argv) == 130
-    assert [record["blocks"] for record in records()] == [1, 2]
+    assert [record["blocks"] for record in records() if "blocks" in record] == [1, 2]
     watched: list[int] = []
     restore = Watcher.restore
     monkeypatch.setattr(Watcher, "restore", lambda self, sums: (watched.append(1), restore(self, sums)))
     assert main(argv) == 0
     assert watched
+    assert content(Path("out")) == expected
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_calibration_layer_by_layer_goes_on_at_its_layer(place, monkeypatch, capsys, fits):
+    """`fits`: what is kept is what the layer is called with; else the pass begins again."""
+    main, argv = RUNS["performAIM"]
+    argv = [*argv, "--calibration_mode=layerwise"]
+    expected = undisturbed(main, argv)
+    keep, advance = aim.calibrate.UnfinishedCalibration.keep_layer, Layerwise.advance
+
+    def fail(self, *arguments):
+        keep(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(aim.calibrate.UnfinishedCalibration, "keep_layer", fail)
+        assert main(argv) == 130
+    assert [record["layer"] for record in records() if "layer" in record] == [0]
+    advanced: list[int] = []
+    monkeypatch.setattr(Layerwise, "advance", lambda self: (advanced.append(self.at), advance(self))[1])
+    if not fits:
+        monkeypatch.setattr(Layerwise, "restore", lambda self, batches, tensors: False)
+    assert main(argv) == 0
+    assert advanced == ([1] if fits else [0, 1])  # of two layers
+    assert ("begun again" in capsys.readouterr().err) is not fits
     assert content(Path("out")) == expected
 
 

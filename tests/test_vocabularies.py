@@ -33,7 +33,7 @@ def test_every_token_of_a_union_has_its_own_row(scene: Scene, kind: str):
     known = read_vocabulary(base, "base")
     assert known is not None
     owners = {**dict.fromkeys(known.ids, "base"), "[PAD]": "one", "<|x|>": "one", "<|y|>": "two"}
-    said = scene.merge(base, [one, two])
+    said = scene.merge(base, [one, two], "--new_token_rows", "owner")
     size = known.size
     tokenizer = scene.check_rows(owners.__getitem__, size + 3)
     assert [tokenizer.convert_tokens_to_ids(token) for token in ("[PAD]", "<|x|>", "<|y|>")] == [
@@ -73,13 +73,38 @@ def test_tokenizers_of_two_kinds(scene: Scene, keep: bool):
 
 
 def test_a_new_token_is_merged_where_several_models_have_it(scene: Scene):
-    """The base has the first model's row, so that the second's change alone counts: one + 0.5 (two - one)."""
+    """The base has the mean m of their rows, m + 0.25 (one - m) + 0.5 (two - m); or the first's, one + 0.5 (two - one)."""
     base = make_model(scene.folder / "base", "bpe")
     models = [make_model(scene.folder / name, "bpe", ["[PAD]"]) for name in ("one", "two")]
-    scene.merge(base, models, "--method", "task_arithmetic", "--weights", "0.25,0.5")
+    flags = ("--method", "task_arithmetic", "--dtype", "float32")
     one, two = row_of("one", "[PAD]"), row_of("two", "[PAD]")
-    expected = torch.tensor(one + 0.5 * (two - one)).bfloat16()
-    assert set(scene.tables()[TABLES[0]][-1].tolist()) == {float(expected)}
+    mean = (one + two) / 2
+    said = scene.merge(base, models, *flags, "--weights", "0.25,0.5")
+    expected = mean + 0.25 * (one - mean) + 0.5 * (two - mean)
+    assert set(scene.tables()[TABLES[0]][-1].tolist()) == {expected}
+    assert "1 filled with the mean of the owners' rows" in said
+    assert scene.json("merge_recipe.json")["new_token_rows"] == "owners_mean"
+    scene.merge(base, models[::-1], *flags, "--weights", "0.5,0.25")
+    assert set(scene.tables()[TABLES[0]][-1].tolist()) == {expected}
+    scene.merge(base, models, *flags, "--weights", "0.25,0.5", "--new_token_rows", "owner")
+    assert set(scene.tables()[TABLES[0]][-1].tolist()) == {one + 0.5 * (two - one)}
+    assert scene.json("merge_recipe.json")["new_token_rows"] == "owner"
+
+
+def test_the_mean_of_owners_where_each_token_has_others(scene: Scene):
+    """<|x|> is one's and two's, <|y|> is two's and three's, <|z|> is three's alone; a model that lacks one has the same mean."""
+    base = make_model(scene.folder / "base", "bpe")
+    tokens = {"one": ["<|x|>"], "two": ["<|x|>", "<|y|>"], "three": ["<|y|>", "<|z|>"]}
+    models = [make_model(scene.folder / name, "bpe", added) for name, added in tokens.items()]
+    scene.merge(base, models, "--dtype", "float32")  # lambda 0: the base
+    rows = scene.tables()[TABLES[0]][-3:, 0].tolist()
+    assert rows == [
+        (row_of("one", "<|x|>") + row_of("two", "<|x|>")) / 2,
+        (row_of("two", "<|y|>") + row_of("three", "<|y|>")) / 2,
+        row_of("three", "<|z|>"),
+    ]
+    scene.merge(base, models, "--method", "task_arithmetic", "--weights", "1,0,0", "--dtype", "float32")
+    assert scene.tables()[TABLES[0]][-3:, 0].tolist() == [row_of("one", "<|x|>"), *rows[1:]]
 
 
 def test_mean_rows(scene: Scene):

@@ -16,7 +16,8 @@ from checkpoints import folder as folder_module
 from checkpoints.errors import InputError
 from checkpoints.files import write_text
 from checkpoints.folder import Folder, ForeignFolder
-from checkpoints.staging import MARKER, RUN, STATE, staged
+from checkpoints.staging import staged
+from checkpoints.work_folder import MARKER, RUN, STATE
 from checkpoints.writer import CheckpointWriter
 from tests.test_resume import MERGE, RUNS, content, cut_off, line, place, records, undisturbed  # noqa: F401
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from checkpoints.settings import setting
 from merging.methods.contract import Method
 from merging.methods.gram import Channels, add_scaled, measure_gram
 from merging.parameters import parameter, shared
@@ -46,7 +47,10 @@ class NuSlerp(Method):
         kind="switch",
     )
     row_wise: bool = parameter(
-        "nuslerp_row_wise", "with --no-nuslerp_flatten: one for each column", default=False, kind="switch"
+        "nuslerp_row_wise",
+        f"with {setting('nuslerp_flatten', 'false')}: one for each column",
+        default=False,
+        kind="switch",
     )
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:

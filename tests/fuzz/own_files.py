@@ -33,7 +33,7 @@ import compare_models
 import merge
 import performAIM
 from checkpoints.errors import LONGEST_MESSAGE
-from checkpoints.staging import partial_folder
+from checkpoints.save_path import partial_folder
 from tests.fuzz import change_json, models
 from tests.fuzz.trial import LIMIT_BYTES, LIMIT_S, Verdict, limited_memory, open_files, peak_bytes, read, write
 from tests.report_files import named, verdicts, write_results

@@ -1,0 +1,202 @@
+"""The pass of a calibration over its text: with the whole model in memory, or layer by layer."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from aim.calibrating import Calibrating, CalibrationOptions
+from aim.enough import Enough
+from aim.statistics import Activations
+from checkpoints.model import Model
+from checkpoints.source import FLOAT_DTYPES
+from forward.layers import find_layers
+from forward.layerwise import Layerwise
+from forward.loading import auto_dtype, load, out_of_memory
+from forward.memory import available_bytes
+from forward.shelf import Shelf
+from forward.skeleton import RowReader, build_skeleton
+from forward.tuning import apply, threads
+from forward.whole import run_batches
+
+FIRST_TOKENS_AT_ONCE = 512
+SHARE = 0.9
+"""Of the memory that is free which weights may take."""
+HIDDEN_SHARE = 0.5
+"""And which hidden states may take beside a layer."""
+
+
+def fits(base: Model, options: CalibrationOptions) -> bool:
+    """Whether the base is run as a whole: as the options say, or as it fits into memory."""
+    if options.mode != "auto":
+        return options.mode == "whole"
+    dtype = FLOAT_DTYPES.get(options.dtype or "", auto_dtype(base))
+    needed = sum(info.numel for info in base.weights.tensors.values()) * dtype.itemsize
+    return needed <= (options.max_memory or SHARE * _room_bytes(options))
+
+
+def _room_bytes(options: CalibrationOptions) -> int:
+    """Free memory where weights go."""
+    device = options.device
+    if device is not None and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device is None and torch.cuda.is_available():
+        return sum(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    return available_bytes()
+
+
+def whole(this: Calibrating, offload: Path | None = None) -> Activations:
+    """Calibrate with all weights in memory; `offload`: a folder for those that do not fit."""
+    options, tokens = this.options, this.blocks.tokens
+    model = _load(this, "bfloat16" if this.is_reference else options.dtype or "auto", offload)
+    device = model.get_input_embeddings().weight.device
+    tokens = tokens if device.type == "meta" else tokens.to(device)  # meta: accelerate moves both
+    wide = 1.1 * 4 * sum(parameter.numel() for parameter in model.parameters())
+    choice = this.choose(model, tokens, in_float32=offload is None and available_bytes() > wide)
+    if FLOAT_DTYPES[choice.dtype] != model.dtype:
+        del model
+        model = _load(this, choice.dtype, offload)
+    apply(model, choice)
+    watcher = this.watcher(model)
+    enough = this.enough(watcher)
+    this.progress(0)  # loaded
+    done = this.unfinished.restore(enough) if this.unfinished else 0
+    this.progress(tokens[:done].numel())
+    with threads(choice.threads), out_of_memory("calibration", this.advice(choice)), watcher.watching():
+        for batch in run_batches(model, tokens, enough.batches(done, choice.batch_size), watcher, this.fails):
+            this.progress(batch.numel())
+            if done == 0:
+                watcher.check_finite()  # what overflows mostly does so at once
+            done += len(batch)
+            if enough.at(done):
+                break
+            if this.unfinished:
+                this.unfinished.keep(enough, done)
+        if not watcher.knows_first_tokens:
+            with watcher.first_tokens():
+                for _ in run_batches(model, tokens, _first_tokens(tokens, done), watcher, this.fails):
+                    pass
+    return this.finish(watcher, enough, choice, done, model.config._attn_implementation, {"mode": "whole"})
+
+
+def _load(this: Calibrating, dtype: str, offload: Path | None) -> Any:
+    options = this.options
+    model = load(
+        this.base,
+        dtype=dtype,
+        device=options.device,
+        exact_caps=not this.is_reference,
+        offload=offload,
+        max_memory=options.max_memory,
+    )
+    if this.has_experts:
+        model.set_experts_implementation("eager")
+    return model
+
+
+def _first_tokens(tokens: torch.Tensor, blocks: int) -> tuple[torch.Tensor, ...]:
+    found: tuple[torch.Tensor, ...] = tokens[:blocks, :1].split(FIRST_TOKENS_AT_ONCE)
+    return found
+
+
+class _Through:
+    """What is done after each layer of a pass: tell of its tokens, a part of them each time, and keep the sums now and then."""
+
+    def __init__(self, this: Calibrating, layers: Layerwise, enough: Enough, begin: int, tokens: int):
+        self._this, self._layers, self._enough, self._begin = this, layers, enough, begin
+        self._tokens, self._told = tokens, 0
+
+    def __call__(self, done: int) -> None:
+        count = len(self._layers.layers)
+        now = self._tokens * min(done, count) // count
+        self._this.progress(now - self._told)
+        self._told = now
+        if self._this.unfinished and self._layers.at is not None and self._layers.can_be_kept:
+            self._this.unfinished.keep_layer(self._enough, self._layers.state, self._begin)
+
+
+def layerwise(this: Calibrating) -> Activations:
+    """Calibrate layer by layer, from where an earlier run stopped where that can be done. See `_layerwise`."""
+    try:
+        return _layerwise(this)
+    except _BeginAgain:
+        assert this.unfinished is not None
+        this.unfinished.forget()
+        return _layerwise(this)
+
+
+class _BeginAgain(Exception):
+    """What is kept of a pass cannot be gone on with."""
+
+
+def _layerwise(this: Calibrating) -> Activations:
+    """Calibrate with one layer's weights in memory at a time; all of the text that is run before it is looked at goes through
+    a layer before the next is read."""
+    options = this.options
+    dtype = "bfloat16" if this.is_reference else options.dtype or "auto"
+    model = _skeleton(this, auto_dtype(this.base) if dtype == "auto" else FLOAT_DTYPES[dtype])
+    stack_of_layers = find_layers(model)
+    if not stack_of_layers:
+        this.note("its layers cannot be told apart: weights that do not fit into memory wait on disk, which is slow")
+        with TemporaryDirectory(prefix="calibration_") as folder:
+            return whole(this, Path(folder))
+    device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokens = this.blocks.tokens.to(device)
+    with (
+        Layerwise(this.base, model, device, fails=this.fails) as trial,
+        trial.weights.loaded(stack_of_layers[0][1]),
+        RowReader(trial.weights),
+    ):
+        choice = this.choose(model, tokens, in_float32=True)
+    if FLOAT_DTYPES[choice.dtype] != model.dtype:
+        model = _skeleton(this, FLOAT_DTYPES[choice.dtype])
+    apply(model, choice)
+    watcher = this.watcher(model)
+    enough = this.enough(watcher)
+    with ExitStack() as stack:
+        stack.enter_context(threads(choice.threads))
+        stack.enter_context(out_of_memory("calibration", this.advice(choice)))
+        waiting = Path(stack.enter_context(TemporaryDirectory(prefix="calibration_")))
+        shelf = Shelf(int(options.max_memory or HIDDEN_SHARE * available_bytes()), waiting)
+        stack.enter_context(watcher.watching())
+        layers = stack.enter_context(
+            Layerwise(this.base, model, device, watch=watcher.watch, counts=watcher, shelf=shelf, fails=this.fails)
+        )
+        this.progress(0)
+        done = this.unfinished.restore(enough) if this.unfinished else 0
+        hidden = this.unfinished.hidden if this.unfinished else {}
+        this.progress(tokens[:done].numel())
+        passes = 0
+        for begin, end in enough.passes(done):
+            part = tokens[begin:end]
+            through = _Through(this, layers, enough, begin, part.numel())
+            batches = part.split(choice.batch_size)
+            if hidden and layers.restore(batches, hidden):
+                layers.go_on(through)
+            elif hidden:
+                this.note("what an earlier run kept cannot be gone on with at its layer: begun again")
+                raise _BeginAgain
+            else:
+                layers.run(batches, through)
+            passes, done, hidden = passes + 1, end, {}
+            watcher.check_finite()
+            if enough.at(done):
+                break
+            if this.unfinished:
+                this.unfinished.keep(enough, done)
+        if not watcher.knows_first_tokens:
+            with watcher.first_tokens():
+                layers.run(_first_tokens(tokens, done))
+    attention = model.config._attn_implementation
+    return this.finish(watcher, enough, choice, done, attention, {"mode": "layerwise", "passes": passes})
+
+
+def _skeleton(this: Calibrating, dtype: torch.dtype) -> Any:
+    model = build_skeleton(this.base, dtype, exact_caps=not this.is_reference)
+    if this.has_experts:
+        model.set_experts_implementation("eager")
+    return model

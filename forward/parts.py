@@ -1,0 +1,154 @@
+"""Which part of a parameter a tensor is: views of it, and copies that were made on the way to a product, by their strides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+Range = tuple[int, int]
+"""First index, and the one behind the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A part of a parameter that is multiplied with an input.
+
+    Attributes:
+        parameter: its name in the model, the first one where several modules share it.
+        axis: the dimension that runs over the input's channels.
+        ranges: for each dimension of the parameter what of it takes part; along `axis`, the channels.
+    """
+
+    parameter: str
+    axis: int
+    ranges: tuple[Range, ...]
+
+    @property
+    def channels(self) -> Range:
+        """What of the parameter's input channels the input has."""
+        return self.ranges[self.axis]
+
+
+@dataclass(frozen=True, slots=True)
+class _Dim:
+    """A dimension of a storage: its size and stride, and which axis of the parameter it runs over, in which steps."""
+
+    size: int
+    stride: int
+    axis: int
+    step: int
+
+
+Span = tuple[int, int, int]
+"""Axis of the parameter, number of indices, step between them."""
+
+
+class Part:
+    """What a storage holds of a parameter.
+
+    Args:
+        parameter: its name; shape: its own.
+        dims: of the tensor that fills the storage; start: its first element's place in the parameter; offset: and in the storage.
+    """
+
+    def __init__(self, parameter: str, shape: tuple[int, ...], dims: list[_Dim], start: tuple[int, ...], offset: int):
+        self.parameter = parameter
+        self.shape = shape
+        self._dims = sorted((dim for dim in dims if dim.size > 1), key=lambda dim: -dim.stride)
+        self._start = start
+        self._offset = offset
+
+    @classmethod
+    def whole(cls, name: str, parameter: torch.Tensor) -> Part:
+        """A parameter itself."""
+        shape, strides = tuple(parameter.shape), parameter.stride()
+        dims = [_Dim(size, strides[axis], axis, 1) for axis, size in enumerate(shape)]
+        return cls(name, shape, dims, (0,) * len(shape), int(parameter.storage_offset()))
+
+    def copied(self, source: torch.Tensor, copy: torch.Tensor) -> Part | None:
+        """What a copy, element by element, of a view holds; None where that cannot be said."""
+        place = self.place(source)
+        if place is None or source.shape != copy.shape:
+            return None
+        start, spans = place
+        if any(len(one) > 1 for one in spans):
+            return None
+        dims = [
+            _Dim(size, stride, *((one[0][0], one[0][2]) if one else (0, 1)))
+            for size, stride, one in zip(copy.shape, copy.stride(), spans, strict=True)
+        ]
+        return Part(self.parameter, self.shape, dims, start, int(copy.storage_offset()))
+
+    def place(self, view: torch.Tensor) -> tuple[tuple[int, ...], list[list[Span]]] | None:
+        """Where a view of the storage lies in the parameter.
+
+        Returns: the place of its first element; for each of its dimensions the axes that it runs over, the innermost first, none
+            for a size of 1 or a repeated element. None where that cannot be said.
+        """
+        start, rest = list(self._start), int(view.storage_offset()) - self._offset
+        if rest < 0:
+            return None
+        for dim in self._dims:
+            index, rest = divmod(rest, dim.stride) if dim.stride else (0, rest)
+            start[dim.axis] += index * dim.step
+        if rest:
+            return None
+        spans = [self._spans(size, stride) for size, stride in zip(view.shape, view.stride(), strict=True)]
+        return None if any(one is None for one in spans) else (tuple(start), [one or [] for one in spans])
+
+    def _spans(self, size: int, stride: int) -> list[Span] | None:
+        """What a dimension of a view runs over."""
+        if size == 1 or stride == 0:
+            return []
+        for position in reversed(range(len(self._dims))):
+            dim = self._dims[position]
+            step, uneven = divmod(stride, dim.stride) if dim.stride else (0, 1)
+            if uneven or step == 0 or step >= dim.size:
+                continue
+            if step * (size - 1) < dim.size:
+                return [(dim.axis, size, step * dim.step)]
+            if step == 1 and size % dim.size == 0 and position:  # several dimensions, joined
+                outer = self._spans(size // dim.size, dim.stride * dim.size)
+                return None if outer is None else [(dim.axis, dim.size, dim.step), *outer]
+            return None
+        return None
+
+    def use(self, view: torch.Tensor, contracted: int, index: int | None = None) -> Use | None:
+        """The use of a view in a product.
+
+        Args:
+            contracted: the dimension of the view that is summed over.
+            index: along its first dimension, where that is a batch of products.
+
+        Returns: None where the contracted dimension is no run of one axis of the parameter.
+        """
+        place = self.place(view)
+        if place is None:
+            return None
+        start, spans = place
+        ranges = [(first, first + 1) for first in start]
+        batch = [] if index is None else spans[0]
+        for axis, size, step in reversed(batch):  # the outermost first
+            inner = 1
+            for other, count, _ in batch:
+                if other == axis:
+                    break
+                inner *= count
+            first = start[axis] + (index or 0) // inner % size * step
+            ranges[axis] = (first, first + 1)
+        for dim, one in enumerate(spans):
+            if dim != contracted and (dim or index is None):
+                for axis, size, step in one:
+                    ranges[axis] = (start[axis], start[axis] + (size - 1) * step + 1)
+        run = spans[contracted]
+        if not run:  # one channel
+            width = view.shape[contracted]
+            taken = {axis for one in spans for axis, _, _ in one}
+            axis = next((a for a in reversed(range(len(start))) if a not in taken and self.shape[a] == 1), -1)
+            return Use(self.parameter, axis, tuple(ranges)) if width == 1 and axis >= 0 else None
+        if len(run) > 1 or run[0][2] != 1:
+            return None
+        axis, size, _ = run[0]
+        ranges[axis] = (start[axis], start[axis] + size)
+        return Use(self.parameter, axis, tuple(ranges))

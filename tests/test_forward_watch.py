@@ -1,0 +1,152 @@
+"""Inputs of weights are seen whoever multiplies them, and whatever view or copy of them is multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from forward.parts import Use
+from forward.watch import Watch
+
+
+class Holder(nn.Module):
+    """Parameters without a forward of their own."""
+
+    def __init__(self, run: Callable[[Holder, Tensor], Any]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.arange(24.0).view(4, 6))  # [out, in]
+        self.e = nn.Parameter(torch.arange(120.0).view(5, 4, 6))  # [experts, out, in]
+        self.coarse = nn.Parameter(torch.randn(4, 6).bfloat16())
+        self.run = run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def seen(run: Callable[[Holder, Tensor], Any], x: Tensor) -> list[tuple[Use, Tensor]]:
+    """What a watch sees, with the inputs as rows."""
+    found: list[tuple[Use, Tensor]] = []
+    model = Holder(run)
+    expected = model(x)
+    watch = Watch(
+        model,
+        lambda use, value: found.append((use, value.reshape(-1, value.shape[-1]).clone())),
+        products=["w", "e", "coarse"],
+    )
+    with torch.no_grad(), watch:
+        got = model(x)
+    if isinstance(expected, Tensor):
+        assert torch.equal(got, expected)
+    with torch.no_grad():
+        model(x)
+    assert watch.part_of(model.w) is None  # nothing is held afterwards
+    return found
+
+
+X = torch.randn(2, 3, 6)
+WHOLE = Use("w", 1, ((0, 4), (0, 6)))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: functional.linear(x, m.w),
+        lambda m, x: functional.linear(input=x, weight=m.w),
+        lambda m, x: x @ m.w.t(),
+        lambda m, x: torch.matmul(x, m.w.mT),
+        lambda m, x: torch.einsum("bti,oi->bto", x, m.w),
+        lambda m, x: torch.tensordot(x, m.w, dims=([2], [1])),
+        lambda m, x: m.w @ x.flatten(0, 1).t(),
+        lambda m, x: torch.bmm(x, m.w.t().expand(2, 6, 4)),
+        lambda m, x: torch.addmm(torch.zeros(4), x.flatten(0, 1), m.w.t()),
+        lambda m, x: functional.linear(x, m.w.clone()),
+        lambda m, x: functional.linear(x, m.w.t().contiguous().t()),
+        lambda m, x: functional.linear(x.double(), m.w.to(torch.float64)),
+        lambda m, x: functional.linear(x, m.w.view(2, 2, 6).flatten(0, 1)),
+        lambda m, x: functional.linear(x, m.w.detach()),
+    ],
+)  # fmt: skip
+def test_one_input_however_it_is_multiplied(run: Callable[[Holder, Tensor], Any]) -> None:
+    ((use, rows),) = seen(run, X)
+    assert use == WHOLE
+    torch.testing.assert_close(rows.float(), X.reshape(-1, 6))
+
+
+def test_slices_of_rows_and_of_channels() -> None:
+    found = seen(lambda m, x: (functional.linear(x, m.w[:1]), functional.linear(x[..., :2], m.w[1:, 4:])), X)
+    assert [use for use, _ in found] == [Use("w", 1, ((0, 1), (0, 6))), Use("w", 1, ((1, 4), (4, 6)))]
+    assert torch.equal(found[1][1], X[..., :2].reshape(-1, 2))
+
+
+def test_chunks_of_a_fused_weight() -> None:
+    found = seen(lambda m, x: [functional.linear(x, part) for part in m.w.chunk(2)], X)
+    assert [use.ranges[0] for use, _ in found] == [(0, 2), (2, 4)]
+
+
+def test_experts_one_by_one_and_in_a_batch() -> None:
+    def one_by_one(m: Holder, x: Tensor) -> None:
+        for expert in (3, 1):
+            functional.linear(x, m.e[expert])
+
+    found = seen(one_by_one, X)
+    assert [use for use, _ in found] == [Use("e", 2, ((expert, expert + 1), (0, 4), (0, 6))) for expert in (3, 1)]
+    x = torch.randn(5, 2, 6)
+    for run in (
+        lambda m, x: torch.bmm(x, m.e.transpose(1, 2)),
+        lambda m, x: torch.einsum("eti,eoi->eto", x, m.e),
+        lambda m, x: x @ m.e.mT,
+    ):
+        found = seen(run, x)
+        assert [use for use, _ in found] == [Use("e", 2, ((e, e + 1), (0, 4), (0, 6))) for e in range(5)]
+        assert all(torch.equal(rows, x[e]) for e, (_, rows) in enumerate(found))
+    found = seen(lambda m, x: torch.bmm(x, m.e), torch.randn(5, 2, 4))  # input first
+    assert {use.axis for use, _ in found} == {1}
+
+
+def test_all_experts_at_once_are_one_matrix() -> None:
+    ((use, _),) = seen(lambda m, x: functional.linear(x, m.e.view(20, 6)), X)
+    assert use == Use("e", 2, ((0, 5), (0, 4), (0, 6)))
+
+
+def test_a_copy_in_another_dtype_is_the_parameter() -> None:
+    ((use, _),) = seen(lambda m, x: functional.linear(x, m.coarse.float()), X)
+    assert use.parameter == "coarse"
+
+
+def test_products_of_other_tensors_are_not_seen() -> None:
+    other = torch.randn(4, 6)
+    assert not seen(lambda m, x: functional.linear(x, other), X)
+    assert not seen(lambda m, x: functional.linear(x, m.w * 2), X)  # another weight, made of this one
+    assert not seen(lambda m, x: m.w * x[0, :1, :6].expand(4, 6), X)  # no product of matrices
+
+
+def test_a_copy_that_is_gone_is_not_mistaken_for_what_takes_its_memory() -> None:
+    def run(m: Holder, x: Tensor) -> None:
+        for _ in range(20):
+            functional.linear(x, m.w.clone())
+            functional.linear(x, torch.randn(4, 6))
+
+    assert len(seen(run, X)) == 20
+
+
+def test_the_head_is_not_computed() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 1000))
+    found: list[Use] = []
+    names = ["0.weight", "1.weight"]
+    with torch.no_grad(), Watch(model, lambda use, x: found.append(use), products=names, head=model[1].weight):
+        assert model(X).shape == (2, 3, 0)
+    assert [use.parameter for use in found] == names
+
+
+def test_a_module_that_is_in_two_places_is_seen_each_time() -> None:
+    shared = nn.Linear(6, 6)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, shared)})
+    found: list[Use] = []
+    with torch.no_grad(), Watch(model, lambda use, x: found.append(use), products=["a.weight"]):
+        model["b"](model["a"](X))
+    assert [use.parameter for use in found] == ["a.weight"] * 3

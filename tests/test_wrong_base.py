@@ -1,0 +1,62 @@
+"""Task vectors that are alike and large: is the base the one that the models were fine-tuned from?"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import merge
+from tests.pico import make_family
+
+ASKS = "The task vectors of all models are nearly the same and large: is BASE the base that they were fine-tuned from?"
+
+
+def merged(base: Path, models: list[Path], out: Path, *flags: str) -> list[str]:
+    """The warnings of a merge."""
+    named = ["--base_model", str(base), "--models_to_merge", ",".join(map(str, models)), "--save_path", str(out)]
+    assert merge.main(["--method", "task_arithmetic", *named, "--quiet", *flags]) == 0
+    return list(json.loads((out / "merge_recipe.json").read_text())["warnings"])
+
+
+def moved(source: Path, target: Path, towards: Path, share: float) -> Path:
+    """A model on the way from one to another, as an earlier checkpoint of the same run is."""
+    shutil.copytree(source, target)
+    start, end = (load_file(folder / "model.safetensors") for folder in (source, towards))
+    between = {name: torch.lerp(one.float(), end[name].float(), share).to(one.dtype) for name, one in start.items()}
+    save_file(between, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_fine_tunes_of_another_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    family = make_family(tmp_path / "family", "llama", n_models=2)
+    other = make_family(tmp_path / "other", "llama", n_models=1, seed=7).base
+    found = merged(other, family.models, tmp_path / "out")
+    asks = f"{ASKS.replace('BASE', str(other))} Name that one, or merge without a base (linear, slerp)."
+    assert asks in found
+    assert f"warning: {asks}" in capsys.readouterr().err  # quiet or not
+    assert not any("fine-tuned from" in one for one in merged(other, family.models[:1], tmp_path / "alone"))
+    assert not any("fine-tuned from" in one for one in merged(family.base, family.models, tmp_path / "right"))
+
+
+def test_two_checkpoints_of_one_run_are_not_asked_about(tmp_path: Path):
+    """Alike, and near the base, as a fine-tune is."""
+    family = make_family(tmp_path / "family", "llama", n_models=1, dtype=torch.float32, delta=0.05)
+    earlier = moved(family.base, tmp_path / "earlier", family.models[0], 0.8)
+    found = merged(family.base, [earlier, family.models[0]], tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())["report"]["all"]
+    assert min(report["cosine"].values()) > 0.99
+    assert max(report["relative_norm"].values()) < 0.1
+    assert not any("fine-tuned from" in one for one in found)
+
+
+def test_models_that_share_little_are_not_asked_about_however_large(tmp_path: Path):
+    family = make_family(tmp_path / "family", "llama", n_models=2, dtype=torch.float32, delta=0.5)
+    found = merged(family.base, family.models, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())["report"]["all"]
+    assert min(report["relative_norm"].values()) > 0.1
+    assert not any("fine-tuned from" in one for one in found)
