@@ -109,9 +109,9 @@ def read_adapter_config(folder: Path, label: str) -> AdapterConfig:
             alpha_pattern={str(key): float(value) for key, value in (content.get("alpha_pattern") or {}).items()},
             rank_stabilised=bool(content.get("use_rslora")),
             transposed=bool(content.get("fan_in_fan_out")),
-            label=label,
             saved_whole=tuple(map(str, content.get("modules_to_save") or ())),
             keeps_ties=bool(content.get("ensure_weight_tying")),
+            label=label,
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(

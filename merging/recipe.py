@@ -202,7 +202,7 @@ def _or_default(one: Parameter, number: Any, tensor: str) -> Any:
         return number
     if one.default_in_files is REQUIRED:
         raise ArgumentError(
-            f"{one.key}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
+            f"{setting(one.key)}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
         )
     return one.default_in_files
 

@@ -113,7 +113,7 @@ def test_the_tolerance_of_options() -> None:
     assert CalibrationOptions(numerics="reference").stops_at == 0
     assert CalibrationOptions(tolerance=0).stops_at == 0
     for wrong in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ArgumentError, match="calibration_tolerance: expected a number from 0 to below 1"):
+        with pytest.raises(ArgumentError, match="tolerance: expected a number from 0 to below 1"):
             CalibrationOptions(tolerance=wrong)
-    with pytest.raises(ArgumentError, match="calibration_tolerance: numerics reference runs all of the text"):
+    with pytest.raises(ArgumentError, match="tolerance: numerics reference runs all of the text"):
         CalibrationOptions(tolerance=0.1, numerics="reference")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import aim.activations
 import aim.calibrate
+from aim import passes
 from aim.activations import Target, Watcher
 from aim.statistics import Activations, ChannelStatistics, load_activations
 from aim.targets import Selection, select_targets
@@ -224,10 +225,10 @@ def test_an_expert_that_no_token_was_sent_to_has_no_statistics(base_of: Callable
 def test_offloaded_weights_are_watched_too(
     monkeypatch: pytest.MonkeyPatch, base_of: Callable[[str], Path], ours_of: Callable[[str], Activations]
 ) -> None:
-    load = aim.calibrate.load
+    load = passes.load
     here = torch.device("cpu")
     monkeypatch.setattr(
-        aim.calibrate,
+        passes,
         "load",
         lambda *args, **options: accelerate.cpu_offload(load(*args, **options), execution_device=here),
     )
@@ -376,7 +377,7 @@ def test_inputs_are_let_go_and_hooks_removed_even_after_a_failure(sums: list[tor
 def test_watching_does_not_change_the_output(base_of: Callable[[str], Path]) -> None:
     for architecture in ("gpt2", "mixtral"):
         base = open_folder(base_of(architecture))
-        model = aim.calibrate.load(base)
+        model = passes.load(base)
         if architecture == "mixtral":
             model.set_experts_implementation("eager")
         with torch.no_grad():

@@ -437,9 +437,9 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, call):
 def test_a_small_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        InputError, match=r"file/x: cannot be written: (File exists|Not a directory)\. Choose another --out"
+        InputError, match=r"file/x: cannot be written: (File exists|Not a directory)\. Choose another out"
     ):
-        write_text(tmp_path / "file" / "x", "", flag="--out")
+        write_text(tmp_path / "file" / "x", "", name="out")
 
 
 # ---------------------------------------------------------------------------------------------------------- staging

@@ -286,7 +286,7 @@ def test_recipe_file(run):
     assert list(content) == [
         "schema", "merge_method", "base_model", "models", "parameters", "tokenizer_source", "new_token_rows",
         "pad_to_multiple_of", "tie_word_embeddings", "chat_template", "copy_tokenizer_from", "out_dtype", "exclude", "only", "seed",
-        "outputs", "notes", "warnings", "report", "inputs", "versions", "command", "identity",
+        "outputs", "notes", "warnings", "report", "side_files", "inputs", "versions", "command", "identity",
     ]  # fmt: skip
     assert content["merge_method"] == "dare_ties"
     assert content["base_model"] == "in/base"
@@ -337,7 +337,10 @@ def test_the_same_recipe_gives_the_same_files(run):
     differ = [name for name in names("one") if Path("one", name).read_bytes() != Path("two", name).read_bytes()]
     assert differ == ["README.md", "merge_recipe.json"]
     first, second = recipe("one"), recipe("two")
-    assert {key for key in first if first[key] != second[key]} == {"command"}
+    assert {key for key in first if first[key] != second[key]} == {
+        "command",
+        "side_files",
+    }  # the card has the command too
 
 
 # ------------------------------------------------------------------------------------------------------ what is printed
@@ -638,7 +641,7 @@ def test_names_with_everything_in_them(run, models, tmp_path):
     front, text = card("o ü:t")
     assert "base_model" not in front
     assert [line for line in text.splitlines() if line.startswith("- ")] == [
-        f"- `{odd}/{name}:2`" for name in ("math", "code")
+        f"- ``{odd}/{name}:2``" for name in ("math", "code")
     ]
     assert "# o ü:t\n" in text
     assert shlex.split(text.split("```sh\n")[1].split("\n```")[0])[-1] == "o ü:t"

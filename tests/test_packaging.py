@@ -101,7 +101,7 @@ REVEALED = {
     "aim.Relaxing": "-> aim.choices.Relaxing",
     "aim.AimRequest": "-> aim.request.AimRequest",
     "aim.Calibration": "-> aim.choices.Calibration",
-    "aim.CalibrationOptions": "-> aim.calibrate.CalibrationOptions",
+    "aim.CalibrationOptions": "-> aim.calibrating.CalibrationOptions",
     "aim.read_request": "-> aim.request.AimRequest",
     "aim.perform_aim": "-> streaming.job.Result",
     "merging.Result": "-> streaming.job.Result",

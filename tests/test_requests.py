@@ -163,7 +163,7 @@ def test_omegas_are_told_apart_by_value():
         ({"aim": {"omega": [{"filter": "mlp", "value": 0.1}]}}, "recipe.yml: aim.omega: expected one entry for the rest"),
         ({"parameters": {"lambda": [{"filter": "mlp", "value": "abc"}, {"value": 1}]}}, "recipe.yml: parameters.lambda: expected a finite number, got 'abc' for the filter 'mlp'."),
         ({"tokenizer_source": "nonsense"}, "recipe.yml: tokenizer_source: expected one of base, union"),
-        ({"new_token_rows": "zero"}, "recipe.yml: new_token_rows: expected owner or mean"),
+        ({"new_token_rows": "zero"}, "recipe.yml: new_token_rows: expected auto or owner or owners_mean or mean"),
         ({"chat_template": "nonsense"}, "recipe.yml: chat_template: unknown template 'nonsense'"),
         ({"exclude": "no_such_tensor"}, "recipe.yml: exclude: 'no_such_tensor' is found in no tensor's name"),
         ({"merge_method": "slerp", "models": MODELS[:1], "parameters": {"t": [{"filter": "mlp", "value": 0.5}]}}, "recipe.yml: parameters.t: says nothing of"),

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+import commands.merge as command
 import merge
 from checkpoints.errors import LONGEST_MESSAGE
 from tests.fuzz import models
@@ -124,7 +125,7 @@ class Place:
         ]  # fmt: skip
         said = io.StringIO()
         raised: list[str] = []
-        run = merge.run
+        run = command.run
 
         def watched(*arguments: object) -> None:
             try:
@@ -139,7 +140,7 @@ class Place:
             with (
                 contextlib.redirect_stdout(said),
                 contextlib.redirect_stderr(said),
-                mock.patch.object(merge, "run", watched),
+                mock.patch.object(command, "run", watched),
                 limited_memory(LIMIT_BYTES),
             ):
                 code = merge.main(argv)
