@@ -91,41 +91,43 @@ def channel_sums(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     """Sums of |x|, x² and x over all dimensions but the last, `[..., in]` -> `[in]` float64 each; the largest |x|, `[in]` float32."""
     rows = x.reshape(-1, x.shape[-1])
     width = x.shape[-1]
-    sums = torch.zeros(3, width, dtype=torch.float64, device=x.device)
+    sums = torch.zeros(3 * width, dtype=torch.float64, device=x.device)
     peak = torch.zeros(width, device=x.device)
     at_once = max(1, ELEMENTS_AT_ONCE // width // SUMMED_AT_ONCE) * SUMMED_AT_ONCE
     for piece in rows.split(at_once):
-        values = _buffer(len(piece), width, x.device)
-        values.copy_(piece)
-        sums[2] += _column_sums(values)
-        sums[0] += _column_sums(values.abs_())
-        peak = torch.maximum(peak, values.amax(dim=0))
-        sums[1] += _column_sums(values.square_())
-    return sums[0], sums[1], sums[2], peak
+        values = _buffer(piece.shape[0], width, x.device)
+        own, absolute, square = values[:, :width], values[:, width : 2 * width], values[:, 2 * width :]
+        own.copy_(piece)
+        torch.abs(own, out=absolute)
+        torch.mul(own, own, out=square)
+        sums += _column_sums(values)
+        peak = torch.maximum(peak, absolute.amax(dim=0))
+    return sums[width : 2 * width], sums[2 * width :], sums[:width], peak
 
 
 def _buffer(rows: int, width: int, device: torch.device) -> torch.Tensor:
-    """Room for float32 numbers, the same for every input of a width: new memory would cost more than the sums do."""
+    """Room for float32 numbers and two more of each, the same for every input of a width: new memory would cost more than the sums."""
     key = (width, device)
-    if key not in _scratch or len(_scratch[key]) < rows:
-        _scratch[key] = torch.empty(rows, width, device=device)
+    if key not in _scratch or _scratch[key].shape[0] < rows:
+        _scratch[key] = torch.empty(rows, 3 * width, device=device)
     return _scratch[key][:rows]
 
 
 def _column_sums(values: torch.Tensor) -> torch.Tensor:
-    """Sums over rows, `[rows, in]` float32 -> `[in]` float64.
+    """Sums over rows, `[rows, columns]` float32 -> `[columns]` float64.
 
     A product with ones adds up columns faster than a sum does, but is off by 1e-6 after some hundred rows: so it adds
     `SUMMED_AT_ONCE` rows, which lie `groups` apart, and float64 does the rest.
     """
-    groups = len(values) // SUMMED_AT_ONCE
+    rows, columns = values.shape
+    groups = rows // SUMMED_AT_ONCE
     if not groups:
         return values.sum(dim=0, dtype=torch.float64)
-    whole = values[: groups * SUMMED_AT_ONCE].view(SUMMED_AT_ONCE, groups * values.shape[1])
-    partial = (values.new_ones(1, SUMMED_AT_ONCE) @ whole).view(groups, values.shape[1])
+    whole = values[: groups * SUMMED_AT_ONCE].view(SUMMED_AT_ONCE, groups * columns)
+    partial = (values.new_ones(1, SUMMED_AT_ONCE) @ whole).view(groups, columns)
     total = partial.sum(dim=0, dtype=torch.float64)
-    rest = values[groups * SUMMED_AT_ONCE :]
-    return total + rest.sum(dim=0, dtype=torch.float64) if len(rest) else total
+    rest = rows - groups * SUMMED_AT_ONCE
+    return total + values[-rest:].sum(dim=0, dtype=torch.float64) if rest else total
 
 
 @dataclass(frozen=True)

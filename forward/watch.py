@@ -44,6 +44,9 @@ COPIES = frozenset(
 """Functions that may copy a part of a parameter before it is multiplied."""
 
 
+INTERESTING = PRODUCTS | COPIES | {nn.functional.linear}
+
+
 class See(Protocol):
     """What is done with an input that was seen."""
 
@@ -186,6 +189,8 @@ class _Mode(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in INTERESTING:
+            return func(*args, **kwargs) if kwargs else func(*args)
         return self._watch.call(func, args, kwargs or {})
 
 
