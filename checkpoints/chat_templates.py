@@ -14,7 +14,8 @@ from pathlib import Path
 
 from checkpoints.errors import ArgumentError, InputError, first_line, unknown
 from checkpoints.settings import setting
-from checkpoints.sidecars import CHAT_TEMPLATE_FILES, SideFiles
+from checkpoints.side_names import CHAT_TEMPLATE_FILES
+from checkpoints.sidecars import SideFiles
 from checkpoints.strangers import STRANGERS, StrangersError
 
 AUTO = "auto"

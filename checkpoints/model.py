@@ -23,7 +23,8 @@ from checkpoints.reader import (
     is_adapter,
     open_checkpoint,
 )
-from checkpoints.sidecars import TOKENIZER_FILES, SideFiles, licence_of, read_config
+from checkpoints.side_names import TOKENIZER_FILES
+from checkpoints.sidecars import SideFiles, licence_of, read_config
 from checkpoints.source import FLOAT8
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
 from checkpoints.weights import Weights
