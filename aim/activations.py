@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -264,7 +265,7 @@ class Watcher:
         if self.block is None:
             return None
         blocks, length = self.block
-        if x.shape[:2] == (blocks, length):
+        if x.ndim > 2 and x.shape[:2] == (blocks, length):
             return x.numel() // x.shape[-1] // (blocks * length)
         return 1 if x.ndim == 2 and len(x) == blocks * length else None
 
@@ -353,18 +354,17 @@ class Watcher:
         if target.is_vector and seen != shape[0]:
             return f"its module's input has {seen} channels, the weight {shape[0]}"
         cells = _Cells(uses, shape, axis, self._sums, {} if self._blind & set(uses) else self._first)
-        stack = cells.stack()
-        if isinstance(stack, str):
-            return stack
-        stacked_axis, table = stack
-        if stacked_axis is None:
+        stacked_axis, table = cells.stack()
+        if len(table) == 1:
             one = table[0]
+        elif stacked_axis is None:
+            one = cells.pooled()
         elif stacked_axis == 0 and target.expert is not None:
             one = table[target.expert]
         elif target.axes[stacked_axis] == 0 and len(target.shape) == len(shape) > 2:
             one = stack_statistics(table)
         else:
-            return "its rows have different inputs"
+            one = cells.pooled()  # its rows have different inputs
         if not bool((one.tokens > 0).any()):
             return NO_TOKEN
         if not bool(one.mean_abs.any()):
@@ -406,10 +406,18 @@ class _Cells:
     ):
         self._uses, self._shape, self._axis, self._sums, self._first = uses, shape, axis, sums, first
 
-    def stack(self) -> tuple[int | None, list[ChannelStatistics]] | str:
+    def pooled(self) -> ChannelStatistics:
+        """One for all parts: means over the inputs of all of them, each as often as it has rows of the weight."""
+        times = {
+            use: math.prod(high - low for axis, (low, high) in enumerate(use.ranges) if axis != self._axis)
+            for use in self._uses
+        }
+        return self._together(self._uses, times)
+
+    def stack(self) -> tuple[int | None, list[ChannelStatistics]]:
         """Statistics, one for each index of the dimension that is returned with them, or one where all parts have one input.
 
-        Returns: the reason where there are several inputs, and not by one dimension.
+        Where parts have different inputs along more than one dimension, it is one for all of them, see `pooled`.
         """
         cuts = {
             axis: sorted({0, size, *(edge for use in self._uses for edge in use.ranges[axis])})
@@ -437,30 +445,37 @@ class _Cells:
         if not axes:
             return None, [statistics[uses] for uses in cells.values()][:1]
         if len(axes) > 1:
-            return "its parts have different inputs"
+            return None, [self.pooled()]
         edges = cuts[axes[0]]
         table = []
         for low, high in itertools.pairwise(edges):
             table += [statistics[cells[(low,)]]] * (high - low)
         return axes[0], table
 
-    def _together(self, uses: Sequence[Use]) -> ChannelStatistics:
-        """Statistics of a part that has these uses, one after the other or for parts of its channels."""
+    def _together(self, uses: Sequence[Use], times: Mapping[Use, int] | None = None) -> ChannelStatistics:
+        """Statistics of a part that has these uses, one after the other or for parts of its channels.
+
+        Args:
+            times: how often each counts, in proportion; once where it is not said.
+        """
+        times = times or dict.fromkeys(uses, 1)
+        common = math.gcd(*times.values())
         width = self._shape[self._axis]
         totals, first = (torch.zeros(3, width, dtype=torch.float64) for _ in range(2))
         rows, first_rows = (torch.zeros(width, dtype=torch.int64) for _ in range(2))
         peak, peak_at = torch.zeros(width), torch.full((width,), UNKNOWN, dtype=torch.int64)
         for use in uses:
             here, sums = slice(*use.channels), self._sums[use]
-            totals[:, here] += torch.stack([sums.abs, sums.sq, sums.signed]).cpu()
-            rows[here] += sums.rows
+            weight = times[use] // common
+            totals[:, here] += weight * torch.stack([sums.abs, sums.sq, sums.signed]).cpu()
+            rows[here] += weight * sums.rows
             larger = sums.peak.cpu() > peak[here]
             peak[here] = torch.where(larger, sums.peak.cpu(), peak[here])
             peak_at[here] = torch.where(larger, sums.peak_at.cpu(), peak_at[here])
             if use in self._first:
                 one = self._first[use]
-                first[:, here] += torch.stack([one.abs, one.sq, one.signed]).cpu()
-                first_rows[here] += one.rows
+                first[:, here] += weight * torch.stack([one.abs, one.sq, one.signed]).cpu()
+                first_rows[here] += weight * one.rows
         after_first = None
         if uses and all(use in self._first for use in uses):
             rest = totals - first

@@ -18,14 +18,18 @@ from forward.loading import config_of, quiet_transformers
 __all__ = ["CalibrationOptions", "Numerics", "calibrate"]
 
 
-def check_causal(base: Model) -> None:
+def check_runs_on_text(base: Model) -> None:
     """Raise InputError where the base is no causal language model, which alone can be run on plain text."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     name = base.architecture.model_class
-    known = {
+    known = {  # of the second kind most run on tokens alone, and the others say so when they are run
         entry
-        for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        for names in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values())
         for entry in ([names] if isinstance(names, str) else names)
     }
     if name in known:
@@ -44,7 +48,7 @@ def check_block_size(base: Model, block_size: int) -> None:
     """Raise InputError where blocks have more tokens than the base has positions: it would fail on them, or make no sense."""
     config = config_of(base)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and block_size > positions:
+    if isinstance(positions, int) and 0 < positions < block_size:  # -1: as many as you like
         raise InputError(
             f"{setting('block_size')}: expected at most the {positions} positions of {base.label}, got {block_size}. Lower it."
         )
@@ -113,7 +117,7 @@ def calibrate(
     Raises: InputError: no causal model, it cannot be loaded or run, out of memory, NaN in a statistic (names the weight).
     """
     options = options or CalibrationOptions()
-    check_causal(base)
+    check_runs_on_text(base)
     check_complete(base)
     check_block_size(base, data.block_size)
     selection, _ = select(base, options.numerics)

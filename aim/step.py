@@ -13,8 +13,8 @@ from typing import Any
 from aim.calibrate import (
     calibrate,
     check_block_size,
-    check_causal,
     check_complete,
+    check_runs_on_text,
     read_blocks,
     select,
 )
@@ -91,7 +91,7 @@ class AimStep:
                 self._loaded = self._loaded or load_activations(self._file)
             if self._loaded and base.weights.is_here:
                 check_activations(self._loaded, base, selection, self.how.numerics, self._source)
-        for check in () if self._loaded or self._file else (check_causal, check_complete, self._check_texts):
+        for check in () if self._loaded or self._file else (check_runs_on_text, check_complete, self._check_texts):
             with problems.collect(), quiet_transformers():
                 check(base)
         problems.raise_if_any()

@@ -17,7 +17,8 @@ from checkpoints.model import Model
 from checkpoints.problems import Problems
 from checkpoints.reader import equal_tensors
 from checkpoints.settings import setting
-from checkpoints.sidecars import SideFiles
+from checkpoints.side_names import is_module_weights
+from checkpoints.sidecars import SideFiles, list_left_out
 from checkpoints.source import FLOAT8, TensorInfo, TensorRef
 from checkpoints.tensor_names import list_kinds
 from checkpoints.tokenizer_files import set_tied
@@ -78,6 +79,14 @@ def align(
     dropped = left_out(primary, stored)
     if dropped:
         problems.note(f"{primary.label}: left out, as loading ignores or recomputes them: {list_kinds(dropped)}.")
+    own = {file.path.name for file in primary.weights.files}
+    lost = [name for name in list_left_out(primary.folder) if name not in own]
+    if lost:
+        more = f" and {len(lost) - 8:,} more" if len(lost) > 8 else ""
+        problems.note(
+            f"{primary.label}: files of its folder that the output does not get: {', '.join(lost[:8])}{more}."
+        )
+    _compare_modules(files, primary, others, problems)
     for model in (primary, *others):
         if any(info.dtype in FLOAT8 for _, parts in model.parts for file in parts for info in file.tensors.values()):
             problems.note(f"{model.label}: its float8 weights are multiplied with their scales.")
@@ -114,6 +123,18 @@ def _other_class(first: AlignedModel, model: AlignedModel) -> str:
     return "" if any(str(problem).startswith(says) for problem in model.problems) else f"{says}. {model.advice}"
 
 
+def _compare_modules(files: SideFiles, primary: Model, others: Sequence[Model], problems: Problems) -> None:
+    """Warn where the modules behind a model (a dense layer of an embedding model, say) have other weights in other models."""
+    for name in filter(is_module_weights, files.names):
+        for model in others:
+            path = model.folder / name
+            if not path.is_file() or path.read_bytes() != files.read(name):
+                problems.warn(
+                    f"{model.label}: {name} is not that of {primary.label}: weights outside of the model are not merged, and the output has "
+                    f"those of {primary.label}."
+                )
+
+
 def _stored(model: Model, part: Callable[[Model], Iterable[str]]) -> dict[str, TensorInfo]:
     return {name: model.weights.tensors[name] for name in part(model)}
 
@@ -122,8 +143,9 @@ def _stored(model: Model, part: Callable[[Model], Iterable[str]]) -> dict[str, T
 class _Head:
     """The output's tensors once its head is decided.
 
-    tied: the head that the output ties -> the embedding that it is tied to; empty where it is not tied by request.
-    is_there: whether the model has a head and an embedding at all.
+    Attributes:
+        tied: the head that the output ties -> the embedding that it is tied to; empty where it is not tied by request.
+        is_there: whether the model has a head and an embedding at all.
     """
 
     tensors: dict[str, TensorRef]

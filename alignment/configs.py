@@ -17,6 +17,9 @@ from checkpoints.model import Model
 from checkpoints.problems import Problems
 from checkpoints.settings import setting
 
+LONGEST_KEY = 100
+"""Characters of an entry's name; no class has a longer one, and a stranger's may have millions."""
+
 _COMPUTES_NOTHING = re.compile(
     r"(^|\.)(_.*|transformers_version|architectures|torch_dtype|dtype|model_type|auto_map|id2label|label2id|problem_type|use_cache"
     r"|vocab_size|.*token_ids?|.*token_index|tie_word_embeddings|initializer.*|.*dropout.*|.*pdrop|pretraining_tp|output_\w+|return_dict"
@@ -194,7 +197,7 @@ def _entries(config: Mapping[str, Any], parent: str = "") -> Iterator[tuple[str,
     """What decides a forward pass, by dotted name; functions by one name each."""
     for key, value in config.items():
         name = f"{parent}{key}"
-        if _COMPUTES_NOTHING.search(key):
+        if len(key) > LONGEST_KEY or _COMPUTES_NOTHING.search(key):
             continue
         if isinstance(value, dict):
             yield from _entries(value, f"{name}.")

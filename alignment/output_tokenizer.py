@@ -10,7 +10,8 @@ from alignment.layout import Layout
 from alignment.tables import Tables
 from checkpoints.chat_templates import take_templates
 from checkpoints.problems import Problems
-from checkpoints.sidecars import TOKENIZER_FILES, SideFiles
+from checkpoints.side_names import TOKENIZER_FILES
+from checkpoints.sidecars import SideFiles
 from checkpoints.tokenizer_files import NewToken, end_ids, end_tokens, renumber_tokens, set_end_tokens
 from checkpoints.vocabulary import PLAIN, Vocabulary
 
@@ -47,7 +48,7 @@ def take_tokenizer(first: Tables, donor: Tables, files: SideFiles) -> None:
     theirs = model.side_files()
     files.take(model.tokenizer_folder, TOKENIZER_FILES)
     if "generation_config.json" in theirs:
-        files.take(model.folder, ["generation_config.json"])
+        files.take(model.folder, ("generation_config.json",))
     stated = {key: value for key, value in theirs.read_json("config.json").items() if key.endswith("_token_id")}
     files.write_json("config.json", {**files.read_json("config.json"), **stated})
 

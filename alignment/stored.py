@@ -23,12 +23,9 @@ def check_plain(model: Model) -> Problems:
 
 
 def _not_plain(model: Model) -> InputError | None:
-    quantisation = model.side_files().read_json("config.json").get("quantization_config")
-    if quantisation:
-        kind = quantisation.get("quant_method", "an unnamed method") if isinstance(quantisation, dict) else quantisation
-        under = " under the adapter, as BASE+ADAPTER" if model.adapters else ""
+    if model.quantisation is not None:
         return InputError(
-            f"{model.label}: its weights are quantised ({kind}), which cannot be merged. Use the unquantised model{under}."
+            f"{model.label}: its weights are quantised ({model.quantisation}), which cannot be merged. Use the unquantised model."
         )
     for name in model.weights.tensors:
         if _PACKED.search(name):

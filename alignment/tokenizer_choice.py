@@ -20,7 +20,8 @@ from checkpoints.location import ModelName, locate
 from checkpoints.model import Model
 from checkpoints.problems import Problems
 from checkpoints.settings import setting
-from checkpoints.sidecars import TOKENIZER_FILES, SideFiles
+from checkpoints.side_names import TOKENIZER_FILES
+from checkpoints.sidecars import SideFiles
 from checkpoints.tokenizer_files import tokens_of
 from checkpoints.vocabulary import Vocabulary, read_vocabulary
 

@@ -1,13 +1,19 @@
-"""What watching costs: tokens a second of a bare forward pass and of one whose activations are watched.
+"""What calibration costs: watching a forward pass, against the bare body of the model; and a pass layer by layer, against the whole model.
 
     python benchmarks/calibration_speed.py
     python benchmarks/calibration_speed.py --device cuda --blocks 32 --dtypes bfloat16
     python benchmarks/calibration_speed.py --hidden 2048 --layers 22 --intermediate 5632 --heads 32 --kv_heads 4 --json
+    python benchmarks/calibration_speed.py --model FOLDER
+    python benchmarks/calibration_speed.py --modes whole,layerwise --model FOLDER --blocks 8
+    python benchmarks/calibration_speed.py --modes layerwise --make FOLDER --hidden 4096 --layers 32 --intermediate 14336 \\
+        --heads 32 --kv_heads 8 --vocabulary 128256 --blocks 8
 
-A random Llama, of 220 million parameters where no sizes are given, blocks of 512 tokens, one block at a time. Bare and
-watched runs alternate, so that what else the machine does falls on both; the table has the median of each. Where other
-programs want the same cores, set OMP_WAIT_POLICY=passive or --threads 1: threads that wait by spinning make many small
-steps cost what few do not.
+Without --modes: a random Llama, of 220 million parameters where no sizes are given, or the checkpoint of --model, blocks of 512
+tokens, one at a time. The bare body, without the output head whose logits nobody needs, and the watched model alternate, so that
+what else the machine does falls on both; the table has the median of each.
+
+With --modes: whole calibrations of a checkpoint (--make writes a random one into files) on random tokens, each in a process of
+its own, with its peak of anonymous memory.
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,9 +35,29 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aim.activations import Target, Watcher
-from benchmarks.synthetic import Shape, add_shape_flags, read_shape
+from benchmarks.measured import run as run_command
+from benchmarks.synthetic import Shape, add_shape_flags, make_checkpoints, read_shape
 
 DEFAULT = Shape(hidden=1024, layers=12, intermediate=2816, heads=16, kv_heads=16)
+CALIBRATE = """
+import json, sys, time
+import torch
+from aim.calibrate import CalibrationOptions, calibrate
+from aim.calibration import Blocks, CalibrationData
+from checkpoints.model import open_model
+
+model, mode, blocks, block_size, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+base = open_model(model)
+generator = torch.Generator().manual_seed(0)
+rows = base.weights.tensors[base.architecture.stored_name(base.architecture.input_embedding)].shape[0]
+tokens = torch.randint(rows, (blocks, block_size), generator=generator)
+started = []
+options = CalibrationOptions(dtype=dtype, batch_size=1, tolerance=0, mode=mode)
+found = calibrate(base, CalibrationData("random tokens", block_size=block_size), options, blocks=Blocks(tokens, blocks, 0, 0, 0),
+                  progress=lambda count: started.append(time.perf_counter()) if not count else None)
+seconds = time.perf_counter() - started[0]
+print(json.dumps({"tokens_s": tokens.numel() / seconds, "tensors": len(found.statistics), "silent": len(found.silent)}))
+"""
 
 
 @dataclass(frozen=True)
@@ -44,31 +71,36 @@ class Comparison:
     cpu_share: float
 
 
-def make_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
-    """A random Llama."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_model(shape: Shape, dtype: torch.dtype, device: torch.device, folder: str | None) -> Any:
+    """A random Llama, or the model of a folder."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+    if folder:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
     torch.manual_seed(0)
     config = LlamaConfig(**{key: value for key, value in shape.config().items() if key != "torch_dtype"})
     return LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").to(device).eval()
 
 
 def targets_of(model: Any) -> dict[str, Target]:
-    """What AIM relaxes: every weight of a linear layer or a norm."""
+    """What AIM relaxes: every weight of a linear layer or a norm, but for a head that is tied to the embedding."""
+    tables = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
     return {
-        f"{name}.weight": Target(name, "weight", module.weight.shape[-1])
-        for name, module in model.named_modules()
-        if getattr(module, "weight", None) is not None and not isinstance(module, torch.nn.Embedding)
+        name: Target(name, tuple(range(one.ndim)), tuple(one.shape))
+        for name, one in model.named_parameters()
+        if id(one) not in tables and name.endswith("weight")
     }
 
 
-def run(model: Any, tokens: torch.Tensor, watching: AbstractContextManager[None]) -> tuple[float, float]:
+def run(
+    call: Callable[[torch.Tensor], object], tokens: torch.Tensor, watching: AbstractContextManager[None]
+) -> tuple[float, float]:
     """Seconds, and seconds of processor time, of a forward pass over each of the blocks `[blocks, block size]`."""
     with watching, torch.no_grad():
         _wait(tokens.device)
         started, started_cpu = time.perf_counter(), time.process_time()
         for block in tokens.split(1):
-            model(input_ids=block, use_cache=False)
+            call(block)
         _wait(tokens.device)
         return time.perf_counter() - started, time.process_time() - started_cpu
 
@@ -78,16 +110,32 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def measure(shape: Shape, dtype: str, device: torch.device, blocks: int, block_size: int, repeats: int) -> Comparison:
+def measure(
+    shape: Shape,
+    dtype: str,
+    device: torch.device,
+    blocks: int,
+    block_size: int,
+    repeats: int,
+    folder: str | None = None,
+) -> Comparison:
     """Run bare and watched in turn."""
-    model = make_model(shape, getattr(torch, dtype), device)
-    tokens = torch.randint(shape.vocabulary, (blocks, block_size), device=device)
-    watcher = Watcher(model, targets_of(model))
-    run(model, tokens[:1], watcher.watching())  # what is slow only once
+    model = make_model(shape, getattr(torch, dtype), device, folder)
+    tokens = torch.randint(model.config.vocab_size, (blocks, block_size), device=device)
+    watcher = Watcher(model, targets_of(model), head=model.get_output_embeddings().weight)
+    watcher.block = (1, block_size)
+
+    def watch(block: torch.Tensor) -> None:
+        model(input_ids=block, use_cache=False)
+
+    def body(block: torch.Tensor) -> None:
+        model.base_model(input_ids=block, use_cache=False)
+
+    run(watch, tokens[:1], watcher.watching())  # what is slow only once
     bare, watched = [], []
     for _ in range(repeats):
-        bare.append(run(model, tokens, nullcontext()))
-        watched.append(run(model, tokens, watcher.watching()))
+        bare.append(run(body, tokens, nullcontext()))
+        watched.append(run(watch, tokens, watcher.watching()))
     rates = [tokens.numel() / statistics.median(seconds for seconds, _ in runs) for runs in (bare, watched)]
     ratios = [
         statistics.median(one[kind] / other[kind] for one, other in zip(bare, watched, strict=True)) for kind in (0, 1)
@@ -101,6 +149,36 @@ def as_row(one: Comparison) -> str:
     return f"| {one.dtype} | {' | '.join(rates)} | {100 * one.share:.1f} % | {100 * one.cpu_share:.1f} % |"
 
 
+def calibrated(folder: Path, mode: str, dtype: str, blocks: int, block_size: int) -> dict[str, Any]:
+    """One calibration in a process of its own: tokens a second once it runs, seconds in all, peak anonymous memory."""
+    command = [sys.executable, "-c", CALIBRATE, str(folder), mode, str(blocks), str(block_size), dtype]
+    done = run_command(command, env={"PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    peak = None if done.peak_bytes is None else done.peak_bytes / 1e9
+    return {
+        "mode": mode,
+        "dtype": dtype,
+        **found,
+        "seconds": done.seconds,
+        "cpu_seconds": done.cpu_seconds,
+        "peak_gb": peak,
+    }
+
+
+def compare_modes(arguments: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
+    """Calibrations of one checkpoint, in turn."""
+    if arguments.make:
+        folder = make_checkpoints(Path(arguments.make), shape, 0, say=lambda line: print(line, file=sys.stderr)).base
+    else:
+        folder = Path(arguments.model)
+    found = []
+    for dtype in arguments.dtypes.split(","):
+        for _ in range(arguments.repeats):
+            for mode in arguments.modes.split(","):
+                found.append(calibrated(folder, mode, dtype, arguments.blocks, arguments.block_size))
+    return found
+
+
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,6 +188,9 @@ def main() -> None:
     parser.add_argument("--block_size", type=int, default=512, help="tokens of a block (512)")
     parser.add_argument("--threads", type=int, help="of torch (default: one per core)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (3)")
+    parser.add_argument("--model", help="a checkpoint in place of a random model")
+    parser.add_argument("--modes", help="whole, layerwise or both with a comma: calibrations of --model or --make")
+    parser.add_argument("--make", help="a folder for a random checkpoint of the given sizes")
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     add_shape_flags(parser)
     arguments = parser.parse_args()
@@ -117,17 +198,33 @@ def main() -> None:
         shape = read_shape(arguments, DEFAULT)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.modes and not (arguments.model or arguments.make):
+        parser.error("--modes: wants a checkpoint, --model or --make")
     device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    machine = f"{where}, {os.cpu_count()} cores, torch {torch.__version__}, Python {sys.version.split()[0]}"
+    if arguments.modes:
+        rows = compare_modes(arguments, shape)
+        if arguments.json:
+            print(json.dumps(rows))
+            return
+        print(
+            f"{machine}\n| mode | dtype | tokens/s | seconds in all | processor seconds | peak GB |\n"
+            + "|---" * 6
+            + "|"
+        )
+        for row in rows:
+            print(f"| {row['mode']} | {row['dtype']} | {row['tokens_s']:,.0f} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['peak_gb']:.2f} |")  # fmt: skip
+        return
     sizes = (arguments.blocks, arguments.block_size, arguments.repeats)
-    found = (measure(shape, dtype, device, *sizes) for dtype in arguments.dtypes.split(","))
+    found = (measure(shape, dtype, device, *sizes, arguments.model) for dtype in arguments.dtypes.split(","))
     if arguments.json:
         print(json.dumps([asdict(one) for one in found]))
         return
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{where}, {os.cpu_count()} cores, torch {torch.__version__}, Python {sys.version.split()[0]}")
-    print("| dtype | bare | watched | bare / watched seconds | processor seconds |\n" + "|---" * 5 + "|")
+    print(machine)
+    print("| dtype | bare body | watched | bare / watched seconds | processor seconds |\n" + "|---" * 5 + "|")
     for one in found:
         print(as_row(one), flush=True)
 

@@ -186,12 +186,15 @@ def _write_weights(folder: Path, shape: Shape, model: int, shards: int, noise: A
     """The weight files of model number `model`, 0 for the base: x = base + size * (other noise), rounded to bfloat16."""
     import torch
 
+    from checkpoints.folder import Folder
     from checkpoints.source import TensorInfo
     from checkpoints.writer import CheckpointWriter, plan_shards
 
     infos = {name: TensorInfo(torch.bfloat16, size) for name, size in shape.tensors().items()}
     sizes = [info.nbytes for info in infos.values()]
-    writer = CheckpointWriter(folder, plan_shards(infos, -(-sum(sizes) // shards) + max(sizes)), digest=False)
+    writer = CheckpointWriter(
+        Folder.open(folder), plan_shards(infos, -(-sum(sizes) // shards) + max(sizes)), digest=False
+    )
 
     def piece(seed: str, count: int) -> Any:
         start = random.Random(seed).randrange(POOL_ELEMENTS - count)

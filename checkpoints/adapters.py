@@ -59,8 +59,9 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 class AdapterConfig:
     """What adapter_config.json says.
 
-    base, revision: the model that it was trained on, as its author named it; None where it names none.
-    label: of the adapter, for messages.
+    Attributes:
+        base, revision: the model that it was trained on, as its author named it; None where it names none.
+        label: of the adapter, for messages.
     """
 
     base: str | None
@@ -109,9 +110,9 @@ def read_adapter_config(folder: Path, label: str) -> AdapterConfig:
             alpha_pattern={str(key): float(value) for key, value in (content.get("alpha_pattern") or {}).items()},
             rank_stabilised=bool(content.get("use_rslora")),
             transposed=bool(content.get("fan_in_fan_out")),
-            label=label,
             saved_whole=tuple(map(str, content.get("modules_to_save") or ())),
             keeps_ties=bool(content.get("ensure_weight_tying")),
+            label=label,
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError(
@@ -123,7 +124,10 @@ def read_adapter_config(folder: Path, label: str) -> AdapterConfig:
 class _Change:
     """What becomes of one tensor.
 
-    whole: the adapter's tensor in its place; factors: the names of A and B; embedding: whether they are an embedding's.
+    Attributes:
+        whole: the adapter's tensor in its place.
+        factors: the names of A and B.
+        embedding: whether they are an embedding's.
     """
 
     module: str
@@ -136,7 +140,9 @@ class _Change:
 class _Product:
     """`scaling * B A` of one tensor `[rows, columns]`: its row i is `scaling * left[i] @ right`.
 
-    left: the name of the factor `[rows, r]`, or `[r, rows]` where `left_transposed`; right: `[r, columns]`, likewise.
+    Attributes:
+        left: the name of the factor `[rows, r]`, or `[r, rows]` where `left_transposed`.
+        right: `[r, columns]`, likewise.
     """
 
     left: str

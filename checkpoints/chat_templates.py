@@ -14,7 +14,8 @@ from pathlib import Path
 
 from checkpoints.errors import ArgumentError, InputError, first_line, unknown
 from checkpoints.settings import setting
-from checkpoints.sidecars import CHAT_TEMPLATE_FILES, SideFiles
+from checkpoints.side_names import CHAT_TEMPLATE_FILES
+from checkpoints.sidecars import SideFiles
 from checkpoints.strangers import STRANGERS, StrangersError
 
 AUTO = "auto"
@@ -26,7 +27,8 @@ CONFIGS = ("tokenizer_config.json", "processor_config.json")
 _KNOWN = Path(__file__).parent / "templates"
 _MARKER = re.compile(r"<\|[^|<>{}\s'\"]+\|>|\[\|[^|\[\]{}\s'\"]+\|\]")
 
-_END = re.compile(r"</s>|<[^<>{}\s'\"]*(?:end|eot|eos)[^<>{}\s'\"]*>|\[\|?end[^\[\]{}\s'\"]*\]", re.IGNORECASE)
+_SHORT = re.compile(r"<[^<>{}\s'\"]{1,64}>|\[[^\[\]{}\s'\"]{1,64}\]")
+_ENDS = re.compile(r"</s>|end|eot|eos", re.IGNORECASE)
 
 
 def known_templates() -> list[str]:
@@ -75,15 +77,6 @@ def foreign_markers(template: str, tokens: Collection[str]) -> list[str]:
     return [marker for marker in dict.fromkeys(_MARKER.findall(written)) if marker not in tokens]
 
 
-def _without_comments(template: str) -> str:
-    """A template without `{# ... #}`, in one pass: a regular expression would look for the end from every beginning."""
-    kept, at = [], 0
-    while (begin := template.find("{#", at)) >= 0 and (end := template.find("#}", begin + 2)) >= 0:
-        kept.append(template[at:begin])
-        at = end + 2
-    return "".join([*kept, template[at:]])
-
-
 def end_markers(template: str, eos_token: str | None, tokens: Collection[str]) -> list[str]:
     """The tokens that a template writes and that may end a turn, by what they are called; what it calls `eos_token` is one.
 
@@ -91,7 +84,18 @@ def end_markers(template: str, eos_token: str | None, tokens: Collection[str]) -
     """
     written = _without_comments(template)
     named = [eos_token] if eos_token is not None and "eos_token" in written else []
-    return [marker for marker in dict.fromkeys([*_END.findall(written), *named]) if marker in tokens]
+    return [
+        marker for marker in dict.fromkeys([*filter(_ENDS.search, _SHORT.findall(written)), *named]) if marker in tokens
+    ]
+
+
+def _without_comments(template: str) -> str:
+    """A template without `{# ... #}`, in one pass: a regular expression would look for the end from every beginning."""
+    kept, at = [], 0
+    while (begin := template.find("{#", at)) >= 0 and (end := template.find("#}", begin + 2)) >= 0:
+        kept.append(template[at:begin])
+        at = end + 2
+    return "".join([*kept, template[at:]])
 
 
 def templates_of(files: SideFiles) -> dict[str, str]:

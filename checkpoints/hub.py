@@ -9,17 +9,12 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from checkpoints.errors import InputError
 from checkpoints.hub_errors import Unreachable, few, label_of, one_line_errors, progress_bars
+from checkpoints.side_names import choose_side_files
 
-# Everything small beside the weights, at the top of a repo.
-SIDE_FILES = (
-    *("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer*", "vocab.*"),
-    *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
 # What a copy in the cache must have of these, if the repo does: programs that only load a model fetch no more.
 NEEDED_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 
@@ -117,17 +112,19 @@ def choose_weights(names: Collection[str], read: Callable[[str], bytes], label: 
     return shards
 
 
-def _is_side_file(name: str, code: bool) -> bool:
-    if "/" in name:
-        return fnmatchcase(name, "additional_chat_templates/*.jinja")
-    return any(fnmatchcase(name, pattern) for pattern in (*SIDE_FILES, *(["*.py"] if code else [])))
+def _side_files(sizes: Mapping[str, int], code: bool) -> list[str]:
+    """The files of a repo that an output may get, the card and indices; Python files only where they may run."""
+    copied = choose_side_files(sizes).copied
+    more = [name for name in sizes if name == "README.md" or ("/" not in name and name.endswith(".index.json"))]
+    more += [name for name in sizes if name == "adapter_config.json"]
+    return [name for name in (*copied, *more) if code or not name.endswith(".py")]
 
 
 def _download(repo_id: str, revision: str | None, *, weights: bool, code: bool, quiet: bool) -> Snapshot:
     """Ask the hub what there is, fetch the side files, then the weights of the very same commit."""
     label = label_of(repo_id, revision)
     listing = list_files(repo_id, revision)
-    side = [name for name in listing.sizes if _is_side_file(name, code)]
+    side = _side_files(listing.sizes, code)
     if not side:
         raise InputError(f"{label}: expected config.json and a tokenizer, got {few(listing.sizes) or 'an empty repo'}.")
     # By branch or tag, so that the cache remembers what it points to and knows it offline.
@@ -192,7 +189,8 @@ def _find_in_cache(repo_id: str, revision: str | None, *, weights: bool, reason:
     missing = sorted({*needed, *(chosen if weights else ())} - here)
     if missing:
         raise InputError(f"{label}: {reason}, and the copy in the cache lacks {few(missing)}. {advice}")
-    used = [name for name in sorted(here) if name in chosen or _is_side_file(name, False)]
+    side = set(_side_files(dict.fromkeys(here, 0), False))
+    used = [name for name in sorted(here) if name in chosen or name in side]
     sha256 = {name: digest for name in used if (digest := _stored_sha256(folder / name))}
     note = f"{label}: {reason}; commit {folder.name} from the cache is used"
     return Snapshot(folder, folder.name, sha256, bool(chosen) and here.issuperset(chosen), note)

@@ -27,7 +27,8 @@ _HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co/|hf\.co/|hf:/
 class ModelName:
     """A model as the user named it; `str` gives the text back.
 
-    base: of an adapter, where it was named: `BASE+ADAPTER`.
+    Attributes:
+        base: of an adapter, where it was named: `BASE+ADAPTER`.
     """
 
     path_or_id: str

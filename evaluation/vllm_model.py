@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
 from typing import Any
+from unittest import mock
 
-from lm_eval.models.vllm_causallms import VLLM
+import psutil
+import vllm
 from vllm import SamplingParams, TokensPrompt
 
 from evaluation.transformers_model import Finish
 
+# lm_eval asks for the version of the distribution `vllm`, which the one for CPUs is not: the package itself knows.
+_version = metadata.version
+with mock.patch.object(metadata, "version", lambda name: vllm.__version__ if name == "vllm" else _version(name)):
+    from lm_eval.models.vllm_causallms import VLLM
+
 GPU_MEMORY_SHARE = 0.8
 """Below vLLM's default: the logprobs of whole prompts, which MMLU asks for, come on top of what vLLM plans for."""
+CPU_CACHE_SHARE = 0.25
+"""Of the memory that is free, for keys and values. vLLM by itself would take nearly all of the machine's."""
+
+
+def cpu_arguments() -> dict[str, Any]:
+    """What vLLM is told besides on a CPU. Without compilation it needs no C++ compiler, and computes as transformers does."""
+    return {"kv_cache_memory_bytes": int(psutil.virtual_memory().available * CPU_CACHE_SHARE), "enforce_eager": True}
 
 
 class VllmModel(VLLM):
@@ -33,21 +49,26 @@ class VllmModel(VLLM):
         window: int,
         dtype: str,
         n_gpu: int,
+        on_cpu: bool,
         seed: int,
         batch_size: int | None,
         trust_remote_code: bool = False,
     ):
-        super().__init__(
-            pretrained=folder,
-            dtype=dtype,
-            max_model_len=window,
-            tensor_parallel_size=n_gpu,
-            seed=seed,
-            batch_size="auto",
-            max_batch_size=batch_size,  # vLLM's max_num_seqs
-            trust_remote_code=trust_remote_code,
-            gpu_memory_utilization=GPU_MEMORY_SHARE,
-        )
+        memory = cpu_arguments() if on_cpu else {"gpu_memory_utilization": GPU_MEMORY_SHARE}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, about vLLM's use of it
+            super().__init__(
+                pretrained=folder,
+                dtype=dtype,
+                max_model_len=window,
+                tensor_parallel_size=n_gpu,
+                seed=seed,
+                batch_size="auto",
+                max_batch_size=batch_size,  # vLLM's max_num_seqs
+                trust_remote_code=trust_remote_code,
+                use_tqdm_on_load=False,
+                **memory,
+            )
         self.finished: list[Finish] = []
         self.advance: Callable[[int], object] = lambda count: None
 

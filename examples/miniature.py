@@ -123,7 +123,7 @@ class Workspace:
             command += ["--dtype", "float32", "--backend", "hf", "--n_gpu", "0", "--batch_size", "64"]
             command += ["--limit", str(self._items)] if self._items is not None else []
             command += ["--save_path", str(results), "--quiet"] + (["--resume"] if results.exists() else [])
-            _run(evaluate_model.main, command)
+            run_command(evaluate_model.main, command)
         return results
 
     def model(self, candidate: Candidate) -> Path:
@@ -132,7 +132,7 @@ class Workspace:
             return FAMILY / "models" / candidate.models[0]
         folder = self.folder / "models" / candidate.name
         if not folder.exists():
-            _run(merge.main, [*self.merge_command(candidate), "--save_path", str(folder), "--quiet"])
+            run_command(merge.main, [*self.merge_command(candidate), "--save_path", str(folder), "--quiet"])
         return folder
 
     def merge_command(self, candidate: Candidate) -> list[str]:
@@ -174,7 +174,8 @@ def evaluate_all(workspaces: Sequence[Workspace], candidates: Sequence[Candidate
     return [[space.results(each) for each in candidates] for space in workspaces]
 
 
-def _run(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> None:
+def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> None:
+    """Run a command in this process. Raises: CommandFailed."""
     code = main(arguments)
     if code:
         raise CommandFailed(code)

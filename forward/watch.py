@@ -88,12 +88,12 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self.find_parameters()
-        for name in self._vectors:
-            path, _, leaf = name.rpartition(".")
-            module = self._model.get_submodule(path)
-            width = module.get_parameter(leaf).shape[0]
-            hook = _hook(self._see, Use(name, 0, ((0, width),)))
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        vectors = {id(self._model.get_parameter(name)): name for name in self._vectors}
+        for module in self._model.modules():  # of which several may hold one parameter
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) in vectors:
+                    hook = _hook(self._see, Use(vectors[id(parameter)], 0, ((0, parameter.shape[0]),)))
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self._mode = self.in_thread()
         self._mode.__enter__()  # type: ignore[no-untyped-call]
         return self

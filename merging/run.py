@@ -30,7 +30,8 @@ class Merge(Work):
     """A planned merge as a work.
 
     Attributes:
-        plan: what is merged with what; detail: how much the merge report looks at.
+        plan: what is merged with what.
+        detail: how much the merge report looks at.
     """
 
     plan: Plan

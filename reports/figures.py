@@ -43,7 +43,7 @@ _KINDS = {
     "uniform": "uniform control",
     "permuted": "permuted control",
 }
-_STYLE = {
+STYLE = {
     "text.parse_math": False,  # a name with two `$` is no formula
     "svg.hashsalt": "reports",  # the same figure gives the same bytes
     "axes.spines.top": False,
@@ -82,13 +82,13 @@ def draw(table: Table, folder: Path | str) -> Figures:
     missing: list[str] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with rc_context(_STYLE):
+        with rc_context(STYLE):
             for figures, lacking in (
                 (_omega_figures(table), "HV gain over omega: not drawn, no merge has HV gains at two values of omega"),
                 (_change_figures(table), "change by benchmark: not drawn, no merge is there with and without AIM"),
                 (_pareto_figures(table), "Pareto fronts: not drawn, there is one benchmark or one model only"),
             ):
-                written = [path for name, figure in figures for path in _save(figure, folder, name)]
+                written = [path for name, figure in figures for path in save(figure, folder, name)]
                 paths += written
                 missing += [] if written else [f"{lacking}."]
     except OSError as error:
@@ -110,7 +110,8 @@ def check_folder(folder: Path) -> None:
         raise ArgumentError(f"{setting('figures', folder)}: expected a folder, got a file. Choose another folder.")
 
 
-def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and SVG; the same figure gives the same bytes. Returns: both files."""
     paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
     for path in paths:
         metadata = {"Date": None} if path.suffix == ".svg" else None
@@ -118,7 +119,7 @@ def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
     return paths
 
 
-def _panels(count: int, *, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:
+def subplots(count: int, *, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels of `size` inches."""
     from matplotlib.figure import Figure
 
@@ -173,7 +174,7 @@ def _omega_figures(table: Table) -> list[tuple[str, Figure]]:
         return []
     groups = list(dict.fromkeys(models for models, *_ in lines))
     colours = _colours(row.method for row in table.rows if row.method)
-    figure, panels = _panels(len(groups), columns=2, size=(5.2, 3.6), sharex=True)
+    figure, panels = subplots(len(groups), columns=2, size=(5.2, 3.6), sharex=True)
     for axes, group in zip(panels, groups, strict=True):
         drawn = [(key, points) for key, points in lines.items() if key[0] == group]
         for index, ((_, method, aim, settings), points) in enumerate(drawn):
@@ -227,7 +228,7 @@ def _change_figures(table: Table) -> list[tuple[str, Figure]]:
     for number, (omega, settings) in enumerate(variants):
         rows = [row for row in changed if (row.omega, row.aim_settings) == (omega, settings)]
         methods = list(dict.fromkeys(row.method for row in rows))
-        figure, panels = _panels(len(methods), columns=2, size=(5.2, 2.9), sharey=True)
+        figure, panels = subplots(len(methods), columns=2, size=(5.2, 2.9), sharey=True)
         for axes, method in zip(panels, methods, strict=True):
             _bars(axes, method, [row for row in rows if row.method == method], table.benchmarks, colours)
         _key(figure, panels)
@@ -282,7 +283,7 @@ def _pareto_figure(rows: Sequence[Row], first: str, second: str) -> Figure:
 
     points = np.array([[100 * row.entry.scores[name].value for name in (first, second)] for row in rows])
     colours = _colours(row.method for row in rows if row.method)
-    figure, (axes,) = _panels(1, columns=1, size=(6.5, 5))
+    figure, (axes,) = subplots(1, columns=1, size=(6.5, 5))
     figure.set_layout_engine("none")
     axes.set(title="Pareto front", xlabel=f"{first} (%)", ylabel=f"{second} (%)")
     axes.grid(alpha=0.3)

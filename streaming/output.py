@@ -78,10 +78,11 @@ def no_details() -> dict[str, Any]:
 class Variant:
     """One checkpoint of a run.
 
-    folder: below the save path; empty where the run writes one checkpoint, the save path itself.
-    transform: what changes the merge on its way there.
-    details: asked when the weights are written: further keys of its merge_recipe.json.
-    card: a paragraph of its model card.
+    Attributes:
+        folder: below the save path; empty where the run writes one checkpoint, the save path itself.
+        transform: what changes the merge on its way there.
+        details: asked when the weights are written: further keys of its merge_recipe.json.
+        card: a paragraph of its model card.
     """
 
     folder: str = ""
@@ -94,8 +95,9 @@ class Variant:
 class Findings:
     """What a stream noticed of the numbers.
 
-    unchanged: positions of the models whose task vectors are zero throughout; see `stream`.
-    non_finite: tensor -> elements of it that are NaN or infinite, in all outputs together, where that was allowed.
+    Attributes:
+        unchanged: positions of the models whose task vectors are zero throughout; see `stream`.
+        non_finite: tensor -> elements of it that are NaN or infinite, in all outputs together, where that was allowed.
     """
 
     unchanged: frozenset[int]

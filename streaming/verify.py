@@ -28,8 +28,11 @@ from streaming.workers import Workers
 class Verified:
     """What was looked at.
 
-    files, tensors, bytes: how many; undigested: files of which the run took no digest, so that their bytes are unproved;
-    notes: what could not be checked. side_files: how many of the files are no weights.
+    Attributes:
+        files, tensors, bytes: how many.
+        undigested: files of which the run took no digest, so that their bytes are unproved.
+        notes: what could not be checked.
+        side_files: how many of the files are no weights.
     """
 
     files: int = 0

@@ -7,7 +7,6 @@ with fake_vllm(monkeypatch) as made:    # `import vllm` works inside
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -128,7 +127,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LLM]]:
     from transformers import AutoTokenizer
 
     contents: dict[str, dict[str, Any]] = {
-        "vllm": {"LLM": LLM, "SamplingParams": SamplingParams, "TokensPrompt": TokensPrompt},
+        "vllm": {"__version__": VERSION, "LLM": LLM, "SamplingParams": SamplingParams, "TokensPrompt": TokensPrompt},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": object},
         "vllm.renderers": {},
@@ -140,8 +139,6 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[LLM]]:
         module.__spec__ = ModuleSpec(name, None)
         module.__dict__.update(attributes)
         monkeypatch.setitem(sys.modules, name, module)
-    known = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: VERSION if name == "vllm" else known(name))
     # lm_eval's module stays loaded with these very classes: it registers its name once for each process.
     monkeypatch.setattr(LLM, "made", [], raising=False)
     yield LLM.made

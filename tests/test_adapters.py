@@ -195,6 +195,42 @@ def test_tables_beside_those_from_before_the_training(family: Family, tmp_path: 
     model.weights.close()
 
 
+def test_an_adapter_that_names_a_quantised_base(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Refused with what to write: the recipe's base where it is of that size, which then merges."""
+    quantised = Path(shutil.copytree(family.base, tmp_path / "base_4bit"))
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    )
+    tensors = load_file(quantised / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = torch.zeros(tensors[name].numel() // 2, 1, dtype=torch.uint8)
+    save_file(tensors | {f"{name}.absmax": torch.zeros(24)}, quantised / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(tmp_path / "lora", family.base, r=4, target_modules=["up_proj"])
+    stated = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(stated | {"base_model_name_or_path": str(quantised)}))
+    how = ["--method=linear", "--base_model", family.base, "--save_path", tmp_path / "out"]
+    run(merge, *how, "--models_to_merge", adapter, code=1)
+    assert (
+        f"merge.py: {adapter}: its base {quantised} is quantised (bitsandbytes), which cannot be merged. Put the adapter on the unquantised "
+        f"model: write {family.base}+{adapter}." in capsys.readouterr().err
+    )
+    run(merge, *how, "--models_to_merge", f"{family.base}+{adapter}")
+    other = make_family(tmp_path / "other", "qwen2", n_models=1).base
+    run(
+        merge,
+        "--method=linear",
+        "--base_model",
+        other,
+        "--models_to_merge",
+        adapter,
+        "--save_path",
+        tmp_path / "no",
+        code=1,
+    )
+    assert f"write BASE+{adapter}." in capsys.readouterr().err
+
+
 def test_no_block_changes_a_bit(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     adapter = make_adapter(tmp_path / "lora", family.base, r=4, target_modules=["q_proj", "embed_tokens"])
     patch_grid(monkeypatch, 256)  # eight rows of 32 in a tile

@@ -591,9 +591,11 @@ SCIKIT_LEARN = """
 import importlib.util, sys
 from pathlib import Path
 from checkpoints.architecture import build_meta_model
+from checkpoints.process import own_process
 if sys.argv[2] == "imported before":
     import sklearn
-build_meta_model(Path(sys.argv[1]))
+with own_process():
+    build_meta_model(Path(sys.argv[1]))
 print("sklearn" in sys.modules, importlib.util.find_spec("sklearn") is not None)
 """
 

@@ -33,10 +33,12 @@ from checkpoints.reader import find_weight_files, open_checkpoint, read_tensor, 
 from checkpoints.rows import AlignedRows
 from checkpoints.safetensors_format import build_header, parse_header, pread_exactly, read_header
 from checkpoints.save_path import check_save_path, check_space, partial_folder
+from checkpoints.side_names import LARGEST, MOST_OTHERS
 from checkpoints.sidecars import (
     SideFiles,
     config_with_dtype,
     licence_of,
+    list_left_out,
     list_side_files,
     read_json,
 )
@@ -437,9 +439,9 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, call):
 def test_a_small_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        InputError, match=r"file/x: cannot be written: (File exists|Not a directory)\. Choose another --out"
+        InputError, match=r"file/x: cannot be written: (File exists|Not a directory)\. Choose another out"
     ):
-        write_text(tmp_path / "file" / "x", "", flag="--out")
+        write_text(tmp_path / "file" / "x", "", name="out")
 
 
 # ---------------------------------------------------------------------------------------------------------- staging
@@ -650,8 +652,30 @@ def test_side_files(tmp_path):
         "tokenizer_config.json",
         "spiece.model",
         "additional_chat_templates/a.jinja",
+        "additional_chat_templates/a.txt",
+        "helpers.py",
+        "modules.json",
+        "sub/config.json",
+        "tekken.json",
+        "2_Dense/model.safetensors",
     ]
-    for name in [*wanted, "model.safetensors", "notes.md", "additional_chat_templates/a.txt", "sub/config.json"]:
+    left_out = [
+        "checkpoint-5/config.json",
+        "epoch1/config.json",
+        "epoch1/model.safetensors",
+        "optimizer.pt",
+        "trainer_state.json",
+    ]
+    unlisted = [
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "README.md",
+        "merge_recipe.json",
+        ".env",
+        ".git/config",
+    ]
+    for name in [*wanted, *left_out, *unlisted]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes(b"0123\xff\r\n")
     (source / "tokenizer").mkdir()
@@ -659,7 +683,22 @@ def test_side_files(tmp_path):
     with Folder.open(target) as opened:
         assert SideFiles(source).write(opened) == sorted(wanted)
     assert {path.read_bytes() for path in target.rglob("*") if path.is_file()} == {b"0123\xff\r\n"}
-    assert SideFiles(source).nbytes == 5 * 7 + 2**20
+    assert SideFiles(source).nbytes == len(wanted) * 7 + 2**20
+    assert list_left_out(source) == left_out
+
+
+def test_side_files_that_are_too_large_too_many_or_elsewhere_are_left_out(tmp_path):
+    for name in ("config.json", "big.json", "one.txt"):
+        (tmp_path / name).write_text("{}")
+    with (tmp_path / "big.json").open("r+b") as file:
+        file.truncate(LARGEST + 1)
+    (tmp_path / "link.json").symlink_to("/etc/hostname")
+    assert [path.name for path in list_side_files(tmp_path)] == ["config.json", "one.txt"]
+    assert list_left_out(tmp_path) == ["big.json", "link.json"]
+    for number in range(MOST_OTHERS):
+        (tmp_path / f"row{number}.json").write_text("{}")
+    assert [path.name for path in list_side_files(tmp_path)] == ["config.json"]
+    assert len(list_left_out(tmp_path)) == MOST_OTHERS + 3
 
 
 @pytest.mark.parametrize(

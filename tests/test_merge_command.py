@@ -147,22 +147,24 @@ def test_one_tensor_in_each_shard(run):
 
 
 def test_everything_beside_the_weights(run, models, tmp_path):
-    """What using a model may ask for is copied; weights, caches and what else lies there are not."""
+    """Everything is copied but weights, what a training left behind, and what the run writes itself."""
     base = tmp_path / "base"
     shutil.copytree(models / "base", base)
     wanted = [
         "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
         "tokenizer.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tools.jinja",
         "preprocessor_config.json", "modeling_own.py", "configuration_own.py", "LICENSE", "LICENSE.txt", "NOTICE",
+        "notes.txt", "run.py", "model.safetensors.index.json.bak",
     ]  # fmt: skip
     other = [
-        "pytorch_model.bin", "model.safetensors.index.json.bak", "optimizer.pt", "training_args.bin", "trainer_state.json",
-        ".gitattributes", "notes.txt", "checkpoint-5/config.json", "model.gguf", "run.py", "README.md", "merge_recipe.json",
+        "pytorch_model.bin", "optimizer.pt", "training_args.bin", "trainer_state.json",
+        ".gitattributes", "checkpoint-5/config.json", "model.gguf", "README.md", "merge_recipe.json",
     ]  # fmt: skip
     for name in wanted + other:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_bytes(f"{name}: \r\n\xff".encode("latin-1"))
-    (base / "added_tokens.json").write_bytes(b'{"<unk>":\r\n0}')  # the one of them that is read
+    (base / "added_tokens.json").write_bytes(b'{"<unk>":\r\n0}')  # the two of them that are read
+    (base / "generation_config.json").write_bytes(b"{\r\n}")
     run("--base_model=base")
     assert names("out") == sorted([*PLAIN, *wanted])
     for name in wanted:
@@ -286,7 +288,7 @@ def test_recipe_file(run):
     assert list(content) == [
         "schema", "merge_method", "base_model", "models", "parameters", "tokenizer_source", "new_token_rows",
         "pad_to_multiple_of", "tie_word_embeddings", "chat_template", "copy_tokenizer_from", "out_dtype", "exclude", "only", "seed",
-        "outputs", "notes", "warnings", "report", "inputs", "versions", "command", "identity",
+        "outputs", "notes", "warnings", "report", "inputs", "versions", "command", "identity", "side_files",
     ]  # fmt: skip
     assert content["merge_method"] == "dare_ties"
     assert content["base_model"] == "in/base"
@@ -337,7 +339,10 @@ def test_the_same_recipe_gives_the_same_files(run):
     differ = [name for name in names("one") if Path("one", name).read_bytes() != Path("two", name).read_bytes()]
     assert differ == ["README.md", "merge_recipe.json"]
     first, second = recipe("one"), recipe("two")
-    assert {key for key in first if first[key] != second[key]} == {"command"}
+    assert {key for key in first if first[key] != second[key]} == {
+        "command",
+        "side_files",
+    }  # the card has the command too
 
 
 # ------------------------------------------------------------------------------------------------------ what is printed
@@ -638,7 +643,7 @@ def test_names_with_everything_in_them(run, models, tmp_path):
     front, text = card("o ü:t")
     assert "base_model" not in front
     assert [line for line in text.splitlines() if line.startswith("- ")] == [
-        f"- `{odd}/{name}:2`" for name in ("math", "code")
+        f"- ``{odd}/{name}:2``" for name in ("math", "code")
     ]
     assert "# o ü:t\n" in text
     assert shlex.split(text.split("```sh\n")[1].split("\n```")[0])[-1] == "o ü:t"

@@ -54,7 +54,7 @@ def slack(base: Tensor, models: list[Tensor], result: Tensor, **arguments: objec
 
 REFERENCES = {
     "multislerp": Reference(
-        multislerp, slack, {"weights": [0.7, 0.4, 1.1]}, single=None, misplaced=of_method.shifted(multislerp)
+        multislerp, slack, {"weights": [0.7, 0.4, 1.3]}, single=None, misplaced=of_method.shifted(multislerp)
     )
 }
 

@@ -146,12 +146,12 @@ def test_the_check_of_cards_sees_another_default_another_flag_and_a_missing_card
 def test_a_key_belongs_to_its_method():
     """slerp's t may be below 0; nearswap's may not, and has no default."""
     assert make_recipe("slerp", "base", "a", parameters={"t": "-3"}).parameters["t"].as_json() == -3
-    with pytest.raises(Refusals, match="--t: expected a finite number, 0 or above, got -3"):
+    with pytest.raises(Refusals, match="t: expected a finite number, 0 or above, got -3"):
         make_recipe("nearswap", "base", "a", parameters={"t": "-3"})
-    with pytest.raises(Refusals, match="--t: nearswap needs it: a finite number, 0 or above"):
+    with pytest.raises(Refusals, match="t: nearswap needs it: a finite number, 0 or above"):
         make_recipe("nearswap", "base", "a")
     assert make_recipe("ram", "base", "a,b", parameters={"epsilon": "7"}).parameters["epsilon"].as_json() == 7
-    with pytest.raises(Refusals, match=r"--epsilon: expected a number in \[0, 0.5\], got 7"):
+    with pytest.raises(Refusals, match=r"epsilon: expected a number in \[0, 0.5\], got 7"):
         make_recipe("della", "base", "a,b", parameters={"epsilon": "7"})
 
 

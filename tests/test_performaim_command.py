@@ -612,18 +612,18 @@ def test_saving_loaded_statistics_is_refused(scene, activations):
 
 def test_half_an_activations_file_is_never_left(scene):
     file = scene.folder / "activations.safetensors"
-    rename = Path.rename
+    rename = os.rename
 
-    def fail(path: Path, target: Path) -> None:
-        if target == file:
+    def fail(source: str, target: str, **folders: int) -> None:
+        if target == file.name:
             raise OSError(28, "No space left on device")
-        rename(path, target)
+        rename(source, target, **folders)
 
-    scene.patch.setattr(Path, "rename", fail)
+    scene.patch.setattr(os, "rename", fail)
     code, _, err = scene.run("--save_activations", file)
     assert (code, f"{file}: cannot be written: No space left on device" in err) == (1, True)
     assert not any(path.name.startswith(file.name) for path in scene.folder.iterdir())
-    scene.patch.setattr(Path, "rename", rename)
+    scene.patch.setattr(os, "rename", rename)
     code, out, _ = scene.run("--save_activations", file)  # with the statistics that are kept beside the output
     assert (code, "calibrated on" in out, file.is_file()) == (0, False, True)
 

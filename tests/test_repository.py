@@ -382,7 +382,13 @@ def pin_problems(path: str, text: str) -> list[str]:
 
 def test_requirements_are_exact_pins():
     files = sorted(ROOT.glob("requirements*.txt"))
-    assert [path.name for path in files] == ["requirements-dev.txt", "requirements-gpu.txt", "requirements.txt"]
+    assert [path.name for path in files] == [
+        "requirements-dev.txt",
+        "requirements-gpu.txt",
+        "requirements-real.txt",
+        "requirements-vllm-cpu.txt",
+        "requirements.txt",
+    ]
     problems = [problem for path in files for problem in pin_problems(path.name, path.read_text())]
     assert not problems, "\n".join(problems)
     assert re.findall(r"^\w\S*", files[-1].read_text(), re.MULTILINE)[0].startswith("torch==")

@@ -266,7 +266,7 @@ class OwnPlace:
 
     def _stop(self, argv: list[str], to: Path) -> None:
         """What a run leaves that is interrupted when its weights are written."""
-        with mock.patch("merging.run.write_description", side_effect=KeyboardInterrupt):
+        with mock.patch("streaming.job.write_description", side_effect=KeyboardInterrupt):
             code, said = self._run(lambda: merge.main(argv))
         assert code == 130, said
         shutil.move(partial_folder(self.trial / "out"), to)

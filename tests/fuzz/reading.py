@@ -164,12 +164,13 @@ def rows_of(out: dict[str, int], out_rows: int, model: dict[str, int], rows: int
 
 
 def align(tables: Sequence[Tensor], rows: Sequence[Sequence[int | None]]) -> list[Tensor]:
-    """Every model's table in the merge's order; a row that it lacks is that of the first model that has it, or the base's mean."""
+    """Every model's table in the merge's order. A row that it lacks is the base's; else the mean of those of the models that
+    have it, which is the one's where only one does; else the mean of the base's rows."""
     mean = tables[0].double().mean(dim=0).to(tables[0].dtype)
-    spare = [
-        next((table[row] for table, row in zip(tables, there, strict=True) if row is not None), mean)
-        for there in zip(*rows, strict=True)
-    ]
+    spare = []
+    for there in zip(*rows, strict=True):
+        owned = [table[row].double() for table, row in zip(tables, there, strict=True) if row is not None]
+        spare.append(mean if not owned else owned[0] if there[0] is not None else torch.stack(owned).mean(dim=0))
     aligned = []
     for table, own in zip(tables, rows, strict=True):
         picked = [(spare[at] if row is None else table[row]).double() for at, row in enumerate(own)]

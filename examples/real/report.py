@@ -1,0 +1,112 @@
+"""The comparison as a Markdown table, as JSON and as figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from examples.real.compare import Comparison, Row
+from examples.real.statistics import mean
+from reports.figures import STYLE, save, subplots
+
+
+def write(found: Comparison, folder: Path) -> list[Path]:
+    """Write table.md, table.json and the figures. Returns: the files."""
+    table, data = folder / "table.md", folder / "table.json"
+    table.write_text(as_markdown(found))
+    data.write_text(json.dumps(as_json(found), indent=1) + "\n")
+    return [table, data, *draw(found, folder)]
+
+
+def as_markdown(found: Comparison) -> str:
+    """Single models, then merges by test loss, and a sentence for each rule."""
+    header = ["model", "settings", "validation", "test", *found.domains, "exact", "minus tuned lambda", "p (Holm)"]
+    lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in found.rows]
+    experts = [
+        row.test.losses[domain] for domain in found.domains for row in found.rows if row.name == f"expert {domain}"
+    ]
+    own = sum(sum(values) / len(values) for values in experts) / len(experts)
+    lines += ["", f"Each expert on its own domain: {own:.4f}.", ""]
+    lines += [f"- {name}: {verdict}." for name, verdict in found.verdicts.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row) -> list[str]:
+    settings = ", ".join(f"{name} {value:g}" for name, value in row.settings.items())
+    settings += " (its rule's)" if row.choice == "rule" else ""
+    validation = f"{mean(row.validation.losses):.4f}" if row.validation else ""
+    each = [f"{sum(values) / len(values):.4f}" for values in row.test.losses.values()]
+    one = row.minus_reference
+    against = f"{one.value:+.4f} ± {one.stderr:.4f}" if one.stderr else ""
+    p = "" if row.p is None else "< 0.0001" if row.p < 0.0001 else f"{row.p:.4f}"
+    exact = f"{100 * row.test.exact_share:.1f} %"
+    return [row.name, settings, validation, f"{mean(row.test.losses):.4f}", *each, exact, against, p]
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """Everything that the table has, in full, and every candidate's validation loss."""
+    rows = [
+        {
+            "name": row.name,
+            "settings": dict(row.settings),
+            "settings_from": row.choice or None,
+            "validation": mean(row.validation.losses) if row.validation else None,
+            "test": mean(row.test.losses),
+            "domains": {domain: sum(values) / len(values) for domain, values in row.test.losses.items()},
+            "exact": row.test.exact_share,
+            "minus_reference": {"value": row.minus_reference.value, "stderr": row.minus_reference.stderr},
+            "p_holm": row.p,
+        }
+        for row in found.rows
+    ]
+    tried = [
+        {"rule": one.rule, "settings": dict(one.settings), "validation": mean(one.scores.losses)}
+        for one in found.tried.values()
+    ]
+    documents = {domain: len(values) for domain, values in found.rows[0].test.losses.items()}
+    return {"documents": documents, "rows": rows, "validation": tried, "verdicts": dict(found.verdicts)}
+
+
+def draw(found: Comparison, folder: Path) -> list[Path]:
+    """Validation loss over lambda, and the differences on test with 95 % intervals; each as PNG and SVG."""
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        return [*save(_lambda_figure(found), folder, "lambda"), *save(_difference_figure(found), folder, "differences")]
+
+
+def _lambda_figure(found: Comparison) -> Any:
+    """A line for each rule: at each lambda, the best of its other settings."""
+    figure, (axes,) = subplots(1, columns=1, size=(6.4, 4.2))
+    lines: dict[str, dict[float, float]] = {}
+    for one in found.tried.values():
+        if "lambda" in one.settings:
+            points, value = lines.setdefault(one.rule, {}), mean(one.scores.losses)
+            points[one.settings["lambda"]] = min(value, points.get(one.settings["lambda"], value))
+    for rule, points in lines.items():
+        xs = sorted(points)
+        style = "--" if "control" in rule else "-"
+        axes.plot(xs, [points[x] for x in xs], linestyle=style, marker="o", markersize=3, label=rule)
+    axes.set(xlabel="lambda", ylabel="validation loss (nats per answer token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def _difference_figure(found: Comparison) -> Any:
+    """A bar for each merge of the table but the reference."""
+    rows = [row for row in found.rows if row.choice and row.minus_reference.stderr]
+    figure, (axes,) = subplots(1, columns=1, size=(6.4, 0.6 + 0.36 * len(rows)))
+    places = range(len(rows))
+    colours = ["#7f7f7f" if "control" in row.name else "#1f77b4" for row in rows]
+    values = [row.minus_reference.value for row in rows]
+    reach = [1.96 * row.minus_reference.stderr for row in rows]
+    axes.barh(places, values, xerr=reach, color=colours, error_kw={"elinewidth": 0.8, "capsize": 2})
+    axes.set_yticks(places, [f"{row.name}\n{_cells(row)[1]}" for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("test loss minus that of the tuned lambda (nats per answer token, 95 %)")
+    axes.grid(axis="x", alpha=0.3)
+    return figure
