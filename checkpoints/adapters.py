@@ -194,6 +194,7 @@ class AdaptedWeights:
         self._products: dict[str, _Product] = {}
         infos = dict(base.tensors)
         problems: list[str | InputError] = []
+        # What the adapter says of each tensor, and which tensor of the base that is.
         changes = _read_changes(adapter, problems)
         places = _find_places(changes, base, adapter, find)
         transposed = config.transposed or any(
@@ -201,9 +202,11 @@ class AdaptedWeights:
             for name, change in changes.items()
             if places.get(name, name) in base.tensors
         )
+        # Where one end of a tie is adapted, the head becomes a tensor of its own.
         self._head = _untied(changes, places, config, tie)
         if self._head is not None:
             infos[self._head.head] = base.tensors[self._head.embedding]
+        # Whole tensors take the base's place; factors must fit what is there then.
         for name, change in changes.items():
             place = places.get(name, name)
             if config.keeps_ties and name not in base.tensors and _is_head_of(tie(), name):

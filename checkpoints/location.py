@@ -1,4 +1,4 @@
-"""From a model's name, as a user types it, to a local folder."""
+"""Find the local folder of a model from its name, as a user types it."""
 
 from __future__ import annotations
 

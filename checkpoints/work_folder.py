@@ -1,4 +1,4 @@
-"""The folder that a run works in: looked at before it is gone on with, nobody else's, and renamed to the output at the end.
+"""Make, check and publish the folder that a run works in: nobody else's, looked at before a run goes on in it, renamed at the end.
 
 What an interrupted run leaves in `OUT.partial/` is gone on with by a run of the same identity: a mapping of everything that
 decides the output's bytes. It lies in `OUT.partial/.merge-in-progress/`, with a journal of what is on the disk for good. Nobody

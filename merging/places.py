@@ -1,4 +1,4 @@
-"""Which tensor of which model goes into each output tensor: whole models by name, slices by layer."""
+"""Find which tensor of which model goes into each output tensor: whole models by name, slices by layer."""
 
 from __future__ import annotations
 

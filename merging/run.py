@@ -1,4 +1,4 @@
-"""One merge from recipe to finished folder: open, plan, refuse or stream, describe, publish."""
+"""Run one merge from recipe to finished folder: open, plan, refuse or stream, describe, publish."""
 
 from __future__ import annotations
 
