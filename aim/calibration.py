@@ -1,4 +1,4 @@
-"""Calibration text -> blocks of tokens."""
+"""Turn calibration text into blocks of tokens."""
 
 from __future__ import annotations
 

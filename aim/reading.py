@@ -1,4 +1,4 @@
-"""One reader of what is asked of AIM: typed values by setting, whether flags gave them, a recipe file, or both.
+"""Read what is asked of AIM into typed values by setting, whether flags gave it, a recipe file, or both.
 
 given = read_block({"omega": 0.4, "calibration": {"n_samples": 64}}, "recipe.yml")
 request = make_request(given)

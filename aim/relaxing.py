@@ -1,4 +1,4 @@
-"""From statistics to transforms for a stream: one for each omega, with what is to be said of it."""
+"""Turn statistics into transforms for a stream: one for each omega, with what is to be said of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the statistics look like per kind of layer, so that omegas can be compared between models; and what came of them."""
+"""Summarise the statistics per kind of layer, so that omegas can be compared between models; and what came of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint are relaxed, and where their inputs show up."""
+"""Select the tensors of a checkpoint that are relaxed, and say where their inputs show up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a calibration is kept in a stage, so that a run that was cut off does not run the base on the same text again."""
+"""Keep a calibration's sums in the stage, so that a run that was cut off does not run the base on the same text again."""
 
 from __future__ import annotations
 

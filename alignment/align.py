@@ -75,6 +75,7 @@ def align(
     """
     problems = Problems()
     files = primary.side_files()
+    # The first model's tensors that take part, and what is left out.
     stored = _stored(primary, part)
     dropped = left_out(primary, stored)
     if dropped:
@@ -94,6 +95,7 @@ def align(
     if layout.tie_word_embeddings is None and unties_itself(primary, stored, dropped):
         set_tied(files, False)
         problems.note(f"{primary.label}: its head is not its embedding; config.json says so in the output.")
+    # Its head, as the user chose.
     head = _Head(tensors)
     if layout.tie_word_embeddings is not None:
         head = _choose_head(primary, tensors, layout.tie_word_embeddings, problems)
@@ -101,11 +103,13 @@ def align(
             set_tied(files, layout.tie_word_embeddings)
     first = AlignedModel(primary, advice, stored, head.tensors)
     dtypes = {name: ref.info.plain_dtype for name, ref in first.tensors.items()}
+    # The others: by name, then by vocabulary, then by shape.
     models = [first]
     models += [match_names(first, model, _stored(model, part), head.tied, optional=optional) for model in others]
     tables = align_vocabularies(models, layout, files, problems)
     models = tables.models
     models[1:] = [check_shapes(models[0], model, tables.refused, optional) for model in models[1:]]
+    # Gather what does not fit, and what was decided.
     for aligned in models:
         if aligned.problems and (other := _other_class(models[0], aligned)):
             problems.add(other)
@@ -143,8 +147,9 @@ def _stored(model: Model, part: Callable[[Model], Iterable[str]]) -> dict[str, T
 class _Head:
     """The output's tensors once its head is decided.
 
-    tied: the head that the output ties -> the embedding that it is tied to; empty where it is not tied by request.
-    is_there: whether the model has a head and an embedding at all.
+    Attributes:
+        tied: the head that the output ties -> the embedding that it is tied to; empty where it is not tied by request.
+        is_there: whether the model has a head and an embedding at all.
     """
 
     tensors: dict[str, TensorRef]

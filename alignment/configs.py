@@ -1,4 +1,4 @@
-"""Whether models of equal shapes compute alike: configs compared by what they mean, not by how they spell it.
+"""Check whether models of equal shapes compute alike: compare configs by what they mean, not by how they spell it.
 
 The output has the first model's config. A fine-tune that another config was meant for computes something else with it: with
 other rotary frequencies or another activation a little, with other heads nothing sensible.

@@ -1,4 +1,4 @@
-"""Which tensor of a model stands for each tensor of the output: by name, or by the parameter that it becomes."""
+"""Find the tensor of a model that stands for each tensor of the output: by name, or by the parameter that it becomes."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def match_names(
     """
     label = model.label
     problems, mismatches = Problems(), Mismatches(label, first.advice)
+    # By name.
     wanted = first.tensors
     own = {name: name for name in wanted if name in stored}
     missing = [name for name in wanted if name not in stored]
@@ -45,6 +46,7 @@ def match_names(
         name for name in stored if name not in wanted and (name not in first.stored or _is_head(first, tied, name))
     ]
     assembled: dict[str, TensorRef] = {}
+    # By the parameter that both become in the first model's class, whole or in pieces.
     if missing and extra:
         found = _same_parameters(first, model, stored, missing)
         whole = {name: pieces[0].name for name, pieces in found.items() if pieces[0].is_whole}
@@ -63,6 +65,7 @@ def match_names(
         used = {piece.name for pieces in found.values() for piece in pieces}
         missing = [name for name in missing if name not in found]
         extra = [name for name in extra if name not in used]
+    # What is still missing: a tied head, a buffer, what nothing is computed with; else it is lacking.
     lacking, kept = [], []
     for name in missing:
         if optional(name):
@@ -77,6 +80,7 @@ def match_names(
             kept.append(name)
         else:
             lacking.append(name)
+    # What is still extra: what nothing is computed with, a head that equals its embedding; else it is a stranger.
     ignored = [name for name in extra if not optional(name) and name in model.known_architecture.unused]
     if ignored:
         problems.note(f"{label}: left out, as the model computes nothing with them: {list_kinds(ignored)}.")
@@ -96,6 +100,7 @@ def match_names(
             problems.note(f"{label}: {name} is left out, as it equals {twin}, to which {whose} ties it.")
         else:
             untied[name] = f"expected equal to {twin}, to which {whose} ties it, got other numbers."
+    # A model of the decoder alone keeps the first model's other parts; the other way round is refused in one message.
     if lacking and not strangers and _lacks_a_part(first.model, model, lacking):
         kept += lacking
         lacking = []
@@ -115,6 +120,7 @@ def match_names(
         use = setting("tie_word_embeddings", "no")
         mismatches.add(name, f"{problem} Use {use}, which gives the output a head of its own.")
     mismatches.report_to(problems)
+    # In the order of the output's names.
     refs = {name: TensorRef(model.weights, there) for name, there in own.items()} | assembled
     tensors = {name: refs[name] for name in wanted if name in refs}
     renamed = {name: there for name, there in own.items() if name != there}

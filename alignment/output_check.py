@@ -1,4 +1,4 @@
-"""Whether the output loads as its config.json says: looked at before a byte of it is written."""
+"""Check, before a byte of the output is written, whether it loads as its config.json says."""
 
 from __future__ import annotations
 

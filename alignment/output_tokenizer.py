@@ -1,4 +1,4 @@
-"""The output's tokenizer and config where several models' tokens come together: new tokens, another model's files, ends."""
+"""Make the output's tokenizer and config where several models' tokens come together: new tokens, another model's files, ends."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ class Tables:
     """One model's vocabulary tables.
 
     Attributes:
-        model: whose; tables: by their output names.
+        model: whose.
+        tables: by their output names.
     """
 
     model: AlignedModel

@@ -1,4 +1,4 @@
-"""The output's tokenizer files and chat template, where a user chose others than its vocabulary brings."""
+"""Replace the output's tokenizer files and chat template where a user chose others than its vocabulary brings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One vocabulary for the output, and every model's embedding and head in its rows: matched by token, filled, padded."""
+"""Give the output one vocabulary, and every model's embedding and head its rows: matched by token, filled, padded."""
 
 from __future__ import annotations
 
@@ -174,6 +174,7 @@ def _match_by_token(
 ) -> _Matched:
     """See `_match`; every model has a tokenizer."""
     first, *rest = members
+    # A tokenizer that shares no token with the first has no row to match.
     strangers = [
         member for member in rest if not any(member.has(token) and first.has(token) for token in member.tokens.ids)
     ]
@@ -181,6 +182,7 @@ def _match_by_token(
         problems.add(f"{member.label}: its tokenizer shares no token with that of {first.label}. {member.model.advice}")
     if strangers:
         return _Matched(source)
+    # Which tokens the output has, and from which tokenizer.
     chosen = source
     new = tokens_of_others(members) if source in ("auto", "union") else []
     if source == "auto":
@@ -196,6 +198,7 @@ def _match_by_token(
             problems.add(error)
             return _Matched(source)
         problems.note(describe_new(new, first))
+    # How many rows: for all tokens, padded, and not as many as a forged id asks for.
     if source == "union":
         count = _rows_owned(tokens, members, count)
     if source == "union" or chosen == "auto":
@@ -209,6 +212,7 @@ def _match_by_token(
         )
         return _Matched(source)
     count = _padded(count, layout)
+    # Each model's row for each of them.
     rows = [match_rows(tokens, count, member.tokens, member.rows) for member in members]
     if count != first.rows:
         set_vocabulary_size(files, first.rows, count)

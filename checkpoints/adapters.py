@@ -59,8 +59,9 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 class AdapterConfig:
     """What adapter_config.json says.
 
-    base, revision: the model that it was trained on, as its author named it; None where it names none.
-    label: of the adapter, for messages.
+    Attributes:
+        base, revision: the model that it was trained on, as its author named it; None where it names none.
+        label: of the adapter, for messages.
     """
 
     base: str | None
@@ -123,7 +124,10 @@ def read_adapter_config(folder: Path, label: str) -> AdapterConfig:
 class _Change:
     """What becomes of one tensor.
 
-    whole: the adapter's tensor in its place; factors: the names of A and B; embedding: whether they are an embedding's.
+    Attributes:
+        whole: the adapter's tensor in its place.
+        factors: the names of A and B.
+        embedding: whether they are an embedding's.
     """
 
     module: str
@@ -136,7 +140,9 @@ class _Change:
 class _Product:
     """`scaling * B A` of one tensor `[rows, columns]`: its row i is `scaling * left[i] @ right`.
 
-    left: the name of the factor `[rows, r]`, or `[r, rows]` where `left_transposed`; right: `[r, columns]`, likewise.
+    Attributes:
+        left: the name of the factor `[rows, r]`, or `[r, rows]` where `left_transposed`.
+        right: `[r, columns]`, likewise.
     """
 
     left: str
@@ -188,6 +194,7 @@ class AdaptedWeights:
         self._products: dict[str, _Product] = {}
         infos = dict(base.tensors)
         problems: list[str | InputError] = []
+        # What the adapter says of each tensor, and which tensor of the base that is.
         changes = _read_changes(adapter, problems)
         places = _find_places(changes, base, adapter, find)
         transposed = config.transposed or any(
@@ -195,9 +202,11 @@ class AdaptedWeights:
             for name, change in changes.items()
             if places.get(name, name) in base.tensors
         )
+        # Where one end of a tie is adapted, the head becomes a tensor of its own.
         self._head = _untied(changes, places, config, tie)
         if self._head is not None:
             infos[self._head.head] = base.tensors[self._head.embedding]
+        # Whole tensors take the base's place; factors must fit what is there then.
         for name, change in changes.items():
             place = places.get(name, name)
             if config.keeps_ties and name not in base.tensors and _is_head_of(tie(), name):

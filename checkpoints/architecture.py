@@ -78,6 +78,7 @@ def _describe(model: Any, shapes: Mapping[str, Shape]) -> Architecture:
         state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         computed = {name for name, _ in model.named_buffers(remove_duplicate=False)} - state.keys()
+        # Place every disk tensor that some parameter is made of.
         groups, strangers = _match_names(model, shapes)
         buffers: set[str] = set()
         placements: dict[str, Placement] = {}
@@ -90,6 +91,7 @@ def _describe(model: Any, shapes: Mapping[str, Shape]) -> Architecture:
             placements |= placed
             mismatched |= dict.fromkeys(placed, complaint) if complaint else {}
 
+        # Ties fill parameters too.
         disk_names = {placement.parameter: name for name, placement in placements.items()}
         filled = {name for placement in placements.values() for name in (placement.parameter, *placement.others)}
         tied, shared = _resolve_ties(model, placements, disk_names)

@@ -1,4 +1,4 @@
-"""What is known of an architecture, kept on the disk: finding it out takes two seconds, most of them to import transformers.
+"""Keep on the disk what is known of an architecture: finding it out takes two seconds, most of them to import transformers.
 
 One JSON file for each config.json and set of tensors, below `$XDG_CACHE_HOME/merge_aim` (`~/.cache/merge_aim`). Its name is
 a digest of everything that decides what is in it, so that none is ever out of date; its first line is the sha256 of the rest, and

@@ -1,6 +1,6 @@
-"""Imported first by a command: Ctrl-C, a polite kill and a closed terminal end it in one line from there on, while it still imports.
+"""End a command in one line on Ctrl-C, a polite kill or a closed terminal while it still imports: a command imports this first.
 
-Until `command_line.run` takes over, Python would answer Ctrl-C with a traceback of whatever was being imported. In a program that is no
+Until `commands.shell.run` takes over, Python would answer Ctrl-C with a traceback of whatever was being imported. In a program that is no
 command of the toolkit, importing this does nothing.
 """
 
@@ -14,6 +14,9 @@ from types import FrameType
 from typing import NoReturn
 
 COMMANDS = ("merge", "performAIM", "evaluate_model", "compare_models")
+"""The scripts at the top, without `.py`."""
+INSTALLED = ("merge-models", "perform-aim", "evaluate-model", "compare-models")
+"""The same commands as `pip install -e .` puts them beside Python."""
 INTERRUPTED = 130
 SIGNALS = tuple(number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)))
 name = os.path.basename(sys.argv[0]) if sys.argv else ""
@@ -34,5 +37,5 @@ def catch_interrupts() -> None:
             signal.signal(one, end_at_once)
 
 
-if name.removesuffix(".py") in COMMANDS and threading.current_thread() is threading.main_thread():
+if name.removesuffix(".py") in (*COMMANDS, *INSTALLED) and threading.current_thread() is threading.main_thread():
     catch_interrupts()

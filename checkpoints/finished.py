@@ -1,4 +1,4 @@
-"""What of an unfinished run can be gone on with: what its journal says, as far as the files bear it out.
+"""Find what an unfinished run has done: what its journal says, as far as the files bear it out.
 
 A record of the journal is a JSON object with some of these keys:
 

@@ -1,4 +1,4 @@
-"""A folder that is opened once: what is in it is opened relative to its descriptor, through no link, and looked at first.
+"""Open a folder once, and what is in it relative to its descriptor: through no link, and looked at first.
 
 Somebody else may put things into a folder while nobody works in it, or while we do. A name in it is therefore never followed
 to another place: files are made where nothing was (`O_EXCL`), or taken where they are plain files with one name that belong

@@ -1,4 +1,4 @@
-"""From a model's name, as a user types it, to a local folder."""
+"""Find the local folder of a model from its name, as a user types it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ _HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co/|hf\.co/|hf:/
 class ModelName:
     """A model as the user named it; `str` gives the text back.
 
-    base: of an adapter, where it was named: `BASE+ADAPTER`.
+    Attributes:
+        base: of an adapter, where it was named: `BASE+ADAPTER`.
     """
 
     path_or_id: str

@@ -40,8 +40,12 @@ Planned = TypeVar("Planned")
 class Model:
     """One input of a command.
 
-    location: where its files are, for an adapter those of its base; weights: its tensors; trust_remote_code: whether its own
-    Python files may run; name: as the user gave it, where that is not the location's; adapters: what is on top of the base.
+    Attributes:
+        location: where its files are, for an adapter those of its base.
+        weights: its tensors.
+        trust_remote_code: whether its own Python files may run.
+        name: as the user gave it, where that is not the location's.
+        adapters: what is on top of the base.
     """
 
     location: Location

@@ -23,7 +23,8 @@ class Piece:
 
     Attributes:
         name: of the tensor.
-        start: its first element that counts; count: how many.
+        start: its first element that counts.
+        count: how many.
         is_whole: whether that is all of the tensor, in a shape of its own.
     """
 
@@ -113,7 +114,8 @@ class Origin:
     """The stored tensor that a tensor, or one expert's part of it, is, as far as its input channels go.
 
     Attributes:
-        name: of the stored tensor; expert: which of those that it holds; None for all of it.
+        name: of the stored tensor.
+        expert: which of those that it holds; None for all of it.
     """
 
     name: str

@@ -19,7 +19,9 @@ class Problems:
         problems.raise_if_any()
 
     Attributes:
-        found: the problems; notes: lines that stop nothing; warnings: such as nobody should miss.
+        found: the problems.
+        notes: lines that stop nothing.
+        warnings: such as nobody should miss.
     """
 
     def __init__(self, found: Iterable[str | InputError] = (), notes: Iterable[str] = ()):

@@ -83,7 +83,7 @@ def _kills_as_interrupts() -> Iterator[None]:
 
 
 def wait_passively(environment: MutableMapping[str, str]) -> None:
-    """Have OpenMP's threads sleep while they wait, unless the user has said how they wait."""
+    """Make OpenMP's threads sleep while they wait, unless the user has said how they wait."""
     if not WAITING.keys() & environment.keys():
         environment.update(WAITING)
 
@@ -96,7 +96,7 @@ def end(code: int) -> NoReturn:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed blocks: handing it back costs a page fault for each page of the next one."""
+    """Make glibc keep the memory of freed blocks: handing it back costs a page fault for each page of the next one."""
     if not is_ours():
         return
     try:
@@ -109,7 +109,8 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def short_turns() -> Iterator[None]:
-    """Importing numba is half a second of Python, in which every other thread would wait 5 ms for each of its turns."""
+    """Shorten the turns of Python's threads: importing numba is half a second of Python, in which every other thread would wait 5 ms
+    for each of its turns."""
     if not is_ours():
         yield
         return
@@ -123,8 +124,8 @@ def short_turns() -> Iterator[None]:
 
 @contextmanager
 def without(module: str) -> Iterator[None]:
-    """Have imports inside the block find no such module, where it is not imported yet: a library that can do without starts
-    in less time. Everybody may import it afterwards."""
+    """Hide a module that is not imported yet from imports inside the block: a library that can do without it starts in less
+    time. Everybody may import it afterwards."""
     if not is_ours() or module in sys.modules:
         yield
         return

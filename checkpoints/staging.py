@@ -91,6 +91,7 @@ def staged(
     job = WorkFolder(target, json.loads(json.dumps(dict(identity or {}))), digest_of(identity or {}), known)
     made = [parent for parent in reversed(job.path.parents) if not parent.exists()]
     journal: Journal | None = None
+    # Open the work folder, and remove on failure what was made on the way to it.
     try:
         work = job.open()
     except OSError as error:
@@ -100,6 +101,7 @@ def staged(
         ) from error
     try:
         with work:
+            # The lock ends with this process.
             if not lock(work):
                 raise InputError(
                     f"{save_path}: another run is writing it. Wait for that run, or choose another {setting('save_path')}."
@@ -110,6 +112,7 @@ def staged(
                 problem = check_existing(target, overwrite=overwrite)
                 if problem:
                     raise problem
+                # Work in it, unless only the rename is left to do.
                 if not done:
                     state = job.claim(work, resume=resume)
                     journal = Journal(state)
@@ -121,6 +124,7 @@ def staged(
             except ForeignFolder:
                 raise
             except BaseException as error:
+                # A failing disk, Ctrl-C or a crash leaves what can be gone on with; an input that is at fault leaves nothing.
                 stays = isinstance(error, WriteError) or not isinstance(error, InputError)
                 if journal is not None and not (stays and journal.records):
                     job.discard(work)

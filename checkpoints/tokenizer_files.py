@@ -25,7 +25,9 @@ ID_KEY = re.compile(r"_token_(ids?|index)$")
 class NewToken:
     """A token for a tokenizer that lacks it.
 
-    treatment: with the keys of `vocabulary.PLAIN`; ordinary: whether it is no added token in the model it comes from.
+    Attributes:
+        treatment: with the keys of `vocabulary.PLAIN`.
+        ordinary: whether it is no added token in the model it comes from.
     """
 
     token: str

@@ -38,8 +38,10 @@ class Upload:
     """Where checkpoints go, from `plan_upload`.
 
     Attributes:
-        repos: full names `USER/NAME`, one for each folder below the save path; folders: these, `""` for the path itself.
-        public: whether everybody may see what is made; overwrite: whether an earlier result there may be replaced.
+        repos: full names `USER/NAME`, one for each folder below the save path.
+        folders: these, `""` for the path itself.
+        public: whether everybody may see what is made.
+        overwrite: whether an earlier result there may be replaced.
     """
 
     repos: tuple[str, ...]

@@ -28,8 +28,9 @@ PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 class Vocabulary:
     """A tokenizer's tokens.
 
-    ids: token string -> id, added tokens included.
-    added: token -> how its tokenizer treats it, with the keys of `PLAIN`; tokens of the tokenizer's model are not in it.
+    Attributes:
+        ids: token string -> id, added tokens included.
+        added: token -> how its tokenizer treats it, with the keys of `PLAIN`; tokens of the tokenizer's model are not in it.
     """
 
     ids: Mapping[str, int]

@@ -23,7 +23,7 @@ class Weights(Source, Protocol):
         ...
 
     def adjust(self, files: SideFiles) -> None:
-        """Have a model's side files say what its tensors are, where they are others than its files hold."""
+        """Make a model's side files say what its tensors are, where they are others than its files hold."""
         ...
 
     def check_unchanged(self) -> None:

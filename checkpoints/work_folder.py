@@ -1,4 +1,4 @@
-"""The folder that a run works in: looked at before it is gone on with, nobody else's, and renamed to the output at the end.
+"""Make, check and publish the folder that a run works in: nobody else's, looked at before a run goes on in it, renamed at the end.
 
 What an interrupted run leaves in `OUT.partial/` is gone on with by a run of the same identity: a mapping of everything that
 decides the output's bytes. It lies in `OUT.partial/.merge-in-progress/`, with a journal of what is on the disk for good. Nobody
@@ -66,7 +66,8 @@ class WorkFolder:
 
     Attributes:
         target: the folder to be.
-        identity: of the run, as JSON gives it back; digest: of the identity.
+        identity: of the run, as JSON gives it back.
+        digest: of the identity.
         known: names of files that may be in the work folder; None where any may.
         notes: what a user should know of it.
     """

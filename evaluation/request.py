@@ -121,6 +121,7 @@ def make_request(
             problems.append(error)
             return default
 
+    # Each value by itself.
     attempt(lambda: _choice(setting("profile"), profile, PROFILES))
     attempt(lambda: _choice(setting("backend"), backend, BACKENDS))
     attempt(lambda: _choice(setting("dtype"), dtype, DTYPES))
@@ -141,6 +142,7 @@ def make_request(
         problems.append(
             ArgumentError(f"{setting('benchmarks')}: nothing is left to evaluate. Known: {', '.join(BENCHMARKS)}.")
         )
+    # What they are together.
     problems += _check_stage(stage, model, responses, resume, save_path, tasks)
     folder = Path(data_dir).expanduser() if data_dir else None
     if folder is not None and not folder.is_dir():

@@ -121,6 +121,7 @@ class _Job:
         assert prepared.options is not None
         wanted_score = self.request.stage == "all"
         entries = self.results["benchmarks"]
+        # What is left to do: a resumed run has some of it.
         to_ask = [name for name in prepared.benchmarks if name not in entries]
         to_grade = [name for name in prepared.benchmarks if wanted_score and entries.get(name, {}).get("score") is None]
         extra = [name for name in self.request.extra_tasks if name not in self.results["extra_tasks"]]
@@ -131,12 +132,14 @@ class _Job:
             raise InputError(
                 f"{setting('resume')}: the files of {prepared.location.name} have changed since. Begin with a new {setting('save_path')}."
             )
+        # The model is loaded only where something is asked of it.
         model: Model | None = None
         if to_ask or extra:
             from evaluation.backends import load_model
 
             model = load_model(prepared.location.folder, str(prepared.location.name), prepared.options)
             self.results["environment"] = environment()
+        # Ask, write, grade, write: one benchmark after the other.
         for name, benchmark in prepared.benchmarks.items():
             data = prepared.data[name]
             if name in to_ask:
@@ -174,6 +177,7 @@ class _Job:
 
         started = time.monotonic()
         model.lm.add_bos_token = False if benchmark.adds_no_bos(self.settings) else None
+        # Prompts, then responses: generated, or the likeliest choice.
         chosen = _chosen_rows(benchmark, data.rows, self.request.limit)
         with (
             item_bar(f"{benchmark.name}: preparing", len(chosen), quiet=self.request.quiet) as advance,
@@ -195,6 +199,7 @@ class _Job:
                 responses = choose(model, requests, benchmark.choices, advance)
             else:
                 responses = generate(model, requests, generation, advance)
+        # How they were asked.
         template = model.lm.tokenizer.chat_template if benchmark.uses_chat_template(self.settings) else None
         asked = Asked(
             prompts_sha256=prompts_sha256(requests),

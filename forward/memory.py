@@ -1,4 +1,4 @@
-"""How much memory there is."""
+"""Ask how much memory there is."""
 
 from __future__ import annotations
 

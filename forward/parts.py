@@ -1,4 +1,4 @@
-"""Which part of a parameter a tensor is: views of it, and copies that were made on the way to a product, by their strides."""
+"""Find which part of a parameter a tensor is: views of it, and copies that were made on the way to a product, by their strides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hidden states that wait for their next layer: in memory while there is room, else on disk."""
+"""Keep hidden states that wait for their next layer: in memory while there is room, else on disk."""
 
 from __future__ import annotations
 

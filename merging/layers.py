@@ -24,7 +24,8 @@ class LayerName(NamedTuple):
 class Layers:
     """The stacks of layers among a checkpoint's tensors.
 
-    counts: prefix of the names -> number of layers.
+    Attributes:
+        counts: prefix of the names -> number of layers.
     """
 
     counts: Mapping[str, int]

@@ -1,4 +1,4 @@
-"""Which tensor of which model goes into each output tensor: whole models by name, slices by layer."""
+"""Find which tensor of which model goes into each output tensor: whole models by name, slices by layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ class Place:
     """One output tensor.
 
     Attributes:
-        name: its name; part: the recipe's slice; t: where among the slice's layers it is.
+        name: its name.
+        part: the recipe's slice.
+        t: where among the slice's layers it is.
         reference: the tensor that decides the shape, and is copied where nothing is merged: the base's where there is one.
         dtype: as the reference is stored.
         inputs: of each source of the slice, in order; None where that does not store it.

@@ -1,4 +1,4 @@
-"""Every output tensor and its sources. Every refusal happens here, before a weight is read."""
+"""Plan every output tensor and its sources; refuse everything that metadata shows, before the merge reads a weight."""
 
 from __future__ import annotations
 
@@ -175,6 +175,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     for model in opened:
         problems.take(check_plain(model))
     problems.raise_if_any()
+    # Which tensors of which model go where; configs; tokenizer files that a user chose.
     primary = opened[0]
     models = {identity(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
     found = find_places(recipe, models, primary)
@@ -185,6 +186,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
         from alignment.tokenizer_choice import choose_tokenizer_files
 
         choose_tokenizer_files(found.files, recipe.layout, opened, problems)
+    # Filters by name must find something.
     names = [place.name for place in found.places]
     for key, expression in (("exclude", recipe.exclude), ("only", recipe.only)):
         with problems.collect():
@@ -197,6 +199,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
         problems.note(
             f"{primary.label}: float64, in which nothing is computed, is written as float32: {list_kinds(wide)}."
         )
+    # Each tensor with its method; then whether the whole of it would load.
     embeddings = _embeddings(recipe, primary)
     by_name: dict[str, PlannedTensor] = {}
     for place in found.places:
@@ -206,6 +209,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     infos = {name: TensorInfo(tensor.dtype, tensor.spec.shape) for name, tensor in by_name.items()}
     check_output(found.files, {name: info.shape for name, info in infos.items()}, primary, problems)
     problems.raise_if_any()
+    # Files, and what to say.
     shards = plan_shards(infos, max_shard_bytes)
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
     labels = tuple(models[identity(source.name)].label for source in recipe.models)

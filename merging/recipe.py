@@ -29,7 +29,8 @@ Values = Mapping[str, Value]
 class ModelInput:
     """One model of a merge, and the parameters that are its own, by recipe key (`weight`, `density`).
 
-    layers: the first of its layers that take part, and the one after the last; None for all.
+    Attributes:
+        layers: the first of its layers that take part, and the one after the last; None for all.
     """
 
     name: ModelName

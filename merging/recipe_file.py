@@ -1,4 +1,4 @@
-"""Recipes in files: mergekit's YAML and our merge_recipe.json, read and written."""
+"""Read and write recipes in files: mergekit's YAML and our merge_recipe.json."""
 
 from __future__ import annotations
 

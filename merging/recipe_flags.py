@@ -1,4 +1,4 @@
-"""A recipe from what a user typed, checked against the method before a model is opened."""
+"""Make a recipe of what a user typed, and check it against the method before a model is opened."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def make_recipe(
     declared = {key: one for key, (one, _) in cls.parameters().items()}
     problems: list[str | InputError] = []
     given = {key: value for key, value in (parameters or {}).items() if value is not None}
+    # Models, with weights inline or none.
     names, inline = _split_models(models, problems)
     if inline:
         if "weight" in given:
@@ -64,9 +65,11 @@ def make_recipe(
             check_count(cls, method, len(names))
         except ArgumentError as error:
             problems.append(ArgumentError(f"{setting('models')}: {error.marked}"))
+    # Parameters: those that the method has, a value for each or for all models.
     _check_used(cls, method, given, seed, problems)
     values = {key: _read_values(one, method, given.get(key), len(names), problems) for key, one in declared.items()}
     _check_values(cls, values, problems)
+    # What does not depend on the method.
     if out_dtype not in OUT_DTYPES:
         problems.append(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     check_expression(setting("exclude"), exclude, problems)
@@ -78,6 +81,7 @@ def make_recipe(
     if problems:
         raise Refusals(problems)
     assert base is not None
+    # All is well: a model's own parameters go to it, the others to the recipe.
     own = {key for key, one in declared.items() if one.per_model}
     sources = tuple(
         ModelInput(name, {key: Value.constant(values[key][index]) for key in values if key in own})

@@ -1,4 +1,4 @@
-"""A recipe file's content, read key by key into a `Recipe`, every problem collected with its place in the file."""
+"""Read a recipe file's content key by key into a `Recipe`, and collect every problem with its place in the file."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ class Reader:
         if not isinstance(content, dict):
             self.refuse("", f"expected keys such as merge_method and models, got {describe(content)}. Give a recipe.")
             return None
+        # Its keys; a merge_recipe.json has more, and pins revisions.
         is_record = "schema" in content
         if content.get("name") is not None:
             self.note(f"name has no effect: {setting('save_path')} names the merge.")
@@ -83,6 +84,7 @@ class Reader:
         content = self.unwrap(content)
         if is_record:
             self.pinned = _revisions(content.get("inputs"))
+        # Method and base, then what is merged.
         cls = self.read_method(content)
         base = None if content.get("base_model") is None else self.read_model("base_model", content["base_model"])
         if cls is not None and content.get("base_model") is None:
@@ -93,6 +95,7 @@ class Reader:
                 cls = None
         shared = self.read_values("parameters", content.get("parameters"), shared=True)
         slices = self.read_slices(content, cls, base)
+        # What flags may say too, as long as they agree.
         seed = self.agree("seed", self.read_seed(content.get("seed"), cls), flags["seed"])
         out_dtype = self.agree("out_dtype", self.read_dtypes(content), flags["out_dtype"]) or "auto"
         exclude = self.agree("exclude", self.read_text("exclude", content.get("exclude")), flags["exclude"])
@@ -449,6 +452,7 @@ class Reader:
             )
             if content.get(key) is not None
         }
+        # `tokenizer` says the same in more words.
         source, place = content.get("tokenizer_source"), "tokenizer_source"
         detailed = content.get("tokenizer")
         if detailed is not None:
@@ -463,6 +467,7 @@ class Reader:
             source, place = detailed.get("source", "union"), "tokenizer.source"
             if detailed.get("pad_to_multiple_of") is not None:
                 further["pad_to_multiple_of"] = detailed["pad_to_multiple_of"]
+        # The values of the other keys.
         multiple = further.get("pad_to_multiple_of", 1)
         if type(multiple) is not int or multiple < 1:
             self.refuse("pad_to_multiple_of", f"expected a whole number above 0, got {describe(multiple)}.")
@@ -474,6 +479,7 @@ class Reader:
                 self.refuse(
                     key, f"expected {' or '.join(str(one).lower() for one in allowed)}, got {describe(further[key])}."
                 )
+        # Whose tokenizer: a word, or a model.
         if source is None or source in ("base", "union", "auto"):
             return source, further
         if isinstance(source, str):

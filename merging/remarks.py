@@ -1,4 +1,4 @@
-"""Parameters that do nothing, or more than they seem to: what to say of a recipe before it is carried out."""
+"""Warn of parameters that do nothing, or more than they seem to, before a recipe is carried out."""
 
 from __future__ import annotations
 

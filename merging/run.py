@@ -1,4 +1,4 @@
-"""One merge from recipe to finished folder: open, plan, refuse or stream, describe, publish."""
+"""Run one merge from recipe to finished folder: open, plan, refuse or stream, describe, publish."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Merge(Work):
     """A planned merge as a work.
 
     Attributes:
-        plan: what is merged with what; detail: how much the merge report looks at.
+        plan: what is merged with what.
+        detail: how much the merge report looks at.
     """
 
     plan: Plan

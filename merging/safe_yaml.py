@@ -1,4 +1,4 @@
-"""Reading YAML and JSON that nobody vouches for: plain data only, and never more work than the file is long."""
+"""Read YAML and JSON that nobody vouches for: plain data only, and never more work than the file is long."""
 
 from __future__ import annotations
 

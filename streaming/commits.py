@@ -35,7 +35,7 @@ class Commits:
         self._thread = threading.Thread(target=self._run, name="commits", daemon=True)
 
     def add(self, tensor: str, notes: Any, changed: set[int]) -> None:
-        """Have a tensor committed, all of whose elements are written; from any thread.
+        """Leave a tensor, all of whose elements are written, to the next commit; from any thread.
 
         Args:
             notes: JSON, kept with it; changed: see `streaming.stream.stream`.

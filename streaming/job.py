@@ -137,7 +137,8 @@ class Work(ABC):
         recipe: keys of merge_recipe.json that say what is done.
         record: keys of merge_recipe.json that come after a step's.
         card: the beginning of the model card.
-        notes: what a user should know; warnings: what a user should look at.
+        notes: what a user should know.
+        warnings: what a user should look at.
     """
 
     verb: str
@@ -219,7 +220,8 @@ class Job:
     """Work that has been planned and can be run.
 
     Attributes:
-        save_path: the folder to be; options: how to run.
+        save_path: the folder to be.
+        options: how to run.
         step: what happens to the weights before they are written; None for nothing.
         complete: says that an earlier run has written this very output; empty where none has.
     """

@@ -1,4 +1,4 @@
-"""A stream's results on disk: one folder, or one for each variant of a sweep, that appear when all are complete."""
+"""Write a stream's results: one folder, or one for each variant of a sweep, which appear when all are complete."""
 
 from __future__ import annotations
 
@@ -78,10 +78,11 @@ def no_details() -> dict[str, Any]:
 class Variant:
     """One checkpoint of a run.
 
-    folder: below the save path; empty where the run writes one checkpoint, the save path itself.
-    transform: what changes the merge on its way there.
-    details: asked when the weights are written: further keys of its merge_recipe.json.
-    card: a paragraph of its model card.
+    Attributes:
+        folder: below the save path; empty where the run writes one checkpoint, the save path itself.
+        transform: what changes the merge on its way there.
+        details: asked when the weights are written: further keys of its merge_recipe.json.
+        card: a paragraph of its model card.
     """
 
     folder: str = ""
@@ -94,8 +95,9 @@ class Variant:
 class Findings:
     """What a stream noticed of the numbers.
 
-    unchanged: positions of the models whose task vectors are zero throughout; see `stream`.
-    non_finite: tensor -> elements of it that are NaN or infinite, in all outputs together, where that was allowed.
+    Attributes:
+        unchanged: positions of the models whose task vectors are zero throughout; see `stream`.
+        non_finite: tensor -> elements of it that are NaN or infinite, in all outputs together, where that was allowed.
     """
 
     unchanged: frozenset[int]
@@ -153,6 +155,7 @@ def write_checkpoints(
     transforms = [variant.transform for variant in variants]
     non_finite = count_non_finite()
     tallies = [non_finite, *(one.tally for one in (observer, *transforms) if one is not None)]
+    # What an earlier run finished is not streamed again; its sums go into the tallies.
     usable = _usable(stage.finished, tallies, shards, variants)
     todo = [tensor for tensor in tensors if tensor.spec.name not in usable]
     for name in usable:
@@ -167,6 +170,7 @@ def write_checkpoints(
 
     with ExitStack() as end:
         end.callback(close_all, inputs)
+        # One writer for each variant, on the files that are there.
         writers: dict[str, CheckpointWriter] = {}
         places = {one.folder: stage.work.subfolder(one.folder) if one.folder else stage.work for one in variants}
         try:
@@ -176,6 +180,7 @@ def write_checkpoints(
                 writers[name] = CheckpointWriter(folder, shards, digest=digest, finished=usable, chunks=chunks)
             stage.work.sync()
             outputs = [Output(*pair) for pair in zip(writers.values(), transforms, strict=True)]
+            # Stream into all of them, committing meanwhile and once more at the end.
             with Commits(stage.journal, writers) as commits:
                 changed = stream(
                     todo,
@@ -191,6 +196,7 @@ def write_checkpoints(
         finally:
             for writer in writers.values():
                 writer.release()
+        # Every weight is on the disk: look at the inputs once more, then describe what was made.
         for model in inputs:
             model.weights.check_unchanged()
         counts = {name: int(count) for name, (count,) in non_finite.by_tensor().items()}

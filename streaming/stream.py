@@ -98,12 +98,13 @@ class Output:
 class PlannedTensor:
     """One output tensor and its sources.
 
-    method: how it is merged; None where it is copied from the base as stored.
-    base: None only where the output has no base.
-    inputs: the fine-tuned models' tensors, in the recipe's order; shapes equal to the output's.
-    dtype: of the output.
-    note: why it is copied.
-    origins: what it is in the base's files, where that is no tensor of its name: one, or one for each of its experts.
+    Attributes:
+        method: how it is merged; None where it is copied from the base as stored.
+        base: None only where the output has no base.
+        inputs: the fine-tuned models' tensors, in the recipe's order; shapes equal to the output's.
+        dtype: of the output.
+        note: why it is copied.
+        origins: what it is in the base's files, where that is no tensor of its name: one, or one for each of its experts.
     """
 
     spec: TensorSpec
@@ -137,10 +138,11 @@ def bytes_read(tensors: Sequence[PlannedTensor], transforms: Sequence[Transform 
 class StreamOptions:
     """How to run; nothing here changes a bit of the result.
 
-    block_elements: elements merged at a time (default: `BLOCK_ELEMENTS` on the CPU, 8 times that on a GPU).
-    workers: threads; None for one per core.
-    allow_non_finite: let a NaN or an infinity through, from an input or by overflow, and count it.
-    compiled: use compiled loops on a CPU (`streaming.twins`); None for where it is worth it.
+    Attributes:
+        block_elements: elements merged at a time (default: `BLOCK_ELEMENTS` on the CPU, 8 times that on a GPU).
+        workers: threads; None for one per core.
+        allow_non_finite: let a NaN or an infinity through, from an input or by overflow, and count it.
+        compiled: use compiled loops on a CPU (`streaming.twins`); None for where it is worth it.
     """
 
     device: torch.device = torch.device("cpu")

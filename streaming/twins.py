@@ -68,7 +68,7 @@ def use_compiled(use: bool) -> None:
 
 @contextmanager
 def compiling() -> Iterator[None]:
-    """Have a thread that compiles the twins that are run, while their plain versions are at work.
+    """Compile each twin in a background thread when it is first called; until it is ready its torch version runs.
 
     What was compiled once is kept in a cache on the disk. Without numba, or where it fails, the plain versions stay in use.
     """

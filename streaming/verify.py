@@ -1,4 +1,4 @@
-"""Whether a result on the disk is what its run wrote: digests, finite numbers, shapes."""
+"""Check whether a result on the disk is what its run wrote: digests, finite numbers, shapes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ from streaming.workers import Workers
 class Verified:
     """What was looked at.
 
-    files, tensors, bytes: how many; undigested: files of which the run took no digest, so that their bytes are unproved;
-    notes: what could not be checked. side_files: how many of the files are no weights.
+    Attributes:
+        files, tensors, bytes: how many.
+        undigested: files of which the run took no digest, so that their bytes are unproved.
+        notes: what could not be checked.
+        side_files: how many of the files are no weights.
     """
 
     files: int = 0
@@ -84,6 +87,7 @@ def verify(
             files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
             added = [path for path in files if not _is_aside(path.relative_to(folder), known)]
         problems += [f"{path}: the run did not write it." for path in sorted(added)]
+        # Digests of what is there.
         digests = workers.map_ordered(lambda name: _digest(folder / name, present[name], progress), list(present))
         for name, digest in zip(present, digests, strict=True):
             expected = present[name].get("sha256_64MiB")
@@ -95,6 +99,7 @@ def verify(
             raise Refusals(problems)
         found.side_files = len(side_files or ())
         found.files, found.bytes = len(outputs) + found.side_files, sum(entry["bytes"] for entry in outputs.values())
+        # The model as anybody would load it.
         model = open_model(str(folder), trust_remote_code=trust_remote_code)
         with closing(model.weights):
             problems += _check_shapes(model, found)

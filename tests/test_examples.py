@@ -260,7 +260,15 @@ def test_readme_tree_names_every_top_level_entry():
     assert sorted(top - {path.parts[0] for path in tree()}) == []
 
 
-@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_between_pages_lead_somewhere(page: str):
     text = (ROOT / page).read_text()
     headings = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
@@ -268,6 +276,15 @@ def test_links_between_pages_lead_somewhere(page: str):
         file, _, anchor = target.partition("#")
         assert not file or (ROOT / page).parent.joinpath(file).exists(), target
         assert file or anchor in headings, target
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_the_files_that_a_page_names_are_there(page: str):
+    """By their path from the root, or by their name alone after a file of the same folder."""
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"(?<![\w./-])((?:[\w-]+/)+[\w.-]+\.\w+)", text))
+    assert len(named) >= 2
+    assert sorted(name for name in named if not (ROOT / name).exists() and not name.startswith("OUT")) == []
 
 
 # ----------------------------------------------------------------------------------------- docs/adding-a-method.md

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from checkpoints import early
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -65,6 +68,43 @@ def test_a_wheel_has_every_file_of_the_packages(wheel: Path):
     }
     assert {name for name in names if ".dist-info/" not in name} == files
     assert {"evaluation/results.schema.json", "checkpoints/py.typed"} <= names
+
+
+def test_the_installed_commands_are_the_four(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
+        declared = dict(re.findall(r"^(\S+) = (\S+)$", archive.read(file).decode(), re.MULTILINE))
+    assert declared == PROJECT["scripts"]
+    assert tuple(PROJECT["scripts"]) == early.INSTALLED
+    for script, (name, target) in zip(early.COMMANDS, PROJECT["scripts"].items(), strict=True):
+        module, _, function = target.partition(":")
+        assert getattr(importlib.import_module(module), function) is importlib.import_module(script).main, name
+
+
+@pytest.mark.parametrize("name", early.INSTALLED)
+def test_an_installed_command_shows_its_help_and_ends_in_one_line_while_it_imports(name: str, tmp_path: Path):
+    """As the script that pip makes starts it, from another folder."""
+    module, _, function = PROJECT["scripts"][name].partition(":")
+    script = tmp_path / name
+    script.write_text(
+        f"import sys\nfrom {module} import {function}\nif __name__ == '__main__':\n    sys.exit({function}())\n"
+    )
+
+    def run(*path: Path) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
+        return subprocess.run(
+            [sys.executable, str(script), "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )  # fmt: skip
+
+    done = run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: ")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/difflib.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
+    )
+    done = run(tmp_path / "broken")
+    assert (done.returncode, done.stderr) == (130, f"{name}: interrupted; nothing is left behind.\n")
 
 
 @pytest.mark.parametrize("package", DOORS)

@@ -100,6 +100,13 @@ def test_imports_check_accepts_what_is_below(line):
     assert import_problems("merging/stream.py", line, FORBIDDEN) == []
 
 
+def test_the_page_says_who_may_import_whom():
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    told = {package: set(re.findall(r"`(\w+)`", allowed)) for package, allowed in rows}
+    assert told.pop("commands") == set()  # "all of them"
+    assert told == {package: set(PACKAGES) - FORBIDDEN[package] - {package} for package in PACKAGES}
+
+
 def import_circles(texts: dict[str, str]) -> list[list[str]]:
     """Groups of modules that import each other, wherever the imports stand; a package's `__init__` is left out, as it names
     what lies in the package.

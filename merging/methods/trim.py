@@ -26,8 +26,9 @@ SIGMAS = 3.0
 class Trim:
     """Keeps every magnitude above a threshold, and at the threshold those up to an index: exactly k elements.
 
-    threshold: the k-th largest |d|, as the integer that its float32 bits spell (order is the same).
-    last_kept: flat index, in the tensor, of the last element kept among those equal to the threshold.
+    Attributes:
+        threshold: the k-th largest |d|, as the integer that its float32 bits spell (order is the same).
+        last_kept: flat index, in the tensor, of the last element kept among those equal to the threshold.
     """
 
     threshold: int
