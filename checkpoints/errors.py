@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,12 @@ def named_by(places: Mapping[str, str]) -> Iterator[None]:
         if not places:
             raise
         raise error.shown(in_file(places)) from error.__cause__
+
+
+def cannot_open(where: str, error: OSError) -> InputError:
+    """That something could not be opened, and what to do where that was for the number of open files."""
+    advice = " Allow this process more of them (ulimit -n)." if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+    return InputError(f"{where}: cannot be opened: {error.strerror}.{advice}")
 
 
 def first_line(error: BaseException) -> str:

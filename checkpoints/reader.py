@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, cannot_open
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.safetensors_format import StoredTensor, pread_exactly, read_header
 from checkpoints.source import READ_ELEMENTS, Source, TensorInfo, TensorRef
@@ -261,8 +260,7 @@ def _open_file(path: Path, label: str) -> WeightFile:
                 )
         return SafetensorsFile(path, label) if path.suffix == ".safetensors" else PickleFile(path, label)
     except OSError as error:
-        advice = " Allow this process more of them (ulimit -n)." if error.errno in (errno.EMFILE, errno.ENFILE) else ""
-        raise InputError(f"{label}: {path.name}: cannot be opened: {error.strerror}.{advice}") from error
+        raise cannot_open(f"{label}: {path.name}", error) from error
 
 
 def read_tensor(source: Source, name: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import InputError
+from checkpoints.errors import InputError, cannot_open
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.folder import Folder
 from checkpoints.side_names import KNOWN_FILES, SideNames, choose_side_files, matches
@@ -63,16 +63,17 @@ def _sizes(folder: Path) -> dict[str, int]:
     waiting = [""]
     while waiting and len(found) < MOST_SEEN:
         parent = waiting.pop()
-        with suppress(OSError), os.scandir(folder / parent) as entries:
-            for entry in entries:
-                name = f"{parent}{entry.name}"
-                if entry.name.startswith("."):
-                    continue
-                with suppress(OSError):
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(f"{name}/")
-                    elif entry.is_file():
-                        found[name] = entry.stat().st_size
+        try:
+            with os.scandir(folder / parent) as listed:
+                entries = [entry for entry in listed if not entry.name.startswith(".")]
+        except OSError as error:
+            raise cannot_open(str(folder / parent), error) from error
+        for entry in entries:
+            with suppress(OSError):  # of a link that leads in a circle
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(f"{parent}{entry.name}/")
+                elif entry.is_file():
+                    found[f"{parent}{entry.name}"] = entry.stat().st_size
     return found
 
 
