@@ -105,7 +105,7 @@ def test_a_pattern_remembers(monkeypatch):
 def test_an_adapters_patterns(monkeypatch, impatient):
     monkeypatch.setattr("checkpoints.patterns.STRANGERS", impatient)
     for key, message in (("(", "expected a regular expression"), (EXPLOSIVE, "it takes more than 1 seconds")):
-        config = AdapterConfig(None, None, 8.0, {key: 1.0}, False, False, "./a")
+        config = AdapterConfig(None, None, 8.0, {key: 1.0}, False, False, label="./a")
         with pytest.raises(InputError, match=rf"^\./a: adapter_config.json: alpha_pattern: .*{message}") as caught:
             config.scaling("model.layers.1.mlp.down_proj", 4)
         assert caught.value.exit_code == 1

@@ -171,8 +171,10 @@ def test_ends_of_text_and_chat_template_are_united(scene: Scene):
 def test_a_union_without_new_tokens_unites_the_ends_of_text(scene: Scene):
     base = make_model(scene.folder / "base", "bpe")
     one = make_model(scene.folder / "one", "bpe", eos_token_id=[7, 2])
-    scene.merge(base, [one])
+    scene.merge(base, [one], "--tokenizer_source", "base")  # what the user chose stays
     assert scene.json("generation_config.json")["eos_token_id"] == 2
+    scene.merge(base, [one])
+    assert scene.json("generation_config.json")["eos_token_id"] == [2, 7]
     scene.merge(base, [one], "--tokenizer_source", "union")
     assert scene.json("generation_config.json")["eos_token_id"] == [2, 7]
     assert (scene.out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
