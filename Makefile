@@ -24,7 +24,7 @@ COMMANDS := $(wildcard *.py)
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .DEFAULT_GOAL := help
-.PHONY: help demo-quick demo experiments family real real-quick real-full real-base test test-vllm fuzz check clean
+.PHONY: help demo-quick demo experiments family real real-quick real-full real-base test test-fast test-vllm fuzz check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,9 @@ real-base: real/base/config.json  ## the base of `make real`, SmolLM2-135M-Instr
 
 test: $(DEV)  ## all tests, without network
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(DEV)  ## unit and value tests alone: no whole commands, nothing slow
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m 'not command and not slow' $(PYTEST_ARGS)
 
 test-vllm: $(VLLM)  ## vLLM on a CPU with AVX512 against transformers, in an environment of its own (4 GB)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest tests/test_vllm_engine.py $(PYTEST_ARGS)

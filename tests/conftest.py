@@ -13,8 +13,11 @@ os.environ.update(
     MERGE_AIM_CACHE="off",
 )
 
+import ast
 import signal
 import sys
+from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -29,6 +32,43 @@ settings.register_profile(
 )
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS_COMMANDS = {
+    "merge",
+    "performAIM",
+    "evaluate_model",
+    "compare_models",
+    "commands",
+    "examples",
+    "benchmarks",
+    "subprocess",
+}
+"""Modules whose import shows that a test runs whole commands or processes: with them it belongs to the tier `command`."""
+
+
+@cache
+def runs_commands(path: Path) -> bool:
+    """Whether a test file, or a file of tests/ that it imports, imports something of RUNS_COMMANDS."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            helper = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+            if name.split(".")[0] in RUNS_COMMANDS or (
+                name.startswith("tests.") and helper.is_file() and runs_commands(helper)
+            ):
+                return True
+    return False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tier `command`, which `make test-fast` leaves out."""
+    for item in items:
+        if runs_commands(item.path):
+            item.add_marker("command")
 
 
 @pytest.hookimpl(tryfirst=True)
