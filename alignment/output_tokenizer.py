@@ -9,6 +9,7 @@ from alignment.aligned_model import AlignedModel
 from alignment.layout import Layout
 from alignment.tables import Tables
 from checkpoints.chat_templates import take_templates
+from checkpoints.errors import InputError
 from checkpoints.problems import Problems
 from checkpoints.side_names import TOKENIZER_FILES
 from checkpoints.sidecars import SideFiles
@@ -67,7 +68,11 @@ def unite_configs(
         vocabulary: gives the output's tokens; reading them takes a while, and mostly all models end alike.
     """
     inputs = [model.model for model in models]
-    alike = len({(model.vocabulary_digest, tuple(end_ids(model.side_files()))) for model in inputs}) == 1
+    try:
+        alike = len({(model.vocabulary_digest, tuple(end_ids(model.side_files()))) for model in inputs}) == 1
+    except InputError as error:  # a file that nobody could read is copied as it is
+        problems.note(f"where the text ends was not compared: {error}")
+        return
     tokens = None if alike else vocabulary()
     ends = [end_tokens(model.side_files(), model.vocabulary) for model in inputs if tokens and model.vocabulary]
     if tokens and ends:

@@ -62,6 +62,8 @@ TRAINING = (
     "rng_state*",
     "events.out.*",
     "*.log",
+    "*.bak",
+    "*.tmp",
     "adapter_*",
 )
 FOLDERS = (
