@@ -147,17 +147,17 @@ def test_one_tensor_in_each_shard(run):
 
 
 def test_everything_beside_the_weights(run, models, tmp_path):
-    """Everything is copied but weights, what a training left behind, and what the run writes itself."""
+    """All files are copied but weights, what a training leaves behind, copies of old files, and ours."""
     base = tmp_path / "base"
     shutil.copytree(models / "base", base)
     wanted = [
         "generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
         "tokenizer.model", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tools.jinja",
         "preprocessor_config.json", "modeling_own.py", "configuration_own.py", "LICENSE", "LICENSE.txt", "NOTICE",
-        "notes.txt", "run.py", "model.safetensors.index.json.bak",
+        "notes.txt", "run.py",
     ]  # fmt: skip
     other = [
-        "pytorch_model.bin", "optimizer.pt", "training_args.bin", "trainer_state.json",
+        "pytorch_model.bin", "model.safetensors.index.json.bak", "optimizer.pt", "training_args.bin", "trainer_state.json",
         ".gitattributes", "checkpoint-5/config.json", "model.gguf", "README.md", "merge_recipe.json",
     ]  # fmt: skip
     for name in wanted + other:
