@@ -18,6 +18,7 @@ import signal
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -35,6 +36,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 ROOT = Path(__file__).resolve().parent.parent
+SUMMARY: list[str] = []
+"""Lines for the end of a run."""
 RUNS_COMMANDS = {
     "merge",
     "performAIM",
@@ -79,8 +82,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch.set_num_threads(1)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Which level of the sandbox was proved here, and how many hostile programs ran or were skipped."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Keep what a process of `-n auto` says at its end."""
+    SUMMARY.extend(node.workeroutput.get("summary", ()))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Say at the end which level of the sandbox was proved here, and how many hostile programs ran or were skipped."""
     tests = sys.modules.get("tests.test_sandbox")
-    for line in tests.summary() if tests is not None else []:
+    lines = tests.summary() if tests is not None else []
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["summary"] = lines
+    else:
+        SUMMARY.extend(lines)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what the tests of the sandbox say, whichever process ran them."""
+    for line in SUMMARY:
         terminalreporter.write_line(line)
