@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoints.errors import ArgumentError, InputError
+from checkpoints.errors import ArgumentError, InputError, cannot_open
 
 if TYPE_CHECKING:
     from checkpoints.hub_headers import RemoteHeader
@@ -178,6 +178,8 @@ def _readable_folder(name: ModelName) -> Path:
             raise InputError(f"{name}: is a link to {target}, which does not exist. Mend the link.") from error
         raise InputError(f"{name}: no such folder.{_near(path)} {WHAT_TO_GIVE}") from error
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise cannot_open(str(name), error) from error
         reason = "its symbolic links lead in a circle" if error.errno == errno.ELOOP else f"{error.strerror}"
         raise InputError(f"{name}: cannot be opened: {reason}. {WHAT_TO_GIVE}") from error
     return path.resolve()
