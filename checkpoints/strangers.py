@@ -63,6 +63,9 @@ class Strangers:
             child = self._running()
             try:
                 line = self._exchange(child, request)
+            except TimeoutError:
+                self._end()
+                raise StrangersError(self._too_long(), "Limit") from None
             except BaseException:
                 self._end()
                 raise
@@ -77,8 +80,11 @@ class Strangers:
         raise StrangersError(answer["error"] or answer["kind"], answer["kind"], answer["line"])
 
     def _why_ended(self, code: int) -> str:
-        # SIGKILL comes from `_end`, after the clock; SIGXCPU from the system; others from a stack or memory that ran out.
-        return f"it takes more than {self.seconds} seconds" if code in (-9, -24) else "it takes too much memory"
+        # SIGKILL and SIGXCPU come from the system's clock; others from a stack or memory that ran out.
+        return self._too_long() if code in (-9, -24) else "it takes too much memory"
+
+    def _too_long(self) -> str:
+        return f"it takes more than {self.seconds} seconds"
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is not None and self._owner != os.getpid():  # the process that forked this one talks to it
@@ -98,7 +104,7 @@ class Strangers:
         return self._child
 
     def _exchange(self, child: subprocess.Popen[bytes], request: bytes) -> bytes | None:
-        """The line of the answer; None where the process ends, or has not answered in time."""
+        """The line of the answer; None where the process ends. Raises TimeoutError: it has not answered in time."""
         assert child.stdin is not None
         assert child.stdout is not None
         end = time.monotonic() + self.clock_seconds
@@ -109,7 +115,7 @@ class Strangers:
             selector.register(child.stdout, selectors.EVENT_READ)
             while len(answer) < LONGEST_ANSWER:
                 if not selector.select(max(0.0, end - time.monotonic())):
-                    return None
+                    raise TimeoutError
                 part = os.read(child.stdout.fileno(), 1 << 20)
                 if not part:
                     return None
