@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.mark.skipif(sys.platform != "linux", reason="faults.py is for Linux")
 def test_faults_lose_nothing_and_show_nothing_incomplete(tmp_path):
     report = tmp_path / "faults.json"
-    command = [sys.executable, "benchmarks/faults.py", "--kills", "6", "--every", "25", "--json", str(report)]
+    command = [sys.executable, "benchmarks/faults.py", "--kills", "6", "--every", "40", "--json", str(report)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
