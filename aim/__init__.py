@@ -16,32 +16,32 @@ from typing import TYPE_CHECKING
 from checkpoints.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from aim.activations import Activations as Activations
+    from aim.activations import load_activations as load_activations
     from aim.calibrate import CalibrationOptions as CalibrationOptions
-    from aim.calibration import CalibrationData as CalibrationData
+    from aim.calibration_text import CalibrationData as CalibrationData
     from aim.choices import Calibration as Calibration
     from aim.choices import Relaxing as Relaxing
     from aim.omegas import Omega as Omega
     from aim.reading import read_request as read_request
+    from aim.relax_work import perform_aim as perform_aim
+    from aim.relax_work import relax_checkpoint as relax_checkpoint
     from aim.request import AimRequest as AimRequest
-    from aim.run import perform_aim as perform_aim
-    from aim.run import relax_checkpoint as relax_checkpoint
-    from aim.statistics import Activations as Activations
-    from aim.statistics import load_activations as load_activations
 else:
     __getattr__ = lazy_exports(
         __name__,
         {
-            "Activations": "aim.statistics",
+            "Activations": "aim.activations",
             "AimRequest": "aim.request",
             "Calibration": "aim.choices",
-            "CalibrationData": "aim.calibration",
+            "CalibrationData": "aim.calibration_text",
             "CalibrationOptions": "aim.calibrate",
             "Omega": "aim.omegas",
             "Relaxing": "aim.choices",
-            "load_activations": "aim.statistics",
+            "load_activations": "aim.activations",
             "read_request": "aim.reading",
-            "perform_aim": "aim.run",
-            "relax_checkpoint": "aim.run",
+            "perform_aim": "aim.relax_work",
+            "relax_checkpoint": "aim.relax_work",
         },
     )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from aim.calibrating import Calibrating, CalibrationOptions, Numerics
-from aim.calibration import Blocks, CalibrationData, make_blocks
+from aim.activations import Activations
+from aim.calibration_run import CalibrationOptions, CalibrationRun, Numerics
+from aim.calibration_text import CalibrationData, TokenBlocks, make_blocks
 from aim.passes import fits, layerwise, whole
-from aim.statistics import Activations
 from aim.targets import Selection, select_like_the_reference, select_targets
 from aim.unfinished import UnfinishedCalibration
 from checkpoints.errors import InputError, first_line
@@ -54,7 +54,7 @@ def check_block_size(base: Model, block_size: int) -> None:
         )
 
 
-def check_complete(base: Model) -> None:
+def check_has_all_weights(base: Model) -> None:
     """Raise InputError where weights are missing or do not fit config.json, and random numbers would take their place."""
     architecture = base.architecture
     if architecture.missing:
@@ -71,7 +71,7 @@ def select(base: Model, numerics: Numerics) -> tuple[Selection, list[str]]:
     return select_like_the_reference(base) if numerics == "reference" else (select_targets(base), [])
 
 
-def read_blocks(base: Model, data: CalibrationData, *, quiet: bool = False) -> Blocks:
+def read_blocks(base: Model, data: CalibrationData, *, quiet: bool = False) -> TokenBlocks:
     """The calibration texts as tokens of the base. Raises InputError: no tokenizer; as `make_blocks`."""
     from transformers import AutoTokenizer
 
@@ -99,7 +99,7 @@ def calibrate(
     data: CalibrationData,
     options: CalibrationOptions | None = None,
     *,
-    blocks: Blocks | None = None,
+    blocks: TokenBlocks | None = None,
     unfinished: UnfinishedCalibration | None = None,
     progress: Callable[[int], object] = lambda tokens: None,
     note: Callable[[str], object] = lambda line: None,
@@ -118,10 +118,10 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     check_runs_on_text(base)
-    check_complete(base)
+    check_has_all_weights(base)
     check_block_size(base, data.block_size)
     selection, _ = select(base, options.numerics)
     blocks = blocks or read_blocks(base, data)
     with quiet_transformers():
-        calibrating = Calibrating(base, selection, options, data, blocks, unfinished, progress, note)
+        calibrating = CalibrationRun(base, selection, options, data, blocks, unfinished, progress, note)
         return (whole if fits(base, options) else layerwise)(calibrating)

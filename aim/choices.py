@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from aim.calibrate import CalibrationOptions, Numerics
-from aim.calibration import CalibrationData
+from aim.calibration_text import CalibrationData
+from aim.formula import SCALINGS, Control, Scaling
 from aim.omegas import Omega
-from aim.relax import SCALINGS, Control, Scaling
 from checkpoints.errors import ArgumentError, unknown
 from checkpoints.problems import Problems
 from checkpoints.save_path import SWEEP_PREFIX

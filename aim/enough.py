@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from aim.activations import Watcher
+from aim.watcher import Watcher
 from checkpoints.tensor_names import kind_of
 from forward.parts import Use
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from aim.calibrating import Calibrating, CalibrationOptions
+from aim.activations import Activations
+from aim.calibration_run import CalibrationOptions, CalibrationRun
 from aim.enough import Enough
-from aim.statistics import Activations
 from checkpoints.model import Model
 from checkpoints.source import FLOAT_DTYPES
 from forward.layers import find_layers
@@ -49,7 +49,7 @@ def _room_bytes(options: CalibrationOptions) -> int:
     return available_bytes()
 
 
-def whole(this: Calibrating, offload: Path | None = None) -> Activations:
+def whole(this: CalibrationRun, offload: Path | None = None) -> Activations:
     """Calibrate with all weights in memory; `offload`: a folder for those that do not fit."""
     options, tokens = this.options, this.blocks.tokens
     model = _load(this, "bfloat16" if this.is_reference else options.dtype or "auto", offload)
@@ -83,7 +83,7 @@ def whole(this: Calibrating, offload: Path | None = None) -> Activations:
     return this.finish(watcher, enough, choice, done, model.config._attn_implementation, {"mode": "whole"})
 
 
-def _load(this: Calibrating, dtype: str, offload: Path | None) -> Any:
+def _load(this: CalibrationRun, dtype: str, offload: Path | None) -> Any:
     options = this.options
     model = load(
         this.base,
@@ -106,7 +106,7 @@ def _first_tokens(tokens: torch.Tensor, blocks: int) -> tuple[torch.Tensor, ...]
 class _Through:
     """What is done after each layer of a pass: tell of its tokens, a part of them each time, and keep the sums now and then."""
 
-    def __init__(self, this: Calibrating, layers: Layerwise, enough: Enough, begin: int, tokens: int):
+    def __init__(self, this: CalibrationRun, layers: Layerwise, enough: Enough, begin: int, tokens: int):
         self._this, self._layers, self._enough, self._begin = this, layers, enough, begin
         self._tokens, self._told = tokens, 0
 
@@ -119,7 +119,7 @@ class _Through:
             self._this.unfinished.keep_layer(self._enough, self._layers.state, self._begin)
 
 
-def layerwise(this: Calibrating) -> Activations:
+def layerwise(this: CalibrationRun) -> Activations:
     """Calibrate layer by layer, from where an earlier run stopped where that can be done. See `_layerwise`."""
     try:
         return _layerwise(this)
@@ -133,7 +133,7 @@ class _BeginAgain(Exception):
     """What is kept of a pass cannot be gone on with."""
 
 
-def _layerwise(this: Calibrating) -> Activations:
+def _layerwise(this: CalibrationRun) -> Activations:
     """Calibrate with one layer's weights in memory at a time; all of the text that is run before it is looked at goes through
     a layer before the next is read."""
     options = this.options
@@ -195,7 +195,7 @@ def _layerwise(this: Calibrating) -> Activations:
     return this.finish(watcher, enough, choice, done, attention, {"mode": "layerwise", "passes": passes})
 
 
-def _skeleton(this: Calibrating, dtype: torch.dtype) -> Any:
+def _skeleton(this: CalibrationRun, dtype: torch.dtype) -> Any:
     model = build_skeleton(this.base, dtype, exact_caps=not this.is_reference)
     if this.has_experts:
         model.set_experts_implementation("eager")

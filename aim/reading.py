@@ -1,6 +1,6 @@
 """Read what is asked of AIM into typed values by setting, whether flags gave it, a recipe file, or both.
 
-given = read_block({"omega": 0.4, "calibration": {"n_samples": 64}}, "recipe.yml")
+given = read_section({"omega": 0.4, "calibration": {"n_samples": 64}}, "recipe.yml")
 request = make_request(given)
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from aim.calibrate import CalibrationOptions
-from aim.calibration import CalibrationData
+from aim.calibration_text import CalibrationData
 from aim.choices import Calibration, Relaxing
 from aim.omegas import Omega, read_omega, read_omegas
 from aim.request import AimRequest
@@ -25,7 +25,7 @@ from checkpoints.settings import in_file, setting
 from streaming.values import describe
 
 RESULTS = ("base_fingerprint", "merged_fingerprint", "relaxed", "share_kept", "kept", "mean_change")
-"""What merge_recipe.json has in the block besides: it says what came of it, and is passed over."""
+"""What merge_recipe.json has in the section besides: it says what came of it, and is passed over."""
 CALIBRATION = "calibration"
 CALIBRATION_RESULTS = (
     "numerics",
@@ -141,14 +141,14 @@ class Given:
     places: Mapping[str, str] = field(default_factory=dict)
     problems: tuple[InputError, ...] = ()
 
-    def as_block(self) -> dict[str, Any]:
-        """The `aim:` block of a recipe that gives the same."""
+    def as_section(self) -> dict[str, Any]:
+        """The `aim:` section of a recipe that gives the same."""
         left_out = {*NO_KEYS, *CALIBRATION_KEYS.values()}
         if self.values.get("control") != "permuted":
             left_out.add("seed")
-        block = {name: _as_json(value) for name, value in self.values.items() if name not in left_out}
+        section = {name: _as_json(value) for name, value in self.values.items() if name not in left_out}
         calibration = {key: self.values[name] for key, name in CALIBRATION_KEYS.items() if name in self.values}
-        return {**block, CALIBRATION: calibration} if calibration else block
+        return {**section, CALIBRATION: calibration} if calibration else section
 
 
 def _as_json(value: Any) -> Any:
@@ -170,8 +170,8 @@ def read_values(content: Mapping[str, Any]) -> Given:
     return Given(values, problems=tuple(problems))
 
 
-def read_block(block: Mapping[str, Any], where: str) -> Given:
-    """Read a recipe's `aim:` block, that of merge_recipe.json too.
+def read_section(section: Mapping[str, Any], where: str) -> Given:
+    """Read a recipe's `aim:` section, that of merge_recipe.json too.
 
     Args:
         where: the file, for messages.
@@ -181,7 +181,7 @@ def read_block(block: Mapping[str, Any], where: str) -> Given:
     problems = Problems()
     content: dict[str, Any] = {}
     places: dict[str, str] = {}
-    for key, value in block.items():
+    for key, value in section.items():
         if key in RESULTS or key == CALIBRATION or (key == "statistics" and isinstance(value, Mapping)):
             continue
         if key in READERS and key not in {*NO_KEYS, *CALIBRATION_KEYS.values()}:
@@ -189,7 +189,7 @@ def read_block(block: Mapping[str, Any], where: str) -> Given:
         else:
             known = [name for name in READERS if name not in {*NO_KEYS, *CALIBRATION_KEYS.values()}]
             problems.add(ArgumentError(f"{where}: aim: {unknown('key', str(key), [*known, CALIBRATION])}"))
-    calibration = block.get(CALIBRATION)
+    calibration = section.get(CALIBRATION)
     if calibration is not None and not isinstance(calibration, Mapping):
         problems.add(
             ArgumentError(f"{where}: aim.{CALIBRATION}: expected keys such as source, got {describe(calibration)}.")
@@ -250,12 +250,12 @@ def make_request(given: Given, device: torch.device | None = None) -> AimRequest
     return request
 
 
-def read_request(block: Mapping[str, Any], where: str = "aim") -> AimRequest:
-    """The request of a recipe's `aim:` block, for a merge from Python: `merge(recipe, "OUT", aim=read_request(recipe.aim))`.
+def read_request(section: Mapping[str, Any], where: str = "aim") -> AimRequest:
+    """The request of a recipe's `aim:` section, for a merge from Python: `merge(recipe, "OUT", aim=read_request(recipe.aim))`.
 
-    Raises: Refusals: the block is wrong somewhere, or says nothing of omega.
+    Raises: Refusals: the section is wrong somewhere, or says nothing of omega.
     """
-    return make_request(agree(read_block(block, where), Given(), where))
+    return make_request(agree(read_section(section, where), Given(), where))
 
 
 def _read_relaxing(values: Mapping[str, Any]) -> Relaxing:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import torch
 
-from aim.activations import OTHERS, Target, Watcher
-from aim.statistics import ChannelStatistics
+from aim.activations import ChannelStatistics
+from aim.watcher import OTHERS, Target, Watcher
 from forward.parts import Use
 
 

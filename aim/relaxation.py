@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from aim.activations import Activations
+from aim.formula import Control, Scaling, factors, normalise, relax_like_the_reference, without_channels
 from aim.omegas import Omega
-from aim.relax import Control, Scaling, factors, normalise, relax_like_the_reference, without_channels
-from aim.statistics import Activations
 from aim.targets import Selection
 from streaming.blocks import Region
 from streaming.tally import Tally, sample_of
@@ -92,7 +92,7 @@ def make_channels(
 
     Args:
         activations: of the base; selection: what the base offers to be relaxed.
-        omega, scaling, control: see `aim.relax`; seed: of the permuted control.
+        omega, scaling, control: see `aim.formula`; seed: of the permuted control.
     """
     channels = {}
     dims = {**selection.input_dims, **activations.input_dims}

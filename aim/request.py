@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aim.activations import Activations, is_activations_file
 from aim.choices import Calibration, Kept, Relaxing
-from aim.statistics import Activations, is_activations_file
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.problems import Problems
 from checkpoints.save_path import existing_ancestor, is_writable, partial_folder

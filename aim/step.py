@@ -10,21 +10,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from aim.activations import Activations, load_activations
 from aim.calibrate import (
     calibrate,
     check_block_size,
-    check_complete,
+    check_has_all_weights,
     check_runs_on_text,
     read_blocks,
     select,
 )
-from aim.calibration import Blocks, is_local
+from aim.calibration_text import TokenBlocks, is_local
 from aim.choices import Calibration, Kept, Relaxing
 from aim.enough import FIRST_CHECK
-from aim.relaxing import Relaxations, check_activations, group_kept, make_relaxations, names_of, outputs_of, why_kept
-from aim.statistics import Activations, load_activations
 from aim.summary import format_summaries
 from aim.targets import Selection
+from aim.transforms import Relaxations, check_activations, group_kept, make_relaxations, names_of, outputs_of, why_kept
 from aim.unfinished import UnfinishedCalibration
 from checkpoints.errors import ArgumentError, named_by
 from checkpoints.model import Model
@@ -66,7 +66,7 @@ class AimStep:
         self._file = statistics if isinstance(statistics, Path) else None
         self._loaded = statistics if isinstance(statistics, Activations) else None
         self._calibration = statistics if isinstance(statistics, Calibration) else Calibration()
-        self._blocks: Blocks | None = None
+        self._blocks: TokenBlocks | None = None
 
     @property
     def folders(self) -> list[str]:
@@ -91,7 +91,9 @@ class AimStep:
                 self._loaded = self._loaded or load_activations(self._file)
             if self._loaded and base.weights.is_here:
                 check_activations(self._loaded, base, selection, self.how.numerics, self._source)
-        for check in () if self._loaded or self._file else (check_runs_on_text, check_complete, self._check_texts):
+        for check in (
+            () if self._loaded or self._file else (check_runs_on_text, check_has_all_weights, self._check_texts)
+        ):
             with problems.collect(), quiet_transformers():
                 check(base)
         problems.raise_if_any()

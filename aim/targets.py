@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from aim.activations import Target
+from aim.watcher import Target
 from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.pieces import Origin

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import xxhash
 
+from aim.activations import Activations, unpack_activations
 from aim.enough import Enough
-from aim.statistics import Activations, unpack_activations
 from checkpoints.errors import InputError
 from checkpoints.folder import Folder
 from checkpoints.safetensors_format import pack_tensors, unpack_tensors

@@ -34,7 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aim.activations import Target, Watcher
+from aim.watcher import Target, Watcher
 from benchmarks.measured import run as run_command
 from benchmarks.synthetic import Shape, add_shape_flags, make_checkpoints, read_shape
 
@@ -43,7 +43,7 @@ CALIBRATE = """
 import json, sys, time
 import torch
 from aim.calibrate import CalibrationOptions, calibrate
-from aim.calibration import Blocks, CalibrationData
+from aim.calibration_text import TokenBlocks, CalibrationData
 from checkpoints.model import open_model
 
 model, mode, blocks, block_size, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
@@ -53,7 +53,7 @@ rows = base.weights.tensors[base.architecture.stored_name(base.architecture.inpu
 tokens = torch.randint(rows, (blocks, block_size), generator=generator)
 started = []
 options = CalibrationOptions(dtype=dtype, batch_size=1, tolerance=0, mode=mode)
-found = calibrate(base, CalibrationData("random tokens", block_size=block_size), options, blocks=Blocks(tokens, blocks, 0, 0, 0),
+found = calibrate(base, CalibrationData("random tokens", block_size=block_size), options, blocks=TokenBlocks(tokens, blocks, 0, 0, 0),
                   progress=lambda count: started.append(time.perf_counter()) if not count else None)
 seconds = time.perf_counter() - started[0]
 print(json.dumps({"tokens_s": tokens.numel() / seconds, "tensors": len(found.statistics), "silent": len(found.silent)}))

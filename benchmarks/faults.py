@@ -300,8 +300,8 @@ def warm_up() -> None:
     import transformers
 
     import aim.step
+    import merging.merge_work
     import merging.report
-    import merging.run
 
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig", "LlamaForCausalLM"):
         getattr(transformers, name)

@@ -189,7 +189,7 @@ class Cases:
 
     def inputs_of(self, recipe: Recipe) -> list[Path]:
         """The checkpoints that a merge reads: a method that averages weights does not read the base."""
-        from merging.run import prepare
+        from merging.merge_work import prepare
         from streaming.output import RunOptions
 
         job = prepare(recipe, self.runs / "plan", RunOptions())

@@ -234,7 +234,7 @@ def _write_tokenizer(folder: Path, size: int) -> None:
 def make_statistics(base: Path, texts: Path, path: Path) -> None:
     """Take activation statistics of a base with a few tokens: what they are worth does not change how long they take to apply."""
     from aim.calibrate import CalibrationOptions, calibrate
-    from aim.calibration import CalibrationData
+    from aim.calibration_text import CalibrationData
     from checkpoints.model import open_model
 
     data = CalibrationData(str(texts), n_samples=2, block_size=64)

@@ -10,9 +10,9 @@ def lazy_exports(package: str, modules: Mapping[str, str]) -> Callable[[str], ob
     """The `__getattr__` of a package whose public names come from its modules.
 
         if TYPE_CHECKING:
-            from merging.run import merge as merge
+            from merging.merge_work import merge as merge
         else:
-            __getattr__ = lazy_exports(__name__, {"merge": "merging.run"})
+            __getattr__ = lazy_exports(__name__, {"merge": "merging.merge_work"})
 
     Type checkers read the imports, Python the mapping; a test holds the two to each other.
 

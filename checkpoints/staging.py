@@ -45,7 +45,7 @@ class Stage:
     notes: list[str] = field(default_factory=list)
 
 
-def check_complete(save_path: Path, folders: Sequence[str], identity: Mapping[str, Any]) -> None:
+def refuse_if_written(save_path: Path, folders: Sequence[str], identity: Mapping[str, Any]) -> None:
     """Raise AlreadyComplete where an earlier run has written this very output.
 
     Args:
@@ -74,7 +74,7 @@ def staged(
     Args:
         save_path: the folder to be.
         overwrite: whether an earlier result may be replaced, which happens by rename; it is back where a step fails.
-        folders: of the checkpoints, as in `check_complete`.
+        folders: of the checkpoints, as in `refuse_if_written`.
         files: what will be in each of them, by name; anything else is refused, before and after the run. None where any may.
         identity: everything that decides the output's bytes, for JSON.
         resume: go on with what an interrupted run of this identity left; without, begin again, whoever's it is.

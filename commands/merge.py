@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error.shown(shell.show_flag)))
 
     def body(arguments: argparse.Namespace) -> None:
-        check_complete(parser, arguments)
+        check_required(parser, arguments)
         run(arguments, shell.command(parser, argv))
 
     return shell.run(parser, body, argv)
@@ -153,7 +153,7 @@ def outside_methods(argv: Sequence[str]) -> list[str]:
     return found
 
 
-def check_complete(parser: shell.Parser, arguments: argparse.Namespace) -> None:
+def check_required(parser: shell.Parser, arguments: argparse.Namespace) -> None:
     """Exit with a message where flags are missing without which nothing is said, before anything heavy is imported."""
     if arguments.verify is not None:
         return
@@ -173,7 +173,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         write_config(arguments)
         return
     with shell.refusals_as_json(arguments), shell.run_log(arguments.log_file, command) as log:
-        from merging.run import prepare
+        from merging.merge_work import prepare
 
         asked = read_flags(arguments, command)
         options = replace(asked.options, log=log)
@@ -236,15 +236,15 @@ def read_aim(arguments: argparse.Namespace, recipe: Recipe | None, device: torch
 
 
 def given_of_aim(arguments: argparse.Namespace, recipe: Recipe | None) -> Given | None:
-    """What flags and a recipe's block give of AIM's settings; None where AIM takes no part. Raises InputError: flags stand alone."""
-    block = recipe.aim if recipe else None
-    if block is None and not (recipe is None and arguments.config is not None) and not aim_flags.are_given(arguments):
+    """What flags and a recipe's section give of AIM's settings; None where AIM takes no part. Raises InputError: flags stand alone."""
+    section = recipe.aim if recipe else None
+    if section is None and not (recipe is None and arguments.config is not None) and not aim_flags.are_given(arguments):
         return None
-    if block is None:
+    if section is None:
         return aim_flags.read_flags(arguments)
-    from aim.reading import agree, read_block
+    from aim.reading import agree, read_section
 
-    return agree(read_block(block, arguments.config), aim_flags.read_flags(arguments), arguments.config)
+    return agree(read_section(section, arguments.config), aim_flags.read_flags(arguments), arguments.config)
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -345,7 +345,7 @@ def write_config(arguments: argparse.Namespace) -> None:
     from merging.recipe_file import write_recipe_file
 
     assert recipe is not None
-    write_recipe_file(recipe, path, given.as_block() if given else None)
+    write_recipe_file(recipe, path, given.as_section() if given else None)
     if not arguments.quiet:
         print(f"{path}: written. Merge with: python merge.py --config {path} --save_path FOLDER")
 

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace, command: list[str]) -> None:
     """Flags -> request -> matched models -> statistics -> relaxed checkpoints."""
     with shell.refusals_as_json(arguments), shell.run_log(arguments.log_file, command) as log:
-        from aim.run import prepare
+        from aim.relax_work import prepare
 
         asked = read_flags(arguments, command)
         options, how = replace(asked.options, log=log), asked.request.relaxing
@@ -123,7 +123,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
 
 def read_layout(arguments: argparse.Namespace) -> Layout:
     """The output's vocabulary, head and tokenizer files. Raises InputError where a flag is wrong."""
-    from aim.run import layout_of
+    from aim.relax_work import layout_of
 
     tie = shell.parse_yes_or_no("tie_word_embeddings", arguments.tie_word_embeddings)
     more = {

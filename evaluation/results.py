@@ -16,7 +16,7 @@ from checkpoints.files import parse_json, write_text
 from checkpoints.settings import setting
 from evaluation.benchmarks import BENCHMARKS, PAPER
 from evaluation.entries import responses_sha256
-from evaluation.identity import environment
+from evaluation.provenance import environment
 from evaluation.responses import read_responses
 
 SCHEMA = 1

@@ -17,9 +17,9 @@ from evaluation.benchmarks.settings import Settings
 from evaluation.data import Data
 from evaluation.entries import Asked, describe_grader, generated_entry, given_entry, graded, responses_sha256
 from evaluation.grading.tools import Tools
-from evaluation.identity import CheckpointIdentity, environment
 from evaluation.prepare import Prepared, prepare
 from evaluation.progress import item_bar
+from evaluation.provenance import CheckpointDigests, environment
 from evaluation.request import Request
 from evaluation.responses import read_responses, to_lines
 from evaluation.results import (
@@ -127,8 +127,8 @@ class _Job:
         extra = [name for name in self.request.extra_tasks if name not in self.results["extra_tasks"]]
         if not (to_ask or to_grade or extra):
             return
-        identity = CheckpointIdentity(prepared.location)
-        if self.results["model"] is not None and self.results["model"]["files"] != identity.as_json()["files"]:
+        digests = CheckpointDigests(prepared.location)
+        if self.results["model"] is not None and self.results["model"]["files"] != digests.as_json()["files"]:
             raise InputError(
                 f"{setting('resume')}: the files of {prepared.location.name} have changed since. Begin with a new {setting('save_path')}."
             )
@@ -147,7 +147,7 @@ class _Job:
                 responses, asked = self._ask(model, benchmark, data)
                 entries[name] = generated_entry(benchmark, self.settings, data, responses, asked)
                 replace_benchmark(self._responses_file, name, to_lines(name, responses))
-                self.results["model"] = identity.as_json()
+                self.results["model"] = digests.as_json()
                 self._write()
             elif name in to_grade:
                 responses = read_responses(self._responses_file, [name])[name]

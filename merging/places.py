@@ -18,7 +18,7 @@ from checkpoints.problems import Problems
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import TensorRef
 from merging.layers import LayerName, Layers, find_layers, position
-from merging.recipe import ModelInput, Recipe, Slice, identity
+from merging.recipe import ModelInput, Recipe, Slice, source_key
 
 SAME_ARCHITECTURE = "Stack layers of models of one architecture."
 
@@ -70,7 +70,7 @@ def find_places(recipe: Recipe, models: Mapping[Any, Model], primary: Model) -> 
 
     Args:
         recipe: what to merge.
-        models: the opened inputs, by `identity` of their names.
+        models: the opened inputs, by `source_key` of their names.
         primary: the base, or the model that stands in for it.
     """
     if _takes_whole_models(recipe, models, primary):
@@ -86,7 +86,7 @@ def _takes_whole_models(recipe: Recipe, models: Mapping[Any, Model], primary: Mo
     if len(recipe.slices) > 1:
         return False
     only = recipe.slices[0]
-    ranges = [(models[identity(source.name)], source.layers) for source in only.sources]
+    ranges = [(models[source_key(source.name)], source.layers) for source in only.sources]
     ranges += [(primary, only.base_layers)] if only.base_layers else []
     return all(layers is None or layers in _whole_ranges(model) for model, layers in ranges)
 
@@ -96,7 +96,7 @@ def _whole_ranges(model: Model) -> set[tuple[int, int]]:
 
 
 def _place_whole_models(recipe: Recipe, models: Mapping[Any, Model], primary: Model) -> Places:
-    sources = [models[identity(one.name)] for one in recipe.models]
+    sources = [models[source_key(one.name)] for one in recipe.models]
     alignment = _align(recipe, sources, primary)
     aligned = [alignment.of(model) for model in sources]
     names = list(alignment.dtypes)
@@ -182,7 +182,7 @@ class _Stack:
         return None
 
     def _model(self, source: ModelInput) -> Model:
-        return self.models[identity(source.name)]
+        return self.models[source_key(source.name)]
 
     def _check_ranges(self, part: Slice, stack: str) -> Iterator[InputError]:
         ranges = [(self._model(source), source.layers) for source in part.sources]

@@ -22,7 +22,7 @@ from checkpoints.tensor_names import kind_of, list_kinds
 from checkpoints.writer import Shard, plan_shards
 from merging.parameters import text_of
 from merging.places import Place, find_places
-from merging.recipe import Recipe, Slice, identity
+from merging.recipe import Recipe, Slice, source_key
 from merging.remarks import remarks
 from streaming.blocks import TensorSpec
 from streaming.stream import PlannedTensor, bytes_read
@@ -177,7 +177,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     problems.raise_if_any()
     # Which tensors of which model go where; configs; tokenizer files that a user chose.
     primary = opened[0]
-    models = {identity(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
+    models = {source_key(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
     found = find_places(recipe, models, primary)
     problems.take(found.problems)
     recipe = replace(recipe, layout=found.layout)
@@ -212,7 +212,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     # Files, and what to say.
     shards = plan_shards(infos, max_shard_bytes)
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
-    labels = tuple(models[identity(source.name)].label for source in recipe.models)
+    labels = tuple(models[source_key(source.name)].label for source in recipe.models)
     where = [location.note for model in opened for location, _ in model.parts if location.note]
     notes = [*recipe.notes, *where, *problems.notes]
     return Plan(

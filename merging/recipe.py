@@ -112,10 +112,10 @@ class Recipe:
         """Every model once: the base, or what stands in for it, then the others in order."""
         names = [self.base_model] if self.base_model else []
         names += [source.name for one in self.slices for source in one.sources]
-        by_identity: dict[Any, ModelName] = {}
+        by_key: dict[Any, ModelName] = {}
         for name in names:
-            by_identity.setdefault(identity(name), name)
-        return tuple(by_identity.values())
+            by_key.setdefault(source_key(name), name)
+        return tuple(by_key.values())
 
     @property
     def method_class(self) -> type[Method]:
@@ -208,10 +208,10 @@ def _or_default(one: Parameter, number: Any, tensor: str) -> Any:
     return one.default_in_files
 
 
-def identity(name: ModelName) -> Any:
+def source_key(name: ModelName) -> Any:
     """Equal for two names of one model, as far as that can be told without opening it."""
     own = os.path.realpath(name.path) if name.is_local else (name.path_or_id.lower(), name.revision)
-    return own if name.base is None else (own, identity(name.base))
+    return own if name.base is None else (own, source_key(name.base))
 
 
 def class_of(method: str, has_base: bool) -> type[Method]:
@@ -246,7 +246,7 @@ def twice(names: Iterable[ModelName]) -> list[ModelName]:
     seen: set[Any] = set()
     found = []
     for name in names:
-        key = identity(name)
+        key = source_key(name)
         if key in seen:
             found.append(name)
         seen.add(key)

@@ -13,7 +13,7 @@ from checkpoints.settings import setting
 from merging.methods import canonical, get_method
 from merging.methods.contract import Method
 from merging.parameters import REQUIRED, Parameter
-from merging.recipe import OUT_DTYPES, ModelInput, Recipe, Slice, check_count, check_expression, identity, twice
+from merging.recipe import OUT_DTYPES, ModelInput, Recipe, Slice, check_count, check_expression, source_key, twice
 from streaming.values import Value
 
 
@@ -59,7 +59,7 @@ def make_recipe(
     base = _parse("base_model", base_model, problems)
     if base is not None and cls.max_models is not None and len(names) == cls.max_models + 1:
         # mergekit lists the base of slerp among the models.
-        names = [name for name in names if identity(name) != identity(base)]
+        names = [name for name in names if source_key(name) != source_key(base)]
     if names:
         try:
             check_count(cls, method, len(names))

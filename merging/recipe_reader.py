@@ -21,7 +21,7 @@ from merging.recipe import (
     check_count,
     check_expression,
     class_of,
-    identity,
+    source_key,
     twice,
 )
 from streaming.values import Value, describe, parse_value
@@ -340,7 +340,7 @@ class Reader:
             )
         if cls is None:
             return Slice(tuple(listed), own)
-        bases = [source for source in listed if base is not None and identity(source.name) == identity(base)]
+        bases = [source for source in listed if base is not None and source_key(source.name) == source_key(base)]
         against_base = base is not None and cls.reads_base
         if (
             is_sliced

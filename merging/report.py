@@ -25,7 +25,7 @@ class DeltaReport:
 
     Args:
         models: names of the fine-tuned models, in order.
-        full: look at every element rather than at one grid block in 16 (the first of each tensor among them).
+        full: look at every element rather than at one grid cell in 16 (the first of each tensor among them).
 
     Attributes:
         tally: numbers of elements, of changed and of contested ones, |b|², |merged - b|², and the Gram matrix of the task

@@ -25,7 +25,7 @@ from checkpoints.problems import Problems
 from checkpoints.save_path import RECIPE_FILE, check_save_path, check_space
 from checkpoints.settings import Show, as_flag, as_in_python, shown
 from checkpoints.sidecars import SideFiles
-from checkpoints.staging import Stage, check_complete, staged
+from checkpoints.staging import Stage, refuse_if_written, staged
 from checkpoints.writer import Shard
 from streaming.output import (
     Findings,
@@ -383,7 +383,7 @@ def plan_job(
         job = Job(make_work(), save_path, options, step)
     if job and not options.overwrite and all(model.weights.is_here for model in inputs):
         try:
-            check_complete(save_path, job.folders, job.identity)
+            refuse_if_written(save_path, job.folders, job.identity)
         except AlreadyComplete as done:
             job.complete = str(done)
             return job

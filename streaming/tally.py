@@ -14,7 +14,7 @@ SAMPLE_EVERY = 16
 
 
 def sample_of(region: Region, every: int = SAMPLE_EVERY) -> list[slice]:
-    """The parts of a region, as slices of its elements, that lie in every 16th grid block of the tensor, the first among them."""
+    """The parts of a region, as slices of its elements, that lie in every 16th grid cell of the tensor, the first among them."""
     first = -(-(region.start // GRID_ELEMENTS) // every) * every
     begins = range(first * GRID_ELEMENTS, region.stop, every * GRID_ELEMENTS)
     return [

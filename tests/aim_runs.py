@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import performAIM
+from aim.activations import Activations
 from aim.calibrate import CalibrationOptions, calibrate
-from aim.calibration import Blocks, CalibrationData
-from aim.statistics import Activations
+from aim.calibration_text import CalibrationData, TokenBlocks
 from checkpoints.location import parse_name
 from checkpoints.model import Model, open_model
 from tests import pico
@@ -82,7 +82,7 @@ def calibrate_on(folder: Path, tokens: Tensor, **options: object) -> Activations
     """Statistics of a base on given blocks, with a float32 forward unless told otherwise."""
     data = CalibrationData("given blocks", block_size=tokens.shape[1])
     chosen = CalibrationOptions(**({"dtype": "float32"} | options))  # type: ignore[arg-type]
-    return calibrate(open_folder(folder), data, chosen, blocks=Blocks(tokens, len(tokens), 0, 0, 0))
+    return calibrate(open_folder(folder), data, chosen, blocks=TokenBlocks(tokens, len(tokens), 0, 0, 0))
 
 
 def attempt(

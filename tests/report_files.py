@@ -13,7 +13,7 @@ from typing import Any
 import jsonschema
 
 from checkpoints.location import locate, parse_name
-from evaluation.identity import CheckpointIdentity
+from evaluation.provenance import CheckpointDigests
 from evaluation.results import SCHEMA_FILE, new_results, update_summary
 from reports.entries import PAPER
 
@@ -64,7 +64,7 @@ def write_results(
     """A results file that the published schema allows, and the samples beside it.
 
     Args:
-        verdicts: benchmark -> verdicts on its items; model: see `identity` and `named`.
+        verdicts: benchmark -> verdicts on its items; model: see `digests` and `named`.
         changes: benchmark -> see `benchmark_entry`; settings: other than `SETTINGS`.
     """
     results = new_results(
@@ -87,9 +87,9 @@ def write_results(
     return path
 
 
-def identity(folder: Path) -> dict[str, Any]:
+def digests(folder: Path) -> dict[str, Any]:
     """What evaluate_model.py records of a checkpoint."""
-    return CheckpointIdentity(locate(parse_name(str(folder)))).as_json()
+    return CheckpointDigests(locate(parse_name(str(folder)))).as_json()
 
 
 def named(name: str, **known: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from aim.calibrate import check_block_size, read_blocks
-from aim.calibration import PUBLISHED_DATASET, Blocks, CalibrationData, make_blocks, open_texts
+from aim.calibration_text import PUBLISHED_DATASET, CalibrationData, TokenBlocks, make_blocks, open_texts
 from checkpoints.errors import ArgumentError, InputError
 from tests.aim_runs import encoder, open_folder, random_texts
 from tests.fake_hub import FakeHub
@@ -176,7 +176,7 @@ def test_the_defaults_are_the_published_recipe() -> None:
 
 def test_tokens_are_the_base_models_own() -> None:
     data = CalibrationData(str(GOLDENS / "inputs" / "calib.jsonl.gz"), n_samples=20, block_size=128)
-    blocks: Blocks = read_blocks(open_folder(GOLDENS / "inputs" / "base"), data)
+    blocks: TokenBlocks = read_blocks(open_folder(GOLDENS / "inputs" / "base"), data)
     assert torch.equal(blocks.tokens, make_blocks(data, encode).tokens)
     assert (blocks.tokens == 1).sum() >= blocks.texts - 1  # <s> starts each text
 
@@ -187,7 +187,7 @@ HUB_PROBE = """
 import json, sys
 from pathlib import Path
 from tokenizers import Tokenizer
-from aim.calibration import CalibrationData, make_blocks, open_texts
+from aim.calibration_text import CalibrationData, make_blocks, open_texts
 from checkpoints.errors import InputError
 
 answers = {}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import aim.enough
-from aim.activations import Target, Watcher
 from aim.calibrate import CalibrationOptions
 from aim.enough import Enough
+from aim.watcher import Target, Watcher
 from checkpoints.errors import ArgumentError
 from tests.aim_runs import calibrate_on, make_family, random_tokens
 

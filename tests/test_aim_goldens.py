@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from aim.activations import Activations, load_activations
 from aim.calibrate import CalibrationOptions, calibrate, read_blocks
-from aim.calibration import Blocks, CalibrationData
-from aim.relax import factors, normalise, relax_like_the_reference
-from aim.statistics import Activations, load_activations
+from aim.calibration_text import CalibrationData, TokenBlocks
+from aim.formula import factors, normalise, relax_like_the_reference
 from checkpoints.errors import ArgumentError
 from tests.aim_runs import attempt, embeddings, encoder, load, make_family, open_folder, perform, write_texts
 from tests.golden_files import GOLDENS, assert_same_bits, golden, load_tensors
@@ -32,12 +32,12 @@ TOKENS = load_file(GOLDENS / "aim" / "aim_blocks.safetensors")["blocks"].long()
 
 
 @pytest.fixture(scope="module")
-def blocks() -> Blocks:
+def blocks() -> TokenBlocks:
     return read_blocks(open_folder(BASE), CalibrationData(str(TEXTS)))
 
 
 @pytest.fixture(scope="module")
-def forward(blocks: Blocks) -> Callable[..., Activations]:
+def forward(blocks: TokenBlocks) -> Callable[..., Activations]:
     """Statistics of the golden base on the golden text."""
 
     def run(**options: Any) -> Activations:
@@ -69,7 +69,7 @@ def relative_errors(activations: Activations, expected: Mapping[str, Tensor]) ->
 # Text and statistics
 
 
-def test_blocks_are_the_published_ones(blocks: Blocks) -> None:
+def test_blocks_are_the_published_ones(blocks: TokenBlocks) -> None:
     assert_same_bits(blocks.tokens, TOKENS)
     assert blocks.texts == 256
     assert blocks.too_long > 0

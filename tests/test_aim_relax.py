@@ -16,13 +16,13 @@ from torch import Tensor
 
 import merge
 import performAIM
+from aim.activations import Activations, load_activations
 from aim.calibrate import CalibrationOptions
+from aim.formula import factors, normalise, relax, without_channels
 from aim.omegas import Omega
-from aim.relax import factors, normalise, relax, without_channels
+from aim.relax_work import relax_checkpoint
 from aim.relaxation import ChannelFactors, Relaxation
-from aim.relaxing import Relaxing, make_relaxations
-from aim.run import relax_checkpoint
-from aim.statistics import Activations, load_activations
+from aim.transforms import Relaxing, make_relaxations
 from checkpoints.errors import ArgumentError, InputError
 from streaming.blocks import TensorSpec, tile
 from streaming.output import RunOptions

@@ -17,12 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import aim.activations
 import aim.calibrate
+import aim.watcher
 from aim import passes
-from aim.activations import Target, Watcher
-from aim.statistics import Activations, ChannelStatistics, load_activations
+from aim.activations import Activations, ChannelStatistics, load_activations
 from aim.targets import Selection, select_targets
+from aim.watcher import Target, Watcher
 from checkpoints.errors import InputError
 from tests.aim_runs import ARCHITECTURES, calibrate_on, embeddings, make_family, open_folder, random_tokens
 from tests.reference import aim as reference
@@ -308,7 +308,7 @@ def mean_abs(rows: list[Tensor]) -> Tensor:
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of all inputs that are summed."""
     seen = []
-    real = aim.activations.channel_sums
+    real = aim.watcher.channel_sums
 
     def counted(x: Tensor) -> tuple[Tensor, ...]:
         seen.append(x.shape)

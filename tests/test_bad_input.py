@@ -772,16 +772,16 @@ def test_two_runs_on_one_output(scene):
 
 def test_a_run_that_another_one_overtakes(scene, monkeypatch):
     """Between our plan and our first byte another run finishes: its result stays."""
-    from merging import run
+    from merging import merge_work
 
-    plan = run.make_plan
+    plan = merge_work.make_plan
 
     def overtaken(*arguments, **keywords):
         with staged(scene.out, overwrite=False) as stage:
             (stage.folder / "merge_recipe.json").write_text("of the other run")
         return plan(*arguments, **keywords)
 
-    monkeypatch.setattr(run, "make_plan", overtaken)
+    monkeypatch.setattr(merge_work, "make_plan", overtaken)
     status, _, err = scene.run()
     assert (status, "not empty" in err) == (2, True)
     assert snapshot(scene.out) == {"merge_recipe.json": b"of the other run"}

@@ -15,7 +15,7 @@ import pytest
 
 import merge
 import performAIM
-from aim.statistics import load_activations
+from aim.activations import load_activations
 from checkpoints.provenance import versions
 from checkpoints.work_folder import STATE
 from merging.recipe_file import read_recipe_file

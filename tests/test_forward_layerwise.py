@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aim.statistics import Activations
+from aim.activations import Activations
 from checkpoints.errors import InputError
 from forward.layers import find_layers
 from forward.shelf import SMALL_BYTES, Shelf

@@ -14,7 +14,7 @@ from checkpoints.errors import InputError, Refusals
 from reports import compare, load_results
 from reports.results_files import read_samples
 from tests.aim_runs import write_texts
-from tests.report_files import identity, named, verdicts, write_results
+from tests.report_files import digests, named, verdicts, write_results
 
 INPUTS = Path(__file__).parent / "goldens" / "inputs"
 
@@ -62,7 +62,7 @@ class Checkpoints:
         for number, name in enumerate(models):
             right = verdicts(*((number + shift) % 7 + 1 for shift in range(6)))
             path = folder / f"{name.replace('/', '-')}.json"
-            paths.append(write_results(path, right, identity(self.folder / name), **keywords))
+            paths.append(write_results(path, right, digests(self.folder / name), **keywords))
         return paths
 
 
@@ -140,7 +140,7 @@ def test_models_are_known_by_their_weights(checkpoints, tmp_path):
         shutil.copytree(checkpoints.folder / name, tmp_path / f"moved_{name}")
     paths = checkpoints.results(tmp_path / "r", "plain")
     for number, name in enumerate(("moved_math", "moved_code")):
-        paths.append(write_results(tmp_path / f"{name}.json", verdicts(*[5 + number] * 6), identity(tmp_path / name)))
+        paths.append(write_results(tmp_path / f"{name}.json", verdicts(*[5 + number] * 6), digests(tmp_path / name)))
     assert compare(load_results(paths)).rows[2].hv_gain is not None
     assert compare(load_results(paths)).rows[2].population == ("moved_code", "moved_math")
 
@@ -148,7 +148,7 @@ def test_models_are_known_by_their_weights(checkpoints, tmp_path):
 def test_a_model_that_was_trained_again_is_another(checkpoints, tmp_path):
     """In the same folder, under the same name."""
     paths = checkpoints.results(tmp_path / "r", "code", "plain")
-    again = identity(checkpoints.folder / "math") | {"fingerprint": "0" * 64}
+    again = digests(checkpoints.folder / "math") | {"fingerprint": "0" * 64}
     paths.append(write_results(tmp_path / "math.json", verdicts(4, 4, 4, 4, 4, 4), again))
     table = compare(load_results(paths))
     assert plain_of(table).hv_gain is None
@@ -365,7 +365,7 @@ def sure(tmp_path, checkpoints, *, samples):
             write_results(
                 folder / f"{name}.json",
                 verdicts(*[count] * 6, of=200),
-                identity(checkpoints.folder / name),
+                digests(checkpoints.folder / name),
                 samples=samples,
             )
             for name, count in right.items()

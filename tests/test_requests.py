@@ -14,7 +14,7 @@ import merge
 import performAIM
 from aim import AimRequest, Calibration, CalibrationData, Omega, Relaxing, perform_aim, read_request
 from aim.omegas import read_omega, read_omegas
-from aim.reading import agree, make_request, read_block, read_values
+from aim.reading import agree, make_request, read_section, read_values
 from checkpoints.errors import ArgumentError, InputError
 from commands import aim_flags, shell
 from commands.merge import build_parser
@@ -74,7 +74,7 @@ def test_flags_a_block_and_python_make_the_same_request(here: Path):
 def test_a_block_written_and_read_is_the_same(here: Path):
     values = {"omegas": "0.2,1e-3", "scaling": "sqrt", "statistics": "in/base/config.json"}
     given = read_values(values)
-    again = read_block(yaml.safe_load(yaml.safe_dump(given.as_block())), "r.yml")
+    again = read_section(yaml.safe_load(yaml.safe_dump(given.as_section())), "r.yml")
     assert again.values == given.values
     values = {
         "omega": "a,b=0.2,0.4",
@@ -84,7 +84,7 @@ def test_a_block_written_and_read_is_the_same(here: Path):
         "n_samples": "8",
     }
     given = read_values(values)
-    again = read_block(json.loads(json.dumps(given.as_block())), "r.yml")
+    again = read_section(json.loads(json.dumps(given.as_section())), "r.yml")
     assert again.values == given.values
 
 
@@ -99,7 +99,7 @@ def test_what_differs_is_refused_with_both(here: Path, capsys: pytest.CaptureFix
     said = refusal(capsys, {**TIES, "aim": aim}, "--omega=0.5", "--n_samples=9")
     assert "- --omega: recipe.yml says 0.4 under aim. Leave one of the two out." in said
     assert "- --n_samples: recipe.yml says 8 under aim. Leave one of the two out." in said
-    file = read_block({"omegas": [0, 0.4]}, "r.yml")
+    file = read_section({"omegas": [0, 0.4]}, "r.yml")
     with pytest.raises(InputError, match=r"omegas: r.yml says 0,0.4 under aim"):
         make_request(agree(file, read_values({"omegas": "0,0.5"}), "r.yml"))
 

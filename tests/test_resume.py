@@ -15,7 +15,7 @@ import pytest
 import aim.calibrate
 import merge
 import performAIM
-from aim.activations import Watcher
+from aim.watcher import Watcher
 from checkpoints.errors import WriteError
 from checkpoints.folder import Folder
 from checkpoints.journal import Journal
@@ -24,7 +24,7 @@ from checkpoints.work_folder import STATE
 from checkpoints.writer import CheckpointWriter
 from forward.layerwise import Layerwise
 from merging import make_recipe
-from merging.run import prepare
+from merging.merge_work import prepare
 from streaming import commits
 from streaming.output import RunOptions
 

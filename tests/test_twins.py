@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from merging import randomness, report
+from merging.merge_work import merge
 from merging.methods import linear, signs, task_arithmetic, trim, widen
 from merging.recipe_flags import make_recipe
-from merging.run import merge
 from streaming import stream, twins
 from streaming.output import RunOptions
 from streaming.stream import StreamOptions

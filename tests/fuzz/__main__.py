@@ -137,7 +137,7 @@ def warm_up() -> None:
 
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig", "LlamaForCausalLM", "PreTrainedTokenizerFast"):
         getattr(transformers, name)
-    import merging.run
+    import merging.merge_work
     import streaming.output
 
     assert merging.run

@@ -18,7 +18,7 @@ from merging.methods import is_outside
 from merging.methods.outside import source_digest
 from merging.parameters import text_of
 from merging.plan import Plan, make_plan
-from merging.recipe import ModelInput, Recipe, identity
+from merging.recipe import ModelInput, Recipe, source_key
 from merging.report import DeltaReport
 from streaming.job import Console, Job, Request, Result, Step, Work, bar_of, plan_job
 from streaming.output import Findings, RunOptions
@@ -209,11 +209,11 @@ def _check_relaxable(recipe: Recipe, work: Merge) -> None:
 
 def _check_same(recipe: Recipe, opened: Sequence[Model]) -> list[InputError]:
     """Refuse two names of one folder among the models merged with each other: of a hub model its branch and its commit, say."""
-    models = {identity(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
+    models = {source_key(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
     problems: list[InputError] = []
     for part in recipe.slices:
         seen: dict[tuple[Path, ...], Model] = {}
-        for model in (models[identity(source.name)] for source in part.sources):
+        for model in (models[source_key(source.name)] for source in part.sources):
             other = seen.setdefault(model.folders, model)
             if other is not model:
                 problems.append(

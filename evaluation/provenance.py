@@ -34,7 +34,7 @@ PACKAGES = (
 )
 
 
-class CheckpointIdentity:
+class CheckpointDigests:
     """Digests of a checkpoint's files, and what a merge recipe knows its weights by, taken in the background while the model
     answers.
 

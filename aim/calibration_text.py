@@ -58,7 +58,7 @@ class CalibrationData:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class TokenBlocks:
     """Token blocks, and what became of the texts.
 
     tokens: `[blocks, block_size]` int64; texts: how many were kept; too_long, empty: how many were passed over on the way;
@@ -91,7 +91,7 @@ class Blocks:
         )
 
 
-def make_blocks(data: CalibrationData, encode: Callable[[str], list[int]], *, quiet: bool = False) -> Blocks:
+def make_blocks(data: CalibrationData, encode: Callable[[str], list[int]], *, quiet: bool = False) -> TokenBlocks:
     """Shuffle, pick, encode and cut calibration texts, as the AIM authors' program does.
 
     Texts are shuffled with `data.seed`; each is stripped and encoded with the tokenizer's own special tokens; the first
@@ -127,7 +127,7 @@ def make_blocks(data: CalibrationData, encode: Callable[[str], list[int]], *, qu
         )
     used = blocks * data.block_size
     tokens_tensor = torch.tensor(kept[:used], dtype=torch.int64).view(blocks, data.block_size)
-    return Blocks(tokens_tensor, texts, too_long, empty, len(kept) - used)
+    return TokenBlocks(tokens_tensor, texts, too_long, empty, len(kept) - used)
 
 
 def _text_of(row: Any, index: int, data: CalibrationData) -> str:

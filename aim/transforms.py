@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from aim.activations import Activations
 from aim.calibrate import Numerics, select
 from aim.choices import Relaxing
 from aim.omegas import Omega
 from aim.relaxation import Relaxation, importance_of, make_channels
-from aim.statistics import Activations
 from aim.summary import KindSummary, align, as_json, digits, summarise
 from aim.targets import Origins, Selection
 from checkpoints.errors import InputError

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 
-from aim.activations import Watcher
-from aim.calibration import Blocks, CalibrationData
+from aim.activations import Activations
+from aim.calibration_text import CalibrationData, TokenBlocks
 from aim.enough import Enough
 from aim.reference import ReferenceWatcher
-from aim.statistics import Activations
 from aim.targets import Selection
 from aim.unfinished import UnfinishedCalibration
+from aim.watcher import Watcher
 from checkpoints.errors import ArgumentError, InputError, first_line, unknown
 from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
@@ -98,14 +98,14 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True)
-class Calibrating:
+class CalibrationRun:
     """What one calibration is of, and whom it tells of its progress; see `aim.calibrate.calibrate`."""
 
     base: Model
     selection: Selection
     options: CalibrationOptions
     data: CalibrationData
-    blocks: Blocks
+    blocks: TokenBlocks
     unfinished: UnfinishedCalibration | None
     progress: Callable[[int], object]
     note: Callable[[str], object]

@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from aim.activations import Activations
 from aim.calibrate import Numerics, select
 from aim.choices import Relaxing
 from aim.request import AimRequest
-from aim.statistics import Activations
 from alignment.align import Alignment, align
 from alignment.configs import check_configs
 from alignment.layout import Layout, NewTokenRows

@@ -1,0 +1,501 @@
+"""Statistics of a model's inputs while it runs: sums per input channel of every weight that AIM may relax."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+
+from aim.activations import ChannelStatistics, Means, stack_statistics
+from checkpoints.errors import InputError
+from checkpoints.settings import setting
+from forward.parts import Use
+from forward.watch import Watch
+
+SUMMED_AT_ONCE = 32
+"""Rows that are added up in float32, before their sum goes to float64."""
+ELEMENTS_AT_ONCE = 1 << 18
+"""Of an input that are turned to float32 at a time: a scratch of 1 MB stays in a core's cache."""
+UNKNOWN = -1
+"""Position of a row whose token cannot be told: rows that a router has picked."""
+OTHERS = "means."
+"""How sums of other kinds begin, which `aim.reference` has."""
+NO_TOKEN = "its module saw no token"
+NO_PRODUCT = "no product of the forward pass has it"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A checkpoint tensor whose input is watched.
+
+    Attributes:
+        parameter: which becomes it in the model.
+        axes: for each dimension of the parameter the one of the stored tensor; None where it has none.
+        expert: which index of the parameter's first dimension the stored tensor is, where several become one.
+        shape: of the stored tensor.
+        is_known: whether its module says that it is multiplied; else only the forward pass shows it.
+    """
+
+    parameter: str
+    axes: tuple[int | None, ...]
+    shape: tuple[int, ...]
+    expert: int | None = None
+    is_known: bool = True
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is a norm's weight, which takes part in no product."""
+        return len(self.shape) == 1
+
+
+@dataclass
+class _Sums:
+    """Sums over rows.
+
+    Attributes:
+        abs, sq, signed: of |x|, x² and x, `[in]` float64, on the device of the input.
+        peak: the largest |x|, `[in]` float32; peak_at: the position of its token in its block, `[in]` int64.
+        rows: how many.
+    """
+
+    abs: torch.Tensor
+    sq: torch.Tensor
+    signed: torch.Tensor
+    peak: torch.Tensor
+    peak_at: torch.Tensor
+    rows: int
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device | None = None) -> _Sums:
+        """Of no rows."""
+        sums = torch.zeros(3, width, dtype=torch.float64, device=device)
+        at = torch.full((width,), UNKNOWN, dtype=torch.int64, device=device)
+        return cls(sums[0], sums[1], sums[2], torch.zeros(width, device=device), at, 0)
+
+    def to(self, device: torch.device) -> None:
+        """Move them: what was restored is on the CPU."""
+        if self.abs.device != device:
+            for key, value in vars(self).items():
+                setattr(self, key, value.to(device) if isinstance(value, torch.Tensor) else value)
+
+
+_scratch: dict[tuple[int, torch.device], torch.Tensor] = {}
+
+
+def channel_sums(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of |x|, x² and x over all dimensions but the last, `[..., in]` -> `[in]` float64 each; the largest |x|, `[in]` float32."""
+    rows = x.reshape(-1, x.shape[-1])
+    width = x.shape[-1]
+    sums = torch.zeros(3 * width, dtype=torch.float64, device=x.device)
+    peak = torch.zeros(width, device=x.device)
+    at_once = max(1, ELEMENTS_AT_ONCE // width // SUMMED_AT_ONCE) * SUMMED_AT_ONCE
+    for piece in rows.split(at_once):
+        values = _buffer(piece.shape[0], width, x.device)
+        own, absolute, square = values[:, :width], values[:, width : 2 * width], values[:, 2 * width :]
+        own.copy_(piece)
+        torch.abs(own, out=absolute)
+        torch.mul(own, own, out=square)
+        sums += _column_sums(values)
+        peak = torch.maximum(peak, absolute.amax(dim=0))
+    return sums[width : 2 * width], sums[2 * width :], sums[:width], peak
+
+
+def _buffer(rows: int, width: int, device: torch.device) -> torch.Tensor:
+    """Room for float32 numbers and two more of each, the same for every input of a width: new memory would cost more than the sums."""
+    key = (width, device)
+    if key not in _scratch or _scratch[key].shape[0] < rows:
+        _scratch[key] = torch.empty(rows, 3 * width, device=device)
+    return _scratch[key][:rows]
+
+
+def _column_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sums over rows, `[rows, columns]` float32 -> `[columns]` float64.
+
+    A product with ones adds up columns faster than a sum does, but is off by 1e-6 after some hundred rows: so it adds
+    `SUMMED_AT_ONCE` rows, which lie `groups` apart, and float64 does the rest.
+    """
+    rows, columns = values.shape
+    groups = rows // SUMMED_AT_ONCE
+    if not groups:
+        return values.sum(dim=0, dtype=torch.float64)
+    whole = values[: groups * SUMMED_AT_ONCE].view(SUMMED_AT_ONCE, groups * columns)
+    partial = (values.new_ones(1, SUMMED_AT_ONCE) @ whole).view(groups, columns)
+    total = partial.sum(dim=0, dtype=torch.float64)
+    rest = rows - groups * SUMMED_AT_ONCE
+    return total + values[-rest:].sum(dim=0, dtype=torch.float64) if rest else total
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one input adds: sums of |x|, x² and x, `[in]` float64 each; the largest |x|, `[in]` float32; rows for each token."""
+
+    sums: tuple[torch.Tensor, ...]
+    peak: torch.Tensor
+    rows: int
+    per_token: int | None = None
+
+
+@dataclass(frozen=True)
+class _Last:
+    """The last input that was summed up. Holding it keeps its memory from being reused, so that identity means the same numbers."""
+
+    x: torch.Tensor
+    version: int
+    look: _Look
+    first: _Look | None
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        """Whether an input is that one, or a view of the same numbers in the same order."""
+        ours = self.x
+        if self.version != x._version:
+            return False
+        return ours is x or (
+            ours.data_ptr() == x.data_ptr()
+            and ours.untyped_storage()._cdata == x.untyped_storage()._cdata
+            and (ours.numel(), ours.shape[-1], ours.dtype) == (x.numel(), x.shape[-1], x.dtype)
+            and ours.is_contiguous()
+            and x.is_contiguous()
+        )
+
+
+class Watcher:
+    """Collects statistics while the model runs under `watching`.
+
+    Args:
+        model: any module tree; its forward is not changed.
+        targets: checkpoint tensor -> where its input shows up.
+        head: the weight of an output head whose product nobody needs.
+
+    Attributes:
+        block: `(blocks, tokens)` of the batch that runs, which says which rows are first tokens; None where nothing does.
+        watch: sees the inputs.
+    """
+
+    def __init__(self, model: torch.nn.Module, targets: Mapping[str, Target], *, head: torch.Tensor | None = None):
+        self._targets = targets
+        first: dict[int, str] = {}  # a parameter that several modules share goes by the first one's name
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._names = {name: first.setdefault(id(one), name) for name, one in parameters.items()}
+        self._shapes = {name: tuple(one.shape) for name, one in parameters.items()}
+        wanted = {self._names[one.parameter]: one.is_vector for one in targets.values()}
+        vectors, products = (
+            [name for name, kind in wanted.items() if kind is is_vector] for is_vector in (True, False)
+        )
+        self.watch = Watch(model, self.observe, products=products, vectors=vectors, head=head)
+        self.block: tuple[int, int] | None = None
+        self._sums: dict[Use, _Sums] = {}
+        self._first: dict[Use, _Sums] = {}
+        self._blind: set[Use] = set()
+        self._last: _Last | None = None
+        self._only_first = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Have the model watched for the length of the context."""
+        try:
+            with self.watch:
+                yield
+        finally:
+            self._last = None
+
+    @contextmanager
+    def first_tokens(self) -> Iterator[None]:
+        """Count what runs as the first tokens of all blocks that have run, for those inputs whose rows did not tell."""
+        for use in self._blind:  # an expert may have got no first token at all
+            self._first[use] = _Sums.zeros(self._sums[use].abs.numel(), self._sums[use].abs.device)
+        self._only_first = True
+        try:
+            yield
+        finally:
+            self._only_first = False
+            self._blind.clear()
+
+    @property
+    def knows_first_tokens(self) -> bool:
+        """Whether every input told which of its rows were first tokens; else those run again under `first_tokens`."""
+        return not self._blind
+
+    def observe(self, use: Use, x: torch.Tensor) -> None:
+        """Add an input `[..., channels]`; one that several weights share is summed once. See `forward.watch.See`."""
+        x = x.detach()
+        if self._only_first:
+            if use in self._blind:
+                self._add(self._first, use, _look(x), x)
+            return
+        if self._last is None or not self._last.is_of(x):
+            per_token, first = self._rows_per_token(x), None
+            if per_token is not None and self.block is not None:
+                first = _look_at_few(x.reshape(self.block[0], -1, x.shape[-1])[:, :per_token])
+            self._last = _Last(x, x._version, _look(x, per_token), first)
+        last = self._last
+        self._add(self._sums, use, last.look, x)
+        if last.first is None:
+            self._blind.add(use)
+        else:
+            self._add(self._first, use, last.first, x)
+
+    def _add(self, to: dict[Use, _Sums], use: Use, look: _Look, x: torch.Tensor) -> None:
+        """Add what was seen of an input to the sums of a use."""
+        width = x.shape[-1]
+        if use not in to:
+            to[use] = _Sums.zeros(width, x.device)
+        sums = to[use]
+        if sums.abs.numel() != width:
+            return
+        sums.to(x.device)
+        for total, part in zip((sums.abs, sums.sq, sums.signed), look.sums, strict=True):
+            total += part
+        sums.rows += look.rows
+        larger = look.peak > sums.peak
+        if x.device.type == "cpu" and not bool(larger.any()):  # asking a GPU would make it wait
+            return
+        sums.peak = torch.where(larger, look.peak, sums.peak)
+        if look.per_token is not None and self.block is not None:
+            where = larger.nonzero().flatten()
+            rows = x.reshape(-1, width)[:, where].abs().argmax(dim=0)
+            sums.peak_at[where] = rows // look.per_token % self.block[1]
+        else:
+            sums.peak_at[larger] = UNKNOWN
+
+    def _rows_per_token(self, x: torch.Tensor) -> int | None:
+        """Rows of an input for each token, in the order of the tokens; None where that is not so."""
+        if self.block is None:
+            return None
+        blocks, length = self.block
+        if x.ndim > 2 and x.shape[:2] == (blocks, length):
+            return x.numel() // x.shape[-1] // (blocks * length)
+        return 1 if x.ndim == 2 and len(x) == blocks * length else None
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        """All that has been added up, under names that `restore` knows."""
+        found: dict[str, torch.Tensor] = {}
+        for kind, sums_of in (("all", self._sums), ("first", self._first)):
+            for place, (use, sums) in enumerate(sums_of.items()):
+                name = json.dumps([place, kind, use.parameter, use.axis, use.ranges, use in self._blind])
+                found |= {f"{name}.{key}": torch.as_tensor(value) for key, value in vars(sums).items()}
+        return found
+
+    @staticmethod
+    def check_sums(tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError where this is not what `sums` gave, but another version or somebody else wrote it."""
+        for name in {name.rpartition(".")[0] for name in tensors if not name.startswith(OTHERS)}:
+            key = json.loads(name)
+            if not isinstance(key, list) or len(key) != 6 or not isinstance(key[2], str) or type(key[3]) is not int:
+                raise ValueError(f"{name}: no sums of an input")
+            parts = [tensors.get(f"{name}.{one.name}") for one in fields(_Sums)]
+            shapes = {tuple(part.shape) for part in parts[:-1] if part is not None}
+            if (
+                any(part is None for part in parts)
+                or not all(_is_range(one) for one in key[4])
+                or len(shapes) != 1
+                or len(shapes.pop()) != 1
+            ):
+                raise ValueError(f"{name}: sums that do not fit each other")
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take what another watcher's `sums` gave."""
+        for name in sorted({name.rpartition(".")[0] for name in tensors}, key=json.loads):
+            _, kind, parameter, axis, ranges, blind = json.loads(name)
+            use = Use(parameter, axis, tuple((first, last) for first, last in ranges))
+            own = {key.name: tensors[f"{name}.{key.name}"].clone() for key in fields(_Sums)}
+            sums = _Sums(**(own | {"rows": int(own["rows"])}))  # type: ignore[arg-type]
+            (self._sums if kind == "all" else self._first)[use] = sums
+            self._blind |= {use} if blind else set()
+
+    def check_finite(self) -> None:
+        """Raise InputError where an input held NaN or an infinity, naming the first such weight of the forward pass."""
+        for use, sums in self._sums.items():  # in the order in which they were first seen
+            if not bool(sums.sq.isfinite().all()):
+                where = use.parameter.removesuffix(".weight")
+                raise InputError(
+                    f"{where}: its input holds NaN or an infinity, the first to do so. Use {setting('calibration.dtype', 'float32')}, or check the base model."
+                )
+
+    def totals(self) -> dict[Use, torch.Tensor]:
+        """Sums of |x| of every input so far, `[in]` float64 on the CPU."""
+        return {use: sums.abs.cpu().clone() for use, sums in self._sums.items()}
+
+    def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, int], dict[str, str]]:
+        """Statistics and the input dimension of each checkpoint tensor, and for each tensor without any the reason.
+
+        Raises: InputError: an input that holds NaN or an infinity, naming the weight.
+        """
+        self.check_finite()
+        statistics: dict[str, ChannelStatistics] = {}
+        dims: dict[str, int] = {}
+        silent: dict[str, str] = {}
+        by_parameter: dict[str, list[Use]] = {}
+        for use in self._sums:
+            by_parameter.setdefault(use.parameter, []).append(use)
+        for tensor, target in self._targets.items():
+            found = self._result(target, by_parameter.get(self._names[target.parameter], []))
+            if isinstance(found, str):
+                silent[tensor] = found
+            else:
+                statistics[tensor], dims[tensor] = found
+        return statistics, dims, silent
+
+    def _result(self, target: Target, uses: Sequence[Use]) -> tuple[ChannelStatistics, int] | str:
+        """Statistics and input dimension of one checkpoint tensor, or why it has none."""
+        if not uses:
+            return NO_TOKEN if target.is_known else NO_PRODUCT
+        axes = {use.axis for use in uses}
+        if len(axes) > 1:
+            return f"it is multiplied along {len(axes)} of its dimensions"
+        axis = axes.pop()
+        dim = target.axes[axis]
+        if dim is None:
+            return "its input channels are joined from several tensors"
+        shape = self._shapes[target.parameter]
+        seen = next(self._sums[use].abs.numel() for use in uses)
+        if target.is_vector and seen != shape[0]:
+            return f"its module's input has {seen} channels, the weight {shape[0]}"
+        cells = _Cells(uses, shape, axis, self._sums, {} if self._blind & set(uses) else self._first)
+        stacked_axis, table = cells.stack()
+        if len(table) == 1:
+            one = table[0]
+        elif stacked_axis is None:
+            one = cells.pooled()
+        elif stacked_axis == 0 and target.expert is not None:
+            one = table[target.expert]
+        elif target.axes[stacked_axis] == 0 and len(target.shape) == len(shape) > 2:
+            one = stack_statistics(table)
+        else:
+            one = cells.pooled()  # its rows have different inputs
+        if not bool((one.tokens > 0).any()):
+            return NO_TOKEN
+        if not bool(one.mean_abs.any()):
+            return "its module's input is zero throughout"
+        return one, dim
+
+
+def _is_range(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
+
+
+def _look(x: torch.Tensor, per_token: int | None = None) -> _Look:
+    *sums, peak = channel_sums(x)
+    return _Look(tuple(sums), peak, x.numel() // x.shape[-1], per_token)
+
+
+def _look_at_few(x: torch.Tensor) -> _Look:
+    """The same of few rows, in fewer steps."""
+    rows = x.reshape(-1, x.shape[-1]).double()
+    absolute = rows.abs()
+    sums = (absolute.sum(dim=0), rows.square().sum(dim=0), rows.sum(dim=0))
+    return _Look(sums, absolute.amax(dim=0).float(), len(rows))
+
+
+class _Cells:
+    """The uses of a parameter, put together: which of its parts have which input.
+
+    Args:
+        uses: all along `axis`; shape: of the parameter; sums, first: over all rows, and over those of first tokens.
+    """
+
+    def __init__(
+        self,
+        uses: Sequence[Use],
+        shape: tuple[int, ...],
+        axis: int,
+        sums: Mapping[Use, _Sums],
+        first: Mapping[Use, _Sums],
+    ):
+        self._uses, self._shape, self._axis, self._sums, self._first = uses, shape, axis, sums, first
+
+    def pooled(self) -> ChannelStatistics:
+        """One for all parts: means over the inputs of all of them, each as often as it has rows of the weight."""
+        times = {
+            use: math.prod(high - low for axis, (low, high) in enumerate(use.ranges) if axis != self._axis)
+            for use in self._uses
+        }
+        return self._together(self._uses, times)
+
+    def stack(self) -> tuple[int | None, list[ChannelStatistics]]:
+        """Statistics, one for each index of the dimension that is returned with them, or one where all parts have one input.
+
+        Where parts have different inputs along more than one dimension, it is one for all of them, see `pooled`.
+        """
+        cuts = {
+            axis: sorted({0, size, *(edge for use in self._uses for edge in use.ranges[axis])})
+            for axis, size in enumerate(self._shape)
+            if axis != self._axis and any(use.ranges[axis] != (0, size) for use in self._uses)
+        }
+        cells: dict[tuple[int, ...], tuple[Use, ...]] = {}
+        for corner in itertools.product(*(edges[:-1] for edges in cuts.values())):
+            place = dict(zip(cuts, corner, strict=True))
+            cells[corner] = tuple(
+                use
+                for use in self._uses
+                if all(use.ranges[axis][0] <= at < use.ranges[axis][1] for axis, at in place.items())
+            )
+        statistics = {uses: self._together(uses) for uses in set(cells.values())}
+        axes = list(cuts)
+        for axis in list(cuts):  # leave out a dimension along which nothing differs
+            position = axes.index(axis)
+            by_rest: dict[tuple[int, ...], list[ChannelStatistics]] = {}
+            for corner, uses in cells.items():
+                by_rest.setdefault(corner[:position] + corner[position + 1 :], []).append(statistics[uses])
+            if all(_are_same(ones) for ones in by_rest.values()):
+                cells = {corner[:position] + corner[position + 1 :]: uses for corner, uses in cells.items()}
+                axes.remove(axis)
+        if not axes:
+            return None, [statistics[uses] for uses in cells.values()][:1]
+        if len(axes) > 1:
+            return None, [self.pooled()]
+        edges = cuts[axes[0]]
+        table = []
+        for low, high in itertools.pairwise(edges):
+            table += [statistics[cells[(low,)]]] * (high - low)
+        return axes[0], table
+
+    def _together(self, uses: Sequence[Use], times: Mapping[Use, int] | None = None) -> ChannelStatistics:
+        """Statistics of a part that has these uses, one after the other or for parts of its channels.
+
+        Args:
+            times: how often each counts, in proportion; once where it is not said.
+        """
+        times = times or dict.fromkeys(uses, 1)
+        common = math.gcd(*times.values())
+        width = self._shape[self._axis]
+        totals, first = (torch.zeros(3, width, dtype=torch.float64) for _ in range(2))
+        rows, first_rows = (torch.zeros(width, dtype=torch.int64) for _ in range(2))
+        peak, peak_at = torch.zeros(width), torch.full((width,), UNKNOWN, dtype=torch.int64)
+        for use in uses:
+            here, sums = slice(*use.channels), self._sums[use]
+            weight = times[use] // common
+            totals[:, here] += weight * torch.stack([sums.abs, sums.sq, sums.signed]).cpu()
+            rows[here] += weight * sums.rows
+            larger = sums.peak.cpu() > peak[here]
+            peak[here] = torch.where(larger, sums.peak.cpu(), peak[here])
+            peak_at[here] = torch.where(larger, sums.peak_at.cpu(), peak_at[here])
+            if use in self._first:
+                one = self._first[use]
+                first[:, here] += weight * torch.stack([one.abs, one.sq, one.signed]).cpu()
+                first_rows[here] += weight * one.rows
+        after_first = None
+        if uses and all(use in self._first for use in uses):
+            rest = totals - first
+            rest[:2].clamp_(min=0.0)
+            after_first = _means(rest, rows - first_rows)
+        return ChannelStatistics(**vars(_means(totals, rows)), max_abs=peak, max_at=peak_at, after_first=after_first)
+
+
+def _means(totals: torch.Tensor, rows: torch.Tensor) -> Means:
+    """Means of sums `[3, in]` over rows `[in]`."""
+    mean_abs, mean_sq, mean = (totals / rows.clamp(min=1)).float()
+    return Means(mean_abs, mean_sq, rows.amax() if rows.numel() else torch.tensor(0), mean)
+
+
+def _are_same(ones: Sequence[ChannelStatistics]) -> bool:
+    """Whether parts of a parameter have the same input, as far as numbers tell."""
+    return all(
+        one is ones[0]
+        or (bool(one.tokens == ones[0].tokens) and torch.allclose(one.mean_abs, ones[0].mean_abs, rtol=1e-5, atol=0.0))
+        for one in ones
+    )
