@@ -332,7 +332,7 @@ def _card(how: Relaxing, activations: Activations, reach: Reach, found: Relaxati
     omega = markdown_inside(str(reach.omega))
     if how.protect == "mean":
         return (
-            f"Relaxed along the base's mean input (`--protect mean`) with omega {omega}: "
+            f"Relaxed along the base's mean input (`protect: mean`) with omega {omega}: "
             f"`W = W_merged - (1 - omega) (D u) u^T`, `D = W_merged - W_base`, where u is the mean of the weight's input in the base, of length 1, {text}"
         )
     return (
