@@ -54,6 +54,7 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
     )
     what.add_argument("--base_model", metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name or NAME@REVISION; gives config, tokenizer and vocabulary")  # fmt: skip
     what.add_argument("--models_to_merge", metavar="A,B,C", help="folders, hub names or NAME@REVISION; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
+    what.add_argument("--model_data", metavar="A,B,C", help=f"{', '.join(name for name, entry in METHODS.items() if entry.needs_data)}: text of each model's own task, in the order of the models: .jsonl, .json, .txt or .parquet files (or .gz) of texts, or of prompt and answer")  # fmt: skip
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
@@ -271,6 +272,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             exclude=arguments.exclude,
             only=arguments.only,
             layout=layout,
+            model_data=arguments.model_data,
         )
     problems.raise_if_any()
     assert recipe is not None
@@ -297,7 +299,7 @@ def read_config(arguments: argparse.Namespace) -> Recipe:
     from merging.recipe_file import read_recipe_file
 
     problems = Problems()
-    for name in ("method", "base_model", "models", *arguments.parameter_keys):
+    for name in ("method", "base_model", "models", "model_data", *arguments.parameter_keys):
         if vars(arguments)[shell.FLAGS.get(name, name)] is not None:
             problems.add(
                 ArgumentError(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import ArgumentError, InputError, named_by
 from checkpoints.escaping import markdown, markdown_code, markdown_code_cell
@@ -22,7 +22,10 @@ from merging.recipe import ModelInput, Recipe, source_key
 from merging.report import DeltaReport
 from streaming.job import Console, Job, Request, Result, Step, Work, bar_of, plan_job
 from streaming.output import Findings, RunOptions
-from streaming.stream import Observer
+from streaming.stream import Observer, PlannedTensor
+
+if TYPE_CHECKING:
+    from merging.input_moments import MomentsPass
 
 
 @dataclass(kw_only=True)
@@ -32,10 +35,12 @@ class Merge(Work):
     Attributes:
         plan: what is merged with what.
         detail: how much the merge report looks at.
+        moments: runs the models for what the method needs of their inputs; None for most methods.
     """
 
     plan: Plan
     detail: str
+    moments: MomentsPass | None = None
     _report: DeltaReport | None = field(default=None, init=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -45,6 +50,10 @@ class Merge(Work):
     def as_text(self, show: Show = as_in_python) -> str:
         """The plan for people."""
         return self.plan.as_text(show)
+
+    def parts(self, todo: Sequence[PlannedTensor]) -> Generator[Sequence[PlannedTensor]]:
+        """See `Work.parts`: layer by layer where the method needs its inputs' moments."""
+        return super().parts(todo) if self.moments is None else self.moments.parts(todo)
 
     def start(self) -> Observer | None:
         """The merge report, where there are task vectors to look at."""
@@ -89,6 +98,14 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         plan = make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes)
     problems.raise_if_any()
     assert plan is not None
+    moments, notes, data = None, list(plan.notes), {}
+    if plan.recipe.method_class.needs_data:
+        moments, texts = _prepare_moments(plan, opened, options)
+        notes += [
+            f"{one['model']}: runs on {one['documents']} documents of its own task, {one['tokens']} tokens."
+            for one in texts
+        ]
+        data = {"data": texts}
     name = plan.recipe.merge_method
     code = {"method_source": source_digest(name)} if is_outside(name) else {}
     return Merge(
@@ -98,14 +115,40 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         shards=plan.shards,
         files=plan.files,
         out_dtype=plan.recipe.out_dtype,
-        decides={**plan.recipe.as_json(), **code},
+        decides={**plan.recipe.as_json(), **code, **data},
         recipe=plan.recipe.as_json(),
         card=f"{_card_head(plan.recipe, opened)}\n\n{card_text(plan.recipe)}",
-        notes=plan.notes,
+        notes=notes,
         warnings=plan.warnings,
         plan=plan,
         detail=options.report,
+        moments=moments,
     )
+
+
+def _prepare_moments(
+    plan: Plan, opened: Sequence[Model], options: RunOptions
+) -> tuple[MomentsPass, list[dict[str, Any]]]:
+    """What runs the models, and what on. Raises Refusals: texts that cannot be read or are too short, models that cannot be run."""
+    from merging.input_moments import MomentsPass, texts_as_json
+    from merging.model_texts import ModelText, read_model_text
+
+    recipe, problems = plan.recipe, Problems()
+    by_key = {source_key(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
+    models = [by_key[source_key(source.name)] for source in recipe.models]
+    if plan.is_stacked:
+        raise ArgumentError(
+            f"{setting('models')}: {recipe.merge_method} merges whole models, which it runs. Name no layers."
+        )
+    tokens = int(recipe.parameters["data_tokens"].at("", 0.0))
+    texts: list[ModelText] = []
+    for model, source in zip(models, recipe.models, strict=True):
+        with problems.collect():
+            texts.append(read_model_text(model, source.data or "", tokens))
+    problems.raise_if_any()
+    moments = MomentsPass(models, texts, options.stream.device)
+    moments.check(plan.tensors)
+    return moments, texts_as_json(models, texts)
 
 
 def _card_head(recipe: Recipe, opened: Sequence[Model]) -> str:

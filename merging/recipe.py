@@ -31,11 +31,13 @@ class ModelInput:
 
     Attributes:
         layers: the first of its layers that take part, and the one after the last; None for all.
+        data: a file of text of its own task, for methods that need that.
     """
 
     name: ModelName
     parameters: Values = field(default_factory=dict)
     layers: tuple[int, int] | None = None
+    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,12 @@ class Recipe:
             content["slices"] = [self._slice_as_json(one) for one in self.slices]
         else:
             content["models"] = [
-                {"model": str(one.name), "parameters": _values_as_json(one.parameters)} for one in self.models
+                {
+                    "model": str(one.name),
+                    **({"data": one.data} if one.data is not None else {}),
+                    "parameters": _values_as_json(one.parameters),
+                }
+                for one in self.models
             ]
         return {
             **content,

@@ -28,6 +28,7 @@ def make_recipe(
     exclude: str | None = None,
     only: str | None = None,
     layout: Layout | None = None,
+    model_data: str | None = None,
 ) -> Recipe:
     """Make a recipe from what a user typed; everything wrong is said at once.
 
@@ -40,6 +41,7 @@ def make_recipe(
         seed: None for the default, 0 where the method draws.
         out_dtype, exclude, only: see `Recipe`.
         layout: see `Recipe`; None for the default, the union of the vocabularies where a model adds tokens.
+        model_data: comma-separated files of text, of each model's own task, for methods that need them.
 
     Raises: Refusals (an InputError): every problem; exit code 2.
     """
@@ -69,6 +71,7 @@ def make_recipe(
     _check_used(cls, method, given, seed, problems)
     values = {key: _read_values(one, method, given.get(key), len(names), problems) for key, one in declared.items()}
     _check_values(cls, values, problems)
+    texts = _split_texts(model_data, cls, method, len(names), problems)
     # What does not depend on the method.
     if out_dtype not in OUT_DTYPES:
         problems.append(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
@@ -84,8 +87,8 @@ def make_recipe(
     # All is well: a model's own parameters go to it, the others to the recipe.
     own = {key for key, one in declared.items() if one.per_model}
     sources = tuple(
-        ModelInput(name, {key: Value.constant(values[key][index]) for key in values if key in own})
-        for index, name in enumerate(names)
+        ModelInput(name, {key: Value.constant(values[key][index]) for key in values if key in own}, data=text)
+        for index, (name, text) in enumerate(zip(names, texts, strict=True))
     )
     shared = {key: Value.constant(value) for key, value in values.items() if key not in own and value is not None}
     return Recipe(
@@ -139,6 +142,35 @@ def _split_models(text: str, problems: list[str | InputError]) -> tuple[list[Mod
         )
         weights = []
     return names, weights
+
+
+def _split_texts(
+    text: str | None, cls: type[Method], method: str, models: int, problems: list[str | InputError]
+) -> list[str | None]:
+    """The file of text of each model, None for a method that needs none."""
+    name = setting("model_data")
+    if text is None and not cls.needs_data:
+        return [None] * models
+    if text is None:
+        problems.append(
+            ArgumentError(
+                f"{name}: {method} needs text of each model's own task, one file for each. Add {setting('model_data', 'A.jsonl,B.jsonl')}."
+            )
+        )
+        return [None] * models
+    if not cls.needs_data:
+        problems.append(ArgumentError(f"{name}: {method} does not use it. Leave it out."))
+        return [None] * models
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != models or not all(parts):
+        got = len([part for part in parts if part])
+        problems.append(
+            ArgumentError(
+                f"{name}: expected a file for each of the {models} models, in their order, got {got}: {text}."
+            )
+        )
+        return [None] * models
+    return list(parts)
 
 
 def _check_used(

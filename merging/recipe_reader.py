@@ -138,6 +138,7 @@ class Reader:
             if value is not None and beside.get(name) is None:
                 found[name] = f"{self.where}: {key}"
         shared = content.get("parameters")
+        found["model_data"] = f"{self.where}: models: data"
         for key in shared if isinstance(shared, dict) else ():
             found[str(key)] = f"{self.where}: parameters.{key}"
         return found
@@ -252,7 +253,7 @@ class Reader:
             return ()
         if models is not None:
             sources = [
-                self.read_source(place, entry, ("model", "parameters"))
+                self.read_source(place, entry, ("model", "parameters", "data"), cls)
                 for place, entry in self.entries("models", models)
             ]
             known = [source for source in sources if source is not None]
@@ -279,8 +280,10 @@ class Reader:
             return []
         return [(f"{place}[{index}]", entry) for index, entry in enumerate(content)]
 
-    def read_source(self, place: str, entry: Any, keys: Sequence[str]) -> ModelInput | None:
-        """One model with its parameters, and its layers in a slice."""
+    def read_source(
+        self, place: str, entry: Any, keys: Sequence[str], cls: type[Method] | None = None
+    ) -> ModelInput | None:
+        """One model with its parameters, its layers in a slice, and its text where the method `cls` needs it."""
         if not isinstance(entry, dict) or "model" not in entry:
             self.refuse(
                 place,
@@ -293,7 +296,11 @@ class Reader:
         layers = None
         if "layer_range" in keys:
             layers = self.read_layers(f"{place}.layer_range", entry.get("layer_range"))
-        return None if name is None else ModelInput(name, parameters, layers)
+        data = self.read_text(f"{place}.data", entry.get("data"))
+        if data is not None and cls is not None and not cls.needs_data:
+            self.note(f"{place}.data has no effect: {self.method} does not use it.")
+            data = None
+        return None if name is None else ModelInput(name, parameters, layers, data)
 
     def read_layers(self, place: str, content: Any) -> tuple[int, int] | None:
         """`[first, one after the last]`."""
@@ -357,6 +364,15 @@ class Reader:
                 self.refuse(
                     place, f"expected {base} among the sources, to know which of its layers belong here. Add it."
                 )
+        if cls.needs_data:
+            if is_sliced:
+                self.refuse(place, f"{self.method} merges whole models, which it runs. Name them under models.")
+            for source in sources:
+                if source.data is None and not is_sliced:
+                    self.refuse(
+                        place,
+                        f"{source.name}: {self.method} needs text of the model's own task. Add the key data, a file.",
+                    )
         try:
             check_count(cls, self.method, len(sources))
         except ArgumentError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -177,6 +177,15 @@ class Work(ABC):
     def as_text(self, show: Show = as_in_python) -> str:
         """The plan for people."""
 
+    def parts(self, todo: Sequence[PlannedTensor]) -> Generator[Sequence[PlannedTensor]]:
+        """The tensors to be written, in parts of which one is streamed before the next is asked for: so a work can find out between
+        them what the next ones need, and forget it again. Raises InputError.
+
+        Args:
+            todo: those that no earlier run finished; each has to come once, as it is or with another method.
+        """
+        yield todo
+
     def start(self) -> Observer | None:
         """What looks at the blocks of a run that begins; None looks at none."""
         return None
@@ -315,6 +324,7 @@ class Job:
                     inputs=work.inputs,
                     options=self.options,
                     describe=lambda *arguments: self._describe(observer, stage, *arguments),
+                    parts=work.parts,
                     observer=observer,
                     progress=advance,
                 )

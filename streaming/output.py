@@ -6,8 +6,8 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -136,6 +136,7 @@ def write_checkpoints(
     inputs: Sequence[Model],
     options: RunOptions,
     describe: Describe,
+    parts: Callable[[Sequence[PlannedTensor]], Generator[Sequence[PlannedTensor]]],
     observer: Observer | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Written:
@@ -147,6 +148,7 @@ def write_checkpoints(
         stage: where to; its journal says what is finished.
         inputs: every opened model; each must be unchanged at the end, and is closed then.
         describe: called for each variant once its weights are on the disk.
+        parts: gives the tensors part by part; see `streaming.job.Work.parts`.
         observer, progress: see `stream`.
 
     Raises: InputError: as `stream`.
@@ -181,17 +183,19 @@ def write_checkpoints(
             stage.work.sync()
             outputs = [Output(*pair) for pair in zip(writers.values(), transforms, strict=True)]
             # Stream into all of them, committing meanwhile and once more at the end.
-            with Commits(stage.journal, writers) as commits:
-                changed = stream(
-                    todo,
-                    outputs,
-                    options=options.stream,
-                    observer=observer,
-                    progress=progress,
-                    finished=finish,
-                    changed=stage.finished.changed,
-                    non_finite=non_finite,
-                )
+            changed = set(stage.finished.changed)
+            with Commits(stage.journal, writers) as commits, closing(parts(todo)) as coming:
+                for part in coming:
+                    changed |= stream(
+                        part,
+                        outputs,
+                        options=options.stream,
+                        observer=observer,
+                        progress=progress,
+                        finished=finish,
+                        changed=changed,
+                        non_finite=non_finite,
+                    )
             digests = [writer.close() for writer in writers.values()]
         finally:
             for writer in writers.values():

@@ -40,6 +40,7 @@ RUNS = {
     "no digests": (merge.main, ["--method=linear", "--digest=none", *MERGE]),
     "one-run AIM": (merge.main, ["--method=dare_linear", "--omegas=0,0.4", *CALIBRATION, *MERGE]),
     "protect mean": (merge.main, ["--method=dare_linear", "--omegas=0,0.4", "--protect=mean", *CALIBRATION, *MERGE]),
+    "regmean": (merge.main, ["--method=regmean", f"--model_data={TEXTS},{TEXTS}", "--data_tokens=200", *MERGE]),
     "performAIM": (performAIM.main, ["--omega=0.2", *RELAX]),
     "reference": (performAIM.main, ["--numerics=reference", *RELAX]),
 }

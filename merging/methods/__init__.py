@@ -31,11 +31,13 @@ class Entry(NamedTuple):
         target: `module:Class`, the module in this package.
         parameters: recipe key -> parameter.
         draws: whether it draws random numbers.
+        needs_data: whether each model brings text of its own task.
     """
 
     target: str
     parameters: dict[str, Parameter]
     draws: bool
+    needs_data: bool
 
 
 @cache
@@ -79,7 +81,9 @@ def _find() -> dict[str, Entry]:
             if fields.get("name"):
                 declared = [value.metadata["parameter"] for value in fields.values() if hasattr(value, "metadata")]
                 parameters = {one.key: one for one in declared}
-                methods[fields["name"]] = Entry(f"{path.stem}:{cls}", parameters, fields.get("draws", False))
+                methods[fields["name"]] = Entry(
+                    f"{path.stem}:{cls}", parameters, fields.get("draws", False), fields.get("needs_data", False)
+                )
     return dict(sorted(methods.items()))
 
 

@@ -36,6 +36,8 @@ class Method(ABC):
     """Whether each task vector is multiplied with a number of its own, which a plan can name."""
     needs_embeddings: ClassVar[bool] = False
     """Whether it must know which tensors are embeddings, for which the model class is built."""
+    needs_data: ClassVar[bool] = False
+    """Whether each model brings text of its own task, on which it is run for what the method wants to know."""
     min_models: ClassVar[int] = 1
     """How many models it merges at least, the base not counted."""
     max_models: ClassVar[int | None] = None

@@ -1,0 +1,271 @@
+"""Second moments of the inputs of every model's weights, taken layer by layer while all models run in step on their own texts."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from checkpoints.errors import InputError, first_line
+from checkpoints.model import Model
+from checkpoints.placements import Placement
+from checkpoints.problems import Problems
+from checkpoints.settings import setting
+from forward.layers import find_layers
+from forward.layerwise import Layerwise, in_step
+from forward.loading import out_of_memory, quiet_transformers
+from forward.parts import Use
+from forward.skeleton import build_skeleton
+from forward.watch import Watch
+from merging.methods.regmean import InputMoments, RegMean
+from merging.model_texts import ModelText
+from streaming.stream import PlannedTensor
+
+
+@dataclass
+class _Sum:
+    """Sums over tokens of one use of a weight.
+
+    Attributes:
+        rest, first: of x x^T, `[in, in]` float64, over tokens after the first of a document, and over first ones.
+        tokens, firsts: how many.
+    """
+
+    rest: torch.Tensor
+    first: torch.Tensor
+    tokens: int = 0
+    firsts: int = 0
+
+    def joined(self) -> _Sum:
+        """The same with first tokens among the rest."""
+        return _Sum(self.rest + self.first, torch.zeros_like(self.first), self.tokens + self.firsts)
+
+
+class Moments:
+    """Adds up x x^T of the inputs that a `forward.watch.Watch` sees.
+
+    Attributes:
+        block: `(documents, tokens)` of what runs; see `forward.whole.Counts`.
+        is_open: whether what is seen counts.
+    """
+
+    def __init__(self) -> None:
+        self.block: tuple[int, int] | None = None
+        self.is_open = True
+        self._sums: dict[Use, _Sum] = {}
+        self._last: tuple[torch.Tensor, int, torch.Tensor, torch.Tensor | None] | None = None
+
+    def see(self, use: Use, x: torch.Tensor) -> None:
+        """See `forward.watch.See`. An input that several weights share is multiplied once."""
+        if not self.is_open:
+            return
+        x = x.detach()
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            rows = x.reshape(-1, x.shape[-1]).double()
+            # One document at a time runs.
+            first = rows[: len(rows) // self.block[1]] if self.block and x.ndim > 1 and self._is_in_order(x) else None
+            rest = rows if first is None else rows[len(first) :]
+            self._last = (x, x._version, rest.T @ rest, None if first is None else first.T @ first)
+        _, _, rest_sum, first_sum = self._last
+        width = x.shape[-1]
+        if use not in self._sums:
+            zeros = torch.zeros(2, width, width, dtype=torch.float64, device=x.device)
+            self._sums[use] = _Sum(zeros[0], zeros[1])
+        found = self._sums[use]
+        rows_seen = x.numel() // width
+        firsts = 0 if first_sum is None or self.block is None else rows_seen // self.block[1]
+        found.rest += rest_sum
+        found.tokens += rows_seen - firsts
+        if first_sum is not None:
+            found.first += first_sum
+            found.firsts += firsts
+
+    def _is_in_order(self, x: torch.Tensor) -> bool:
+        """Whether the rows of an input are those of the tokens, in their order."""
+        assert self.block is not None
+        documents, length = self.block
+        return tuple(x.shape[:2]) == (documents, length) if x.ndim > 2 else len(x) == documents * length
+
+    def clear(self) -> None:
+        """Forget what was added up."""
+        self._sums.clear()
+        self._last = None
+
+    def of(self, placement: Placement, shape: Sequence[int]) -> InputMoments | None:
+        """The moments of a stored tensor's input; None where none was seen that has all of its channels.
+
+        Args:
+            placement: of the tensor; shape: its own.
+        """
+        if placement.input_dim is None or placement.input_dim not in placement.axes:
+            return None
+        axis, width = placement.axes.index(placement.input_dim), shape[placement.input_dim]
+        uses = {
+            use: one
+            for use, one in self._sums.items()
+            if use.parameter == placement.parameter and use.axis == axis and use.channels == (0, width)
+        }
+        if not uses:
+            return None
+        if placement.kind != "experts":
+            return _mean(list(uses.values()))
+        # A router's rows do not tell which of them are first tokens, whatever they were for one document.
+        experts = [placement.expert] if placement.expert is not None else list(range(shape[0]))
+        each = [_mean([one.joined() for use, one in uses.items() if _has(use, expert)], width) for expert in experts]
+        stacked = InputMoments(torch.stack([one.rest for one in each]), torch.stack([one.first for one in each]))
+        return stacked if placement.expert is None else each[0]
+
+
+def _has(use: Use, expert: int) -> bool:
+    return use.ranges[0][0] <= expert < use.ranges[0][1]
+
+
+def _mean(sums: Sequence[_Sum], width: int = 0) -> InputMoments:
+    """Means of several sums together; zeros of none."""
+    if not sums:
+        zeros = torch.zeros(2, width, width, dtype=torch.float64)
+        return InputMoments(zeros[0], zeros[1])
+    tokens, firsts = sum(one.tokens for one in sums), sum(one.firsts for one in sums)
+    rest = torch.stack([one.rest for one in sums]).sum(dim=0) / max(1, tokens)
+    return InputMoments(rest, torch.stack([one.first for one in sums]).sum(dim=0) / max(1, firsts))
+
+
+class MomentsPass:
+    """Runs all models layer by layer, and gives the tensors of each layer with their moments, ready to be merged.
+
+    Args:
+        models: fine-tuned ones, in the order of the tensors' inputs; texts: of each, its own.
+        device: where they run.
+    """
+
+    def __init__(self, models: Sequence[Model], texts: Sequence[ModelText], device: torch.device):
+        self._models, self._texts, self._device = models, texts, device
+
+    def check(self, tensors: Sequence[PlannedTensor]) -> None:
+        """Raise Refusals: a model that lacks weights, so that it cannot be run; text that is too short for a merge without a ridge."""
+        problems = Problems()
+        for model in self._models:
+            if model.architecture.missing:
+                problems.add(
+                    f"{model.label}: expected a tensor for {model.architecture.missing[0]}, got none, so that it cannot be run. Use a complete model."
+                )
+        tokens = sum(text.tokens for text in self._texts)
+        for tensor in tensors:
+            placements = self._placements(tensor)
+            if placements is None or placements[0].input_dim is None:
+                continue
+            method, width = tensor.method, tensor.spec.shape[placements[0].input_dim]
+            assert isinstance(method, RegMean)
+            if method.ridge == 0.0 and method.gram_scale == 1.0 and tokens < width:
+                problems.add(
+                    f"{setting('ridge', 0)}: {tensor.spec.name}: the second moments of {tokens} tokens have a rank below its {width} input channels. "
+                    f"Give more text ({setting('data_tokens')}), or a {setting('ridge')} above 0."
+                )
+                break
+        problems.raise_if_any()
+
+    def parts(self, todo: Sequence[PlannedTensor]) -> Generator[Sequence[PlannedTensor]]:
+        """First what needs no moments, then layer after layer; see `streaming.job.Work.parts`.
+
+        Raises: InputError: a model cannot be run; moments that are not finite.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(quiet_transformers())
+            stack.enter_context(out_of_memory("the layer-by-layer pass", "Give less text"))
+            skeletons = [self._skeleton(model) for model in self._models]
+            layer_of = self._layers_of(todo, skeletons[0])
+            yield [tensor for tensor in todo if tensor.spec.name not in layer_of]
+            if not layer_of:
+                return
+            sinks = [Moments() for _ in self._models]
+            running = [
+                stack.enter_context(self._layerwise(stack, *one))
+                for one in zip(self._models, skeletons, sinks, strict=True)
+            ]
+            for one, text in zip(running, self._texts, strict=True):
+                one.start(text.documents_on(self._device))
+            wanted = set(layer_of.values())
+            for sink in sinks:
+                sink.is_open = running[0].at in wanted
+            for layer in in_step(running):
+                if layer in wanted:
+                    here = [tensor for tensor in todo if layer_of.get(tensor.spec.name) == layer]
+                    yield [self._prepared(tensor, sinks) for tensor in here]
+                    wanted.discard(layer)
+                for sink in sinks:
+                    sink.clear()
+                    sink.is_open = running[0].at in wanted
+                if not wanted:
+                    return
+
+    def _skeleton(self, model: Model) -> Any:
+        skeleton = build_skeleton(model, torch.float32)
+        if any(placement.kind == "experts" for placement in model.architecture.placements.values()):
+            skeleton.set_experts_implementation("eager")
+        return skeleton
+
+    def _layerwise(self, stack: ExitStack, model: Model, skeleton: Any, sink: Moments) -> Layerwise:
+        """A model that is watched while it runs; closed with the stack."""
+        parameters = {one.parameter for one in model.architecture.placements.values() if one.input_dim is not None}
+        watch = stack.enter_context(Watch(skeleton, sink.see, products=parameters))
+
+        def fails(error: Exception) -> Exception:
+            return InputError(
+                f"{model.label}: a {model.architecture.model_class} cannot be run on its text: {type(error).__name__}: {first_line(error)}. Use another method."
+            )
+
+        return Layerwise(model, skeleton, self._device, watch=watch, counts=sink, fails=fails)
+
+    def _layers_of(self, todo: Sequence[PlannedTensor], skeleton: Any) -> dict[str, int]:
+        """Output tensor -> its layer, of those that get moments: matrices inside the layers, which every model stores as they are."""
+        layers = find_layers(skeleton)
+        if not layers:
+            raise InputError(f"{self._models[0].label}: its layers cannot be told apart. Use another method.")
+        found = {}
+        for tensor in todo:
+            placements = self._placements(tensor)
+            if tensor.spec.is_vector or placements is None:
+                continue
+            inside = [index for index, (name, _) in enumerate(layers) if placements[0].parameter.startswith(f"{name}.")]
+            if inside and all(one.input_dim is not None for one in placements):
+                found[tensor.spec.name] = inside[0]
+        return found
+
+    def _placements(self, tensor: PlannedTensor) -> list[Placement] | None:
+        """Where every model's tensor ends up in its model; None where one is not merged or not stored as the output has it."""
+        if not isinstance(tensor.method, RegMean):
+            return None
+        found = []
+        for model, ref in zip(self._models, tensor.inputs, strict=True):
+            placement = model.architecture.placements.get(ref.name) if ref.source is model.weights else None
+            if placement is None:
+                return None
+            found.append(placement)
+        return found
+
+    def _prepared(self, tensor: PlannedTensor, sinks: Sequence[Moments]) -> PlannedTensor:
+        """A tensor with its moments; as it is where a model's pass has not used it."""
+        placements = self._placements(tensor)
+        assert placements is not None
+        assert isinstance(tensor.method, RegMean)
+        shape = tensor.spec.shape
+        moments = [sink.of(placement, shape) for sink, placement in zip(sinks, placements, strict=True)]
+        seen = [one for one in moments if one is not None]
+        if not seen:
+            return tensor
+        empty = replace(seen[0], rest=torch.zeros_like(seen[0].rest), first=torch.zeros_like(seen[0].first))
+        input_dim = placements[0].input_dim
+        assert input_dim is not None
+        known = [empty if one is None else one for one in moments]
+        return replace(tensor, method=tensor.method.with_moments(known, input_dim, tensor.spec.name))
+
+
+def texts_as_json(models: Sequence[Model], texts: Sequence[ModelText]) -> list[dict[str, Any]]:
+    """What the models were run on, for JSON."""
+    return [
+        {"model": model.label, "documents": len(text.documents), "tokens": text.tokens, "digest": text.digest()}
+        for model, text in zip(models, texts, strict=True)
+    ]
