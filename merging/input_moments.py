@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class _Sum:
     """Sums over tokens of one use of a weight.
 
     Attributes:
-        rest, first: of x x^T, `[in, in]` float64, over tokens after the first of a document, and over first ones.
+        rest, first: of x x^T, `[in, in]` float64, or of x^2, `[in]`, over tokens after the first of a document, and over first ones.
         tokens, firsts: how many.
     """
 
@@ -44,44 +45,66 @@ class _Sum:
         return _Sum(self.rest + self.first, torch.zeros_like(self.first), self.tokens + self.firsts)
 
 
+@dataclass
+class _Input:
+    """An input that was seen, and what is made of it when that is asked for.
+
+    Attributes:
+        x, version: as it came; holding it keeps its memory from being reused.
+        rest, first: its rows, float64: all but those of the first token, and those.
+    """
+
+    x: torch.Tensor
+    version: int
+    rest: torch.Tensor
+    first: torch.Tensor
+
+    @cached_property
+    def products(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of x x^T over either, `[in, in]`."""
+        return self.rest.T @ self.rest, self.first.T @ self.first
+
+    @cached_property
+    def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of x^2 over either, `[in]`."""
+        return self.rest.square().sum(dim=0), self.first.square().sum(dim=0)
+
+
 class Moments:
     """Adds up x x^T of the inputs that a `forward.watch.Watch` sees.
+
+    Args:
+        diagonal: parameters of whose inputs x^2 is enough.
 
     Attributes:
         block: `(documents, tokens)` of what runs; see `forward.whole.Counts`.
         is_open: whether what is seen counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, diagonal: Collection[str] = ()):
         self.block: tuple[int, int] | None = None
         self.is_open = True
+        self._diagonal = frozenset(diagonal)
         self._sums: dict[Use, _Sum] = {}
-        self._last: tuple[torch.Tensor, int, torch.Tensor, torch.Tensor | None] | None = None
+        self._last: _Input | None = None
 
     def see(self, use: Use, x: torch.Tensor) -> None:
         """See `forward.watch.See`. An input that several weights share is multiplied once."""
         if not self.is_open:
             return
-        x = x.detach()
-        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
-            rows = x.reshape(-1, x.shape[-1]).double()
-            # One document at a time runs.
-            first = rows[: len(rows) // self.block[1]] if self.block and x.ndim > 1 and self._is_in_order(x) else None
-            rest = rows if first is None else rows[len(first) :]
-            self._last = (x, x._version, rest.T @ rest, None if first is None else first.T @ first)
-        _, _, rest_sum, first_sum = self._last
-        width = x.shape[-1]
+        if self._last is None or self._last.x is not x or self._last.version != x._version:
+            rows = x.detach().reshape(-1, x.shape[-1]).double()
+            firsts = len(rows) // self.block[1] if self.block and x.ndim > 1 and self._is_in_order(x) else 0
+            self._last = _Input(x, x._version, rows[firsts:], rows[:firsts])  # one document at a time runs
+        seen = self._last
+        rest, first = seen.squares if use.parameter in self._diagonal else seen.products
         if use not in self._sums:
-            zeros = torch.zeros(2, width, width, dtype=torch.float64, device=x.device)
-            self._sums[use] = _Sum(zeros[0], zeros[1])
+            self._sums[use] = _Sum(torch.zeros_like(rest), torch.zeros_like(first))
         found = self._sums[use]
-        rows_seen = x.numel() // width
-        firsts = 0 if first_sum is None or self.block is None else rows_seen // self.block[1]
-        found.rest += rest_sum
-        found.tokens += rows_seen - firsts
-        if first_sum is not None:
-            found.first += first_sum
-            found.firsts += firsts
+        found.rest += rest
+        found.first += first
+        found.tokens += len(seen.rest)
+        found.firsts += len(seen.first)
 
     def _is_in_order(self, x: torch.Tensor) -> bool:
         """Whether the rows of an input are those of the tokens, in their order."""
@@ -114,7 +137,8 @@ class Moments:
             return _mean(list(uses.values()))
         # A router's rows do not tell which of them are first tokens, whatever they were for one document.
         experts = [placement.expert] if placement.expert is not None else list(range(shape[0]))
-        each = [_mean([one.joined() for use, one in uses.items() if _has(use, expert)], width) for expert in experts]
+        zeros = torch.zeros_like(next(iter(uses.values())).rest)
+        each = [_mean([one.joined() for use, one in uses.items() if _has(use, expert)], zeros) for expert in experts]
         stacked = InputMoments(torch.stack([one.rest for one in each]), torch.stack([one.first for one in each]))
         return stacked if placement.expert is None else each[0]
 
@@ -123,11 +147,11 @@ def _has(use: Use, expert: int) -> bool:
     return use.ranges[0][0] <= expert < use.ranges[0][1]
 
 
-def _mean(sums: Sequence[_Sum], width: int = 0) -> InputMoments:
-    """Means of several sums together; zeros of none."""
+def _mean(sums: Sequence[_Sum], zeros: torch.Tensor | None = None) -> InputMoments:
+    """Means of several sums together; `zeros` of none."""
     if not sums:
-        zeros = torch.zeros(2, width, width, dtype=torch.float64)
-        return InputMoments(zeros[0], zeros[1])
+        assert zeros is not None
+        return InputMoments(zeros, zeros)
     tokens, firsts = sum(one.tokens for one in sums), sum(one.firsts for one in sums)
     rest = torch.stack([one.rest for one in sums]).sum(dim=0) / max(1, tokens)
     return InputMoments(rest, torch.stack([one.first for one in sums]).sum(dim=0) / max(1, firsts))
@@ -144,9 +168,15 @@ class MomentsPass:
     def __init__(self, models: Sequence[Model], texts: Sequence[ModelText], device: torch.device):
         self._models, self._texts, self._device = models, texts, device
 
-    def check(self, tensors: Sequence[PlannedTensor]) -> None:
-        """Raise Refusals: a model that lacks weights, so that it cannot be run; text that is too short for a merge without a ridge."""
+    def check(self, tensors: Sequence[PlannedTensor]) -> int:
+        """Raise Refusals: models that cannot be run layer by layer, or lack weights; text that is too short for a merge without a ridge.
+
+        Returns: how many tensors get moments.
+        """
         problems = Problems()
+        found: dict[str, int] = {}
+        with problems.collect(), quiet_transformers():
+            found = self._layers_of(tensors, self._skeleton(self._models[0]))
         for model in self._models:
             if model.architecture.missing:
                 problems.add(
@@ -155,17 +185,18 @@ class MomentsPass:
         tokens = sum(text.tokens for text in self._texts)
         for tensor in tensors:
             placements = self._placements(tensor)
-            if placements is None or placements[0].input_dim is None:
+            if tensor.spec.name not in found or placements is None or placements[0].input_dim is None:
                 continue
             method, width = tensor.method, tensor.spec.shape[placements[0].input_dim]
             assert isinstance(method, RegMean)
-            if method.ridge == 0.0 and method.gram_scale == 1.0 and tokens < width:
+            if method.ridge == 0.0 and method.moments == "full" and method.gram_scale == 1.0 and tokens < width:
                 problems.add(
                     f"{setting('ridge', 0)}: {tensor.spec.name}: the second moments of {tokens} tokens have a rank below its {width} input channels. "
                     f"Give more text ({setting('data_tokens')}), or a {setting('ridge')} above 0."
                 )
                 break
         problems.raise_if_any()
+        return len(found)
 
     def parts(self, todo: Sequence[PlannedTensor]) -> Generator[Sequence[PlannedTensor]]:
         """First what needs no moments, then layer after layer; see `streaming.job.Work.parts`.
@@ -180,7 +211,7 @@ class MomentsPass:
             yield [tensor for tensor in todo if tensor.spec.name not in layer_of]
             if not layer_of:
                 return
-            sinks = [Moments() for _ in self._models]
+            sinks = [Moments(one) for one in self._diagonal(todo)]
             running = [
                 stack.enter_context(self._layerwise(stack, *one))
                 for one in zip(self._models, skeletons, sinks, strict=True)
@@ -246,6 +277,15 @@ class MomentsPass:
             found.append(placement)
         return found
 
+    def _diagonal(self, todo: Sequence[PlannedTensor]) -> list[set[str]]:
+        """The parameters of each model of whose inputs nothing but x^2 is asked for."""
+        asked: list[dict[str, set[str]]] = [{} for _ in self._models]
+        for tensor in todo:
+            for found, placement in zip(asked, self._placements(tensor) or (), strict=False):
+                assert isinstance(tensor.method, RegMean)
+                found.setdefault(placement.parameter, set()).add(tensor.method.moments)
+        return [{name for name, kinds in found.items() if kinds == {"diagonal"}} for found in asked]
+
     def _prepared(self, tensor: PlannedTensor, sinks: Sequence[Moments]) -> PlannedTensor:
         """A tensor with its moments; as it is where a model's pass has not used it."""
         placements = self._placements(tensor)
@@ -253,6 +293,8 @@ class MomentsPass:
         assert isinstance(tensor.method, RegMean)
         shape = tensor.spec.shape
         moments = [sink.of(placement, shape) for sink, placement in zip(sinks, placements, strict=True)]
+        if tensor.method.moments == "diagonal":  # of a part of a parameter, say, of which another part needs all
+            moments = [one and one.diagonal(placements[0].kind == "experts" and len(shape) > 2) for one in moments]
         seen = [one for one in moments if one is not None]
         if not seen:
             return tensor

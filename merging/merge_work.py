@@ -13,7 +13,7 @@ from checkpoints.escaping import markdown, markdown_code, markdown_code_cell
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
 from checkpoints.reader import same_values
-from checkpoints.settings import Show, as_in_python, setting
+from checkpoints.settings import Remark, Show, as_in_python, setting
 from merging.methods import is_outside
 from merging.methods.outside import source_digest
 from merging.parameters import text_of
@@ -98,13 +98,10 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         plan = make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes)
     problems.raise_if_any()
     assert plan is not None
-    moments, notes, data = None, list(plan.notes), {}
+    moments, data = None, {}
     if plan.recipe.method_class.needs_data:
-        moments, texts = _prepare_moments(plan, opened, options)
-        notes += [
-            f"{one['model']}: runs on {one['documents']} documents of its own task, {one['tokens']} tokens."
-            for one in texts
-        ]
+        moments, texts, told = _prepare_moments(plan, opened, options)
+        plan.notes += told
         data = {"data": texts}
     name = plan.recipe.merge_method
     code = {"method_source": source_digest(name)} if is_outside(name) else {}
@@ -118,7 +115,7 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         decides={**plan.recipe.as_json(), **code, **data},
         recipe=plan.recipe.as_json(),
         card=f"{_card_head(plan.recipe, opened)}\n\n{card_text(plan.recipe)}",
-        notes=notes,
+        notes=plan.notes,
         warnings=plan.warnings,
         plan=plan,
         detail=options.report,
@@ -128,8 +125,8 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
 
 def _prepare_moments(
     plan: Plan, opened: Sequence[Model], options: RunOptions
-) -> tuple[MomentsPass, list[dict[str, Any]]]:
-    """What runs the models, and what on. Raises Refusals: texts that cannot be read or are too short, models that cannot be run."""
+) -> tuple[MomentsPass, list[dict[str, Any]], list[str]]:
+    """What runs the models, what on, and what to say of it. Raises Refusals: texts that cannot be read or are too short, models that cannot be run."""
     from merging.input_moments import MomentsPass, texts_as_json
     from merging.model_texts import ModelText, read_model_text
 
@@ -147,8 +144,18 @@ def _prepare_moments(
             texts.append(read_model_text(model, source.data or "", tokens))
     problems.raise_if_any()
     moments = MomentsPass(models, texts, options.stream.device)
-    moments.check(plan.tensors)
-    return moments, texts_as_json(models, texts)
+    count = moments.check(plan.tensors)
+    told = [
+        f"{one['model']}: runs on {one['documents']} documents of its own task, {one['tokens']} tokens."
+        for one in texts_as_json(models, texts)
+    ]
+    rest = sum(tensor.method is not None for tensor in plan.tensors) - count
+    told.append(
+        Remark(
+            f"{recipe.merge_method}: {count} matrices are merged by the moments of their inputs, {rest} other tensors by {setting('rest_lambda')}."
+        )
+    )
+    return moments, texts_as_json(models, texts), told
 
 
 def _card_head(recipe: Recipe, opened: Sequence[Model]) -> str:

@@ -232,7 +232,7 @@ def _read_values(parameter: Parameter, method: str, text: Any, models: int, prob
     fallback = (default,) * models if parameter.per_model and default is not REQUIRED else default
     if text is None:
         return fallback
-    if parameter.is_switch:
+    if parameter.is_switch or parameter.kind == "word":
         return text
     try:
         numbers = [_read_number(parameter, part) for part in str(text).split(",")]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import merge
-from checkpoints.errors import InputError
+from checkpoints.errors import ArgumentError, InputError
 from forward.parts import Use
 from merging.input_moments import Moments
 from merging.methods.regmean import InputMoments, RegMean, projections
@@ -100,6 +100,34 @@ def test_by_hand(scale: float, expected: list[float]) -> None:
     assert isinstance(method, RegMean)
     merged = InMemory(base, models).merge(method.with_moments(as_moments(grams), 1, "w"))  # type: ignore[arg-type]
     torch.testing.assert_close(merged, torch.tensor([expected]), rtol=0, atol=1e-6)
+
+
+def test_diagonal_moments_by_hand_and_as_the_whole_ones_without_off_diagonals() -> None:
+    # squares 4, 1 and 1, 4: 2 * 4/5 and 2 * 4/5; a channel that is 0 in both gets the mean
+    base = torch.zeros(1, 3)
+    models = [torch.tensor([[2.0, 0.0, 1.0]]), torch.tensor([[0.0, 2.0, 2.0]])]
+    squares = torch.tensor([[4.0, 1.0, 0.0], [1.0, 4.0, 0.0]], dtype=torch.float64)
+    method = make_method("regmean", 2, ridge=0.0, moments="diagonal")
+    assert isinstance(method, RegMean)
+    ready = method.with_moments([InputMoments(one, torch.zeros(3)) for one in squares], 1, "w")
+    torch.testing.assert_close(InMemory(base, models).merge(ready), torch.tensor([[1.6, 1.6, 1.5]]))  # type: ignore[arg-type]
+    for shape, dim in (((9, 5), 1), ((5, 9), 0), ((3, 9, 5), 2), ((3, 5, 9), 1)):
+        base, *models = torch.randn(3, *shape, generator=torch.Generator().manual_seed(3))
+        experts = shape[0] if len(shape) == 3 else 1
+        grams = [torch.stack([random_grams(2, 5, seed=e)[model] for e in range(experts)]) for model in range(2)]
+        whole = as_moments(grams if experts > 1 else [one[0] for one in grams])
+        merged = []
+        for settings in ({"moments": "diagonal"}, {"gram_scale": 0.0}):
+            method = make_method("regmean", 2, ridge=0.1, **settings)
+            assert isinstance(method, RegMean)
+            moments = [one.diagonal(experts > 1) for one in whole] if "moments" in settings else whole
+            ready = method.with_moments(moments, dim, "w")
+            merged += [InMemory(base, models).merge(ready, elements) for elements in (7, 1 << 17)]  # type: ignore[arg-type]
+        assert_same_bits(merged[0], merged[1])
+        for other in merged[2:]:
+            torch.testing.assert_close(other, merged[0], rtol=1e-6, atol=1e-6)
+    with pytest.raises(ArgumentError, match="gram_scale: moments diagonal has no moments between different channels"):
+        make_method("regmean", 2, moments="diagonal", gram_scale=0.5)
 
 
 def test_lambda_1_and_no_ridge_is_regmean_on_the_weights() -> None:
@@ -280,6 +308,22 @@ def test_a_merge_is_the_formula_with_each_models_own_inputs(
     assert matrices >= 8
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_oss"])
+def test_diagonal_moments_are_the_diagonal(architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
+    scene = scene_of(architecture)
+    assert merge.main(scene.command(tmp_path / "diagonal", "--moments", "diagonal")) == 0
+    assert merge.main(scene.command(tmp_path / "whole", "--gram_scale", "0")) == 0
+    one, other = load(tmp_path / "diagonal"), load(tmp_path / "whole")
+    for name, values in one.items():
+        torch.testing.assert_close(values, other[name], rtol=1e-5, atol=1e-6)
+    recorded = json.loads((tmp_path / "diagonal" / "merge_recipe.json").read_text())
+    assert recorded["parameters"]["moments"] == "diagonal"
+    again = read_recipe_file(tmp_path / "diagonal" / "merge_recipe.json")
+    method = again.method("model.layers.0.mlp.up_proj.weight")
+    assert isinstance(method, RegMean)
+    assert method.moments == "diagonal"
+
+
 def test_each_model_reads_its_own_text_and_the_order_counts(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
     scene = scene_of("llama")
     assert merge.main(scene.command(tmp_path / "own")) == 0
@@ -366,10 +410,11 @@ def test_what_is_refused(scene_of: Callable[[str], Scene], tmp_path: Path, capsy
     ):  # fmt: skip
         missing.write_text(content)
         assert says in say([scene.files[0], missing])
+    assert "--moments: expected full or diagonal, got some." in say(scene.files, "--moments", "some")
     few = tmp_path / "few.txt"
     few.write_text("norm\n")
     said = say([few, few], "--ridge", "0")
-    assert re.search(r"--ridge 0: \S+: the second moments of \d+ tokens have a rank below its 32 input channels\. Give more text \(--data_tokens\), or a --ridge above 0\.", said)  # fmt: skip
+    assert re.search(r"--ridge 0: \S+: the second moments of \d+ tokens have a rank below its \d+ input channels\. Give more text \(--data_tokens\), or a --ridge above 0\.", said)  # fmt: skip
     flags = [
         "--base_model",
         scene.family.base,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from checkpoints.errors import InputError
+from checkpoints.errors import ArgumentError, InputError
 from checkpoints.settings import setting
 from merging.methods.contract import Method
 from merging.methods.linear import weighted_sum
@@ -23,13 +23,19 @@ class InputMoments:
     """Second moments of one model's input of one weight, over its own text.
 
     Attributes:
-        rest: mean of x x^T over all tokens but the first of each document, `[in, in]` float64, or `[experts, in, in]`; zeros for an
-            expert that saw none.
+        rest: mean of x x^T over all tokens but the first of each document, `[in, in]` float64, or `[experts, in, in]`; or of x^2, `[in]` or
+            `[experts, in]`; zeros for an expert that saw none.
         first: the same over the first tokens alone; zeros where rows do not tell which they are.
     """
 
     rest: torch.Tensor
     first: torch.Tensor
+
+    def diagonal(self, stacked: bool) -> InputMoments:
+        """Those of x^2; `stacked`: of several experts."""
+        if self.rest.ndim == (2 if stacked else 1):
+            return self
+        return InputMoments(self.rest.diagonal(dim1=-2, dim2=-1), self.first.diagonal(dim1=-2, dim2=-1))
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class RegMean(Method):
     """Add the D that minimises sum_i |X_i (D - d_i)^T|^2, X_i being the inputs of the weight in model i on its own text.
 
         G_i = mean of x x^T over tokens after the first of a document + first_token_weight * the same over first tokens
-        G_i <- gram_scale G_i + (1 - gram_scale) diag G_i
+        G_i <- gram_scale G_i + (1 - gram_scale) diag G_i        (moments diagonal: diag G_i, and nothing else is taken)
         D   = (sum d_i G_i + r m mean d) (sum G_i + r m I)^-1,   m = mean diagonal of sum G_i,   r = ridge
         out = b + lambda * D
 
@@ -63,6 +69,13 @@ class RegMean(Method):
         default=0.01,
         low=0.0,
     )
+    moments: Literal["full", "diagonal"] = parameter(
+        "moments",
+        "full, or diagonal: of each channel alone, which takes no memory",
+        default="full",
+        kind="word",
+        words=("full", "diagonal"),
+    )
     gram_scale: float = parameter(
         "gram_scale",
         "what second moments between different channels are multiplied with; 0 leaves those of each channel alone",
@@ -80,6 +93,13 @@ class RegMean(Method):
         kind="whole",
         low=1,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.moments == "diagonal" and self.gram_scale != 1.0:
+            raise ArgumentError(
+                f"gram_scale: {setting('moments', 'diagonal')} has no moments between different channels. Leave it out."
+            )
 
     def combine(self, block: Block, statistics: Any) -> torch.Tensor:
         """See `Method.combine`: what is done where there are no moments."""
@@ -99,6 +119,8 @@ class RegMean(Method):
         grams = torch.stack([one.rest + self.first_token_weight * one.first for one in moments])
         if not bool(grams.isfinite().all()):
             raise InputError(f"{where}: the second moments of its input hold NaN or an infinity. Check the models.")
+        if self.moments == "diagonal":
+            return Projected(channel_shares(grams, self.ridge), input_dim, self.lambda_, is_diagonal=True)
         if self.gram_scale < 1.0:
             diagonal = torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1))
             grams = self.gram_scale * grams + (1 - self.gram_scale) * diagonal
@@ -132,12 +154,27 @@ def projections(grams: torch.Tensor, ridge: float) -> torch.Tensor | None:
     return found if bool(found.isfinite().all()) else None
 
 
+def channel_shares(squares: torch.Tensor, ridge: float) -> torch.Tensor:
+    """What is left of `projections` where the G_i are diagonal, of which they are the diagonals: (g_i + r m / N) / (sum g + r m).
+
+    Args:
+        squares: g_i, `[models, ..., in]` float64; ridge: see `projections`.
+
+    Returns: the same shape: 1 / N for a channel that is 0 in all models, without a ridge.
+    """
+    total = squares.sum(dim=0)
+    prior = ridge * total.mean(dim=-1, keepdim=True)
+    whole = total + prior
+    silent = whole <= 0
+    return torch.where(silent, 1.0 / len(squares), (squares + prior / len(squares)) / torch.where(silent, 1.0, whole))
+
+
 @dataclass(frozen=True)
 class Projected:
     """Merges a matrix by what each model's task vector is multiplied with; a `streaming.stream.Merger`.
 
     Attributes:
-        projections: P_i, `[models, in, in]` float64, or `[models, experts, in, in]` for a stack of matrices.
+        projections: P_i, `[models, in, in]` float64, or `[models, experts, in, in]` for a stack of matrices; their diagonals where `is_diagonal`.
         input_dim: the tensor's dimension that runs over the input channels.
         lambda_: what the merged task vector is multiplied with.
     """
@@ -149,10 +186,11 @@ class Projected:
     projections: torch.Tensor
     input_dim: int
     lambda_: float
+    is_diagonal: bool = False
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor | None:
         """The merged task vector of the whole tensor, `[matrices, rows, columns]` float64; None where each block has whole rows of inputs."""
-        if self._in_rows(tensor) and tensor.columns <= GRID_ELEMENTS:
+        if self.is_diagonal or (self._in_rows(tensor) and tensor.columns <= GRID_ELEMENTS):
             return None
         merged = torch.zeros(tensor.matrices, tensor.rows, tensor.columns, dtype=torch.float64)
         for region, part in scan(lambda block: (block.region, self._answer(block).cpu())):
@@ -182,6 +220,10 @@ class Projected:
         for values, matrix in zip(block.task_vectors, self.projections, strict=True):
             own = self._of(region, matrix)
             change = region.as_stack(values).double()
+            if self.is_diagonal:
+                here = own[:, None, slice(*region.column_range)] if in_rows else own[:, slice(*region.row_range), None]
+                total = change * here if total is None else total + change * here
+                continue
             part = (
                 change @ own[:, slice(*region.column_range)]
                 if in_rows
@@ -191,10 +233,10 @@ class Projected:
         assert total is not None
         return total
 
-    @staticmethod
-    def _of(region: Region, matrix: torch.Tensor) -> torch.Tensor:
+    def _of(self, region: Region, matrix: torch.Tensor) -> torch.Tensor:
         """One model's projections of a region's matrices, `[matrices or 1, in, in]`."""
-        return matrix[slice(*region.matrix_range)] if matrix.ndim == 3 else matrix[None]
+        stacked = matrix.ndim == (2 if self.is_diagonal else 3)
+        return matrix[slice(*region.matrix_range)] if stacked else matrix[None]
 
     def _in_rows(self, tensor: TensorSpec) -> bool:
         return self.input_dim == len(tensor.shape) - 1
