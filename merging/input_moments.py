@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,35 +22,23 @@ from forward.skeleton import build_skeleton
 from forward.watch import Watch
 from merging.methods.regmean import InputMoments, RegMean
 from merging.model_texts import ModelText
-from streaming.stream import PlannedTensor
+from streaming.stream import Merger, PlannedTensor
+
+ROWS_AT_ONCE = 4096
+"""Of an input that are kept before they are multiplied: one product of many rows costs far less than many of few."""
 
 
-@dataclass
-class _Sum:
-    """Sums over tokens of one use of a weight.
-
-    Attributes:
-        rest, first: of x x^T, `[in, in]` float64, or of x^2, `[in]`, over tokens after the first of a document, and over first ones.
-        tokens, firsts: how many.
-    """
-
-    rest: torch.Tensor
-    first: torch.Tensor
-    tokens: int = 0
-    firsts: int = 0
-
-    def joined(self) -> _Sum:
-        """The same with first tokens among the rest."""
-        return _Sum(self.rest + self.first, torch.zeros_like(self.first), self.tokens + self.firsts)
+Made = dict[Any, tuple[Sequence[InputMoments], Merger]]
+"""What merges weights of one input, by the ids of its moments, which are kept so that no others have them."""
 
 
-@dataclass
-class _Input:
-    """An input that was seen, and what is made of it when that is asked for.
+@dataclass(frozen=True)
+class _Rows:
+    """An input that was seen, whichever weights share it.
 
     Attributes:
         x, version: as it came; holding it keeps its memory from being reused.
-        rest, first: its rows, float64: all but those of the first token, and those.
+        rest, first: copies of its rows: all but those of the first token, and those.
     """
 
     x: torch.Tensor
@@ -59,15 +46,23 @@ class _Input:
     rest: torch.Tensor
     first: torch.Tensor
 
-    @cached_property
-    def products(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of x x^T over either, `[in, in]`."""
-        return self.rest.T @ self.rest, self.first.T @ self.first
 
-    @cached_property
-    def squares(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sums of x^2 over either, `[in]`."""
-        return self.rest.square().sum(dim=0), self.first.square().sum(dim=0)
+@dataclass
+class _Sum:
+    """Sums over tokens of one use of a weight.
+
+    Attributes:
+        waiting: inputs that are not in the sums yet.
+        rest, first: of x x^T, `[in, in]` float64, or of x^2, `[in]`, over tokens after the first of a document, and over first ones;
+            never changed, so that uses of one input share them.
+        tokens, firsts: how many are in them.
+    """
+
+    waiting: list[_Rows]
+    rest: torch.Tensor
+    first: torch.Tensor
+    tokens: int = 0
+    firsts: int = 0
 
 
 class Moments:
@@ -86,25 +81,48 @@ class Moments:
         self.is_open = True
         self._diagonal = frozenset(diagonal)
         self._sums: dict[Use, _Sum] = {}
-        self._last: _Input | None = None
+        self._last: _Rows | None = None
+        self._multiplied: dict[tuple[bool, tuple[int, ...]], tuple[list[_Rows], torch.Tensor, torch.Tensor]] = {}
+        self._means: dict[tuple[int, ...], tuple[list[torch.Tensor], InputMoments]] = {}
 
     def see(self, use: Use, x: torch.Tensor) -> None:
         """See `forward.watch.See`. An input that several weights share is multiplied once."""
         if not self.is_open:
             return
         if self._last is None or self._last.x is not x or self._last.version != x._version:
-            rows = x.detach().reshape(-1, x.shape[-1]).double()
+            rows = x.detach().reshape(-1, x.shape[-1])
             firsts = len(rows) // self.block[1] if self.block and x.ndim > 1 and self._is_in_order(x) else 0
-            self._last = _Input(x, x._version, rows[firsts:], rows[:firsts])  # one document at a time runs
-        seen = self._last
-        rest, first = seen.squares if use.parameter in self._diagonal else seen.products
+            # One document at a time runs, so that the first token's rows come first.
+            self._last = _Rows(x, x._version, rows[firsts:].clone(), rows[:firsts].clone())
         if use not in self._sums:
-            self._sums[use] = _Sum(torch.zeros_like(rest), torch.zeros_like(first))
+            width = x.shape[-1]
+            zeros = torch.zeros(
+                width if use.parameter in self._diagonal else (width, width), dtype=torch.float64, device=x.device
+            )
+            self._sums[use] = _Sum([], zeros, zeros)
         found = self._sums[use]
-        found.rest += rest
-        found.first += first
-        found.tokens += len(seen.rest)
-        found.firsts += len(seen.first)
+        found.waiting.append(self._last)
+        if sum(len(one.rest) for one in found.waiting) >= ROWS_AT_ONCE:
+            self._add_up(use)
+
+    def _add_up(self, use: Use) -> None:
+        """Put what waits of a use into its sums."""
+        found = self._sums[use]
+        if not found.waiting:
+            return
+        key = (use.parameter in self._diagonal, tuple(map(id, found.waiting)))
+        if key not in self._multiplied:
+            rest, first = (torch.cat(rows).double() for rows in zip(*((one.rest, one.first) for one in found.waiting), strict=True))  # fmt: skip
+            made = [rows.square().sum(dim=0) if key[0] else rows.T @ rows for rows in (rest, first)]
+            self._multiplied = {
+                key: (found.waiting, made[0], made[1])
+            }  # the last alone: uses of one input come together
+        _, rest, first = self._multiplied[key]
+        is_new = not found.tokens and not found.firsts
+        found.rest, found.first = (rest, first) if is_new else (found.rest + rest, found.first + first)
+        found.tokens += sum(len(one.rest) for one in found.waiting)
+        found.firsts += sum(len(one.first) for one in found.waiting)
+        found.waiting = []
 
     def _is_in_order(self, x: torch.Tensor) -> bool:
         """Whether the rows of an input are those of the tokens, in their order."""
@@ -115,10 +133,13 @@ class Moments:
     def clear(self) -> None:
         """Forget what was added up."""
         self._sums.clear()
+        self._multiplied.clear()
+        self._means.clear()
         self._last = None
 
     def of(self, placement: Placement, shape: Sequence[int]) -> InputMoments | None:
-        """The moments of a stored tensor's input; None where none was seen that has all of its channels.
+        """The moments of a stored tensor's input, the same object for weights of one input; None where none was seen that has all of
+        its channels.
 
         Args:
             placement: of the tensor; shape: its own.
@@ -126,35 +147,49 @@ class Moments:
         if placement.input_dim is None or placement.input_dim not in placement.axes:
             return None
         axis, width = placement.axes.index(placement.input_dim), shape[placement.input_dim]
-        uses = {
-            use: one
-            for use, one in self._sums.items()
+        uses = [
+            use
+            for use in self._sums
             if use.parameter == placement.parameter and use.axis == axis and use.channels == (0, width)
-        }
+        ]
         if not uses:
             return None
+        for use in self._sums:  # in the order of the pass, where weights of one input stand together
+            self._add_up(use)
+        self._multiplied.clear()
         if placement.kind != "experts":
-            return _mean(list(uses.values()))
+            return self._mean([self._sums[use] for use in uses])
         # A router's rows do not tell which of them are first tokens, whatever they were for one document.
         experts = [placement.expert] if placement.expert is not None else list(range(shape[0]))
-        zeros = torch.zeros_like(next(iter(uses.values())).rest)
-        each = [_mean([one.joined() for use, one in uses.items() if _has(use, expert)], zeros) for expert in experts]
-        stacked = InputMoments(torch.stack([one.rest for one in each]), torch.stack([one.first for one in each]))
-        return stacked if placement.expert is None else each[0]
+        each = [
+            self._joined([self._sums[use] for use in uses if _has(use, one)], self._sums[uses[0]]) for one in experts
+        ]
+        return InputMoments(torch.stack(each), torch.zeros_like(torch.stack(each))) if placement.expert is None else (
+            InputMoments(each[0], torch.zeros_like(each[0]))
+        )  # fmt: skip
+
+    def _mean(self, sums: Sequence[_Sum]) -> InputMoments:
+        """Means of several sums together."""
+        whole = [one.rest for one in sums]
+        key = tuple(map(id, whole))
+        if key not in self._means:
+            tokens, firsts = sum(one.tokens for one in sums), sum(one.firsts for one in sums)
+            rest = torch.stack(whole).sum(dim=0) / max(1, tokens)
+            first = torch.stack([one.first for one in sums]).sum(dim=0) / max(1, firsts)
+            self._means[key] = (whole, InputMoments(rest, first))  # as long as they are there, no other has their id
+        return self._means[key][1]
+
+    @staticmethod
+    def _joined(sums: Sequence[_Sum], like: _Sum) -> torch.Tensor:
+        """The mean over all tokens of several sums together; zeros, shaped like those of another, of none."""
+        if not sums:
+            return torch.zeros_like(like.rest)
+        total = torch.stack([one.rest + one.first for one in sums]).sum(dim=0)
+        return total / max(1, sum(one.tokens + one.firsts for one in sums))
 
 
 def _has(use: Use, expert: int) -> bool:
     return use.ranges[0][0] <= expert < use.ranges[0][1]
-
-
-def _mean(sums: Sequence[_Sum], zeros: torch.Tensor | None = None) -> InputMoments:
-    """Means of several sums together; `zeros` of none."""
-    if not sums:
-        assert zeros is not None
-        return InputMoments(zeros, zeros)
-    tokens, firsts = sum(one.tokens for one in sums), sum(one.firsts for one in sums)
-    rest = torch.stack([one.rest for one in sums]).sum(dim=0) / max(1, tokens)
-    return InputMoments(rest, torch.stack([one.first for one in sums]).sum(dim=0) / max(1, firsts))
 
 
 class MomentsPass:
@@ -224,7 +259,8 @@ class MomentsPass:
             for layer in in_step(running):
                 if layer in wanted:
                     here = [tensor for tensor in todo if layer_of.get(tensor.spec.name) == layer]
-                    yield [self._prepared(tensor, sinks) for tensor in here]
+                    made: Made = {}
+                    yield [self._prepared(tensor, sinks, made) for tensor in here]
                     wanted.discard(layer)
                 for sink in sinks:
                     sink.clear()
@@ -286,8 +322,8 @@ class MomentsPass:
                 found.setdefault(placement.parameter, set()).add(tensor.method.moments)
         return [{name for name, kinds in found.items() if kinds == {"diagonal"}} for found in asked]
 
-    def _prepared(self, tensor: PlannedTensor, sinks: Sequence[Moments]) -> PlannedTensor:
-        """A tensor with its moments; as it is where a model's pass has not used it."""
+    def _prepared(self, tensor: PlannedTensor, sinks: Sequence[Moments], made: Made) -> PlannedTensor:
+        """A tensor with its moments; as it is where no model's pass has used it. `made`: what merges the weights of an input, once made."""
         placements = self._placements(tensor)
         assert placements is not None
         assert isinstance(tensor.method, RegMean)
@@ -302,7 +338,10 @@ class MomentsPass:
         input_dim = placements[0].input_dim
         assert input_dim is not None
         known = [empty if one is None else one for one in moments]
-        return replace(tensor, method=tensor.method.with_moments(known, input_dim, tensor.spec.name))
+        key = (*map(id, known), tensor.method, input_dim == len(shape) - 1)
+        if key not in made:
+            made[key] = (known, tensor.method.with_moments(known, input_dim, tensor.spec.name))
+        return replace(tensor, method=made[key][1])
 
 
 def texts_as_json(models: Sequence[Model], texts: Sequence[ModelText]) -> list[dict[str, Any]]:

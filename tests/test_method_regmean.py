@@ -16,7 +16,9 @@ from torch import Tensor
 
 import merge
 from checkpoints.errors import ArgumentError, InputError
+from checkpoints.placements import Placement
 from forward.parts import Use
+from merging import input_moments
 from merging.input_moments import Moments
 from merging.methods.regmean import InputMoments, RegMean, projections
 from merging.recipe_file import read_recipe_file
@@ -210,18 +212,46 @@ def test_moments_by_hand() -> None:
     x = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]]])
     use = Use("w", 1, ((0, 4), (0, 2)))
     moments.see(use, x)
-    (found,) = moments._sums.values()
-    assert (found.tokens, found.firsts) == (2, 1)
-    assert torch.equal(found.rest, torch.tensor([[9.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
-    assert torch.equal(found.first, torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64))
+    placement = Placement("w", "linear", 1, axes=(0, 1))
+    found = moments.of(placement, (4, 2))
+    assert torch.equal(found.rest, torch.tensor([[4.5, 0.0], [0.0, 0.5]], dtype=torch.float64))  # type: ignore[union-attr]
+    assert torch.equal(found.first, torch.tensor([[1.0, 2.0], [2.0, 4.0]], dtype=torch.float64))  # type: ignore[union-attr]
     moments.is_open = False
-    moments.see(use, x)
-    assert found.tokens == 2
+    moments.see(use, x * 7)
+    assert moments.of(placement, (4, 2)) is found
     moments.clear()
+    assert moments.of(placement, (4, 2)) is None
     moments.is_open = True
     moments.see(use, x[0, :2])  # two rows of three tokens: a router's, of which no one knows the first
-    (found,) = moments._sums.values()
-    assert (found.tokens, found.firsts) == (2, 0)
+    found = moments.of(placement, (4, 2))
+    assert torch.equal(found.rest, torch.tensor([[5.0, 1.0], [1.0, 2.0]], dtype=torch.float64))  # type: ignore[union-attr]
+    assert not found.first.any()  # type: ignore[union-attr]
+    moments.see(use, x[0, :2].clone())  # more of it, after it was asked for
+    assert torch.equal(moments.of(placement, (4, 2)).rest, found.rest)  # type: ignore[union-attr]
+
+
+def test_an_input_that_weights_share_is_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for at_once in (4096, 5):
+        monkeypatch.setattr(input_moments, "ROWS_AT_ONCE", at_once)
+        moments = Moments()
+        moments.block = (1, 3)
+        documents = torch.randn(4, 1, 3, 6, generator=torch.Generator().manual_seed(0))
+        for x in documents:
+            for name in ("q", "k"):
+                moments.see(Use(name, 1, ((0, 4), (0, 6))), x)
+            moments.see(Use("o", 1, ((0, 4), (0, 6))), x + 1)
+        moments.of(Placement("o", "linear", 1, axes=(0, 1)), (4, 6))
+        q, k = (moments.of(Placement(name, "linear", 1, axes=(0, 1)), (4, 6)) for name in ("q", "k"))
+        assert (q is k) == (at_once == 4096)
+        rows = documents[:, 0, 1:].reshape(-1, 6).double()
+        for one in (q, k):
+            torch.testing.assert_close(one.rest, rows.T @ rows / 8)  # type: ignore[union-attr]
+        x = documents[0]
+        moments.see(Use("q", 1, ((0, 4), (0, 6))), x)
+        x += 1.0  # changed in place between two weights
+        moments.see(Use("k", 1, ((0, 4), (0, 6))), x)
+        q, k = (moments.of(Placement(name, "linear", 1, axes=(0, 1)), (4, 6)) for name in ("q", "k"))
+        assert not torch.equal(q.rest, k.rest)  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
