@@ -196,12 +196,16 @@ class MomentsPass:
     """Runs all models layer by layer, and gives the tensors of each layer with their moments, ready to be merged.
 
     Args:
-        models: fine-tuned ones, in the order of the tensors' inputs; texts: of each, its own.
+        models: fine-tuned ones, in the order of the tensors' inputs, and the base behind them where its inputs count; texts: of each,
+            its own.
         device: where they run.
+        has_base: whether the last model is the base.
     """
 
-    def __init__(self, models: Sequence[Model], texts: Sequence[ModelText], device: torch.device):
-        self._models, self._texts, self._device = models, texts, device
+    def __init__(
+        self, models: Sequence[Model], texts: Sequence[ModelText], device: torch.device, *, has_base: bool = False
+    ):
+        self._models, self._texts, self._device, self._has_base = models, texts, device, has_base
 
     def check(self, tensors: Sequence[PlannedTensor]) -> int:
         """Raise Refusals: models that cannot be run layer by layer, or lack weights; text that is too short for a merge without a ridge.
@@ -217,7 +221,7 @@ class MomentsPass:
                 problems.add(
                     f"{model.label}: expected a tensor for {model.architecture.missing[0]}, got none, so that it cannot be run. Use a complete model."
                 )
-        tokens = sum(text.tokens for text in self._texts)
+        tokens = sum(text.tokens for text in self._texts[: len(self._texts) - self._has_base])
         for tensor in tensors:
             placements = self._placements(tensor)
             if tensor.spec.name not in found or placements is None or placements[0].input_dim is None:
@@ -306,7 +310,8 @@ class MomentsPass:
         if not isinstance(tensor.method, RegMean):
             return None
         found = []
-        for model, ref in zip(self._models, tensor.inputs, strict=True):
+        refs = (*tensor.inputs, *([tensor.base] if self._has_base else []))
+        for model, ref in zip(self._models, refs, strict=True):
             placement = model.architecture.placements.get(ref.name) if ref.source is model.weights else None
             if placement is None:
                 return None
@@ -331,7 +336,7 @@ class MomentsPass:
         moments = [sink.of(placement, shape) for sink, placement in zip(sinks, placements, strict=True)]
         if tensor.method.moments == "diagonal":  # of a part of a parameter, say, of which another part needs all
             moments = [one and one.diagonal(placements[0].kind == "experts" and len(shape) > 2) for one in moments]
-        seen = [one for one in moments if one is not None]
+        seen = [one for one in moments[: len(tensor.inputs)] if one is not None]
         if not seen:
             return tensor
         empty = replace(seen[0], rest=torch.zeros_like(seen[0].rest), first=torch.zeros_like(seen[0].first))
@@ -340,7 +345,8 @@ class MomentsPass:
         known = [empty if one is None else one for one in moments]
         key = (*map(id, known), tensor.method, input_dim == len(shape) - 1)
         if key not in made:
-            made[key] = (known, tensor.method.with_moments(known, input_dim, tensor.spec.name))
+            own, base = known[: len(tensor.inputs)], known[-1] if self._has_base else None
+            made[key] = (known, tensor.method.with_moments(own, input_dim, tensor.spec.name, base))
         return replace(tensor, method=made[key][1])
 
 

@@ -137,17 +137,24 @@ def _prepare_moments(
         raise ArgumentError(
             f"{setting('models')}: {recipe.merge_method} merges whole models, which it runs. Name no layers."
         )
-    tokens = int(recipe.parameters["data_tokens"].at("", 0.0))
+    chosen = recipe.parameters["data_tokens"]
+    if not chosen.is_constant:
+        raise ArgumentError(f"{setting('data_tokens')}: expected one number for all tensors, got several.")
+    tokens, has_base = int(chosen.at("", 0.0)), recipe.uses("base_weight")
+    sources = [source.data or "" for source in recipe.models]
+    asked = [(model, [source]) for model, source in zip(models, sources, strict=True)]
+    asked += [(opened[0], sources)] if has_base else []
     texts: list[ModelText] = []
-    for model, source in zip(models, recipe.models, strict=True):
+    for model, files in asked:
         with problems.collect():
-            texts.append(read_model_text(model, source.data or "", tokens))
+            texts.append(ModelText.joined([read_model_text(model, file, tokens) for file in files]))
     problems.raise_if_any()
-    moments = MomentsPass(models, texts, options.stream.device)
+    models = [model for model, _ in asked]
+    moments = MomentsPass(models, texts, options.stream.device, has_base=has_base)
     count = moments.check(plan.tensors)
     told = [
-        f"{one['model']}: runs on {one['documents']} documents of its own task, {one['tokens']} tokens."
-        for one in texts_as_json(models, texts)
+        f"{one['model']}: runs on {one['documents']} documents of {'all tasks' if has_base and at == len(models) - 1 else 'its own task'}, {one['tokens']} tokens."
+        for at, one in enumerate(texts_as_json(models, texts))
     ]
     rest = sum(tensor.method is not None for tensor in plan.tensors) - count
     told.append(

@@ -30,6 +30,11 @@ class ModelText:
 
     documents: tuple[torch.Tensor, ...]
 
+    @classmethod
+    def joined(cls, texts: Sequence[ModelText]) -> ModelText:
+        """Several as one."""
+        return cls(tuple(document for text in texts for document in text.documents))
+
     @property
     def tokens(self) -> int:
         """How many in all."""

@@ -119,6 +119,11 @@ class Recipe:
             by_key.setdefault(source_key(name), name)
         return tuple(by_key.values())
 
+    def uses(self, key: str) -> bool:
+        """Whether a parameter that holds for all models is anything but 0 somewhere."""
+        values = [one[key] for one in (self.parameters, *(part.parameters for part in self.slices)) if key in one]
+        return any(number != 0 for value in values for _, numbers in value.entries for number in numbers)
+
     @property
     def method_class(self) -> type[Method]:
         """The method's class, with or without a base."""

@@ -132,6 +132,23 @@ def test_diagonal_moments_by_hand_and_as_the_whole_ones_without_off_diagonals() 
         make_method("regmean", 2, moments="diagonal", gram_scale=0.5)
 
 
+@pytest.mark.parametrize("moments", ["full", "diagonal"])
+def test_the_base_pulls_where_its_own_inputs_are(moments: str) -> None:
+    base, *models = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
+    *grams, own = random_grams(3, 6)
+    if moments == "diagonal":
+        grams, own = [torch.diag(one.diagonal()) for one in grams], torch.diag(own.diagonal())
+    for weight in (0.5, 1e9):
+        method = make_method("regmean", 2, ridge=0.0, base_weight=weight, moments=moments)
+        assert isinstance(method, RegMean)
+        *known, pull = (one.diagonal(False) if moments == "diagonal" else one for one in as_moments([*grams, own]))
+        merged = InMemory(base, models).merge(method.with_moments(known, 1, "w", pull))  # type: ignore[arg-type]
+        right = sum((model - base).double() @ gram for model, gram in zip(models, grams, strict=True))
+        expected = base.double() + torch.linalg.solve(sum(grams) + weight * own, right, left=False)  # type: ignore[arg-type]
+        torch.testing.assert_close(merged.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merged, base, rtol=0, atol=1e-5)
+
+
 def test_lambda_1_and_no_ridge_is_regmean_on_the_weights() -> None:
     """W = (sum W_i G_i) (sum G_i)^-1, which knows no base."""
     base, *models = torch.randn(4, 7, 5, generator=torch.Generator().manual_seed(1))
@@ -188,10 +205,11 @@ def test_layouts_stacks_and_blocks(
 
 def test_projections_sum_to_one_and_singular_moments_are_told() -> None:
     grams = torch.stack(random_grams(3, 6))
-    torch.testing.assert_close(projections(grams, 1e-4).sum(dim=0), torch.eye(6, dtype=torch.float64))  # type: ignore[union-attr]
+    nothing = torch.zeros(6, 6, dtype=torch.float64)
+    torch.testing.assert_close(projections(grams, 1e-4, nothing).sum(dim=0), torch.eye(6, dtype=torch.float64))  # type: ignore[union-attr]
     flat = torch.stack(random_grams(2, 6, tokens=2))
-    assert projections(flat, 0.0) is None
-    assert projections(flat, 1e-4) is not None
+    assert projections(flat, 0.0, nothing) is None
+    assert projections(flat, 1e-4, nothing) is not None
     method = make_method("regmean", 2, ridge=0.0)
     assert isinstance(method, RegMean)
     with pytest.raises(
@@ -283,7 +301,9 @@ def scene_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scene]
     return cache(make)
 
 
-def grams_of(folder: Path, texts: list[str], name: str, expert: int | None, inputs: Any) -> Tensor | None:
+def grams_of(
+    folder: Path, texts: list[str], name: str, expert: int | None, inputs: Any, weight: float = 0.05, scale: float = 0.9
+) -> Tensor | None:
     """G of one model's weight, from what the reference saw of it on its own documents."""
     seen = inputs[folder][name]
     rows = seen.rows.get(expert)
@@ -295,7 +315,7 @@ def grams_of(folder: Path, texts: list[str], name: str, expert: int | None, inpu
     others = torch.cat([one[1:] if in_order else one for one in rows])
     assert not in_order or [len(one) for one in rows] == lengths
     first = firsts.T @ firsts / max(1, len(firsts))
-    return weighted(others.T @ others / max(1, len(others)), first, 0.05 if in_order else 0.0, 0.9)
+    return weighted(others.T @ others / max(1, len(others)), first, weight if in_order else 0.0, scale)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "mixtral", "gpt_oss"])
@@ -352,6 +372,36 @@ def test_diagonal_moments_are_the_diagonal(architecture: str, scene_of: Callable
     method = again.method("model.layers.0.mlp.up_proj.weight")
     assert isinstance(method, RegMean)
     assert method.moments == "diagonal"
+
+
+def test_the_base_runs_on_all_texts_where_it_has_a_weight(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
+    scene = scene_of("llama")
+    assert merge.main(scene.command(tmp_path / "out", "--base_weight", "0.5", "--ridge", "0.01")) == 0
+    notes = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())["notes"]
+    counts = [
+        int(re.search(r"of all tasks, (\d+) tokens|of its own task, (\d+) tokens", note)[0].split()[-2])
+        for note in notes[:3]
+    ]  # type: ignore[index]
+    assert "base: runs on 7 documents of all tasks" in notes[2]
+    assert counts[2] == counts[0] + counts[1]
+    folders = [scene.family.base, *scene.family.models]
+    start, *ends = (load(folder) for folder in folders)
+    every = [*TEXTS[0], *TEXTS[1]]
+    seen = {
+        folder: reference.watch_inputs(folder, [torch.tensor(encoder().encode(text.strip()).ids) for text in texts])  # type: ignore[arg-type]
+        for folder, texts in zip(folders, (every, *TEXTS), strict=True)
+    }
+    merged = load(tmp_path / "out")
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.o_proj.weight"):
+        pull, *grams = (grams_of(folder, list(texts), name, None, seen, 0.01, 1.0) for folder, texts in zip(folders, (every, *TEXTS), strict=True))  # fmt: skip
+        total = sum(grams)  # type: ignore[arg-type]
+        ridge = 0.01 * total.diagonal().mean()  # type: ignore[union-attr]
+        deltas = [(end[name] - start[name]).double() for end in ends]
+        right = sum(d @ g for d, g in zip(deltas, grams, strict=True)) + ridge * sum(deltas) / 2  # type: ignore[operator]
+        left = total + 0.5 * pull + ridge * torch.eye(len(total), dtype=torch.float64)  # type: ignore[operator, arg-type]
+        expected = torch.linalg.solve(left, right, left=False)
+        found = merged[name].double() - start[name].double()
+        assert float((found - expected).abs().max()) <= 2e-3 * float(expected.abs().max()) + 1e-6
 
 
 def test_each_model_reads_its_own_text_and_the_order_counts(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:

@@ -44,10 +44,10 @@ class RegMean(Method):
 
         G_i = mean of x x^T over tokens after the first of a document + first_token_weight * the same over first tokens
         G_i <- gram_scale G_i + (1 - gram_scale) diag G_i        (moments diagonal: diag G_i, and nothing else is taken)
-        D   = (sum d_i G_i + r m mean d) (sum G_i + r m I)^-1,   m = mean diagonal of sum G_i,   r = ridge
+        D   = (sum d_i G_i + r m mean d) (sum G_i + base_weight G_b + r m I)^-1,   m = mean diagonal of sum G_i,   r = ridge
         out = b + lambda * D
 
-    for matrices of the layers, d_i `[out, in]`; with lambda 1 and ridge 0 it is RegMean. An expert that no model's text used gets the mean of d_i
+    G_b being the base's moments on the texts of all models, for matrices of the layers, d_i `[out, in]`; with lambda 1 and ridge 0 it is RegMean. An expert that no model's text used gets the mean of d_i
     for D. Everything else (norms, embeddings, the head) is task arithmetic, b + rest_lambda * sum d_i. All of it in float64.
 
     Source: arXiv:2212.09849, equation 2. Deviations: on task vectors, which lambda may scale; a ridge towards the mean; the first token
@@ -83,6 +83,12 @@ class RegMean(Method):
         low=0.0,
         high=1.0,
     )
+    base_weight: float = parameter(
+        "base_weight",
+        "of the base's own inputs, over the texts of all models, which D should not answer at all; above 0 the base is run too",
+        default=0.0,
+        low=0.0,
+    )
     rest_lambda: float = parameter(
         "rest_lambda", "what the sum of the task vectors is multiplied with where there are no moments", default=0.7
     )
@@ -108,23 +114,28 @@ class RegMean(Method):
             block.base, weighted_sum(block.task_vectors, [1.0] * len(block.task_vectors)), self.rest_lambda
         )
 
-    def with_moments(self, moments: Sequence[InputMoments], input_dim: int, where: str) -> Merger:
+    def with_moments(
+        self, moments: Sequence[InputMoments], input_dim: int, where: str, base: InputMoments | None = None
+    ) -> Merger:
         """What merges a matrix of which the moments of every model's input are known.
 
         Args:
-            moments: of each model; input_dim: the matrix's dimension that runs over the input channels; where: its name, for messages.
+            moments: of each model; base: of the base, where its weight is above 0; input_dim: the matrix's dimension that runs over the input channels; where: its name, for messages.
 
         Raises: InputError: moments that are not finite, or that cannot be inverted.
         """
-        grams = torch.stack([one.rest + self.first_token_weight * one.first for one in moments])
+        everyone = [*moments, *([base] if base else [])]
+        grams = torch.stack([one.rest + self.first_token_weight * one.first for one in everyone])
         if not bool(grams.isfinite().all()):
             raise InputError(f"{where}: the second moments of its input hold NaN or an infinity. Check the models.")
-        if self.moments == "diagonal":
-            return Projected(channel_shares(grams, self.ridge), input_dim, self.lambda_, is_diagonal=True)
-        if self.gram_scale < 1.0:
+        if self.moments == "full" and self.gram_scale < 1.0:
             diagonal = torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1))
             grams = self.gram_scale * grams + (1 - self.gram_scale) * diagonal
-        found = projections(grams, self.ridge)
+        pull = self.base_weight * grams[-1] if base else torch.zeros_like(grams[0])
+        grams = grams[: len(moments)]
+        if self.moments == "diagonal":
+            return Projected(channel_shares(grams, self.ridge, pull), input_dim, self.lambda_, is_diagonal=True)
+        found = projections(grams, self.ridge, pull)
         if found is None:
             raise InputError(
                 f"{where}: the second moments of its input cannot be inverted: the text is too short for {grams.shape[-1]} channels. "
@@ -133,11 +144,12 @@ class RegMean(Method):
         return Projected(found, input_dim, self.lambda_)
 
 
-def projections(grams: torch.Tensor, ridge: float) -> torch.Tensor | None:
-    """P_i = (G_i + r m / N I) (sum G + r m I)^-1, so that D = sum d_i P_i; they sum to I.
+def projections(grams: torch.Tensor, ridge: float, pull: torch.Tensor) -> torch.Tensor | None:
+    """P_i = (G_i + r m / N I) (sum G + pull + r m I)^-1, so that D = sum d_i P_i; without a pull they sum to I.
 
     Args:
-        grams: G_i, `[models, ..., in, in]` float64; ridge: r >= 0, in units of m, the mean diagonal of the sum.
+        grams: G_i, `[models, ..., in, in]` float64; pull: `[..., in, in]`, the base's, weighted.
+        ridge: r >= 0, in units of m, the mean diagonal of the sum.
 
     Returns: `[models, ..., in, in]` float64: I / N where all moments are 0; None where the sum is singular.
     """
@@ -147,26 +159,26 @@ def projections(grams: torch.Tensor, ridge: float) -> torch.Tensor | None:
     silent = scale <= 0
     identity = torch.eye(channels, dtype=grams.dtype, device=grams.device)
     prior = torch.where(silent, 1.0, ridge * scale) * identity
-    factor, failed = torch.linalg.cholesky_ex(total + prior)
+    factor, failed = torch.linalg.cholesky_ex(total + prior + torch.where(silent, 0.0, pull))
     if bool(failed.any()):
         return None
     found = torch.cholesky_solve(grams + prior / models, factor.expand(grams.shape)).mT  # all of them are symmetric
     return found if bool(found.isfinite().all()) else None
 
 
-def channel_shares(squares: torch.Tensor, ridge: float) -> torch.Tensor:
-    """What is left of `projections` where the G_i are diagonal, of which they are the diagonals: (g_i + r m / N) / (sum g + r m).
+def channel_shares(squares: torch.Tensor, ridge: float, pull: torch.Tensor) -> torch.Tensor:
+    """What is left of `projections` where all moments are diagonal, of which these are the diagonals: (g_i + r m / N) / (sum g + pull + r m).
 
     Args:
-        squares: g_i, `[models, ..., in]` float64; ridge: see `projections`.
+        squares: g_i, `[models, ..., in]` float64; ridge, pull: see `projections`.
 
     Returns: the same shape: 1 / N for a channel that is 0 in all models, without a ridge.
     """
     total = squares.sum(dim=0)
     prior = ridge * total.mean(dim=-1, keepdim=True)
-    whole = total + prior
-    silent = whole <= 0
-    return torch.where(silent, 1.0 / len(squares), (squares + prior / len(squares)) / torch.where(silent, 1.0, whole))
+    silent = total + prior <= 0
+    whole = torch.where(silent, 1.0, total + prior + pull)
+    return torch.where(silent, 1.0 / len(squares), (squares + prior / len(squares)) / whole)
 
 
 @dataclass(frozen=True)
