@@ -14,12 +14,14 @@ from checkpoints.model import Model
 from checkpoints.placements import Placement
 from checkpoints.problems import Problems
 from checkpoints.settings import setting
+from checkpoints.staging import Stage
 from forward.layers import find_layers
 from forward.layerwise import Layerwise, in_step
 from forward.loading import out_of_memory, quiet_transformers
 from forward.parts import Use
 from forward.skeleton import build_skeleton
 from forward.watch import Watch
+from merging.kept_hidden import KeptHidden
 from merging.methods.regmean import InputMoments, RegMean
 from merging.model_texts import ModelText
 from streaming.stream import Merger, PlannedTensor
@@ -237,7 +239,7 @@ class MomentsPass:
         problems.raise_if_any()
         return len(found)
 
-    def parts(self, todo: Sequence[PlannedTensor]) -> Generator[Sequence[PlannedTensor]]:
+    def parts(self, todo: Sequence[PlannedTensor], stage: Stage) -> Generator[Sequence[PlannedTensor]]:
         """First what needs no moments, then layer after layer; see `streaming.job.Work.parts`.
 
         Raises: InputError: a model cannot be run; moments that are not finite.
@@ -255,9 +257,11 @@ class MomentsPass:
                 stack.enter_context(self._layerwise(stack, *one))
                 for one in zip(self._models, skeletons, sinks, strict=True)
             ]
-            for one, text in zip(running, self._texts, strict=True):
-                one.start(text.documents_on(self._device))
             wanted = set(layer_of.values())
+            texts, kept = [text.documents_on(self._device) for text in self._texts], KeptHidden(stage)
+            if not kept.restore(running, texts, min(wanted)):
+                for one, text in zip(running, texts, strict=True):
+                    one.start(text)
             for sink in sinks:
                 sink.is_open = running[0].at in wanted
             for layer in in_step(running):
@@ -271,6 +275,8 @@ class MomentsPass:
                     sink.is_open = running[0].at in wanted
                 if not wanted:
                     return
+                if running[0].at is not None:
+                    kept.keep(running[0].at, running)
 
     def _skeleton(self, model: Model) -> Any:
         skeleton = build_skeleton(model, torch.float32)

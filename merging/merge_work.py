@@ -14,6 +14,7 @@ from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
 from checkpoints.reader import same_values
 from checkpoints.settings import Remark, Show, as_in_python, setting
+from checkpoints.staging import Stage
 from merging.methods import is_outside
 from merging.methods.outside import source_digest
 from merging.parameters import text_of
@@ -51,9 +52,9 @@ class Merge(Work):
         """The plan for people."""
         return self.plan.as_text(show)
 
-    def parts(self, todo: Sequence[PlannedTensor]) -> Generator[Sequence[PlannedTensor]]:
+    def parts(self, todo: Sequence[PlannedTensor], stage: Stage) -> Generator[Sequence[PlannedTensor]]:
         """See `Work.parts`: layer by layer where the method needs its inputs' moments."""
-        return super().parts(todo) if self.moments is None else self.moments.parts(todo)
+        return super().parts(todo, stage) if self.moments is None else self.moments.parts(todo, stage)
 
     def start(self) -> Observer | None:
         """The merge report, where there are task vectors to look at."""

@@ -177,12 +177,13 @@ class Work(ABC):
     def as_text(self, show: Show = as_in_python) -> str:
         """The plan for people."""
 
-    def parts(self, todo: Sequence[PlannedTensor]) -> Generator[Sequence[PlannedTensor]]:
+    def parts(self, todo: Sequence[PlannedTensor], stage: Stage) -> Generator[Sequence[PlannedTensor]]:
         """The tensors to be written, in parts of which one is streamed before the next is asked for: so a work can find out between
         them what the next ones need, and forget it again. Raises InputError.
 
         Args:
             todo: those that no earlier run finished; each has to come once, as it is or with another method.
+            stage: where a work keeps what it has for a run that goes on.
         """
         yield todo
 
@@ -324,7 +325,7 @@ class Job:
                     inputs=work.inputs,
                     options=self.options,
                     describe=lambda *arguments: self._describe(observer, stage, *arguments),
-                    parts=work.parts,
+                    parts=lambda todo: work.parts(todo, stage),
                     observer=observer,
                     progress=advance,
                 )
