@@ -169,7 +169,9 @@ class AdaptedWeights:
     """A base's tensors with an adapter on top; a `Weights`.
 
     Args:
-        base: what the adapter was trained on; adapter: its own file; label: how messages name both.
+        base: what the adapter was trained on.
+        adapter: its own file.
+        label: how messages name both.
         config: see `read_adapter_config`.
         find: names that the base does not store, with shapes -> the base's tensors that become the same parameters.
         tie: asks for the head that the base ties to its embedding, and that, where it stores one of them; None where not.

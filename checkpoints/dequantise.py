@@ -40,7 +40,8 @@ class DequantisedWeights:
     """A checkpoint whose float8 tensors are read multiplied with their scales; a `Weights`.
 
     Args:
-        inner: the checkpoint; config: its config.json.
+        inner: the checkpoint.
+        config: its config.json.
 
     Raises: Refusals: a float8 tensor without a scale, or with one of a shape that fits it in no known way.
     """

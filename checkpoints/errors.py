@@ -79,7 +79,8 @@ class WriteError(InputError):
     """The output's disk is full or fails. What is finished stays, and the same command goes on with it.
 
     Args:
-        path: what was written; error: what the system says.
+        path: what was written.
+        error: what the system says.
 
     Attributes:
         reason: the system's words.

@@ -185,7 +185,8 @@ class QuantisedBase(InputError):
     """An adapter on a base whose weights are quantised.
 
     Args:
-        adapter: how messages name the adapter; base: what it was trained on.
+        adapter: how messages name the adapter.
+        base: what it was trained on.
         written: what to write before the adapter.
     """
 
@@ -216,7 +217,8 @@ def open_and_plan(
     gigabytes are fetched, then, where weights were left on the hub, once more with everything here.
 
     Args:
-        names: the inputs, the base first; plan: makes of the opened models what is wanted, and raises what does not fit.
+        names: the inputs, the base first.
+        plan: makes of the opened models what is wanted, and raises what does not fit.
         check: looks at the base, and raises what else does not fit.
         download: False stops at the headers (a dry run).
 

@@ -59,7 +59,8 @@ class Upload:
         """What would be pushed, for programs.
 
         Args:
-            inputs: every model; files: name -> bytes of each file of each checkpoint, the card and the recipe left out.
+            inputs: every model.
+            files: name -> bytes of each file of each checkpoint, the card and the recipe left out.
         """
         shown = {"files": dict(files or {}), "names": _public_names(inputs)} if files or inputs else {}
         return {"repos": list(self.repos), "visibility": self.visibility, **shown}

@@ -189,8 +189,10 @@ class Asked:
     """What the flags and the file of --config ask for.
 
     Attributes:
-        recipe: what to merge; aim: what AIM does to it, None for nothing.
-        options: how to run; save_path: where to.
+        recipe: what to merge.
+        aim: what AIM does to it, None for nothing.
+        options: how to run.
+        save_path: where to.
     """
 
     recipe: Recipe

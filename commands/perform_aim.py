@@ -78,7 +78,8 @@ class Asked:
 
     Attributes:
         request: what to relax, and with what statistics.
-        options: how to run; save_path: where to.
+        options: how to run.
+        save_path: where to.
         layout: the output's head and tokenizer files.
     """
 

@@ -35,7 +35,8 @@ class Parameter:
         default: its value where nothing is given; REQUIRED where something must be; None for the own rule of a `rule`.
         kind: number; whole: a whole number; switch: yes or no; rule: yes, no, or None for what the method itself does.
         per_model: one value for each model; a flag takes one for all too.
-        low, high: the closed range of a number; above: an open lower bound.
+        low, high: the closed range of a number.
+        above: an open lower bound.
         in_files: the default in a recipe file, where that is not the method's.
 
     Raises: ValueError: the default is outside of the range.

@@ -127,7 +127,9 @@ class Recipe:
         """The method with its parameters for one output tensor.
 
         Args:
-            tensor: its name; t: where among its slice's layers it is, see `Value.at`; part: the slice.
+            tensor: its name.
+            t: where among its slice's layers it is, see `Value.at`.
+            part: the slice.
             names: what it is called in each source, where that is another name.
 
         Raises: ArgumentError: a value is missing for this tensor, or the method refuses it.

@@ -161,7 +161,8 @@ class _Gains:
     """Gains and changes of entries, with their draws.
 
     Args:
-        benchmarks: of the table; draws: entry -> `[draws, benchmarks]`.
+        benchmarks: of the table.
+        draws: entry -> `[draws, benchmarks]`.
     """
 
     def __init__(self, benchmarks: Sequence[str], draws: Mapping[Entry, Floats | None]):

@@ -16,7 +16,8 @@ def load_results(paths: Iterable[Path | str], progress: Callable[[int], object] 
     """Read results files (`.json`) and tables of scores (`.csv`).
 
     Args:
-        paths: in the order that the table shall keep; progress: told of each file that is read.
+        paths: in the order that the table shall keep.
+        progress: told of each file that is read.
 
     Raises: Refusals: everything that is wrong with any of them.
     """

@@ -344,8 +344,10 @@ def load(raw: torch.Tensor, values: torch.Tensor, base: torch.Tensor | None, loo
     """Make float32 numbers of what is stored.
 
     Args:
-        raw: `[n]` of any floating-point dtype, on the CPU; values: `[n]` float32, overwritten with them.
-        base: `[n]` float32, which is subtracted; look: whether to look for what then differs from 0.
+        raw: `[n]` of any floating-point dtype, on the CPU.
+        values: `[n]` float32, overwritten with them.
+        base: `[n]` float32, which is subtracted.
+        look: whether to look for what then differs from 0.
 
     Returns: whether every number is finite, and whether one was found that differs from 0.
     """
