@@ -25,6 +25,7 @@ from checkpoints.settings import as_flag, setting, shown
 if TYPE_CHECKING:
     import torch
 
+    from checkpoints.problems import Problems
     from checkpoints.upload import Upload
     from streaming.console import Console
     from streaming.job import Job, Result
@@ -256,6 +257,15 @@ def parse_device(text: str) -> torch.device:
         there = f"cuda:0 to cuda:{gpus - 1}" if gpus else "no GPU that torch can use"
         raise ArgumentError(f"--device: {text}: there is {there} here. Use --device {'cuda' if gpus else 'cpu'}.")
     return device
+
+
+def read_run(
+    arguments: argparse.Namespace, command: list[str], problems: Problems
+) -> tuple[torch.device, RunOptions | None, Path | None]:
+    """Device, options and save path of a run; what is wrong is added to the problems."""
+    device = problems.attempt(lambda: parse_device(arguments.device)) or parse_device("cpu")
+    options = problems.attempt(lambda: run_options(arguments, device, command))
+    return device, options, problems.attempt(lambda: parse_save_path(arguments.save_path))
 
 
 def run_options(arguments: argparse.Namespace, device: torch.device, command: list[str]) -> RunOptions:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.errors import ArgumentError, unknown
 from checkpoints.location import ModelName, parse_name
 from checkpoints.problems import Problems
 from checkpoints.settings import setting
@@ -115,19 +115,12 @@ def make_request(
     """
     problems = Problems()
 
-    def attempt(read: Callable[[], Any], default: Any = None) -> Any:
-        try:
-            return read()
-        except InputError as error:
-            problems.add(error)
-            return default
-
     # Each value by itself.
-    attempt(lambda: _choice(setting("profile"), profile, PROFILES))
-    attempt(lambda: _choice(setting("backend"), backend, BACKENDS))
-    attempt(lambda: _choice(setting("dtype"), dtype, DTYPES))
-    attempt(lambda: _choice(setting("stage"), stage, STAGES))
-    attempt(lambda: _choice(setting("math_prompt_type"), math_prompt_type, _prompt_types()))
+    problems.attempt(lambda: _choice(setting("profile"), profile, PROFILES))
+    problems.attempt(lambda: _choice(setting("backend"), backend, BACKENDS))
+    problems.attempt(lambda: _choice(setting("dtype"), dtype, DTYPES))
+    problems.attempt(lambda: _choice(setting("stage"), stage, STAGES))
+    problems.attempt(lambda: _choice(setting("math_prompt_type"), math_prompt_type, _prompt_types()))
     for flag, number in (
         (setting("limit"), limit),
         (setting("max_model_len"), max_model_len),
@@ -137,8 +130,9 @@ def make_request(
             problems.add(ArgumentError(f"{flag}: expected a number above 0, got {number}."))
     if n_gpu is not None and n_gpu < 0:
         problems.add(ArgumentError(f"{setting('n_gpu')}: expected 0 (the CPU) or more, got {n_gpu}."))
-    names = attempt(lambda: choose_benchmarks(benchmarks, math_benchmarks, mmlu_pro, stage), PAPER)
-    tasks = attempt(lambda: read_tasks_file(Path(tasks_file)), ()) if tasks_file else ()
+    chosen = problems.attempt(lambda: choose_benchmarks(benchmarks, math_benchmarks, mmlu_pro, stage))
+    names = PAPER if chosen is None else chosen
+    tasks = (problems.attempt(lambda: read_tasks_file(Path(tasks_file))) if tasks_file else None) or ()
     if not names and not tasks and stage != "score":
         problems.add(
             ArgumentError(f"{setting('benchmarks')}: nothing is left to evaluate. Known: {', '.join(BENCHMARKS)}.")
@@ -149,7 +143,7 @@ def make_request(
     if folder is not None and not folder.is_dir():
         problems.add(ArgumentError(f"{setting('data_dir', data_dir)}: no such folder."))
     request = Request(
-        model=attempt(lambda: parse_name(model)) if model is not None else None,
+        model=problems.attempt(lambda: parse_name(model)) if model is not None else None,
         benchmarks=names,
         extra_tasks=tasks,
         settings=Settings(cast(Profile, profile), apply_chat_template, math_prompt_type, math_max_tokens),
@@ -157,7 +151,7 @@ def make_request(
         dtype=dtype,
         n_gpu=n_gpu,
         max_model_len=max_model_len,
-        batch_size=attempt(lambda: _batch_size(batch_size)),
+        batch_size=problems.attempt(lambda: _batch_size(batch_size)),
         limit=limit,
         data_dir=folder,
         stage=cast(Stage, stage),
