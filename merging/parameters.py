@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,8 +78,9 @@ class Parameter:
         if isinstance(value, bool) or not isinstance(value, int | float):
             fits = isinstance(value, bool) and self.is_switch
         else:
-            fits = not self.is_switch and self.low <= value <= self.high and self.above < value < math.inf
-            fits = fits and value > -math.inf and (self.kind != "whole" or value == int(value))
+            fits = not self.is_switch and self.low <= value <= self.high and self.above < value
+            # A whole number of 400 digits is no float.
+            fits = fits and abs(value) <= sys.float_info.max and (self.kind != "whole" or value == int(value))
         if not fits:
             raise ArgumentError(f"{f'{self.key}: ' if place else ''}expected {self.expectation}, got {value}.")
 

@@ -469,6 +469,7 @@ def test_the_plan_shows_gradients_filters_and_coefficients(run: Command):
         ({"parameters": {"density": [{"filter": "mlp"}]}}, "parameters.density: expected a number, a list of numbers, or"),
         ({"parameters": {"density": [{"filtre": "mlp", "value": 1}]}}, "unknown key 'filtre'. Did you mean 'filter'?"),
         ({"parameters": {"lambda": ".nan"}}, "parameters.lambda: expected a finite number"),
+        ({"parameters": {"lambda": [0.5, 10**400]}}, "parameters.lambda: expected a finite number, got 1000"),
         ({"parameters": {"normalize": 0.5}}, "parameters.normalize: expected true or false, got 0.5"),
         ({"parameters": [1]}, "parameters: expected parameters such as weight, got [1]"),
         ({"dtype": "bfloat"}, "dtype: unknown dtype 'bfloat'. Did you mean 'bfloat16'?"),
