@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -138,6 +139,11 @@ class Scene:
     def run(self, *given: object, **how: Any) -> Ended:
         """Run the command with these flags and those that are needed; `how` as in `call`."""
         return call(self.command, *self.flags(*given), **how)
+
+    def merge(self, base: Path, models: Sequence[Path], *given: object, **how: Any) -> Ended:
+        """`run`, with these models, in place of what an earlier run wrote."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        return self.run("--base_model", base, "--models_to_merge", names(models), *given, **how)
 
     def fail(self, *given: object, code: int = 1, says: Sequence[str] = ()) -> str:
         """Run the command, which must end with `code` and one message that holds all of `says`, in lines that can be

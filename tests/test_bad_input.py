@@ -29,7 +29,7 @@ from checkpoints.save_path import partial_folder
 from checkpoints.staging import staged
 from tests.fake_hub import FakeHub
 from tests.pico import write_checkpoint
-from tests.scene import Scene, names, snapshot, call
+from tests.scene import Scene, call, names, snapshot
 
 ROOT = Path(__file__).parent.parent
 INPUTS = Path(__file__).parent / "goldens" / "inputs"
