@@ -237,8 +237,8 @@ def test_model_card(run):
     assert "Method `ties`, lambda `1.0`, normalize `true`, exclude `norm`, out_dtype `auto`\n" in text
     command = re.search(r"```sh\n(.*)\n```", text)
     assert command is not None
-    typed = ["python", "merge.py", "--method", "ties", "--base_model", "in/base"]
-    typed += ["--models_to_merge", "in/math,in/code", "--save_path", "out", *flags]
+    typed = ["python", "merge.py", "--method=ties", "--base_model=in/base"]
+    typed += ["--models_to_merge=in/math,in/code", "--save_path=out", *flags]
     assert shlex.split(command[1]) == typed == recipe()["command"]
 
 
