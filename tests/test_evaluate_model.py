@@ -128,7 +128,7 @@ def test_generated_responses_go_where_they_are_told(folder, tmp_path):
 
 
 def test_resume_does_what_is_left(folder, tmp_path, monkeypatch):
-    from evaluation import run as run_module
+    from evaluation import prompts
 
     save_path = tmp_path / "out.json"
     flags = [
@@ -144,15 +144,15 @@ def test_resume_does_what_is_left(folder, tmp_path, monkeypatch):
         "--quiet",
     ]
     asked = []
-    ask = run_module._Job._ask
+    build = prompts.build_requests
 
-    def watch(self, model, benchmark, data):
+    def watch(benchmark, *arguments, **keywords):
         asked.append(benchmark.name)
         if asked == ["mmlu", "math"]:
             raise KeyboardInterrupt
-        return ask(self, model, benchmark, data)
+        return build(benchmark, *arguments, **keywords)
 
-    monkeypatch.setattr(run_module._Job, "_ask", watch)
+    monkeypatch.setattr(prompts, "build_requests", watch)
     run(*flags, code=130)
     broken_off = read(save_path)
     assert list(broken_off["benchmarks"]) == ["mmlu"]
@@ -185,7 +185,6 @@ def test_resume_refuses_other_settings(folder, tmp_path):
     assert save_path.read_bytes() == before
 
 
-@pytest.mark.slow
 def test_a_killed_run_goes_on(folder, tmp_path):
     """A kill that leaves no time for anything: what was finished is there, whole."""
     save_path = tmp_path / "out.json"
@@ -272,7 +271,7 @@ def test_without_samples_and_in_the_default_place(folder, tmp_path, monkeypatch)
 
 def test_more_tasks_of_lm_eval(folder, tmp_path, monkeypatch):
     """By name, with lm_eval's own data handling; one that runs code is refused."""
-    from lm_eval.tasks import TaskManager
+    from lm_eval import tasks
 
     data = [{"question": "1+1?", "answer": "2"}, {"question": "1+2?", "answer": "3"}]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, data)) + "\n")
@@ -282,9 +281,8 @@ def test_more_tasks_of_lm_eval(folder, tmp_path, monkeypatch):
             'test_split: test\ndoc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\noutput_type: generate_until\n'
             f"generation_kwargs: {{until: ['.'], max_gen_toks: 4}}\nunsafe_code: {unsafe}\nmetric_list: [{{metric: exact_match}}]\n"
         )
-    begin = TaskManager.__init__
-    ours = {"include_path": str(tmp_path), "include_defaults": False}
-    monkeypatch.setattr(TaskManager, "__init__", lambda self, **keywords: begin(self, **(keywords | ours)))
+    ours = partial(tasks.TaskManager, include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", ours)
     names = tmp_path / "tasks.txt"
     names.write_text("# more\nour_sums  # twice\nour_sums\n")
     flags = ["--model", folder, *QUICK, "--limit", 2, "--benchmarks", "mmlu", "--tasks_file", names]

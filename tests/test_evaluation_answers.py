@@ -177,7 +177,7 @@ def test_questions_with_two_answers_offer_both():
     assert question({"question": "How many?", "target": "4"}) == "How many?"
 
 
-@pytest.mark.slow
+@pytest.mark.command
 def test_a_comparison_that_does_not_end_costs_its_worker_only(monkeypatch, tools):
     """An expression inside one C call cannot be interrupted by a signal; the pool kills its process."""
     from evaluation.grading.pool import WorkerPool

@@ -29,9 +29,9 @@ from tests.reference.of_method import Reference
 
 def with_scores_of_others(base: torch.Tensor, models: Sequence[torch.Tensor], **arguments: Any) -> torch.Tensor:
     """The reference with each model's scores given to another one: WIDEN knows no order of models."""
-    right = reference._score
+    right = reference.scores_above
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_score", lambda *values, **divide: right(*values, **divide)[::-1])
+        patch.setattr(reference, "scores_above", lambda *values, **divide: right(*values, **divide)[::-1])
         return reference.widen(base, models, **arguments)
 
 
@@ -241,8 +241,8 @@ def test_parity_sees_a_wrong_formula(shape: tuple[int, ...], monkeypatch: pytest
     check_parity(NAME, base, models, calibration=0.3)
     with pytest.raises(AssertionError, match="not the rounded reference"):
         check_parity(NAME, base, models, calibration=0.3, formula=flipped(NAME))
-    right = reference._score
-    monkeypatch.setattr(reference, "_score", lambda *values, **divide: right(*values, **divide)[::-1])
+    right = reference.scores_above
+    monkeypatch.setattr(reference, "scores_above", lambda *values, **divide: right(*values, **divide)[::-1])
     with pytest.raises(AssertionError, match="not the rounded reference"):
         check_parity(NAME, base, models, calibration=0.3)
 

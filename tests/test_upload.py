@@ -13,7 +13,7 @@ import pytest
 import merge
 import performAIM
 from checkpoints.errors import InputError, Interrupted
-from checkpoints.upload import Upload, plan_upload
+from checkpoints.upload import plan_upload
 from tests.fake_hub import FakeHub
 from tests.pico import Family, make_family
 from tests.scene import Scene, call, names
@@ -260,10 +260,12 @@ def test_the_command_for_later_works(scene: Scene, hub: FakeHub, tmp_path: Path)
 
 
 def test_an_interrupted_push(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import HfApi
+
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Upload, "_push", interrupt)
+    monkeypatch.setattr(HfApi, "upload_folder", interrupt)
     upload = plan_upload("a", ["omega_0", "omega_1"], public=True, overwrite=True)
     with pytest.raises(Interrupted) as caught:
         list(upload.push(tmp_path / "my out"))
