@@ -408,22 +408,13 @@ def test_which_benchmarks_run():
 
 
 def test_help_and_import_are_instant():
-    """Neither torch nor transformers nor lm_eval, and under 0.3 s."""
+    """Nothing is imported but Python's own modules and ours: neither torch nor transformers nor lm_eval."""
     code = (
-        "import sys, time; start = time.perf_counter(); import evaluation, evaluate_model; evaluate_model.build_parser();"
-        "spent = time.perf_counter() - start;"
-        "loaded = {'torch', 'transformers', 'lm_eval', 'datasets', 'nltk', 'numpy'} & set(sys.modules);"
-        "print(spent, *loaded)"
+        "import sys; before = set(sys.modules); import evaluation, evaluate_model; evaluate_model.build_parser();"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
     )
-    runs = []
-    for _ in range(3):
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
-        )
-        spent, *loaded = done.stdout.split()
-        assert loaded == []
-        runs.append(float(spent))
-    assert min(runs) < 0.3
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {"evaluation", "evaluate_model", "commands", "checkpoints"}
 
 
 def test_the_python_interface(folder, tmp_path):
