@@ -1,7 +1,6 @@
 """The command from end to end with a pico model: all six benchmarks, stages, resuming, and what it refuses."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
