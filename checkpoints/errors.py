@@ -104,17 +104,6 @@ class AlreadyComplete(Exception):
 
 
 @contextmanager
-def collecting(problems: list[str | InputError]) -> Iterator[None]:
-    """Add what the block refuses to `problems` instead of raising it; what stands there already is not added twice."""
-    try:
-        yield
-    except InputError as error:
-        there = {str(problem) for problem in problems}
-        found = error.problems if isinstance(error, Refusals) else [error]
-        problems += [problem for problem in found if str(problem) not in there]
-
-
-@contextmanager
 def named_by(places: Mapping[str, str]) -> Iterator[None]:
     """Have what the block refuses name the settings of a file by their places in it; see `checkpoints.settings.in_file`."""
     try:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from checkpoints.upload import Upload
-    from streaming.job import Console, Job, Result
+    from streaming.console import Console
+    from streaming.job import Job, Result
     from streaming.log import Log
     from streaming.output import RunOptions, Written
 
@@ -312,14 +313,12 @@ def show_plan(job: Job, upload: Upload | None, *, as_json: bool) -> None:
     if job.complete:
         print(job.complete)
     elif as_json:
-        plan = job.as_json() | (
-            {"push_to_hub": upload.as_json(job.work.inputs, job.files_to_write())} if upload else {}
-        )
+        plan = job.as_json() | ({"push_to_hub": upload.as_json(job.work.inputs, job.work.file_sizes)} if upload else {})
         print(json.dumps(shown(plan, show_flag), indent=2, ensure_ascii=False))
     else:
         print(job.as_text(show_flag))
         if upload:
-            print(upload.as_text(job.work.inputs, job.files_to_write()))
+            print(upload.as_text(job.work.inputs, job.work.file_sizes))
 
 
 def tell(result: Result, console: Console) -> None:
@@ -368,7 +367,7 @@ def progress_bar(title: str, total: int, unit: str = "B", *, quiet: bool) -> Ite
 def console(options: RunOptions) -> Console:
     """How a command speaks to the user: results on stdout, remarks and bars on stderr, warnings even where quiet, once each,
     and in the log."""
-    from streaming.job import Console
+    from streaming.console import Console
 
     warned: set[str] = set()
 

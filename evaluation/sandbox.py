@@ -33,7 +33,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import TracebackType
 from typing import Literal
@@ -48,6 +48,10 @@ from evaluation.jail.zygote import remove_tree
 
 MEMORY_BYTES = 1 << 30
 PATIENCE = 5.0
+REFERENCE_S = 30.0
+"""For an item's own solution, whose time the limit is measured against."""
+REFERENCE_ROOM = 2.0
+"""Times what the own solution takes is how long every other program may take at least."""
 IMPOSSIBLE_DRAWS = 2
 HOW_TO = (
     "Install bubblewrap (apt install bubblewrap), or allow user namespaces (user.max_user_namespaces above 0, on "
@@ -83,12 +87,15 @@ class Program:
         test: its assertions, run in a process of their own.
         timeout_s: wall clock for both together.
         names: what the test takes from the program; None: all names that it reads and that are not built in.
+        reference: a program that is right. Where a slow machine takes more than half of `timeout_s` for it, a program may take
+            twice as long as it does.
     """
 
     source: str
     test: str
     timeout_s: float = 3.0
     names: tuple[str, ...] | None = None
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
@@ -199,7 +206,8 @@ class Sandbox:
         """Run programs, as many at once as there are workers; those that ran out of time once more, each alone.
 
         The second time the limit is one of processor time, and the clock allows PATIENCE times as much: a machine that
-        is busy with something else fails no program. (One that sleeps or waits thereby gets longer than its limit.)
+        is busy with something else fails no program. (One that sleeps or waits thereby gets longer than its limit.) Nor does
+        a slow machine: the item's own solution is timed then, see `Program.reference`.
 
         Args:
             programs: in any number.
@@ -218,7 +226,7 @@ class Sandbox:
                 future.cancel()
         for index in sorted(verdicts):
             if verdicts[index].status == "timeout":
-                verdicts[index] = self._pool.submit(self._judge, programs[index], PATIENCE).result()
+                verdicts[index] = self._pool.submit(self._judge_patiently, programs[index]).result()
         return [verdicts[index] for index in range(len(programs))]
 
     def close(self) -> None:
@@ -237,6 +245,14 @@ class Sandbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _judge_patiently(self, program: Program) -> Verdict:
+        """The verdict on a program that ran out of time, with as much of it as the machine needs."""
+        if program.reference is not None:
+            own = self._judge(replace(program, source=program.reference, timeout_s=REFERENCE_S), PATIENCE)
+            if own.status == "passed":
+                program = replace(program, timeout_s=max(program.timeout_s, REFERENCE_ROOM * own.seconds))
+        return self._judge(program, PATIENCE)
 
     def _judge(self, program: Program, patience: float = 1.0) -> Verdict:
         """The verdict on one program; where a jail breaks, a new one gets a second try."""

@@ -620,6 +620,22 @@ def test_timeouts_are_run_once_more_alone(sandbox, monkeypatch):
     assert calls[-1] == "slow"
 
 
+@pytest.mark.parametrize(
+    ("own_s", "own_status", "limit_s"), [(0.1, "passed", 3.0), (4.0, "passed", 8.0), (4.0, "failed", 3.0)]
+)
+def test_a_slow_machine_gives_more_time(sandbox, monkeypatch, own_s, own_status, limit_s):
+    """Twice what the item's own solution takes, where that is more than the limit, and only if that solution is right."""
+    asked: list[tuple[str, float]] = []
+
+    def judge(jail, program, patience):
+        asked.append((program.source, program.timeout_s))
+        return Verdict(own_status, "", own_s) if program.source == "own" else Verdict("timeout", "", 3.0)
+
+    monkeypatch.setattr(sandbox_module, "judge", judge)
+    assert [v.status for v in sandbox.run([Program("slow", "", reference="own")])] == ["timeout"]
+    assert asked == [("slow", 3.0), ("own", sandbox_module.REFERENCE_S), ("slow", limit_s)]
+
+
 def test_an_interrupt_leaves_the_sandbox_usable(sandbox):
     def interrupt(done, total):
         raise KeyboardInterrupt

@@ -140,7 +140,7 @@ def warm_up() -> None:
     import merging.merge_work
     import streaming.output
 
-    assert merging.run
+    assert merging.merge_work
     assert streaming.output
     for traits in KINDS.values():
         for layout in traits.layouts:
