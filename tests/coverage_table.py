@@ -2,6 +2,8 @@
 
     python -m tests.coverage_table                          # a row for each package
     python -m tests.coverage_table --missing merging aim    # and every line of these that no test runs
+
+Lines for type checkers alone are not counted.
 """
 
 from __future__ import annotations
