@@ -151,7 +151,7 @@ def why_not(level: Level, memory_bytes: int = MEMORY_BYTES) -> str | None:
         return "the kernel has no Landlock"
     scratch = _make_scratch()
     try:
-        return trial.problem(lambda: _start(level, scratch, memory_bytes), memory_bytes)
+        return trial.problem(lambda: start_jail(level, scratch, memory_bytes), memory_bytes)
     finally:
         remove_tree(scratch)
 
@@ -162,6 +162,7 @@ class Sandbox:
     Attributes:
         level: how programs are held; belongs in the results.
         workers: how many run at once.
+        idle: the jails that wait for a program; None where one is not started yet.
     """
 
     def __init__(
@@ -197,9 +198,9 @@ class Sandbox:
         self._clean_up = weakref.finalize(self, remove_tree, self._scratch)
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
         # A jail is started by the pool's threads when first used: it dies with the thread that started it.
-        self._idle: queue.LifoQueue[Jail | None] = queue.LifoQueue()
+        self.idle: queue.LifoQueue[Jail | None] = queue.LifoQueue()
         for _ in range(self.workers):
-            self._idle.put(None)
+            self.idle.put(None)
 
     def run(self, programs: Sequence[Program], progress: Progress | None = None) -> list[Verdict]:
         """Run programs, as many at once as there are workers; those that ran out of time once more, each alone.
@@ -231,8 +232,8 @@ class Sandbox:
     def close(self) -> None:
         """End all jails; nothing of them stays."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        while not self._idle.empty():
-            jail = self._idle.get()
+        while not self.idle.empty():
+            jail = self.idle.get()
             if jail is not None:
                 jail.close()
         self._clean_up()
@@ -255,11 +256,11 @@ class Sandbox:
 
     def _judge(self, program: Program, patience: float = 1.0) -> Verdict:
         """The verdict on one program; where a jail breaks, a new one gets a second try."""
-        jail = self._idle.get()
+        jail = self.idle.get()
         try:
             for _ in range(2):
                 try:
-                    jail = jail or _start(self.level, self._scratch, self._memory_bytes)
+                    jail = jail or start_jail(self.level, self._scratch, self._memory_bytes)
                     return judge(jail, program, patience)
                 except JailError as error:
                     problem = str(error)
@@ -268,7 +269,7 @@ class Sandbox:
                     jail = None
             return Verdict("error", problem, 0.0)
         finally:
-            self._idle.put(jail)
+            self.idle.put(jail)
 
 
 def judge(jail: Jail, program: Program, patience: float = 1.0) -> Verdict:
@@ -307,7 +308,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start(level: Level, scratch: str, memory_bytes: int) -> Jail:
+def start_jail(level: Level, scratch: str, memory_bytes: int) -> Jail:
     """A new jail of a level. Raises: JailError: it does not start."""
     if level is Level.BUBBLEWRAP:
         layers = LAYERS if landlock.abi() else tuple(layer for layer in LAYERS if layer != LANDLOCK)
