@@ -63,7 +63,7 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
         "--seed",
         type=shell.whole,
         metavar="N",
-        help=f"{', '.join(name for name, entry in METHODS.items() if entry.draws)}, --control permuted: seed of what is drawn (default 0)",
+        help=f"{', '.join(name for name, entry in METHODS.items() if entry.draws)}, --control permuted and random: seed of what is drawn (default 0)",
     )
     how.add_argument("--exclude", metavar="REGEX", help="tensors in whose name this is found are taken from the base")
     layout = parser.add_argument_group("vocabulary and head of the output")
@@ -248,7 +248,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     from alignment.layout import Layout
     from merging.recipe_flags import make_recipe
 
-    seed_is_aims = arguments.control == "permuted" and not get_method(arguments.method).draws
+    seed_is_aims = aim_flags.draws(arguments) and not get_method(arguments.method).draws
     layout: Layout | None = None
     recipe: Recipe | None = None
     problems = Problems()
@@ -302,7 +302,7 @@ def read_config(arguments: argparse.Namespace) -> Recipe:
     with problems.collect():
         recipe = read_recipe_file(
             arguments.config,
-            seed=None if arguments.control == "permuted" else arguments.seed,
+            seed=None if aim_flags.draws(arguments) else arguments.seed,
             out_dtype=None if arguments.dtype == "auto" else arguments.dtype,
             exclude=arguments.exclude,
             only=arguments.only,
