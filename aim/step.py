@@ -35,7 +35,7 @@ from checkpoints.staging import Stage
 from checkpoints.tensor_names import kind_of
 from checkpoints.writer import chunked_sha256
 from forward.loading import quiet_transformers
-from streaming.job import Console
+from streaming.console import Console
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
 

@@ -21,7 +21,8 @@ def check_output(files: SideFiles, shapes: Mapping[str, Shape], first: Model, pr
     An output with the config and the shapes of the model that gives them loads as that does, and is not looked at.
 
     Args:
-        files: of the output; shapes: of its tensors.
+        files: of the output.
+        shapes: of its tensors.
         first: gives the config. What its own files lack or have too many is its own affair.
         problems: gets what does not fit; a note where the class is not known.
     """

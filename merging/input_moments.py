@@ -240,7 +240,7 @@ class MomentsPass:
         return len(found)
 
     def parts(self, todo: Sequence[PlannedTensor], stage: Stage) -> Generator[Sequence[PlannedTensor]]:
-        """First what needs no moments, then layer after layer; see `streaming.job.Work.parts`.
+        """First what needs no moments, then layer after layer; see `streaming.work.Work.parts`.
 
         Raises: InputError: a model cannot be run; moments that are not finite.
         """

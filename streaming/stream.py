@@ -372,13 +372,15 @@ def load(raw: torch.Tensor, values: torch.Tensor, base: torch.Tensor | None, loo
     """Make float32 numbers of what is stored.
 
     Args:
-        raw: `[n]` of any floating-point dtype, on the CPU; values: `[n]` float32, overwritten with them.
-        base: `[n]` float32, which is subtracted; look: whether to look for what then differs from 0.
+        raw: `[n]` of any floating-point dtype, on the CPU.
+        values: `[n]` float32, overwritten with them.
+        base: `[n]` float32, which is subtracted.
+        look: whether to look for what then differs from 0.
 
     Returns: whether every number is finite, and whether one was found that differs from 0.
     """
     if values.is_cuda:
-        _send(raw, values)
+        send(raw, values)
     else:
         values.copy_(raw)
     is_finite = all_finite(values)
@@ -387,7 +389,7 @@ def load(raw: torch.Tensor, values: torch.Tensor, base: torch.Tensor | None, loo
     return is_finite, look and bool(values.any())
 
 
-def _send(raw: torch.Tensor, values: torch.Tensor) -> None:
+def send(raw: torch.Tensor, values: torch.Tensor) -> None:
     """Copy what is stored, as it is, to a GPU, on a stream of this thread's own, and make float32 of it there.
 
     While it is on its way, the GPU works on other threads' blocks; from pinned memory the processor does not wait either.
