@@ -122,13 +122,13 @@ def parameter(
 
 def shared(key: str, *, default: Any = SAME) -> Any:
     """Declare one of the parameters that mean the same in every method that has them (SHARED), with another default if given."""
-    one = SHARED[key]
-    return _field(one if default is SAME else dataclasses.replace(one, default=default))
+    parameter = SHARED[key]
+    return _field(parameter if default is SAME else dataclasses.replace(parameter, default=default))
 
 
-def _field(one: Parameter) -> Any:
-    metadata = {"parameter": one}
-    if one.kind == "rule":
+def _field(parameter: Parameter) -> Any:
+    metadata = {"parameter": parameter}
+    if parameter.kind == "rule":
         return dataclasses.field(default=None, kw_only=True, metadata=metadata)
     return dataclasses.field(metadata=metadata)
 
