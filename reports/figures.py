@@ -366,5 +366,5 @@ def _around(width: float, height: float) -> Iterable[tuple[float, float]]:
         yield from ((reach, -height / 2), (-reach - width, -height / 2))
 
 
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _overlap(first: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return first[0] < other[2] and other[0] < first[2] and first[1] < other[3] and other[1] < first[3]
