@@ -58,7 +58,10 @@ def add_tokens(files: SideFiles, known: Vocabulary, tokens: Iterable[NewToken]) 
         decoder = {str(known.ids[token]): {"content": token, **treatment} for token, treatment in known.added.items()}
         if "added_tokens_decoder" not in config:  # where it is, transformers reads no other list of tokens
             config |= _named_tokens(files)
-        decoder |= {**config.get("added_tokens_decoder", {}), **{str(index): described for index, described in entries.items()}}
+        decoder |= {
+            **config.get("added_tokens_decoder", {}),
+            **{str(index): described for index, described in entries.items()},
+        }
         files.write_json("tokenizer_config.json", {**config, "added_tokens_decoder": decoder})
     if has_slow or "added_tokens.json" in files:
         listed = {**files.read_json("added_tokens.json"), **{token.token: token.id for token in tokens}}

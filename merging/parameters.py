@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +23,8 @@ SAME: Any = object()
 """In a recipe file, the default is the method's."""
 REQUIRED: Any = object()
 """There is no default: a user has to say it."""
+LARGEST = 1e18
+"""Of any number: products of two are far from the largest float32."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ class Parameter:
             fits = isinstance(value, bool) and self.is_switch
         else:
             fits = not self.is_switch and self.low <= value <= self.high and self.above < value
-            # A whole number of 400 digits is no float.
-            fits = fits and abs(value) <= sys.float_info.max and (self.kind != "whole" or value == int(value))
+            fits = fits and abs(value) <= LARGEST and (self.kind != "whole" or value == int(value))
         if not fits:
-            raise ArgumentError(f"{f'{self.key}: ' if place else ''}expected {self.expectation}, got {value}.")
+            large = isinstance(value, int | float) and LARGEST < abs(value) < math.inf
+            expected = f"{self.expectation} of at most {LARGEST:g} in size" if large else self.expectation
+            raise ArgumentError(f"{f'{self.key}: ' if place else ''}expected {expected}, got {value}.")
 
     @property
     def expectation(self) -> str:
