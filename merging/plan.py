@@ -207,10 +207,12 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
             by_name[place.name] = _plan_tensor(recipe, place, place.name in embeddings)
     problems.raise_if_any()
     infos = {name: TensorInfo(tensor.dtype, tensor.spec.shape) for name, tensor in by_name.items()}
-    check_output(found.files, {name: info.shape for name, info in infos.items()}, primary, problems)
+    modules = primary.weights.modules.tensors
+    own = {name: info.shape for name, info in infos.items() if name not in modules}
+    check_output(found.files, own, primary, problems)
     problems.raise_if_any()
     # Files, and what to say.
-    shards = plan_shards(infos, max_shard_bytes)
+    shards = plan_shards(infos, max_shard_bytes, modules.keys())
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
     labels = tuple(models[source_key(source.name)].label for source in recipe.models)
     where = [location.note for model in opened for location, _ in model.parts if location.note]
