@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,14 +13,17 @@ from alignment.align import Alignment, align
 from alignment.aligned_model import Mismatches, same_kind_of_number
 from alignment.layout import Layout
 from alignment.stored import left_out
-from checkpoints.errors import ArgumentError, InputError
+from checkpoints.errors import ArgumentError, InputError, UnknownClass
 from checkpoints.model import Model
 from checkpoints.problems import Problems
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import TensorRef
+from checkpoints.tensor_names import list_kinds
 from merging.layers import LayerName, Layers, find_layers, position
 from merging.recipe import ModelInput, Recipe, Slice, source_key
 
+_EMBEDDING = re.compile(r"embed|(^|\.)wte\.|(^|\.)wpe\.", re.IGNORECASE)
+"""What embeddings are called, where no class tells which they are."""
 SAME_ARCHITECTURE = "Stack layers of models of one architecture."
 
 
@@ -219,11 +223,20 @@ class _Stack:
         return [name for name in model.weights.tensors if stored.split(name) is None or name in names]
 
     def _used_before_layers(self, names: Sequence[str]) -> set[str]:
-        """The tensors that the model class lists before its layers, and all embeddings."""
+        """The tensors that the model class lists before its layers, and all embeddings; by their names where it is not known."""
         from checkpoints.architecture import build_meta_model  # few merges build the model's class
 
         primary = self.primary
-        built = build_meta_model(primary.folder, label=primary.label, trust_remote_code=primary.trust_remote_code)
+        try:
+            built = build_meta_model(primary.folder, label=primary.label, trust_remote_code=primary.trust_remote_code)
+        except UnknownClass:
+            before = [name for name in names if _EMBEDDING.search(name)]
+            behind = [name for name in names if name not in before]
+            self.found.problems.note(
+                f"{primary.label}: transformers does not know its class, so names tell what comes before the layers: "
+                f"{list_kinds(before) or 'nothing'} from the first slice, {list_kinds(behind) or 'nothing'} from the last."
+            )
+            return set(before)
         order = {
             parameter: index for index, (parameter, _) in enumerate(built.named_parameters(remove_duplicate=False))
         }

@@ -178,7 +178,8 @@ def _check_shapes(model: Model, found: Verified) -> list[str]:
         f"{model.label}: {name}: does not fit config.json: {why}." for name, why in architecture.mismatched.items()
     ]
     problems += [f"{model.label}: no tensor fills {name}, which config.json asks for." for name in architecture.missing]
-    problems += [f"{model.label}: {name}: nothing in config.json's model takes it." for name in architecture.unplaced]
+    strangers = [name for name in architecture.unplaced if name not in architecture.unused]
+    problems += [f"{model.label}: {name}: nothing in config.json's model takes it." for name in strangers]
     return problems
 
 
