@@ -87,6 +87,7 @@ def align(
         problems.note(
             f"{primary.label}: files of its folder that the output does not get: {', '.join(lost[:8])}{more}."
         )
+    _warn_of_lost_code(primary, files, problems)
     for model in (primary, *others):
         if any(info.dtype in FLOAT8 for _, parts in model.parts for file in parts for info in file.tensors.values()):
             problems.note(f"{model.label}: its float8 weights are multiplied with their scales.")
@@ -125,6 +126,25 @@ def _other_class(first: AlignedModel, model: AlignedModel) -> str:
         return ""
     says = f"{model.label}: expected a {ours} as {first.label}, got a {theirs}"
     return "" if any(str(problem).startswith(says) for problem in model.problems) else f"{says}. {model.advice}"
+
+
+def _warn_of_lost_code(primary: Model, files: SideFiles, problems: Problems) -> None:
+    """Warn where config.json names Python files of the model's own that the output does not get: it would not load."""
+    named = primary.config.get("auto_map")
+    classes = [one for one in named.values() if isinstance(one, str)] if isinstance(named, dict) else []
+    modules = {one.rpartition(".")[0] for one in classes if "--" not in one}  # the others lie in another repo
+    lost = sorted(f"{module}.py" for module in modules if module and f"{module}.py" not in files)
+    if lost:
+        fetch = not primary.location.name.is_local and not primary.trust_remote_code
+        how = (
+            f"Add {setting('trust_remote_code')}, which fetches it and lets it run, if you know and trust it."
+            if fetch
+            else "Add the missing files to its folder."
+        )
+        problems.warn(
+            f"{primary.label}: config.json: expected the model's own code in {', '.join(lost)}, got no such file, and the output does not load "
+            f"without. {how}"
+        )
 
 
 def _stored(model: Model, part: Callable[[Model], Iterable[str]]) -> dict[str, TensorInfo]:

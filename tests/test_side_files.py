@@ -64,10 +64,8 @@ def test_files_that_no_list_names_are_copied_and_the_rest_is_listed_once(
     assert merge.main(["--verify", str(tmp_path / "out")]) == 0
 
 
-def test_code_of_a_model_with_its_helpers_loads(family: Family, tmp_path: Path):
-    """A class whose file imports another one."""
-    from transformers import AutoModelForCausalLM
-
+def add_code(family: Family) -> None:
+    """Make the models of a class of their own, whose file imports another one."""
     for folder in (family.base, *family.models):
         (folder / "configuration_small.py").write_text(
             "from transformers import LlamaConfig\n\n\nclass SmallConfig(LlamaConfig):\n    model_type = 'small_of_mine'\n"
@@ -84,7 +82,14 @@ def test_code_of_a_model_with_its_helpers_loads(family: Family, tmp_path: Path):
         config = json.loads((folder / "config.json").read_text())
         config |= {"model_type": "small_of_mine", "architectures": ["SmallForCausalLM"], "auto_map": code}
         (folder / "config.json").write_text(json.dumps(config))
-    assert run(family, tmp_path / "out", "--trust_remote_code", "--quiet") == 0
+
+
+def test_code_of_a_model_with_its_helpers_loads(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from transformers import AutoModelForCausalLM
+
+    add_code(family)
+    assert run(family, tmp_path / "out", "--trust_remote_code") == 0
+    assert "the model's own code" not in capsys.readouterr().err
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert type(loaded).__name__ == "SmallForCausalLM"
 
@@ -257,3 +262,25 @@ def test_the_same_files_come_from_the_hub(family: Family, tmp_path: Path, monkey
         assert not any("optimizer" in str(request) for request in hub.requests)
     assert (tmp_path / "out" / "tekken.json").is_file()
     assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()
+
+
+def test_code_from_the_hub_is_copied_where_it_may_run_and_missed_aloud_where_not(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    add_code(family)
+    names = ("configuration_small.py", "modeling_small.py", "small_layers.py")
+    with FakeHub({"org/base": family.base}) as hub:
+        hub.attach(monkeypatch, tmp_path / "cache")
+        argv = ["--method=linear", "--base_model", "org/base", "--models_to_merge", str(family.models[0])]
+        assert merge.main([*argv, "--save_path", str(tmp_path / "without")]) == 0
+        said = capsys.readouterr().err
+        assert (
+            "warning: org/base: config.json: expected the model's own code in configuration_small.py, modeling_small.py, got no such file, and "
+            "the output does not load without. Add --trust_remote_code, which fetches it and lets it run, if you know and trust it."
+            in said
+        )
+        assert not any((tmp_path / "without" / name).exists() for name in names)
+        assert merge.main([*argv, "--save_path", str(tmp_path / "with"), "--trust_remote_code"]) == 0
+        assert "the model's own code" not in capsys.readouterr().err
+    for name in names:
+        assert (tmp_path / "with" / name).read_bytes() == (family.base / name).read_bytes()
