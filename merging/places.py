@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +17,10 @@ from checkpoints.model import Model
 from checkpoints.problems import Problems
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import TensorRef
-from checkpoints.tensor_names import list_kinds
+from checkpoints.tensor_names import is_called_embedding, list_kinds
 from merging.layers import LayerName, Layers, find_layers, position
 from merging.recipe import ModelInput, Recipe, Slice, source_key
 
-_EMBEDDING = re.compile(r"embed|(^|\.)wte\.|(^|\.)wpe\.", re.IGNORECASE)
-"""What embeddings are called, where no class tells which they are."""
 SAME_ARCHITECTURE = "Stack layers of models of one architecture."
 
 
@@ -230,7 +227,7 @@ class _Stack:
         try:
             built = build_meta_model(primary.folder, label=primary.label, trust_remote_code=primary.trust_remote_code)
         except UnknownClass:
-            before = [name for name in names if _EMBEDDING.search(name)]
+            before = [name for name in names if is_called_embedding(name)]
             behind = [name for name in names if name not in before]
             self.found.problems.note(
                 f"{primary.label}: transformers does not know its class, so names tell what comes before the layers: "

@@ -11,14 +11,14 @@ import torch
 from alignment.configs import check_configs
 from alignment.output_check import check_output
 from alignment.stored import check_plain
-from checkpoints.errors import ArgumentError
+from checkpoints.errors import ArgumentError, UnknownClass
 from checkpoints.model import Model
 from checkpoints.patterns import pattern
 from checkpoints.problems import Problems
 from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, dtype_name
-from checkpoints.tensor_names import kind_of, list_kinds
+from checkpoints.tensor_names import is_called_embedding, kind_of, list_kinds
 from checkpoints.writer import Shard, plan_shards
 from merging.parameters import text_of
 from merging.places import Place, find_places
@@ -200,7 +200,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
             f"{primary.label}: float64, in which nothing is computed, is written as float32: {list_kinds(wide)}."
         )
     # Each tensor with its method; then whether the whole of it would load.
-    embeddings = _embeddings(recipe, primary)
+    embeddings = _embeddings(recipe, primary, problems)
     by_name: dict[str, PlannedTensor] = {}
     for place in found.places:
         with problems.collect():
@@ -222,11 +222,19 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     )
 
 
-def _embeddings(recipe: Recipe, base: Model) -> set[str]:
-    """The tensors that an `nn.Embedding` holds, where the method treats them differently."""
+def _embeddings(recipe: Recipe, base: Model, problems: Problems) -> set[str]:
+    """The tensors that an `nn.Embedding` holds, where the method treats them differently; by their names where the class is not known."""
     if not recipe.method_class.needs_embeddings:
         return set()
-    return {name for name, placement in base.architecture.placements.items() if placement.kind == "embedding"}
+    try:
+        return {name for name, placement in base.architecture.placements.items() if placement.kind == "embedding"}
+    except UnknownClass:
+        named = [name for name in base.weights.tensors if is_called_embedding(name)]
+        problems.note(
+            f"{base.label}: transformers does not know its class, so names tell what {recipe.merge_method} takes for embeddings: "
+            f"{list_kinds(named) or 'nothing'}."
+        )
+        return set(named)
 
 
 def _plan_tensor(recipe: Recipe, place: Place, is_embedding: bool) -> PlannedTensor:

@@ -154,6 +154,14 @@ def test_arithmetic_needs_no_class(tmp_path: Path, capsys: pytest.CaptureFixture
     assert out.keys() == load_file(family.base / "model.safetensors").keys()
     assert out["model.layers.0.mixer.A_log"].tolist() == [0.5 * 1 + 0.25 * 2] * 4
     assert out["model.layers.0.self_attn.rotary_emb.inv_freq"].tolist() == [2.0] * 4
+    # A method that treats embeddings differently knows them by their names, and says so.
+    widened = tmp_path / "widened"
+    argv_widen = ["--method=widen", f"--base_model={family.base}", f"--save_path={widened}"]
+    assert merge.main([*argv_widen, f"--models_to_merge={family.models[0]},{family.models[1]}"]) == 0
+    assert (
+        f"note: {family.base}: transformers does not know its class, so names tell what widen takes for embeddings: model.embed_tokens.weight."
+        in capsys.readouterr().err
+    )
     tensors = load_file(family.models[0] / "model.safetensors")
     del tensors["model.layers.0.mixer.A_log"]
     save_file(tensors, family.models[0] / "model.safetensors", {"format": "pt"})
