@@ -28,9 +28,10 @@ from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.source import FLOAT_DTYPES, TensorInfo
 from checkpoints.writer import plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
-from streaming.job import Job, Result, Step, Work, plan_job
+from streaming.job import Job, Result, Step, plan_job
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
+from streaming.work import Work
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ITS_BASE = "Name the base that the merged model was made from."

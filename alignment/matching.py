@@ -32,7 +32,9 @@ def match_names(
     loading ignores or recomputes, and a head equal to the embedding it is tied to.
 
     Args:
-        first: has the output's tensors; model: is matched with it; stored: what of it takes part.
+        first: has the output's tensors.
+        model: is matched with it.
+        stored: what of it takes part.
         tied: head -> embedding, where the user had the output tie them.
         optional: see `align`.
     """

@@ -22,7 +22,8 @@ def check_output(files: SideFiles, shapes: Mapping[str, Shape], first: Model, pr
     which is remembered on the disk, is the check: no second one is built.
 
     Args:
-        files: of the output; shapes: of its tensors.
+        files: of the output.
+        shapes: of its tensors.
         first: gives the config. What its own files lack or have too many is warned of: it may be meant so.
         problems: gets what does not fit; a note where the class is not known.
     """

@@ -309,7 +309,8 @@ class Conversion:
     """How stored tensors become a model's parameters and buffers, as transformers does it when it loads them.
 
     Args:
-        model: with its parameters on the meta device; shapes: name and shape of every stored tensor.
+        model: with its parameters on the meta device.
+        shapes: name and shape of every stored tensor.
 
     Attributes:
         targets: the parameter or buffer that each conversion is known by; it may make further ones.

@@ -32,7 +32,8 @@ def remembered(config: bytes, shapes: Mapping[str, Shape], find_out: Callable[[]
     """What `find_out` says, or said of the same config and tensors before.
 
     Args:
-        config: the bytes of config.json; shapes: name and shape of every stored tensor.
+        config: the bytes of config.json.
+        shapes: name and shape of every stored tensor.
 
     Raises: as `find_out`, whose refusals are not kept.
     """

@@ -51,7 +51,8 @@ def find_finished(folder: Folder, records: Iterable[Mapping[str, Any]]) -> Finis
     """Look at every tensor that a journal calls finished.
 
     Args:
-        folder: that the files lie in; records: of the journal, the oldest first; what is not of the format is passed over.
+        folder: that the files lie in.
+        records: of the journal, the oldest first; what is not of the format is passed over.
 
     Raises: ForeignFolder: something in the folder is not ours.
     """

@@ -44,7 +44,8 @@ class Folder:
     """An open folder; a context manager, which closes it and the subfolders that were opened through it.
 
     Args:
-        path: for messages, and for libraries that open by name; descriptor: of the open folder, closed by `close`.
+        path: for messages, and for libraries that open by name.
+        descriptor: of the open folder, closed by `close`.
 
     Attributes:
         written: `bytes` and `sha256` of what `write` wrote, by name.

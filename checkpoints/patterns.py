@@ -15,7 +15,8 @@ class Pattern:
     """A regular expression.
 
     Args:
-        where: whose it is, for messages; text: as `re` has it.
+        where: whose it is, for messages.
+        text: as `re` has it.
         error: what is raised; InputError where a checkpoint's file has it.
 
     Raises: ArgumentError (or `error`): it is none.

@@ -127,7 +127,8 @@ class Assembled:
 
     Args:
         inner: has the pieces.
-        pieces: name -> its elements, in order; shapes: name -> its shape.
+        pieces: name -> its elements, in order.
+        shapes: name -> its shape.
     """
 
     def __init__(self, inner: Source, pieces: Mapping[str, Sequence[Piece]], shapes: Mapping[str, Shape]):

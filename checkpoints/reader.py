@@ -76,7 +76,8 @@ def open_checkpoint(folder: Path, label: str, names: Sequence[str] = WEIGHT_FILE
 
     Args:
         folder: a checkpoint as `save_pretrained` or the hub lays it out.
-        label: how messages name the model; names: its weight files may have, see `find_weight_files`.
+        label: how messages name the model.
+        names: its weight files may have, see `find_weight_files`.
 
     Raises: InputError: no weights, a damaged file, an index and files that disagree, a pickle that is not plain tensors.
     """
@@ -121,7 +122,9 @@ class Checkpoint:
     """A folder's tensors as a source (see `Source`), and the files they lie in.
 
     Args:
-        folder: of the checkpoint; label: how messages name it; files: its weight files, open.
+        folder: of the checkpoint.
+        label: how messages name it.
+        files: its weight files, open.
 
     Attributes:
         modules: the weights of modules behind the model, by folder and name (`2_Dense/linear.weight`), mostly none.

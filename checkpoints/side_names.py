@@ -93,7 +93,8 @@ class SideNames:
     """Files of a checkpoint by their relative names, sorted.
 
     Attributes:
-        copied: go into the output; left_out: neither these nor weights of the model, and nothing that everybody expects to stay.
+        copied: go into the output.
+        left_out: neither these nor weights of the model, and nothing that everybody expects to stay.
     """
 
     copied: tuple[str, ...]

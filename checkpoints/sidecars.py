@@ -86,7 +86,8 @@ class SideFiles:
     """The side files that a checkpoint will have: another folder's, byte for byte, but for those that are changed here.
 
     Args:
-        folder: whose side files to start from; label: how messages name them.
+        folder: whose side files to start from.
+        label: how messages name them.
     """
 
     def __init__(self, folder: Path, label: str = ""):

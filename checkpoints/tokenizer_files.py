@@ -40,7 +40,8 @@ def add_tokens(files: SideFiles, known: Vocabulary, tokens: Iterable[NewToken]) 
     """Add tokens to every tokenizer file that lists added tokens.
 
     Args:
-        known: what the files say so far; tokens: with the next ids after the largest, in order.
+        known: what the files say so far.
+        tokens: with the next ids after the largest, in order.
     """
     tokens = list(tokens)
     entries = {token.id: {"content": token.token, **token.treatment} for token in tokens}

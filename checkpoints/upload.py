@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import ArgumentError, InputError, Interrupted, Refusals, collecting, first_line
+from checkpoints.errors import ArgumentError, InputError, Interrupted, first_line
 from checkpoints.hub_errors import few, progress_bars
+from checkpoints.problems import Problems
 from checkpoints.publishing import CARD, public_name, publish
 from checkpoints.save_path import RECIPE_FILE
 from checkpoints.settings import setting
@@ -58,7 +59,8 @@ class Upload:
         """What would be pushed, for programs.
 
         Args:
-            inputs: every model; files: name -> bytes of each file of each checkpoint, the card and the recipe left out.
+            inputs: every model.
+            files: name -> bytes of each file of each checkpoint, the card and the recipe left out.
         """
         shown = {"files": dict(files or {}), "names": _public_names(inputs)} if files or inputs else {}
         return {"repos": list(self.repos), "visibility": self.visibility, **shown}
@@ -73,12 +75,11 @@ class Upload:
 
     def check(self) -> None:
         """Look at every repo. Raises Refusals: one holds something else, or is not as visible as was asked for."""
-        problems: list[str | InputError] = []
+        problems = Problems()
         for repo in self.repos:
-            with collecting(problems), _in_words(repo):
+            with problems.collect(), _in_words(repo):
                 self._check_repo(repo)
-        if problems:
-            raise Refusals(problems)
+        problems.raise_if_any()
 
     def _check_repo(self, repo: str) -> None:
         from huggingface_hub import HfApi, constants

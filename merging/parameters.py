@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,7 +36,8 @@ class Parameter:
         default: its value where nothing is given; REQUIRED where something must be; None for the own rule of a `rule`.
         kind: number; whole: a whole number; switch: yes or no; rule: yes, no, or None for what the method itself does.
         per_model: one value for each model; a flag takes one for all too.
-        low, high: the closed range of a number; above: an open lower bound.
+        low, high: the closed range of a number.
+        above: an open lower bound.
         in_files: the default in a recipe file, where that is not the method's.
 
     Raises: ValueError: the default is outside of the range.
@@ -76,8 +78,9 @@ class Parameter:
         if isinstance(value, bool) or not isinstance(value, int | float):
             fits = isinstance(value, bool) and self.is_switch
         else:
-            fits = not self.is_switch and self.low <= value <= self.high and self.above < value < math.inf
-            fits = fits and value > -math.inf and (self.kind != "whole" or value == int(value))
+            fits = not self.is_switch and self.low <= value <= self.high and self.above < value
+            # A whole number of 400 digits is no float.
+            fits = fits and abs(value) <= sys.float_info.max and (self.kind != "whole" or value == int(value))
         if not fits:
             raise ArgumentError(f"{f'{self.key}: ' if place else ''}expected {self.expectation}, got {value}.")
 

@@ -22,7 +22,8 @@ def read_data(path: Path, where: str) -> Any:
     """What a YAML or JSON file holds: mappings, lists, texts, numbers, booleans, None.
 
     Args:
-        path: the file; where: how messages name it.
+        path: the file.
+        where: how messages name it.
 
     Raises: ArgumentError: it cannot be read, is too large, is neither, names a key twice, or grows without end.
     """

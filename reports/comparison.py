@@ -10,7 +10,8 @@ from itertools import combinations
 
 import numpy as np
 
-from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.problems import Problems
 from checkpoints.settings import setting
 from reports import conditions
 from reports.bootstrap import Estimate, Floats, estimate, resample
@@ -118,15 +119,14 @@ def choose_benchmarks(entries: Sequence[Entry], benchmarks: Sequence[str] | None
         raise InputError(f"expected scores of {', '.join(PAPER)}, got none of them. Evaluate these benchmarks.")
     everywhere = [name for name in names if all(name in entry.scores for entry in entries)]
     remedy = f", or leave them out of the table: {setting('benchmarks', ','.join(everywhere))}" if everywhere else ""
-    problems = [
+    problems = Problems(
         InputError(
             f"{entry.source}: expected scores of {', '.join(names)}, got none of {', '.join(missing)}. Evaluate these{remedy}."
         )
         for entry in entries
         if (missing := [name for name in names if name not in entry.scores])
-    ]
-    if problems:
-        raise Refusals(problems)
+    )
+    problems.raise_if_any()
     return names
 
 
@@ -161,7 +161,8 @@ class _Gains:
     """Gains and changes of entries, with their draws.
 
     Args:
-        benchmarks: of the table; draws: entry -> `[draws, benchmarks]`.
+        benchmarks: of the table.
+        draws: entry -> `[draws, benchmarks]`.
     """
 
     def __init__(self, benchmarks: Sequence[str], draws: Mapping[Entry, Floats | None]):
@@ -217,13 +218,12 @@ def _recognise_merges(entries: Sequence[Entry]) -> list[Entry]:
 
 def _check_twice(entries: Sequence[Entry]) -> None:
     """Raise Refusals where two entries are of one model, or of the same merge made twice."""
-    problems = [
+    problems = Problems(
         InputError(f"{one.source} and {two.source}: are results of the same model. Leave one of them out.")
         for one, two in combinations(entries, 2)
         if _same(one, two)
-    ]
-    if problems:
-        raise Refusals(problems)
+    )
+    problems.raise_if_any()
 
 
 def _same(one: Entry, two: Entry) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from checkpoints.errors import InputError, Refusals
+from checkpoints.problems import Problems
 from checkpoints.settings import setting
 from reports.entries import Conditions, Entry
 
@@ -13,18 +13,17 @@ _NAMED = 3
 
 def check_items(entries: Sequence[Entry], benchmarks: Sequence[str]) -> None:
     """Raise Refusals where two files answered other items of one benchmark."""
-    problems = []
+    problems = Problems()
     for name in benchmarks:
         known = [entry for entry in entries if name in entry.conditions]
         others = [entry for entry in known if not _same_items(known[0], entry, name)]
         if others:
             first, other = known[0].conditions[name], others[0].conditions[name]
-            problems.append(
+            problems.add(
                 f"{name}: expected the same items everywhere, got others in {_list(e.source for e in others)} ({_items(other)}) "
                 f"than in {known[0].source} ({_items(first)}). Evaluate all models on the same data with the same {setting('limit')}."
             )
-    if problems:
-        raise Refusals([InputError(problem) for problem in problems])
+    problems.raise_if_any()
 
 
 def _same_items(first: Entry, other: Entry, name: str) -> bool:

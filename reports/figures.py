@@ -70,7 +70,8 @@ def draw(table: Table, folder: Path | str) -> Figures:
     by AIM, with 95 % intervals where they are known.
 
     Args:
-        table: from `compare`; folder: made where it is missing; figures of the same names in it are replaced.
+        table: from `compare`.
+        folder: made where it is missing; figures of the same names in it are replaced.
 
     Raises: InputError: the folder cannot be written to.
     """

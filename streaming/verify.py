@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from checkpoints.chat_templates import DEFAULT, end_markers, templates_of
-from checkpoints.errors import InputError, Refusals
+from checkpoints.errors import InputError
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.model import Model, open_model
+from checkpoints.problems import Problems
 from checkpoints.save_path import RECIPE_FILE, SWEEP_PREFIX
 from checkpoints.settings import setting
 from checkpoints.source import READ_ELEMENTS, Source
@@ -71,11 +72,11 @@ def verify(
     Raises: Refusals: everything that is wrong; InputError: the recipe cannot be read.
     """
     found = Verified()
-    problems: list[str | InputError] = []
+    problems = Problems()
     outputs, side_files = _read_files(folder)
     with closing(Workers()) as workers:
         present = {name: entry for name, entry in outputs.items() if _has_size(folder / name, entry, problems)}
-        problems += _check_side_files(folder, side_files)
+        problems.extend(_check_side_files(folder, side_files))
         if side_files is None:
             found.notes.append(
                 f"{folder / RECIPE_FILE}: has no digests of config, tokenizer and other small files; an earlier version wrote it, and only "
@@ -86,7 +87,7 @@ def verify(
             known = {RECIPE_FILE, *outputs, *side_files}
             files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
             added = [path for path in files if not _is_aside(path.relative_to(folder), known)]
-        problems += [f"{path}: the run did not write it." for path in sorted(added)]
+        problems.extend([f"{path}: the run did not write it." for path in sorted(added)])
         # Digests of what is there.
         digests = workers.map_ordered(lambda name: _digest(folder / name, present[name], progress), list(present))
         for name, digest in zip(present, digests, strict=True):
@@ -94,20 +95,18 @@ def verify(
             if expected is None:
                 found.undigested.append(name)
             elif digest != expected:
-                problems.append(f"{folder / name}: its bytes are not those that the run wrote.")
-        if problems:
-            raise Refusals(problems)
+                problems.add(f"{folder / name}: its bytes are not those that the run wrote.")
+        problems.raise_if_any()
         found.side_files = len(side_files or ())
         found.files, found.bytes = len(outputs) + found.side_files, sum(entry["bytes"] for entry in outputs.values())
         # The model as anybody would load it.
         model = open_model(str(folder), trust_remote_code=trust_remote_code)
         with closing(model.weights):
-            problems += _check_shapes(model, found)
-            problems += _check_end(model)
-            problems += _check_numbers(model, workers, progress)
+            problems.extend(_check_shapes(model, found))
+            problems.extend(_check_end(model))
+            problems.extend(_check_numbers(model, workers, progress))
             found.tensors = len(model.weights.tensors) + len(model.weights.modules.tensors)
-    if problems:
-        raise Refusals(problems)
+    problems.raise_if_any()
     return found
 
 
@@ -137,12 +136,12 @@ def _is_entry(name: str, entry: Any) -> bool:
     return is_size and (digest is None or isinstance(digest, str)) and all(map(is_plain_name, name.split("/")))
 
 
-def _check_side_files(folder: Path, side_files: Files | None) -> list[str | InputError]:
-    problems: list[str | InputError] = []
+def _check_side_files(folder: Path, side_files: Files | None) -> Problems:
+    problems = Problems()
     for name, entry in (side_files or {}).items():
         path = folder / name
         if _has_size(path, entry, problems) and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
-            problems.append(f"{path}: its bytes are not those that the run wrote.")
+            problems.add(f"{path}: its bytes are not those that the run wrote.")
     return problems
 
 
@@ -151,13 +150,13 @@ def _is_aside(path: Path, known: Collection[str]) -> bool:
     return path.as_posix() in known or path.parts[0].startswith(".")
 
 
-def _has_size(path: Path, entry: Mapping[str, Any], problems: list[str | InputError]) -> bool:
+def _has_size(path: Path, entry: Mapping[str, Any], problems: Problems) -> bool:
     if not path.is_file():
-        problems.append(f"{path}: {'is no file' if path.exists() else 'is missing'}.")
+        problems.add(f"{path}: {'is no file' if path.exists() else 'is missing'}.")
         return False
     size = path.stat().st_size
     if size != entry["bytes"]:
-        problems.append(f"{path}: expected {entry['bytes']:,} bytes, got {size:,}.")
+        problems.add(f"{path}: expected {entry['bytes']:,} bytes, got {size:,}.")
     return bool(size == entry["bytes"])
 
 
@@ -177,9 +176,11 @@ def _check_shapes(model: Model, found: Verified) -> list[str]:
     problems = [
         f"{model.label}: {name}: does not fit config.json: {why}." for name, why in architecture.mismatched.items()
     ]
-    problems += [f"{model.label}: no tensor fills {name}, which config.json asks for." for name in architecture.missing]
     strangers = [name for name in architecture.unplaced if name not in architecture.unused]
-    problems += [f"{model.label}: {name}: nothing in config.json's model takes it." for name in strangers]
+    problems.extend(
+        [f"{model.label}: no tensor fills {name}, which config.json asks for." for name in architecture.missing]
+    )
+    problems.extend([f"{model.label}: {name}: nothing in config.json's model takes it." for name in strangers])
     return problems
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
 import merge
@@ -23,6 +22,7 @@ from tests.golden_files import (
     ulp_distance,
 )
 from tests.in_memory import InMemory, make_method
+from tests.scene import call, read_tensors
 
 RANDOM = [name for name in golden_names() if golden(name).seed is not None and min(golden(name).densities) < 1]
 FIXED = [name for name in golden_names() if name not in RANDOM]
@@ -36,11 +36,13 @@ def config_of(of: Golden) -> dict[str, Any]:
     return {"tokenizer_source": "base", **of.config} if of.name in CUT else of.config
 
 
-def run(of: Golden, config: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, Tensor]:
+def merge_golden(
+    of: Golden, config: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str
+) -> dict[str, Tensor]:
     """Merge as the command does, where the folders of the config are."""
     monkeypatch.chdir(of.inputs)
-    assert merge.main(["--config", str(config), "--save_path", str(out), "--quiet", *flags]) == 0
-    return load_file(out / "model.safetensors")
+    call(merge, "--config", config, "--save_path", out, "--quiet", *flags)
+    return read_tensors(out)
 
 
 def write(config: dict[str, Any], path: Path) -> Path:
@@ -80,7 +82,7 @@ def unclear(of: Golden, name: str, merged: Tensor) -> Tensor | None:
 @pytest.mark.parametrize("name", FIXED)
 def test_a_golden_comes_out_of_its_own_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     of = golden(name)
-    merged = run(of, write(config_of(of), tmp_path / "recipe.yml"), tmp_path / "out", monkeypatch)
+    merged = merge_golden(of, write(config_of(of), tmp_path / "recipe.yml"), tmp_path / "out", monkeypatch)
     assert sorted(merged) == sorted(of.hashes)
     near = far = differ = total = 0.0
     for tensor, (_, dtype, shape) in of.hashes.items():
@@ -105,7 +107,7 @@ def test_a_golden_comes_out_of_its_own_config(name: str, tmp_path: Path, monkeyp
         assert differ <= 0.001 * total
     elif not of.is_bitwise:
         assert near >= 0.98 * total
-    again = run(of, tmp_path / "out" / "merge_recipe.json", tmp_path / "again", monkeypatch)
+    again = merge_golden(of, tmp_path / "out" / "merge_recipe.json", tmp_path / "again", monkeypatch)
     assert again.keys() == merged.keys()
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
@@ -117,7 +119,7 @@ def test_a_random_golden_from_its_own_config(name: str, tmp_path: Path, monkeypa
     """Other draws, so statistics alone: as much is kept, and the merge is as far from the base."""
     of = golden(name)
     config = write(config_of(of), tmp_path / "recipe.yml")
-    merged = run(of, config, tmp_path / "out", monkeypatch, "--seed", str(of.seed))
+    merged = merge_golden(of, config, tmp_path / "out", monkeypatch, "--seed", str(of.seed))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == _again(of, tmp_path, monkeypatch)
     base = of.load_inputs()["base"]
     ours = theirs = 0.0
@@ -131,7 +133,7 @@ def test_a_random_golden_from_its_own_config(name: str, tmp_path: Path, monkeypa
 
 
 def _again(of: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    run(of, tmp_path / "out" / "merge_recipe.json", tmp_path / "again", monkeypatch)
+    merge_golden(of, tmp_path / "out" / "merge_recipe.json", tmp_path / "again", monkeypatch)
     return (tmp_path / "again" / "model.safetensors").read_bytes()
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import merge
 from tests.pico import copy_tokenizer, make_family
+from tests.scene import call
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
          "vocab_size": 300, "max_position_embeddings": 128}  # fmt: skip
@@ -38,11 +39,12 @@ def make_model(folder: Path, kind: str) -> Path:
     return folder
 
 
-def stack(model: Path, out: Path, *ranges: tuple[int, int]) -> int:
+def stack(model: Path, out: Path, *ranges: tuple[int, int], code: int = 0) -> str:
+    """Stack layers of a model; what the command says."""
     slices = [{"sources": [{"model": str(model), "layer_range": list(layers)}]} for layers in ranges]
     recipe = out.with_suffix(".json")
     recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
-    return merge.main(["--config", str(recipe), "--save_path", str(out), "--quiet"])
+    return call(merge, "--config", recipe, "--save_path", out, "--quiet", code=code).err
 
 
 def loads_whole(folder: Path) -> bool:
@@ -53,10 +55,9 @@ def loads_whole(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", BY_PLACE)
-def test_layers_in_places_of_another_kind_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str):
+def test_layers_in_places_of_another_kind_are_refused(tmp_path: Path, kind: str):
     model = make_model(tmp_path / "model", kind)
-    assert stack(model, tmp_path / "out", (0, 2), (0, 4)) == 1
-    said = capsys.readouterr().err
+    said = stack(model, tmp_path / "out", (0, 2), (0, 4), code=1)
     assert (
         f"the output would not load by its config.json, that of {model} with what changes: nothing would fill model.layers."
         in said
@@ -69,71 +70,24 @@ def test_layers_in_places_of_another_kind_are_refused(tmp_path: Path, capsys: py
 
 def test_layers_in_places_of_their_kind_are_stacked(tmp_path: Path):
     model = make_model(tmp_path / "model", "qwen3_moe")
-    assert stack(model, tmp_path / "out", (0, 4), (2, 4)) == 0
+    stack(model, tmp_path / "out", (0, 4), (2, 4))
     assert loads_whole(tmp_path / "out")
     family = make_family(tmp_path / "family", "llama", n_models=1)
-    assert stack(family.base, tmp_path / "plain", (0, 2), (0, 2)) == 0
+    stack(family.base, tmp_path / "plain", (0, 2), (0, 2))
     assert loads_whole(tmp_path / "plain")
 
 
-def test_a_class_that_is_not_known_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_class_that_is_not_known_is_noted(tmp_path: Path):
     family = make_family(tmp_path / "family", "llama", n_models=1)
     config = json.loads((family.base / "config.json").read_text()) | {"model_type": "unheard_of"}
     (family.base / "config.json").write_text(json.dumps(config))
     slices = [{"sources": [{"model": str(family.base), "layer_range": [0, 1]}]}]
     (tmp_path / "recipe.json").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
-    assert merge.main(["--config", str(tmp_path / "recipe.json"), "--save_path", str(tmp_path / "out")]) == 0
-    assert "note: whether the output loads by its config.json was not looked at: " in capsys.readouterr().err
+    ended = call(merge, "--config", str(tmp_path / "recipe.json"), "--save_path", str(tmp_path / "out"))
+    assert "note: whether the output loads by its config.json was not looked at: " in ended.err
 
 
-def test_stacks_need_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Embeddings are known by their names, which is said; two models, so that it can be seen whose they are."""
-    family = make_family(tmp_path / "family", "llama", n_models=2)
-    for folder in family.models:
-        config = json.loads((folder / "config.json").read_text()) | {"model_type": "unheard_of"}
-        (folder / "config.json").write_text(json.dumps(config))
-    one, two = family.models
-    slices = [{"sources": [{"model": str(model), "layer_range": [0, 2]}]} for model in (one, two)]
-    (tmp_path / "recipe.json").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
-    assert merge.main(["--config", str(tmp_path / "recipe.json"), "--save_path", str(tmp_path / "out")]) == 0
-    assert (
-        f"note: {one}: transformers does not know its class, so names tell what comes before the layers: model.embed_tokens.weight from the "
-        "first slice, lm_head.weight, model.norm.weight from the last." in capsys.readouterr().err
-    )
-    out = load_file(tmp_path / "out" / "model.safetensors")
-    first, second = (load_file(model / "model.safetensors") for model in (one, two))
-    for name, source in (
-        ("model.embed_tokens.weight", first),
-        ("model.norm.weight", second),
-        ("lm_head.weight", second),
-    ):
-        assert torch.equal(out[name], source[name])
-    assert torch.equal(out["model.layers.3.mlp.up_proj.weight"], second["model.layers.1.mlp.up_proj.weight"])
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 4
-
-
-def test_a_base_that_is_not_whole_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """All models lack a norm: the output would get random numbers there, as they do. A whole one is not spoken of."""
-    family = make_family(tmp_path / "family", "llama", n_models=2)
-    argv = [
-        "--method=linear",
-        f"--base_model={family.base}",
-        f"--models_to_merge={family.models[0]},{family.models[1]}",
-    ]
-    assert merge.main([*argv, f"--save_path={tmp_path / 'whole'}"]) == 0
-    assert "are not a whole" not in capsys.readouterr().err
-    for folder in (family.base, *family.models):
-        tensors = load_file(folder / "model.safetensors")
-        tensors["model.stray.weight"] = tensors.pop("model.norm.weight")
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    assert merge.main([*argv, f"--save_path={tmp_path / 'out'}"]) == 0
-    assert (
-        f"warning: {family.base}: its files are not a whole LlamaForCausalLM, which config.json names: nothing would fill model.norm.weight; "
-        "nothing would take model.stray.weight. The output loads as that does." in capsys.readouterr().err
-    )
-
-
-def test_arithmetic_needs_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_arithmetic_needs_no_class(tmp_path: Path):
     """Tensors whose names do not say that they are weights are merged like any other, or refused like any other."""
     family = make_family(tmp_path / "family", "llama", n_models=2)
     for position, folder in enumerate((family.base, *family.models)):
@@ -149,24 +103,15 @@ def test_arithmetic_needs_no_class(tmp_path: Path, capsys: pytest.CaptureFixture
         }
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     argv = ["--method=task_arithmetic", f"--base_model={family.base}", f"--save_path={tmp_path / 'out'}", "--quiet"]
-    assert merge.main([*argv, f"--models_to_merge={family.models[0]}:0.5,{family.models[1]}:0.25"]) == 0
+    call(merge, *argv, f"--models_to_merge={family.models[0]}:0.5,{family.models[1]}:0.25")
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert out.keys() == load_file(family.base / "model.safetensors").keys()
     assert out["model.layers.0.mixer.A_log"].tolist() == [0.5 * 1 + 0.25 * 2] * 4
     assert out["model.layers.0.self_attn.rotary_emb.inv_freq"].tolist() == [2.0] * 4
-    # A method that treats embeddings differently knows them by their names, and says so.
-    widened = tmp_path / "widened"
-    argv_widen = ["--method=widen", f"--base_model={family.base}", f"--save_path={widened}"]
-    assert merge.main([*argv_widen, f"--models_to_merge={family.models[0]},{family.models[1]}"]) == 0
-    assert (
-        f"note: {family.base}: transformers does not know its class, so names tell what widen takes for embeddings: model.embed_tokens.weight."
-        in capsys.readouterr().err
-    )
     tensors = load_file(family.models[0] / "model.safetensors")
     del tensors["model.layers.0.mixer.A_log"]
     save_file(tensors, family.models[0] / "model.safetensors", {"format": "pt"})
-    assert merge.main([*argv, "--overwrite", f"--models_to_merge={family.models[0]}"]) == 1
+    ended = call(merge, *argv, "--overwrite", f"--models_to_merge={family.models[0]}", code=1)
     assert (
-        f"{family.models[0]}: model.layers.0.mixer.A_log: expected as in {family.base}, got no such tensor"
-        in capsys.readouterr().err
+        f"{family.models[0]}: model.layers.0.mixer.A_log: expected as in {family.base}, got no such tensor" in ended.err
     )

@@ -166,7 +166,8 @@ class _Sample:
     """A sample of one task vector's magnitudes, which tells about where its k-th largest is.
 
     Args:
-        pieces: `[pieces, elements]` int32 magnitudes; density: share of the tensor that is kept.
+        pieces: `[pieces, elements]` int32 magnitudes.
+        density: share of the tensor that is kept.
         exact: the sample is the whole tensor, and the k-th largest is known.
     """
 
