@@ -111,9 +111,10 @@ def match_names(
     for name in lacking:
         mismatches.add_missing(name, first.label)
     if strangers and not lacking and _lacks_a_part(model, first.model, strangers):
+        other_way = f"Make it the base, and {first.label} one of the models."
         problems.add(
             f"{label}: expected a {first.model.known_architecture.model_class} as {first.label}, got a {model.known_architecture.model_class}, "
-            f"of which other parts have no place there: {list_kinds(strangers)}. Make it the base, and {first.label} one of the models."
+            f"of which other parts have no place there: {list_kinds(strangers)}. {other_way if first.advice == MODELS_OF_THIS_BASE else first.advice}"
         )
         strangers = []
     for name in strangers:
