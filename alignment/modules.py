@@ -16,7 +16,8 @@ def add_modules(models: Sequence[AlignedModel], problems: Problems) -> list[Alig
     are copied. What only a later model has is left out.
 
     Args:
-        models: the one that gives names first; problems: gets notes.
+        models: the one that gives names first.
+        problems: gets notes.
     """
     first = models[0]
     wanted = first.model.weights.modules.tensors

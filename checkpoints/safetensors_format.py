@@ -43,7 +43,8 @@ def read_header(path: Path, label: str, name: str = "") -> dict[str, StoredTenso
 
     Args:
         path: the file.
-        label: the model it belongs to, for messages; name: of the file there, its last name where none is given.
+        label: the model it belongs to, for messages.
+        name: of the file there, its last name where none is given.
 
     Returns: every tensor in it and where its bytes lie.
 

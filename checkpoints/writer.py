@@ -38,7 +38,8 @@ class Shard:
 
     Attributes:
         file_name: relative to the checkpoint's folder.
-        offsets, nbytes: of each tensor in it; size: of the whole file.
+        offsets, nbytes: of each tensor in it.
+        size: of the whole file.
     """
 
     file_name: str
