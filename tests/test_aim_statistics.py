@@ -314,7 +314,7 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
         seen.append(x.shape)
         return real(x)
 
-    monkeypatch.setattr(aim.activations, "channel_sums", counted)
+    monkeypatch.setattr(aim.watcher, "channel_sums", counted)
     return seen
 
 
