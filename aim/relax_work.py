@@ -106,12 +106,14 @@ def make_work(
 
     Raises: Refusals: everything that does not fit.
     """
+    # What keeps everything else from being looked at.
     problems = Problems()
     for model in (base, merged):
         problems.extend(check_plain(model))
     if out_dtype not in OUT_DTYPES:
         problems.add(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     problems.raise_if_any()
+    # The base under the merged model's names, and files, configs and selection that fit.
     alignment = align(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
     check_configs((merged, base), alignment.layout.allow_config_difference, problems, is_base=False)
     choose_tokenizer_files(alignment.files, alignment.layout, (merged, base), alignment.problems)
@@ -121,6 +123,7 @@ def make_work(
         warnings = select(base, how.numerics)[1]
     problems.raise_if_any()
     notes = problems.notes
+    # Every tensor of the merged model, as it will be written.
     if base.folders == merged.folders:
         notes.append(f"{merged.label}: is the base itself, so that relaxing changes nothing.")
     if how.numerics == "reference" and out_dtype == "auto":
