@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aim.watcher import Target, Watcher
 from benchmarks.measured import run as run_command
 from benchmarks.synthetic import Shape, add_shape_flags, make_checkpoints, read_shape
+from streaming.twins import compile_all
 
 DEFAULT = Shape(hidden=1024, layers=12, intermediate=2816, heads=16, kv_heads=16)
 CALIBRATE = """
@@ -45,6 +46,7 @@ import torch
 from aim.calibrate import CalibrationOptions, calibrate
 from aim.calibration_text import TokenBlocks, CalibrationData
 from checkpoints.model import open_model
+from checkpoints.process import own_process
 
 model, mode, blocks, block_size, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 base = open_model(model)
@@ -53,8 +55,9 @@ rows = base.weights.tensors[base.architecture.stored_name(base.architecture.inpu
 tokens = torch.randint(rows, (blocks, block_size), generator=generator)
 started = []
 options = CalibrationOptions(dtype=dtype, batch_size=1, tolerance=0, mode=mode)
-found = calibrate(base, CalibrationData("random tokens", block_size=block_size), options, blocks=TokenBlocks(tokens, blocks, 0, 0, 0),
-                  progress=lambda count: started.append(time.perf_counter()) if not count else None)
+with own_process():  # as the commands have it
+    found = calibrate(base, CalibrationData("random tokens", block_size=block_size), options, blocks=TokenBlocks(tokens, blocks, 0, 0, 0),
+                      progress=lambda count: started.append(time.perf_counter()) if not count else None)
 seconds = time.perf_counter() - started[0]
 print(json.dumps({"tokens_s": tokens.numel() / seconds, "tensors": len(found.statistics), "silent": len(found.silent)}))
 """
@@ -122,7 +125,7 @@ def measure(
     """Run bare and watched in turn."""
     model = make_model(shape, getattr(torch, dtype), device, folder)
     tokens = torch.randint(model.config.vocab_size, (blocks, block_size), device=device)
-    watcher = Watcher(model, targets_of(model), head=model.get_output_embeddings().weight)
+    watcher = Watcher(model, targets_of(model), head=model.get_output_embeddings().weight, compiled=True)
     watcher.block = (1, block_size)
 
     def watch(block: torch.Tensor) -> None:
@@ -220,6 +223,7 @@ def main() -> None:
         return
     sizes = (arguments.blocks, arguments.block_size, arguments.repeats)
     found = (measure(shape, dtype, device, *sizes, arguments.model) for dtype in arguments.dtypes.split(","))
+    compile_all()
     if arguments.json:
         print(json.dumps([asdict(one) for one in found]))
         return
