@@ -9,36 +9,40 @@ import numpy as np
 import torch
 from numba.extending import overload
 
-from aim.sums import SUMMED_AT_ONCE
+from aim.sums import KEPT, PEAK, PEAK_AT, SUMMED_AT_ONCE, UNKNOWN
 from streaming.kernels import compiled
 
 COLUMNS = 1024
 """Channels that are summed together: their sums stay in a core's nearest cache."""
 
 
-def add_rows(x: torch.Tensor, first: int, totals: torch.Tensor, peak: torch.Tensor, peak_at: torch.Tensor) -> None:
+def add_rows(x: torch.Tensor, first: int, before: torch.Tensor, after: torch.Tensor) -> None:
     """See `aim.sums.add_rows`."""
     if x.dtype == torch.bfloat16:
         stored = x.contiguous().view(torch.int16).numpy().view(np.uint16)
     else:
         stored = x.float().contiguous().numpy()
-    _add_rows(stored, first, totals.numpy(), peak.numpy(), peak_at.numpy())
+    _add_rows(stored, first, before.numpy(), after.numpy())
 
 
 @compiled
-def _add_rows(stored: Any, first: Any, totals: Any, peak: Any, peak_at: Any) -> None:
+def _add_rows(stored: Any, first: Any, before: Any, after: Any) -> None:
     blocks, rows, width = stored.shape
     absolute, squared, own = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
     highest, at = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.int32)
     for start in range(0, width, COLUMNS):
         end = min(start + COLUMNS, width)
         count = end - start
-        highest[:count] = peak[start:end]
-        at[:count] = -1
+        for kept in range(KEPT):
+            for i in range(start, end):
+                after[kept, i] = before[kept, i]
+        for i in range(count):
+            highest[i] = after[PEAK, start + i]
+            at[i] = -1
         for block in range(blocks):
             row = 0
             while row < rows:
-                part = 0 if row < first else 1
+                part = 0 if row < first else 3
                 stop = min(row + SUMMED_AT_ONCE, rows if part else first)
                 absolute[:] = 0
                 squared[:] = 0
@@ -56,13 +60,13 @@ def _add_rows(stored: Any, first: Any, totals: Any, peak: Any, peak_at: Any) -> 
                     _add_one(stored[block, row, start:end], row, absolute, squared, own, highest, at)
                     row += 1
                 for i in range(count):
-                    totals[part, 0, start + i] += absolute[i]
-                    totals[part, 1, start + i] += squared[i]
-                    totals[part, 2, start + i] += own[i]
+                    after[part, start + i] += absolute[i]
+                    after[part + 1, start + i] += squared[i]
+                    after[part + 2, start + i] += own[i]
         for i in range(count):
             if at[i] >= 0:
-                peak[start + i] = highest[i]
-                peak_at[start + i] = at[i]
+                after[PEAK, start + i] = highest[i]
+                after[PEAK_AT, start + i] = at[i] // first if first else UNKNOWN
 
 
 def _value(stored: Any, i: Any) -> Any:
@@ -117,11 +121,9 @@ def _add_four(
 
 
 def _add_each() -> None:
-    from aim.sums import Sums
-
     for dtype in (torch.bfloat16, torch.float32):
-        sums = Sums.zeros(8)
-        add_rows(torch.ones(2, 7, 8, dtype=dtype), 1, sums.totals, sums.peak, sums.peak_at)
+        numbers = torch.zeros(KEPT, 8, dtype=torch.float64)
+        add_rows(torch.ones(2, 7, 8, dtype=dtype), 1, numbers, numbers.clone())
 
 
 EXAMPLES: dict[str, Callable[[], object]] = {"add_rows": _add_each}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
 
 import torch
 
@@ -14,73 +14,96 @@ ELEMENTS_AT_ONCE = 1 << 18
 """Of an input that are turned to float32 at a time: a scratch of 1 MB stays in a core's cache."""
 UNKNOWN = -1
 """Position of a row whose token cannot be told: rows that a router has picked."""
+KEPT = 8
+"""Numbers of a channel: sums of |x|, x² and x over the first rows of blocks, the same over the others, the largest |x|, and where."""
+PEAK, PEAK_AT = 6, 7
 
 
-@dataclass
 class Sums:
-    """Sums over rows, on the device of the input.
+    """Sums over rows, of one input or of several that weights share.
+
+    Weights that have always had the same inputs have one of these: each says that it saw an input, and the input is added once.
+
+    Args:
+        width: channels; device: of the inputs.
 
     Attributes:
-        totals: `[2, 3, in]` float64, of the first rows of each block and of the others: |x|, x² and x.
-        peak: `[in]` float32, the largest |x|; peak_at: `[in]` int64, the row of its block that has it, the first of several;
-            the position of a token once it is told of one.
-        rows: `[2]` int64 on the CPU, how many of each.
+        numbers: `[8, in]` float64, see `KEPT`; the place of the largest is its token's position in its block, the first of several.
+        first_rows, other_rows: how many.
+        seen: for each user how many inputs it saw.
+        inputs: how many were added.
     """
 
-    totals: torch.Tensor
-    peak: torch.Tensor
-    peak_at: torch.Tensor
-    rows: torch.Tensor
+    def __init__(self, width: int, device: torch.device | None = None):
+        self.numbers = torch.zeros(KEPT, width, dtype=torch.float64, device=device)
+        self.numbers[PEAK_AT] = UNKNOWN
+        self._before = self.numbers.clone()
+        self.first_rows = self.other_rows = 0
+        self._rows_before = (0, 0)
+        self.seen: dict[Hashable, int] = {}
+        self.inputs = 0
 
-    @classmethod
-    def zeros(cls, width: int, device: torch.device | None = None) -> Sums:
-        """Of no rows."""
-        return cls(
-            torch.zeros(2, 3, width, dtype=torch.float64, device=device),
-            torch.zeros(width, device=device),
-            torch.full((width,), UNKNOWN, dtype=torch.int64, device=device),
-            torch.zeros(2, dtype=torch.int64),
+    @property
+    def width(self) -> int:
+        """Number of channels."""
+        return self.numbers.shape[1]
+
+    @property
+    def totals(self) -> torch.Tensor:
+        """`[2, 3, in]` float64, of the first rows and of the others: |x|, x² and x. A view."""
+        return self.numbers[:PEAK].view(2, 3, -1)
+
+    def add(self, x: torch.Tensor, first: int) -> None:
+        """Take in an input `[blocks, rows, in]`, of whose blocks each token has `first` rows; 0 where that cannot be told."""
+        if self.numbers.device != x.device:  # what was restored is on the CPU
+            self.numbers, self._before = self.numbers.to(x.device), self._before.to(x.device)
+        add_rows(x, first, self.numbers, self._before)
+        self.numbers, self._before = self._before, self.numbers
+        blocks, rows, _ = x.shape
+        self._rows_before = (self.first_rows, self.other_rows)
+        self.first_rows += blocks * first
+        self.other_rows += blocks * (rows - first)
+        self.inputs += 1
+
+    def lagging(self) -> list[Hashable]:
+        """Users that have not seen the last input."""
+        return [user for user, count in self.seen.items() if count < self.inputs]
+
+    def part_with(self, user: Hashable) -> Sums:
+        """Sums of its own for a user, of the inputs that it saw: all, or all but the last."""
+        is_behind = self.seen.pop(user) < self.inputs
+        made = Sums.of(
+            (self._before if is_behind else self.numbers).clone(),
+            *(self._rows_before if is_behind else (self.first_rows, self.other_rows)),
         )
+        made.seen[user] = made.inputs
+        return made
 
     @classmethod
-    def of(cls, x: torch.Tensor, first: int) -> Sums:
-        """Of an input `[blocks, rows, in]`, of which the `first` rows of each block are counted apart."""
-        blocks, rows, width = x.shape
-        found = cls.zeros(width, x.device)
-        add_rows(x, first, found.totals, found.peak, found.peak_at)
-        found.rows[0], found.rows[1] = blocks * first, blocks * (rows - first)
-        return found
+    def of(cls, numbers: torch.Tensor, first_rows: int, other_rows: int) -> Sums:
+        """Those with these numbers."""
+        made = cls(numbers.shape[1], numbers.device)
+        made.numbers, made.first_rows, made.other_rows = numbers, first_rows, other_rows
+        made.inputs = 1  # whatever they were
+        return made
 
-    def clone(self) -> Sums:
-        """A copy."""
-        return Sums(*(one.clone() for one in vars(self).values()))
-
-    def to(self, device: torch.device) -> None:
-        """Move them: what was restored is on the CPU."""
-        if self.totals.device != device:
-            self.totals, self.peak, self.peak_at = (one.to(device) for one in (self.totals, self.peak, self.peak_at))
-
-    def add(self, other: Sums) -> None:
-        """Take in those of more rows."""
-        self.totals += other.totals
-        self.rows += other.rows
-        larger = other.peak > self.peak
-        if larger.device.type == "cpu" and not bool(larger.any()):  # asking a GPU would make it wait
-            return
-        self.peak = torch.where(larger, other.peak, self.peak)
-        self.peak_at = torch.where(larger, other.peak_at, self.peak_at)
+    def is_equal(self, other: Sums) -> bool:
+        """Whether all numbers are those of others."""
+        rows = (self.first_rows, self.other_rows) == (other.first_rows, other.other_rows)
+        return rows and torch.equal(self.numbers, other.numbers)
 
 
 @twin("aim.kernels")
-def add_rows(x: torch.Tensor, first: int, totals: torch.Tensor, peak: torch.Tensor, peak_at: torch.Tensor) -> None:
-    """Add the rows of an input `[blocks, rows, in]` to sums of its channels, in place; see `Sums` for the others.
+def add_rows(x: torch.Tensor, first: int, before: torch.Tensor, after: torch.Tensor) -> None:
+    """Add the rows of an input `[blocks, rows, in]` to the numbers of `Sums`, `[8, in]` float64: `after` becomes `before` with them.
 
     On a CPU, `SUMMED_AT_ONCE` rows of a block are added up in float32, one after the other, and their sum goes to float64; the
     `first` rows of a block and the others by themselves. A GPU adds in float64, in an order of its own.
     """
+    after.copy_(before)
     for block in x:
         row = 0
-        for total, part in zip(totals, (block[:first], block[first:]), strict=True):
+        for total, part in zip(after[:PEAK].view(2, 3, -1), (block[:first], block[first:]), strict=True):
             for piece in part.split(_rows_at_once(x.shape[-1])) if len(part) else ():
                 values = _buffer(piece)
                 absolute, squared, own = values.unbind(dim=1)
@@ -88,11 +111,12 @@ def add_rows(x: torch.Tensor, first: int, totals: torch.Tensor, peak: torch.Tens
                 torch.abs(own, out=absolute)
                 torch.mul(own, own, out=squared)
                 _add_columns(total, values)
-                larger = absolute.amax(dim=0) > peak
-                if larger.device.type != "cpu" or bool(larger.any()):
+                larger = absolute.amax(dim=0) > after[PEAK]
+                if larger.device.type != "cpu" or bool(larger.any()):  # asking a GPU would make it wait
                     highest, at = absolute.max(dim=0)
-                    peak.copy_(torch.where(larger, highest, peak))
-                    peak_at.copy_(torch.where(larger, at + row, peak_at))
+                    place = (at + row).div(first, rounding_mode="floor") if first else torch.full_like(at, UNKNOWN)
+                    after[PEAK] = torch.where(larger, highest.double(), after[PEAK])
+                    after[PEAK_AT] = torch.where(larger, place.double(), after[PEAK_AT])
                 row += len(piece)
 
 
@@ -118,11 +142,16 @@ def _add_columns(total: torch.Tensor, values: torch.Tensor) -> None:
         total += values.sum(dim=0, dtype=torch.float64)
         return
     whole = len(values) // SUMMED_AT_ONCE * SUMMED_AT_ONCE
-    groups = values[:whole].unflatten(0, (whole // SUMMED_AT_ONCE, SUMMED_AT_ONCE)).unbind(dim=1)
-    for rows in (groups if whole else (), values[whole:].unsqueeze(1)):  # [groups, 3, width] each
-        if len(rows):
-            sums = rows[0].clone()
-            for row in rows[1:]:
-                sums += row
-            for one in sums:
-                total += one
+    if whole:
+        _add_groups(total, values[:whole].unflatten(0, (whole // SUMMED_AT_ONCE, SUMMED_AT_ONCE)))
+    if whole < len(values):
+        _add_groups(total, values[whole:].unsqueeze(0))
+
+
+def _add_groups(total: torch.Tensor, values: torch.Tensor) -> None:
+    """Add groups of rows, `[groups, rows, 3, width]`."""
+    sums = values[:, 0].clone()
+    for row in range(1, values.shape[1]):
+        sums += values[:, row]
+    for one in sums:
+        total += one

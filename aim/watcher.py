@@ -7,18 +7,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from aim.activations import ChannelStatistics, Means, stack_statistics
-from aim.sums import UNKNOWN, Sums
+from aim.sums import KEPT, PEAK, PEAK_AT, UNKNOWN, Sums
 from checkpoints.errors import InputError
 from checkpoints.settings import setting
 from forward.parts import Use
 from forward.watch import Watch
 from streaming.twins import use_compiled
 
+KEYS = ("numbers", "first_rows", "other_rows")
+"""What is kept of `Sums`."""
 OTHERS = "means."
 """How sums of other kinds begin, which `aim.reference` has."""
 NO_TOKEN = "its module saw no token"
@@ -56,7 +58,6 @@ class _Last:
     x: torch.Tensor
     version: int
     sums: Sums
-    knows_first: bool
 
     def is_of(self, x: torch.Tensor) -> bool:
         """Whether an input is that one, or a view of the same numbers in the same order."""
@@ -123,11 +124,12 @@ class Watcher:
     @contextmanager
     def first_tokens(self) -> Iterator[None]:
         """Count what runs as the first tokens of all blocks that have run, for those inputs whose rows did not tell."""
+        self._settle()
         for use in self._blind:
-            sums = self._sums[use]
+            sums = self._sums[use] = self._sums[use].part_with(use)
             sums.totals[1] += sums.totals[0]
-            sums.rows[1] += sums.rows[0]
-            sums.totals[0], sums.rows[0] = 0.0, 0  # an expert may have got no first token at all
+            sums.other_rows += sums.first_rows
+            sums.totals[0], sums.first_rows = 0.0, 0  # an expert may have got no first token at all
         self._only_first = True
         try:
             yield
@@ -137,7 +139,7 @@ class Watcher:
                 sums = self._sums[use]
                 sums.totals[1] -= sums.totals[0]
                 sums.totals[1, :2].clamp_(min=0.0)
-                sums.rows[1] -= sums.rows[0]
+                sums.other_rows -= sums.first_rows
             self._blind.clear()
 
     @property
@@ -147,46 +149,53 @@ class Watcher:
 
     def observe(self, use: Use, x: torch.Tensor) -> None:
         """Add an input `[..., channels]`; one that several weights share is summed once. See `forward.watch.See`."""
-        x = x.detach()
-        if self._only_first:
-            sums = self._sums.get(use) if use in self._blind else None
-            if sums is not None and sums.peak.numel() == x.shape[-1]:
-                first = self._sum_up(x.reshape(1, -1, x.shape[-1]), x.numel() // x.shape[-1])
-                sums.to(x.device)
-                sums.totals[0] += first.totals[0]
-                sums.rows[0] += first.rows[0]
-            return
-        last = self._last
-        if last is None or not last.is_of(x):
-            last = self._last = self._look_at(x)
-        if not last.knows_first:
-            self._blind.add(use)
+        x = x.detach() if x.requires_grad else x
         sums = self._sums.get(use)
+        if sums is not None and sums.width != x.shape[-1]:
+            return
+        if self._only_first:
+            if sums is not None and use in self._blind:
+                self._add_first_tokens(sums, x)
+            return
+        last = self._last if self._last is not None and self._last.is_of(x) else None
+        if last is not None:
+            if sums is None and last.sums.inputs == 1:
+                sums = self._sums[use] = last.sums
+                self._blind |= {use} if sums.seen.keys() & self._blind else set()
+                sums.seen[use] = 0
+            if sums is last.sums and sums.seen[use] < sums.inputs:  # it was added for another weight
+                sums.seen[use] = sums.inputs
+                return
         if sums is None:
-            self._sums[use] = last.sums.clone()
-        elif sums.peak.numel() == x.shape[-1]:
-            sums.to(x.device)
-            sums.add(last.sums)
+            sums = self._sums[use] = Sums(x.shape[-1], x.device)
+            sums.seen[use] = 0
+        for other in sums.lagging():
+            self._sums[other] = sums.part_with(other)
+        sums = self._sums[use]
+        self._add(sums, x, use)
+        sums.seen[use] = sums.inputs
+        if last is None:
+            self._last = _Last(x, x._version, sums)
 
-    def _look_at(self, x: torch.Tensor) -> _Last:
-        """Sum up an input."""
+    def _add(self, sums: Sums, x: torch.Tensor, use: Use) -> None:
+        """Add an input to sums. The thread is any that the model runs in."""
         per_token = self._rows_per_token(x)
-        if per_token is None or self.block is None:
-            sums = self._sum_up(x.reshape(1, -1, x.shape[-1]), 0)
-            sums.peak_at.fill_(UNKNOWN)
-        else:
-            sums = self._sum_up(x.reshape(self.block[0], -1, x.shape[-1]), per_token)
-            if per_token > 1:
-                sums.peak_at = sums.peak_at.div(per_token, rounding_mode="floor")
-        return _Last(x, x._version, sums, per_token is not None)
-
-    def _sum_up(self, x: torch.Tensor, first: int) -> Sums:
-        """See `Sums.of`. The thread is any that the model runs in."""
+        blocks = self.block[0] if self.block is not None and per_token else 1
+        if not per_token:
+            self._blind |= sums.seen.keys()
         use_compiled(self._compiled and x.device.type == "cpu")
         try:
-            return Sums.of(x, first)
+            sums.add(x.reshape(blocks, -1, x.shape[-1]), per_token or 0)
         finally:
             use_compiled(False)
+
+    def _add_first_tokens(self, sums: Sums, x: torch.Tensor) -> None:
+        rows = x.numel() // x.shape[-1]
+        first = Sums(x.shape[-1], x.device)
+        first.add(x.reshape(1, rows, x.shape[-1]), rows)
+        sums.numbers = sums.numbers.to(x.device)
+        sums.totals[0] += first.totals[0]
+        sums.first_rows += rows
 
     def _rows_per_token(self, x: torch.Tensor) -> int | None:
         """Rows of an input for each token, in the order of the tokens; None where that is not so."""
@@ -199,10 +208,11 @@ class Watcher:
 
     def sums(self) -> dict[str, torch.Tensor]:
         """All that has been added up, under names that `restore` knows."""
+        self._settle()
         found: dict[str, torch.Tensor] = {}
         for place, (use, sums) in enumerate(self._sums.items()):
             name = json.dumps([place, use.parameter, use.axis, use.ranges, use in self._blind])
-            found |= {f"{name}.{key}": value for key, value in vars(sums).items()}
+            found |= {f"{name}.{key}": torch.as_tensor(getattr(sums, key)) for key in KEYS}
         return found
 
     @staticmethod
@@ -212,10 +222,8 @@ class Watcher:
             key = json.loads(name)
             if not isinstance(key, list) or len(key) != 5 or not isinstance(key[1], str) or type(key[2]) is not int:
                 raise ValueError(f"{name}: no sums of an input")
-            parts = [tensors.get(f"{name}.{one.name}") for one in fields(Sums)]
-            shapes = [tuple(part.shape) for part in parts if part is not None]
-            width = shapes[1][-1:] if len(shapes) == len(parts) else ()
-            if not all(_is_range(one) for one in key[3]) or shapes != [(2, 3, *width), width, width, (2,)]:
+            shapes = [tuple(tensors[f"{name}.{part}"].shape) for part in KEYS if f"{name}.{part}" in tensors]
+            if not all(_is_range(one) for one in key[3]) or [len(one) for one in shapes] != [2, 0, 0] or shapes[0][0] != KEPT:  # fmt: skip
                 raise ValueError(f"{name}: sums that do not fit each other")
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -223,11 +231,28 @@ class Watcher:
         for name in sorted({name.rpartition(".")[0] for name in tensors}, key=json.loads):
             _, parameter, axis, ranges, blind = json.loads(name)
             use = Use(parameter, axis, tuple((first, last) for first, last in ranges))
-            self._sums[use] = Sums(*(tensors[f"{name}.{key.name}"].clone() for key in fields(Sums)))
+            numbers, *rows = (tensors[f"{name}.{key}"] for key in KEYS)
+            self._share(use, Sums.of(numbers.clone(), *map(int, rows)))
             self._blind |= {use} if blind else set()
+
+    def _share(self, use: Use, sums: Sums) -> None:
+        """Give a use restored sums, or those that are equal to them: most are of weights that have the same inputs."""
+        before = next(reversed(self._sums.values()), None)
+        if before is not None and before.is_equal(sums):
+            sums = before
+        sums.seen[use] = sums.inputs
+        self._sums[use] = sums
+
+    def _settle(self) -> None:
+        """Give those uses sums of their own that have not seen what others with them saw last."""
+        for use, sums in list(self._sums.items()):
+            if sums.seen[use] < sums.inputs:
+                self._sums[use] = sums.part_with(use)
+        self._last = None
 
     def check_finite(self) -> None:
         """Raise InputError where an input held NaN or an infinity, naming the first such weight of the forward pass."""
+        self._settle()
         for use, sums in self._sums.items():  # in the order in which they were first seen
             if not bool(sums.totals[:, 1].isfinite().all()):
                 where = use.parameter.removesuffix(".weight")
@@ -237,6 +262,7 @@ class Watcher:
 
     def totals(self) -> dict[Use, torch.Tensor]:
         """Sums of |x| of every input so far, `[in]` float64 on the CPU."""
+        self._settle()
         return {use: sums.totals[:, 0].sum(dim=0).cpu() for use, sums in self._sums.items()}
 
     def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, int], dict[str, str]]:
@@ -271,7 +297,7 @@ class Watcher:
         if dim is None:
             return "its input channels are joined from several tensors"
         shape = self._shapes[target.parameter]
-        seen = next(self._sums[use].peak.numel() for use in uses)
+        seen = next(self._sums[use].width for use in uses)
         if target.is_vector and seen != shape[0]:
             return f"its module's input has {seen} channels, the weight {shape[0]}"
         cells = _Cells(uses, shape, axis, self._sums, knows_first=not self._blind & set(uses))
@@ -378,10 +404,11 @@ class _Cells:
             here, sums = slice(*use.channels), self._sums[use]
             weight = times[use] // common
             totals[:, :, here] += weight * sums.totals.cpu()
-            rows[:, here] += weight * sums.rows[:, None]
-            larger = sums.peak.cpu() > peak[here]
-            peak[here] = torch.where(larger, sums.peak.cpu(), peak[here])
-            peak_at[here] = torch.where(larger, sums.peak_at.cpu(), peak_at[here])
+            rows[:, here] += weight * torch.tensor([[sums.first_rows], [sums.other_rows]])
+            highest, at = sums.numbers[PEAK].float().cpu(), sums.numbers[PEAK_AT].long().cpu()
+            larger = highest > peak[here]
+            peak[here] = torch.where(larger, highest, peak[here])
+            peak_at[here] = torch.where(larger, at, peak_at[here])
         return ChannelStatistics(
             **vars(_means(totals.sum(dim=0), rows.sum(dim=0))),
             max_abs=peak,

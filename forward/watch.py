@@ -246,7 +246,8 @@ def _hook(see: See, use: Use) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next((one for one in _tensors((*args, *kwargs.values())) if one.is_floating_point()), None)
         if x is not None and x.numel():
-            see(use, x)
+            with torch._C.DisableTorchFunction():  # a mode would have each of its steps looked at
+                see(use, x)
 
     return hook
 
