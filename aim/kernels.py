@@ -29,7 +29,8 @@ def add_rows(x: torch.Tensor, first: int, before: torch.Tensor, after: torch.Ten
 def _add_rows(stored: Any, first: Any, before: Any, after: Any) -> None:
     blocks, rows, width = stored.shape
     absolute, squared, own = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
-    highest, at = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.int32)
+    top, highest = np.empty(COLUMNS, np.float32), np.empty(COLUMNS, np.float32)
+    found = np.empty(COLUMNS, np.int32)  # the group of rows that the highest is in, by its first row, of all blocks
     for start in range(0, width, COLUMNS):
         end = min(start + COLUMNS, width)
         count = end - start
@@ -38,35 +39,49 @@ def _add_rows(stored: Any, first: Any, before: Any, after: Any) -> None:
                 after[kept, i] = before[kept, i]
         for i in range(count):
             highest[i] = after[PEAK, start + i]
-            at[i] = -1
+            found[i] = -1
         for block in range(blocks):
             row = 0
             while row < rows:
+                begin = row
                 part = 0 if row < first else 3
                 stop = min(row + SUMMED_AT_ONCE, rows if part else first)
-                absolute[:] = 0
-                squared[:] = 0
-                own[:] = 0
-                while row + 4 <= stop:  # fewer loads and stores than row by row, in the same order
-                    _add_four(
+                absolute[:count] = 0
+                squared[:count] = 0
+                own[:count] = 0
+                top[:count] = 0
+                while row + 8 <= stop:  # fewer loads and stores than row by row, in the same order
+                    _add_eight(
                         stored[block, row, start:end],
                         stored[block, row + 1, start:end],
                         stored[block, row + 2, start:end],
                         stored[block, row + 3, start:end],
-                        row, absolute, squared, own, highest, at,
+                        stored[block, row + 4, start:end],
+                        stored[block, row + 5, start:end],
+                        stored[block, row + 6, start:end],
+                        stored[block, row + 7, start:end],
+                        absolute, squared, own, top,
                     )  # fmt: skip
-                    row += 4
+                    row += 8
                 while row < stop:
-                    _add_one(stored[block, row, start:end], row, absolute, squared, own, highest, at)
+                    _add_one(stored[block, row, start:end], absolute, squared, own, top)
                     row += 1
                 for i in range(count):
                     after[part, start + i] += absolute[i]
                     after[part + 1, start + i] += squared[i]
                     after[part + 2, start + i] += own[i]
+                here = np.int32(block * rows + begin)
+                for i in range(count):
+                    if top[i] > highest[i]:
+                        highest[i] = top[i]
+                        found[i] = here
         for i in range(count):
-            if at[i] >= 0:
+            if found[i] >= 0:
+                block, row = found[i] // rows, found[i] % rows
+                while abs(_value(stored[block, row], start + i)) != highest[i]:
+                    row += 1
                 after[PEAK, start + i] = highest[i]
-                after[PEAK_AT, start + i] = at[i] // first if first else UNKNOWN
+                after[PEAK_AT, start + i] = row // first if first else UNKNOWN
 
 
 def _value(stored: Any, i: Any) -> Any:
@@ -82,42 +97,28 @@ def _value_by_dtype(stored, i):  # type: ignore[no-untyped-def]  # as its two fo
 
 
 @compiled
-def _add_one(stored: Any, row: Any, absolute: Any, squared: Any, own: Any, highest: Any, at: Any) -> None:
-    here = np.int32(row)
+def _add_one(stored: Any, absolute: Any, squared: Any, own: Any, top: Any) -> None:
     for i in range(stored.size):
         value = _value(stored, i)
-        magnitude = abs(value)
-        absolute[i] += magnitude
+        absolute[i] += abs(value)
         squared[i] += value * value
         own[i] += value
-        if magnitude > highest[i]:
-            highest[i] = magnitude
-            at[i] = here
+        top[i] = max(top[i], abs(value))
 
 
 @compiled
-def _add_four(
-    a: Any, b: Any, c: Any, d: Any, row: Any, absolute: Any, squared: Any, own: Any, highest: Any, at: Any
+def _add_eight(
+    a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, absolute: Any, squared: Any, own: Any, top: Any
 ) -> None:
-    here = np.int32(row)
     for i in range(a.size):
-        first = _value(a, i)
-        second = _value(b, i)
-        third = _value(c, i)
-        fourth = _value(d, i)
-        absolute[i] = absolute[i] + abs(first) + abs(second) + abs(third) + abs(fourth)
-        squared[i] = squared[i] + first * first + second * second + third * third + fourth * fourth
-        own[i] = own[i] + first + second + third + fourth
-        largest, place = highest[i], at[i]
-        if abs(first) > largest:
-            largest, place = abs(first), here
-        if abs(second) > largest:
-            largest, place = abs(second), here + np.int32(1)
-        if abs(third) > largest:
-            largest, place = abs(third), here + np.int32(2)
-        if abs(fourth) > largest:
-            largest, place = abs(fourth), here + np.int32(3)
-        highest[i], at[i] = largest, place
+        p, q, r, s = _value(a, i), _value(b, i), _value(c, i), _value(d, i)
+        t, u, v, w = _value(e, i), _value(f, i), _value(g, i), _value(h, i)
+        absolute[i] = absolute[i] + abs(p) + abs(q) + abs(r) + abs(s) + abs(t) + abs(u) + abs(v) + abs(w)
+        squared[i] = squared[i] + p * p + q * q + r * r + s * s + t * t + u * u + v * v + w * w
+        own[i] = own[i] + p + q + r + s + t + u + v + w
+        low = max(max(abs(p), abs(q)), max(abs(r), abs(s)))
+        high = max(max(abs(t), abs(u)), max(abs(v), abs(w)))
+        top[i] = max(top[i], max(low, high))
 
 
 def _add_each() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 
+from forward.parts import Use
 from streaming.twins import twin
 
 SUMMED_AT_ONCE = 32
@@ -22,7 +21,8 @@ PEAK, PEAK_AT = 6, 7
 class Sums:
     """Sums over rows, of one input or of several that weights share.
 
-    Weights that have always had the same inputs have one of these: each says that it saw an input, and the input is added once.
+    Weights that have always had the same inputs have one of these: what one of them sees is added once, and the others note
+    that they saw it too.
 
     Args:
         width: channels; device: of the inputs.
@@ -30,7 +30,7 @@ class Sums:
     Attributes:
         numbers: `[8, in]` float64, see `KEPT`; the place of the largest is its token's position in its block, the first of several.
         first_rows, other_rows: how many.
-        seen: for each user how many inputs it saw.
+        seen: for each use how many inputs it saw.
         inputs: how many were added.
     """
 
@@ -40,7 +40,7 @@ class Sums:
         self._before = self.numbers.clone()
         self.first_rows = self.other_rows = 0
         self._rows_before = (0, 0)
-        self.seen: dict[Hashable, int] = {}
+        self.seen: dict[Use, int] = {}
         self.inputs = 0
 
     @property
@@ -65,18 +65,18 @@ class Sums:
         self.other_rows += blocks * (rows - first)
         self.inputs += 1
 
-    def lagging(self) -> list[Hashable]:
-        """Users that have not seen the last input."""
-        return [user for user, count in self.seen.items() if count < self.inputs]
+    def lagging(self) -> list[Use]:
+        """Uses that have not seen the last input."""
+        return [use for use, count in self.seen.items() if count < self.inputs]
 
-    def part_with(self, user: Hashable) -> Sums:
-        """Sums of its own for a user, of the inputs that it saw: all, or all but the last."""
-        is_behind = self.seen.pop(user) < self.inputs
+    def part_with(self, use: Use) -> Sums:
+        """Sums of its own for a use, of the inputs that it saw: all, or all but the last."""
+        is_behind = self.seen.pop(use) < self.inputs
         made = Sums.of(
             (self._before if is_behind else self.numbers).clone(),
             *(self._rows_before if is_behind else (self.first_rows, self.other_rows)),
         )
-        made.seen[user] = made.inputs
+        made.seen[use] = made.inputs
         return made
 
     @classmethod
@@ -150,8 +150,9 @@ def _add_columns(total: torch.Tensor, values: torch.Tensor) -> None:
 
 def _add_groups(total: torch.Tensor, values: torch.Tensor) -> None:
     """Add groups of rows, `[groups, rows, 3, width]`."""
-    sums = values[:, 0].clone()
-    for row in range(1, values.shape[1]):
-        sums += values[:, row]
+    first, *others = values.unbind(dim=1)
+    sums = first.clone()
+    for row in others:
+        sums += row
     for one in sums:
         total += one

@@ -169,8 +169,7 @@ class Watcher:
         if sums is None:
             sums = self._sums[use] = Sums(x.shape[-1], x.device)
             sums.seen[use] = 0
-        for other in sums.lagging():
-            self._sums[other] = sums.part_with(other)
+        self._part(sums)
         sums = self._sums[use]
         self._add(sums, x, use)
         sums.seen[use] = sums.inputs
@@ -182,7 +181,7 @@ class Watcher:
         per_token = self._rows_per_token(x)
         blocks = self.block[0] if self.block is not None and per_token else 1
         if not per_token:
-            self._blind |= sums.seen.keys()
+            self._blind.update(sums.seen)
         use_compiled(self._compiled and x.device.type == "cpu")
         try:
             sums.add(x.reshape(blocks, -1, x.shape[-1]), per_token or 0)
@@ -245,10 +244,13 @@ class Watcher:
 
     def _settle(self) -> None:
         """Give those uses sums of their own that have not seen what others with them saw last."""
-        for use, sums in list(self._sums.items()):
-            if sums.seen[use] < sums.inputs:
-                self._sums[use] = sums.part_with(use)
+        for sums in {id(one): one for one in self._sums.values()}.values():
+            self._part(sums)
         self._last = None
+
+    def _part(self, sums: Sums) -> None:
+        for use in sums.lagging():
+            self._sums[use] = sums.part_with(use)
 
     def check_finite(self) -> None:
         """Raise InputError where an input held NaN or an infinity, naming the first such weight of the forward pass."""

@@ -168,7 +168,8 @@ def names(folder: Path) -> list[str]:
 
 def test_what_a_run_prints_and_writes(scene):
     code, out, err = scene.run()
-    assert (code, err) == (0, f"loading {scene.base}\n")
+    short = "calibration: 384 tokens of text, fewer than the 2,048 after which both halves are first compared: all of it is used"
+    assert (code, err) == (0, f"loading {scene.base}\n{short}\n")
     lines = out.splitlines()
     # Of the first 57 texts in the order of the shuffle, 49 have more than 64 tokens.
     assert re.fullmatch(
