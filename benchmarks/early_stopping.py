@@ -1,10 +1,10 @@
 """What it changes that a calibration stops when it knows enough: held-out loss of the relaxed merge, tokens and processor time.
 
-    python benchmarks/early_stopping.py
+    python benchmarks/early_stopping.py --tolerances 0.02,0.1
     python benchmarks/early_stopping.py --real BASE --texts texts.jsonl --n_samples 1000
 
 Three experts are summed up by task arithmetic and relaxed with omega 0, once on statistics of all of the text (tolerance 0), once on
-those of as much as the default tolerance takes. Losses are nats per answer token on documents that nothing was trained on; the
+those of as much as a tolerance takes. Losses are nats per answer token on documents that nothing was trained on; the
 difference is paired by document, domains weigh the same, +- is one standard error.
 
 Without --real: the tiny models of examples/family. With it: the adapters of examples/real on that base (`make real-base`).
@@ -130,7 +130,7 @@ def difference(ours: Losses, theirs: Losses) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Merge three times, and print a table."""
+    """Merge without AIM and with each tolerance, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", type=Path, metavar="BASE", help="the real base, in place of the tiny models")
     parser.add_argument("--texts", type=Path, help="calibration text (default: that of the examples)")
@@ -138,27 +138,32 @@ def main() -> None:
     parser.add_argument("--block_size", type=int, default=512, help="tokens of a block (512)")
     parser.add_argument("--documents", type=int, default=64, help="of each domain that are scored (64)")
     parser.add_argument("--lambda", dest="lambda_", type=float, default=1.0, help="of task arithmetic (1)")
+    parser.add_argument(
+        "--tolerances", default=f"{TOLERANCE:g}", help="to stop at, with commas (the default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON instead of the table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stopping_") as place:
         case = real(arguments.real, arguments.documents, Path(place)) if arguments.real else family(arguments.documents)
     flags = ["--omega", "0", "--calibration_data", str(arguments.texts or case.texts)]
     flags += ["--n_samples", str(arguments.n_samples), "--block_size", str(arguments.block_size)]
-    plain = merged(case, [], arguments.lambda_)
-    whole, stopped = (
-        merged(case, [*flags, "--calibration_tolerance", f"{tolerance:g}"], arguments.lambda_)
-        for tolerance in (0.0, TOLERANCE)
-    )
-    rows = {"no AIM": plain, "tolerance 0": whole, f"tolerance {TOLERANCE:g}": stopped}
-    change, error = difference(stopped.losses, whole.losses)
+    rows = {"no AIM": merged(case, [], arguments.lambda_)}
+    for tolerance in ("0", *arguments.tolerances.split(",")):
+        rows[f"tolerance {tolerance}"] = merged(case, [*flags, "--calibration_tolerance", tolerance], arguments.lambda_)
+    whole = rows["tolerance 0"].losses
     if arguments.json:
-        kept = {name: {**vars(one), "losses": mean(one.losses)} for name, one in rows.items()}
-        print(json.dumps({"rows": kept, "difference": change, "standard_error": error}))
+        kept = {
+            name: {**vars(one), "losses": mean(one.losses), "difference": difference(one.losses, whole)}
+            for name, one in rows.items()
+        }
+        print(json.dumps(kept))
         return
-    print("| | tokens | seconds of calibration | processor seconds of the run | loss |\n" + "|---" * 5 + "|")
+    print("| | tokens | seconds of calibration | processor seconds of the run | loss | minus that of tolerance 0 |")
+    print("|---" * 6 + "|")
     for name, one in rows.items():
-        print(f"| {name} | {one.tokens:,} | {one.seconds:.1f} | {one.cpu_seconds:.1f} | {mean(one.losses):.4f} |")
-    print(f"stopped minus whole: {change:+.5f} +- {error:.5f} nats per answer token")
+        change, error = difference(one.losses, whole)
+        times = f"{one.tokens:,} | {one.seconds:.1f} | {one.cpu_seconds:.1f}"
+        print(f"| {name} | {times} | {mean(one.losses):.4f} | {change:+.5f} +- {error:.5f} |")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_what_a_run_prints_and_writes(scene):
         lines[0],
     )
     assert re.fullmatch(
-        r"calibrated on 384 tokens in \d+\.\d\d s, [\d,]+ tokens/s, in bfloat16; too few to see whether s has settled, which takes 2,048",
+        r"calibrated on 384 tokens in \d+\.\d\d s, [\d,]+ tokens/s, in bfloat16",
         lines[1],
     )
     header = next(line for line in lines if line.startswith("layer"))
