@@ -184,6 +184,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
             through = _Through(this, layers, enough, begin, part.numel())
             batches = part.split(choice.batch_size)
             if hidden and layers.restore(batches, hidden):
+                this.note(f"going on at layer {(layers.at or 0) + 1} of {len(layers.layers)}")
                 layers.go_on(through)
             elif hidden:
                 this.note("what an earlier run kept cannot be gone on with at its layer: begun again")
