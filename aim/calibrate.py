@@ -81,6 +81,10 @@ def read_blocks(base: Model, data: CalibrationData, *, quiet: bool = False) -> T
             tokenizer = AutoTokenizer.from_pretrained(
                 base.tokenizer_folder, local_files_only=True, trust_remote_code=base.trust_remote_code
             )
+            if len(tokenizer) <= len(
+                set(tokenizer.all_special_ids)
+            ):  # what transformers makes for some classes without files
+                raise ValueError("it has no tokens")
         except Exception as error:  # a tokenizer's own code fails in every way there is
             reason = first_line(error) if base.vocabulary_digest else "there is none"
             raise InputError(

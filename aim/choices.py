@@ -9,12 +9,15 @@ from typing import Any
 
 from aim.calibrate import CalibrationOptions, Numerics
 from aim.calibration_text import CalibrationData
-from aim.formula import SCALINGS, Control, Scaling
+from aim.formula import CONTROLS, SCALINGS, Control, Protect, Scaling
 from aim.omegas import Omega
 from checkpoints.errors import ArgumentError, unknown
 from checkpoints.problems import Problems
 from checkpoints.save_path import SWEEP_PREFIX
 from checkpoints.settings import setting
+
+DRAWN = ("permuted", "random")
+"""The controls that draw, by the seed."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,15 @@ class Relaxing:
 
     Attributes:
         omegas: one checkpoint for each; sweep: in folders of their own, `omega_0.2`, even where there is only one.
+        protect: `channels`: the base's weights of busy input channels, as published; `mean`: its answer to the mean input.
         scaling: of s: identity, sqrt or square.
-        control: none, or one of the controls that carry no channel information.
-        seed: of the permuted control.
+        control: none, or one of the controls that know nothing of the base's inputs.
+        seed: of the permuted and the random control.
         numerics: `reference` rounds as the published program does.
     """
 
     omegas: tuple[Omega, ...] = (Omega(0.4),)
+    protect: Protect = "channels"
     scaling: Scaling = "identity"
     control: Control = "none"
     seed: int = 0
@@ -48,19 +53,38 @@ class Relaxing:
 
     def as_json(self) -> dict[str, Any]:
         """Its fields, every omega as it is typed."""
-        fields = ("scaling", "control", "seed", "numerics")
+        fields = ("protect", "scaling", "control", "seed", "numerics")
         return {"omegas": [str(omega) for omega in self.omegas], **{key: getattr(self, key) for key in fields}}
 
     def __post_init__(self) -> None:
         allowed: list[tuple[str, str, Sequence[str]]] = [
+            ("protect", self.protect, list(CONTROLS)),
             ("scaling", self.scaling, list(SCALINGS)),
-            ("control", self.control, ["none", "uniform", "permuted"]),
+            ("control", self.control, list(CONTROLS["mean"])),
             ("numerics", self.numerics, ["float32", "reference"]),
         ]
         problems = Problems()
         for name, value, known in allowed:
             if value not in known:
                 problems.add(ArgumentError(f"{setting(name)}: {unknown('value', value, known)}"))
+        problems.raise_if_any()
+        mean, channels = setting("protect", "mean"), setting("protect", "channels")
+        if self.control not in CONTROLS[self.protect]:
+            problems.add(
+                ArgumentError(
+                    f"{setting('control', self.control)}: {channels} has no direction that could be drawn. Use {setting('control', 'permuted')}, or {mean}."
+                )
+            )
+        if self.protect == "mean" and self.scaling != "identity":
+            problems.add(
+                ArgumentError(f"{setting('scaling')}: {mean} has no s to scale. Leave it out, or use {channels}.")
+            )
+        if self.protect == "mean" and self.numerics == "reference":
+            problems.add(
+                ArgumentError(
+                    f"{setting('numerics', 'reference')}: the published program has no {mean}. Use {setting('numerics', 'float32')}, or {channels}."
+                )
+            )
         problems.raise_if_any()
 
 

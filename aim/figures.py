@@ -1,9 +1,10 @@
-"""Pictures of the channel importance s."""
+"""Pictures of the channel importance s, and of mean inputs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,38 @@ def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path, *, tit
 
     Returns: the files written. Raises: InputError: the folder cannot be written to.
     """
+    with _drawing(folder):
+        title = visible(title)
+        means = {name: float(rows.mean()) for kind in _by_kind(importance).values() for name, rows in kind.items()}
+        layers = _draw_layers(means, folder, "importance_layers", "Mean channel importance s", title, "mean s")
+        return [*_draw_sorted(importance, folder, title), *layers]
+
+
+def draw_mean_input(mean_energy: Mapping[str, float], folder: Path, *, title: str = "") -> list[Path]:
+    """Draw how much of each weight's input is its mean, over layers; as `draw_importance`.
+
+    Args:
+        mean_energy: tensor -> |mean|^2 / E|x|^2.
+    """
+    with _drawing(folder):
+        heading, label = "How much of the inputs is their mean", "|mean|\u00b2 / E|x|\u00b2"
+        return _draw_layers(mean_energy, folder, "mean_input", heading, visible(title), label)
+
+
+def draw_mean_direction(along: Mapping[str, float], folder: Path, *, title: str = "") -> list[Path]:
+    """Draw how much of each task vector lies along the mean input, over layers; as `draw_importance`.
+
+    Args:
+        along: tensor -> |D u|^2 / |D|^2.
+    """
+    with _drawing(folder):
+        heading, label = "How much of the task vectors lies along the mean input", "|D u|\u00b2 / |D|\u00b2"
+        return _draw_layers(along, folder, "mean_direction", heading, visible(title), label)
+
+
+@contextmanager
+def _drawing(folder: Path) -> Iterator[None]:
+    """Set matplotlib up and make the folder. Raises InputError: it cannot be written to."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,8 +65,7 @@ def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path, *, tit
     matplotlib.rcParams["svg.hashsalt"] = "aim"  # the same picture gives the same bytes
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        title = visible(title)
-        return [*_draw_sorted(importance, folder, title), *_draw_layers(importance, folder, title)]
+        yield
     except OSError as error:
         raise InputError(
             f"{setting('figures', folder)}: cannot be written: {error.strerror}. Choose another folder."
@@ -92,27 +124,34 @@ def _draw_sorted(importance: Mapping[str, torch.Tensor], folder: Path, title: st
     return paths
 
 
-def _draw_layers(importance: Mapping[str, torch.Tensor], folder: Path, title: str) -> list[Path]:
-    """Heat map: mean s of each kind in each layer; tensors outside the layers are left out."""
+def _draw_layers(
+    values: Mapping[str, float], folder: Path, name: str, heading: str, title: str, label: str
+) -> list[Path]:
+    """Heat map: a number of each kind in each layer; tensors outside the layers are left out.
+
+    Args:
+        values: tensor -> its number, >= 0; name: of the files.
+    """
     from matplotlib import pyplot
 
-    kinds = {kind: tensors for kind, tensors in sorted(_by_kind(importance).items()) if "*" in kind}
+    kinds = sorted({kind_of(tensor) for tensor in values if "*" in kind_of(tensor)})
     if not kinds:
         return []
-    layers = 1 + max(_layer_of(name) for tensors in kinds.values() for name in tensors)
+    found: dict[tuple[int, int], list[float]] = {}
+    for tensor, value in values.items():
+        if "*" in kind_of(tensor):
+            found.setdefault((kinds.index(kind_of(tensor)), _layer_of(tensor)), []).append(value)
+    layers = 1 + max(layer for _, layer in found)
     means = np.full((len(kinds), layers), np.nan)
-    for row, tensors in enumerate(kinds.values()):
-        for layer in range(layers):
-            found = [float(s.mean()) for name, s in tensors.items() if _layer_of(name) == layer]
-            if found:
-                means[row, layer] = np.mean(found)
+    for place, numbers in found.items():
+        means[place] = np.mean(numbers)
     figure, axes = pyplot.subplots(figsize=(max(4.0, 0.35 * layers + 3), 0.4 * len(kinds) + 1.5))
     image = axes.imshow(means, aspect="auto", cmap="viridis", vmin=0, vmax=max(0.1, float(np.nanmax(means))))
     axes.set_yticks(range(len(kinds)), [_short(kind) for kind in kinds], fontsize=8)
     axes.set_xticks(range(0, layers, max(1, layers // 16)))
-    axes.set(xlabel="layer", title="\n".join(filter(None, ("Mean channel importance s", title))))
-    figure.colorbar(image, ax=axes, label="mean s")
-    paths = _save(figure, folder, "importance_layers")
+    axes.set(xlabel="layer", title="\n".join(filter(None, (heading, title))))
+    figure.colorbar(image, ax=axes, label=label)
+    paths = _save(figure, folder, name)
     pyplot.close(figure)
     return paths
 

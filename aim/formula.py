@@ -1,4 +1,4 @@
-"""The formula: from a channel's activation to how far its weights go back to the base."""
+"""The formulas: from the base's activations to how far weights go back to the base, by channel or along the mean input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from checkpoints.errors import ArgumentError
 from checkpoints.settings import setting
 
 Scaling = Literal["identity", "sqrt", "square"]
-Control = Literal["none", "uniform", "permuted"]
+Control = Literal["none", "uniform", "permuted", "random"]
+Protect = Literal["channels", "mean"]
+CONTROLS: dict[str, tuple[str, ...]] = {
+    "channels": ("none", "uniform", "permuted"),
+    "mean": ("none", "uniform", "permuted", "random"),
+}
+"""What is protected -> the controls that there are."""
 
 SCALINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda s: s,
@@ -61,10 +67,17 @@ def without_channels(f: torch.Tensor, control: Control, *, seed: int, tensor: st
     """
     if control == "uniform":
         return f.mean(dim=-1, keepdim=True).expand_as(f).contiguous()
-    if control == "permuted":
-        key = int.from_bytes(hashlib.sha256(f"{seed}\0{tensor}".encode()).digest()[:8], "little") >> 1
-        return f[..., torch.randperm(f.shape[-1], generator=torch.Generator().manual_seed(key))]
-    return f
+    return f[..., _order(f.shape[-1], seed, tensor)] if control == "permuted" else f
+
+
+def _order(channels: int, seed: int, tensor: str) -> torch.Tensor:
+    """An order of channels, `[in]` int64."""
+    return torch.randperm(channels, generator=_generator(seed, tensor))
+
+
+def _generator(seed: int, tensor: str) -> torch.Generator:
+    key = int.from_bytes(hashlib.sha256(f"{seed}\0{tensor}".encode()).digest()[:8], "little") >> 1
+    return torch.Generator().manual_seed(key)
 
 
 def relax(base: torch.Tensor, merged: torch.Tensor, importance: torch.Tensor, omega: float) -> torch.Tensor:
@@ -87,6 +100,79 @@ def relax(base: torch.Tensor, merged: torch.Tensor, importance: torch.Tensor, om
             f"expected base and merged of one shape [..., in] and importance [in], got {list(base.shape)}, {list(merged.shape)} and {list(importance.shape)}"
         )
     return torch.lerp(base, merged, factors(normalise(importance), omega).expand_as(base))
+
+
+def direction(mean: torch.Tensor) -> torch.Tensor:
+    """u = mean / |mean|, `[..., in]` float64 of length 1; zeros where the mean is 0.
+
+    Args:
+        mean: `[in]` or `[experts, in]`, the signed mean of an input; the length is taken per row.
+
+    Raises: ValueError: not finite.
+    """
+    if not bool(mean.isfinite().all()):
+        raise ValueError("mean: expected finite numbers")
+    exact = mean.double()
+    largest = exact.abs().amax(dim=-1, keepdim=True)
+    scaled = exact / torch.where(largest > 0, largest, 1.0)  # whose squares neither overflow nor vanish
+    length = scaled.norm(dim=-1, keepdim=True)
+    return scaled / torch.where(length > 0, length, 1.0)
+
+
+def other_direction(u: torch.Tensor, control: Control, *, seed: int, tensor: str) -> torch.Tensor:
+    """The direction of a control that takes as many directions away, and knows nothing of the mean input.
+
+    Args:
+        u: `[..., in]` float64, from `direction`; a row of zeros stays.
+        control: `permuted`: u with its channels in an order drawn from `seed` and the tensor's name; `random`: a direction that is
+            drawn so, all being as likely; the others: u as it is.
+    """
+    if control == "permuted":
+        return u[..., _order(u.shape[-1], seed, tensor)]
+    if control == "random":
+        drawn = direction(torch.randn(u.shape, dtype=torch.float64, generator=_generator(seed, tensor)))
+        return torch.where(u.any(dim=-1, keepdim=True), drawn, 0.0)
+    return u
+
+
+def protect_mean(base: torch.Tensor, merged: torch.Tensor, mean: torch.Tensor, omega: float) -> torch.Tensor:
+    """Take the task vector's answer to the base's mean input back to the share omega, and leave every other direction.
+
+        out = merged - (1 - omega) (D u) u^T,   D = merged - base,   u = mean / |mean|
+
+    Args:
+        base: `[out, in]` float32, the pretrained weight; merged: `[out, in]` float32.
+        mean: `[in]`, the signed mean of the weight's input in the base; 0 throughout takes nothing back.
+        omega: in [0, 1]; 1 returns `merged` exactly; 0 gives the mean input the base's answer, to rounding.
+
+    Returns: `[out, in]` float32; the writer rounds, this function never does.
+    Raises: ValueError: shapes differ; mean not finite. ArgumentError: omega outside [0, 1].
+    Source: none, it is this project's own; see docs/aim.md.
+    """
+    if base.shape != merged.shape or base.shape[-1:] != mean.shape:
+        raise ValueError(
+            f"expected base and merged of one shape [out, in] and mean [in], got {list(base.shape)}, {list(merged.shape)} and {list(mean.shape)}"
+        )
+    if not 0.0 <= omega <= 1.0:
+        raise ArgumentError(f"{setting('omega')}: expected a number in [0, 1], got {omega}.")
+    u = direction(mean)
+    return take_back(merged, answers(merged - base, u), u, omega)
+
+
+def answers(change: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """D u, `[..., out]` float64; 0 for an output whose task vector is not finite, so that it stays as merged.
+
+    Args:
+        change: `[..., out, in]` float32, D; u: `[..., in]` float64.
+    """
+    # By elements and not as a product of matrices, whose sums depend on how many rows there are.
+    return (change.double() * u[..., None, :]).sum(dim=-1).nan_to_num(0.0, 0.0, 0.0)
+
+
+def take_back(merged: torch.Tensor, answer: torch.Tensor, u: torch.Tensor, omega: float) -> torch.Tensor:
+    """merged - (1 - omega) answer u^T, `[..., out, in]` float32; answer `[..., out]` and u `[..., in]` float64."""
+    rows = (answer * (1.0 - omega)).float()[..., :, None]
+    return torch.addcmul(merged, rows, u.float()[..., None, :], value=-1.0)
 
 
 def relax_like_the_reference(base: torch.Tensor, merged: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 
 from aim.calibrate import CalibrationOptions
 from aim.calibration_text import CalibrationData
-from aim.choices import Calibration, Relaxing
+from aim.choices import DRAWN, Calibration, Relaxing
 from aim.omegas import Omega, read_omega, read_omegas
 from aim.request import AimRequest
 from checkpoints.errors import ArgumentError, InputError, named_by, unknown
@@ -24,7 +24,16 @@ from checkpoints.problems import Problems
 from checkpoints.settings import in_file, setting
 from streaming.values import describe
 
-RESULTS = ("base_fingerprint", "merged_fingerprint", "relaxed", "share_kept", "kept", "mean_change")
+RESULTS = (
+    "base_fingerprint",
+    "merged_fingerprint",
+    "relaxed",
+    "share_kept",
+    "energy_kept",
+    "along_mean",
+    "kept",
+    "mean_change",
+)
 """What merge_recipe.json has in the section besides: it says what came of it, and is passed over."""
 CALIBRATION = "calibration"
 CALIBRATION_RESULTS = (
@@ -95,6 +104,7 @@ def _path(name: str, content: Any) -> Path:
 READERS: dict[str, Callable[[str, Any], Any]] = {
     "omega": lambda name, content: read_omega(content),
     "omegas": lambda name, content: read_omegas(content),
+    "protect": _text,
     "scaling": _text,
     "control": _text,
     "numerics": _text,
@@ -144,7 +154,7 @@ class Given:
     def as_section(self) -> dict[str, Any]:
         """The `aim:` section of a recipe that gives the same."""
         left_out = {*NO_KEYS, *CALIBRATION_KEYS.values()}
-        if self.values.get("control") != "permuted":
+        if self.values.get("control") not in DRAWN:
             left_out.add("seed")
         section = {name: _as_json(value) for name, value in self.values.items() if name not in left_out}
         calibration = {key: self.values[name] for key, name in CALIBRATION_KEYS.items() if name in self.values}
@@ -268,7 +278,7 @@ def _read_relaxing(values: Mapping[str, Any]) -> Relaxing:
         omegas = values["omegas"]
     elif "omega" in values:
         omegas = (values["omega"],)
-    chosen = {name: values[name] for name in ("scaling", "control", "seed", "numerics") if name in values}
+    chosen = {name: values[name] for name in ("protect", "scaling", "control", "seed", "numerics") if name in values}
     relaxing = Relaxing()
     with problems.collect():
         relaxing = Relaxing(omegas, **chosen, sweep="omegas" in values)

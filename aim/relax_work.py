@@ -28,9 +28,10 @@ from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.source import FLOAT_DTYPES, TensorInfo
 from checkpoints.writer import plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
-from streaming.job import Job, Result, Step, Work, plan_job
+from streaming.job import Job, Result, Step, plan_job
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
+from streaming.work import Work
 
 OUT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 ITS_BASE = "Name the base that the merged model was made from."
@@ -126,14 +127,16 @@ def make_work(
         out_dtype = "bfloat16"  # what the published program writes, whatever the merge is stored in
     tensors = tuple(_plan_tensor(alignment, name, out_dtype) for name in alignment.dtypes)
     infos = {tensor.spec.name: TensorInfo(tensor.dtype, tensor.spec.shape) for tensor in tensors}
-    check_output(alignment.files, {name: info.shape for name, info in infos.items()}, merged, problems)
+    modules = merged.weights.modules.tensors
+    own = {name: info.shape for name, info in infos.items() if name not in modules}
+    check_output(alignment.files, own, merged, problems)
     problems.raise_if_any()
     written = {"merged_model": merged.label, "base_model": base.label, "out_dtype": out_dtype}
     return Relaxed(
         verb="relaxing",
         inputs=(base, merged),
         tensors=tensors,
-        shards=plan_shards(infos, options.max_shard_bytes),
+        shards=plan_shards(infos, options.max_shard_bytes, modules.keys()),
         files=alignment.files,
         out_dtype=out_dtype,
         decides={**written, **alignment.layout.as_json()},

@@ -3,27 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
-from aim.activations import Activations
-from aim.formula import Control, Scaling, factors, normalise, relax_like_the_reference, without_channels
+from aim.activations import Activations, ChannelStatistics
+from aim.choices import Relaxing
+from aim.directions import MeanDirection
+from aim.formula import (
+    Scaling,
+    direction,
+    factors,
+    normalise,
+    other_direction,
+    relax_like_the_reference,
+    without_channels,
+)
 from aim.omegas import Omega
 from aim.targets import Selection
-from streaming.blocks import Region
+from streaming.blocks import Region, Scan, TensorSpec
 from streaming.tally import Tally, sample_of
+
+
+class Pull(Protocol):
+    """How one tensor is pulled back to the base."""
+
+    @property
+    def whole_rows(self) -> bool:
+        """See `streaming.stream.Transform`."""
+
+    def to(self, device: torch.device) -> Pull:
+        """The same, on a device."""
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
+        """See `streaming.stream.Transform`."""
+
+    def pull(
+        self, region: Region, base: torch.Tensor, merged: torch.Tensor, statistics: Any
+    ) -> tuple[torch.Tensor, tuple[float, float]]:
+        """Pull a region back.
+
+        Args:
+            base, merged: `[matrices, rows, columns]` float32, neither overwritten; statistics: what `measure` gave.
+
+        Returns: the region, of the same shape; what it adds to |D u|^2 and |D|^2 (0 where there is no direction u).
+        """
 
 
 @dataclass(frozen=True)
 class ChannelFactors:
-    """How much of the task vector a tensor keeps per input channel.
+    """How much of the task vector a tensor keeps per input channel; a `Pull`.
 
     values: `[in]` or `[experts, in]` float32; input_dim: the tensor's dimension that runs over them.
+    like_the_reference: round as the published program does.
     """
 
     values: torch.Tensor
     input_dim: int
+    like_the_reference: bool = False
+
+    @property
+    def whole_rows(self) -> bool:
+        """See `Pull`."""
+        return False
+
+    def to(self, device: torch.device) -> ChannelFactors:
+        """See `Pull`."""
+        return replace(self, values=self.values.to(device))
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> None:
+        """See `Pull`."""
+
+    def pull(
+        self, region: Region, base: torch.Tensor, merged: torch.Tensor, statistics: None
+    ) -> tuple[torch.Tensor, tuple[float, float]]:
+        """See `Pull`."""
+        factor = self.of(region)
+        if self.like_the_reference:
+            return relax_like_the_reference(base, merged, factor), (0.0, 0.0)
+        return torch.lerp(base, merged, factor.expand_as(base)), (0.0, 0.0)
 
     def of(self, region: Region) -> torch.Tensor:
         """The factors of a region, shaped to multiply `region.as_stack(...)`: `[matrices or 1, rows or 1, columns or 1]`."""
@@ -37,70 +96,108 @@ class Relaxation:
     """Pulls merged weights back to the base; a `streaming.stream.Transform`.
 
     Args:
-        channels: tensor -> its factors; a tensor that is not in it stays as merged.
+        pulls: tensor -> how it is pulled back; a tensor that is not in it stays as merged.
         device: where blocks are.
-        like_the_reference: round as the published program does.
 
     Attributes:
-        tally: sums of |relaxed - merged|, and numbers of elements.
+        tally: sums of |relaxed - merged| over a sample, and its numbers of elements; |D u|^2 and |D|^2 of whole tensors with a direction u.
     """
 
-    def __init__(
-        self, channels: Mapping[str, ChannelFactors], device: torch.device, *, like_the_reference: bool = False
-    ):
-        self._channels = {name: ChannelFactors(one.values.to(device), one.input_dim) for name, one in channels.items()}
-        self._like_the_reference = like_the_reference
-        self.tally = Tally(2, lambda sums: {"relaxed_mean_change": sums[0] / sums[1]})
+    def __init__(self, pulls: Mapping[str, Pull], device: torch.device):
+        self._pulls = {name: one.to(device) for name, one in pulls.items()}
+        self.tally = Tally(4, _describe)
 
     @property
     def relaxed(self) -> int:
         """Number of tensors it changes."""
-        return len(self._channels)
+        return len(self._pulls)
 
     def applies_to(self, tensor: str) -> bool:
         """See `Transform`."""
-        return tensor in self._channels
+        return tensor in self._pulls
 
-    def __call__(self, region: Region, base: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
+    def whole_rows(self, tensor: str) -> bool:
         """See `Transform`."""
-        factor = self._channels[region.tensor.name].of(region)
-        start, end = region.as_stack(base), region.as_stack(merged)
-        if self._like_the_reference:
-            relaxed = relax_like_the_reference(start, end, factor)
-        else:
-            relaxed = torch.lerp(start, end, factor.expand_as(start))
+        return self._pulls[tensor].whole_rows
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
+        """See `Transform`."""
+        return self._pulls[tensor.name].measure(tensor, scan)
+
+    def __call__(
+        self, region: Region, base: torch.Tensor, merged: torch.Tensor, statistics: Any = None
+    ) -> torch.Tensor:
+        """See `Transform`."""
+        name = region.tensor.name
+        stack, energies = self._pulls[name].pull(region, region.as_stack(base), region.as_stack(merged), statistics)
+        relaxed = stack.view(-1)
+        if energies[1]:
+            self.tally.add(name, -1 - region.start, (0.0, 0.0, *energies))
         for part in sample_of(region):
-            change = (relaxed.view(-1)[part] - merged[part]).abs().sum()
-            self.tally.add(region.tensor.name, region.start + part.start, (float(change), part.stop - part.start))
-        return relaxed.view(-1)
+            change = (relaxed[part] - merged[part]).abs().sum()
+            self.tally.add(name, region.start + part.start, (float(change), part.stop - part.start, 0.0, 0.0))
+        return relaxed
 
     def mean_changes(self) -> dict[str, float]:
         """Mean |relaxed - merged| per kind of layer, over the blocks that were looked at (one in 16), to 4 digits."""
-        return {kind: float(f"{change / elements:.4g}") for kind, (change, elements) in self.tally.by_kind().items()}
+        sums = {kind: one[:2] for kind, one in self.tally.by_kind().items()}
+        return {kind: float(f"{change / elements:.4g}") for kind, (change, elements) in sums.items() if elements}
+
+    def energies(self) -> dict[str, tuple[float, float]]:
+        """|D u|^2 and |D|^2 of each tensor that has a direction u and a task vector."""
+        return {name: (one[2], one[3]) for name, one in self.tally.by_tensor().items() if one[3]}
+
+    def along_mean(self) -> dict[str, float]:
+        """|D u|^2 / |D|^2 per kind of layer, to 4 digits: the share of the task vectors that lies along u."""
+        sums = {kind: one[2:] for kind, one in self.tally.by_kind().items()}
+        return {kind: float(f"{along / total:.4g}") for kind, (along, total) in sums.items() if total}
 
 
-def make_channels(
-    activations: Activations,
-    selection: Selection,
-    omega: Omega,
-    *,
-    scaling: Scaling = "identity",
-    control: Control = "none",
-    seed: int = 0,
-) -> dict[str, ChannelFactors]:
-    """Factors for every tensor that has statistics and whose omega is below 1.
+def _describe(sums: Any) -> dict[str, float]:
+    """What a tensor's sums mean, for logs."""
+    change, elements, along, total = sums
+    changed = {"relaxed_mean_change": change / elements} if elements else {}
+    return changed | ({"along_mean": along / total} if total else {})
+
+
+def make_pulls(activations: Activations, selection: Selection, how: Relaxing, omega: Omega) -> dict[str, Pull]:
+    """How every tensor that has statistics, and whose omega is below 1, is pulled back; norms by channel, whatever is protected.
 
     Args:
         activations: of the base; selection: what the base offers to be relaxed.
-        omega, scaling, control: see `aim.formula`; seed: of the permuted control.
+        how: what is protected, and the controls; omega: of all tensors.
     """
-    channels = {}
+    pulls: dict[str, Pull] = {}
     dims = {**selection.input_dims, **activations.input_dims}
     for name in selection.targets:
-        if name in activations.statistics and omega.of(name) < 1.0:
-            f = factors(importance_of(activations, name, scaling), omega.of(name))
-            channels[name] = ChannelFactors(without_channels(f, control, seed=seed, tensor=name), dims[name])
-    return channels
+        own = omega.of(name)
+        if name not in activations.statistics or own == 1.0:
+            continue
+        if how.protect == "mean" and not selection.targets[name].is_vector:
+            mean = activations.statistics[name].mean
+            assert mean is not None  # see `aim.transforms.check_activations`
+            u = other_direction(direction(mean), how.control, seed=how.seed, tensor=name)
+            if bool(u.any()):
+                pulls[name] = MeanDirection(u, dims[name], own, is_uniform=how.control == "uniform")
+            continue
+        f = factors(importance_of(activations, name, how.scaling), own)
+        f = without_channels(f, "permuted" if how.control == "random" else how.control, seed=how.seed, tensor=name)
+        pulls[name] = ChannelFactors(f, dims[name], like_the_reference=how.numerics == "reference")
+    return pulls
+
+
+def mean_energy_of(one: ChannelStatistics) -> float | None:
+    """|mean|^2 / E|x|^2, the share of an input's squared length that is the square of its mean: the mean over experts that saw tokens.
+
+    Returns: None where the signed mean was not kept, or no token was seen.
+    """
+    mean = one.mean
+    if mean is None:
+        return None
+    whole = one.mean_sq.double().reshape(-1, mean.shape[-1]).sum(dim=-1)
+    own = mean.double().reshape(-1, mean.shape[-1]).square().sum(dim=-1)
+    seen = whole > 0
+    return float((own[seen] / whole[seen]).mean()) if bool(seen.any()) else None
 
 
 def importance_of(activations: Activations, name: str, scaling: Scaling = "identity") -> torch.Tensor:

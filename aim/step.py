@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ from checkpoints.staging import Stage
 from checkpoints.tensor_names import kind_of
 from checkpoints.writer import chunked_sha256
 from forward.loading import quiet_transformers
-from streaming.job import Console
+from streaming.console import Console
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
 
@@ -89,7 +90,7 @@ class AimStep:
             if self._file:
                 self._loaded = self._loaded or load_activations(self._file)
             if self._loaded and base.weights.is_here:
-                check_activations(self._loaded, base, selection, self.how.numerics, self._source)
+                check_activations(self._loaded, base, selection, self.how, self._source)
         for check in (
             () if self._loaded or self._file else (check_runs_on_text, check_has_all_weights, self._check_texts)
         ):
@@ -140,6 +141,7 @@ class AimStep:
         relaxed = [tensor.spec.name for tensor in tensors if tensor.spec.name not in kept]
         described: dict[str, Any] = {
             "omegas": [str(omega) for omega in self.how.omegas],
+            "protect": self.how.protect,
             "scaling": self.how.scaling,
             "control": self.how.control,
             "numerics": self.how.numerics,
@@ -204,11 +206,16 @@ class AimStep:
         for warning in found.warnings:
             console.warn(shown(warning, console.show))
         console.say("")
-        console.say(format_summaries(found.summaries))
+        console.say(format_summaries(found.summaries, means=self.how.protect == "mean"))
         if figures:
-            from aim.figures import draw_importance
+            from aim.figures import draw_importance, draw_mean_direction, draw_mean_input
 
-            for path in draw_importance(found.importance, figures, title=title_of(base, activations)):
+            title = title_of(base, activations)
+            drawn = draw_importance(found.importance, figures, title=title)
+            if self.how.protect == "mean":
+                drawn += draw_mean_input(found.mean_energy, figures, title=title)
+                found.draw = functools.partial(draw_mean_direction, folder=figures, title=title)
+            for path in drawn:
                 console.say(f"{path}: written")
         console.say("")
         return found
@@ -276,7 +283,12 @@ def format_check(described: dict[str, Any]) -> str:
     lines = [f"AIM: omega {' and '.join(described['omegas'])}, statistics from {described['statistics']}"]
     lines += [
         f"  {key} = {described[key]}"
-        for key, default in (("scaling", "identity"), ("control", "none"), ("numerics", "float32"))
+        for key, default in (
+            ("protect", "channels"),
+            ("scaling", "identity"),
+            ("control", "none"),
+            ("numerics", "float32"),
+        )
         if described[key] != default
     ]
     if "calibration" in described:

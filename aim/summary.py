@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from checkpoints.tensor_names import kind_of
 
 OUTLIER = 10.0
 """A channel is an outlier where its s is this many times the median of its tensor."""
+MEAN_ENERGY = "|mean|²/E|x|²"
 NAMED = 3
 """Outlier channels named for a kind of layer; the others are counted."""
 
@@ -33,6 +34,7 @@ class KindSummary:
     mean, median: of s; active: share of channels with s > 0.5.
     outlier: the largest channel against the median s, in the tensor where that is largest; infinite where the median is 0.
     outliers: channels of at least `OUTLIER` times the median of a tensor, the largest first.
+    mean_energy: |mean|^2 / E|x|^2 of the input, the mean over tensors; None where the signed means were not kept.
     """
 
     tensors: int
@@ -41,14 +43,18 @@ class KindSummary:
     active: float
     outlier: float
     outliers: tuple[Outlier, ...] = ()
+    mean_energy: float | None = None
 
 
-def summarise(importance: Mapping[str, torch.Tensor]) -> dict[str, KindSummary]:
+def summarise(
+    importance: Mapping[str, torch.Tensor], mean_energy: Mapping[str, float] | None = None
+) -> dict[str, KindSummary]:
     """Summaries by kind of layer, `all` last.
 
     Args:
         importance: checkpoint tensor -> s, `[in]` or `[experts, in]` float32 in [0, 1]; an expert of zeros saw no token
             and is left out.
+        mean_energy: checkpoint tensor -> |mean|^2 / E|x|^2 of its input, where that is known.
     """
     by_kind: dict[str, list[torch.Tensor]] = {}
     for name, s in importance.items():
@@ -58,7 +64,14 @@ def summarise(importance: Mapping[str, torch.Tensor]) -> dict[str, KindSummary]:
     if summaries:
         together = _summarise_kind([rows for tensors in by_kind.values() for rows in tensors], name_outliers=False)
         summaries["all"] = together
-    return summaries
+    shares: dict[str, list[float]] = {}
+    for name, share in (mean_energy or {}).items():
+        for kind in (kind_of(name), "all"):
+            shares.setdefault(kind, []).append(share)
+    return {
+        kind: replace(one, mean_energy=sum(shares[kind]) / len(shares[kind]) if kind in shares else None)
+        for kind, one in summaries.items()
+    }
 
 
 def _summarise_kind(tensors: Sequence[torch.Tensor], *, name_outliers: bool = True) -> KindSummary:
@@ -92,6 +105,7 @@ def as_json(summaries: Mapping[str, KindSummary]) -> dict[str, Any]:
             "median_s": digits(one.median),
             "share_above_half": digits(one.active),
             "largest_against_median": digits(one.outlier),
+            "mean_energy": None if one.mean_energy is None else digits(one.mean_energy),
             "outlier_channels": [
                 {
                     "channel": outlier.channel,
@@ -110,11 +124,16 @@ def digits(number: float) -> float | None:
     return float(f"{number:.4g}") if abs(number) < float("inf") else None
 
 
-def format_summaries(summaries: Mapping[str, KindSummary]) -> str:
-    """A table for people, and the outlier channels of each kind."""
-    rows = [("layer", "tensors", "mean s", "median s", "s > 0.5", "largest/median")]
+def format_summaries(summaries: Mapping[str, KindSummary], *, means: bool = False) -> str:
+    """A table for people, and the outlier channels of each kind.
+
+    Args:
+        means: show how much of the inputs is their mean, too.
+    """
+    rows = [("layer", "tensors", "mean s", "median s", "s > 0.5", "largest/median", *([MEAN_ENERGY] if means else []))]
     for kind, one in summaries.items():
-        numbers = (f"{one.mean:.3f}", f"{one.median:.3f}", f"{100 * one.active:.1f} %", f"{one.outlier:.1f}")
+        numbers = [f"{one.mean:.3f}", f"{one.median:.3f}", f"{100 * one.active:.1f} %", f"{one.outlier:.1f}"]
+        numbers += ["-" if one.mean_energy is None else f"{one.mean_energy:.3f}"] if means else []
         rows.append((kind.removesuffix(".weight"), str(one.tensors), *numbers))
     lines = ["Channel importance s = mean |x| of an input channel / the largest of its tensor:", *align(rows)]
     return "\n".join([*lines, *_format_outliers(summaries)])

@@ -7,15 +7,16 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from aim.activations import Activations
-from aim.calibrate import Numerics, select
-from aim.choices import Relaxing
+from aim.calibrate import select
+from aim.choices import DRAWN, Relaxing
 from aim.omegas import Omega
-from aim.relaxation import Relaxation, importance_of, make_channels
+from aim.relaxation import ChannelFactors, Pull, Relaxation, importance_of, make_pulls, mean_energy_of
 from aim.summary import KindSummary, align, as_json, digits, summarise
 from aim.targets import Origins, Selection
 from checkpoints.errors import InputError
@@ -34,50 +35,54 @@ from streaming.stream import PlannedTensor
 class Reach:
     """How far one omega goes.
 
-    omega: which; label: how people know it; tensors: that it changes; share_kept: of their task vectors, the mean factor
-    over their weights.
+    omega: which; label: how people know it; tensors: that it changes.
+    share_kept: of their task vectors, the mean factor of their weights; None where the mean input is protected, as it takes the
+        weights to tell.
     """
 
     omega: Omega
     label: str
     tensors: tuple[str, ...]
-    share_kept: float
+    share_kept: float | None
 
 
 @dataclass
 class Relaxations:
     """The transforms of one base's statistics, ready for a stream, and what is to be said of them.
 
-    variants, transforms, reaches: one for each omega; summaries: see `summarise`; importance: tensor -> s.
+    variants, transforms, reaches: one for each omega; summaries: see `summarise`; importance: tensor -> s; mean_energy: tensor -> |mean|^2 / E|x|^2 of its input.
     kept: output tensor that stays as merged, whatever the omega, or in part -> why; warnings: what a user should look at.
+    draw: draws what the weights show of each tensor, |D u|^2 / |D|^2, when they are written.
     """
 
     variants: list[Variant]
     summaries: dict[str, KindSummary]
     kept: Mapping[str, str]
     importance: Mapping[str, torch.Tensor]
+    mean_energy: Mapping[str, float] = field(default_factory=dict)
     transforms: list[Relaxation] = field(default_factory=list)
     reaches: list[Reach] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    draw: Callable[[Mapping[str, float]], Sequence[Path]] | None = None
 
     def summary(self, show: Show = as_in_python) -> str:
         """Lines for people, when the weights are written: mean |change| per kind of layer; for each omega how many tensors
         were relaxed, how many copied and why."""
         changes = [transform.mean_changes() for transform in self.transforms]
+        along = next((found for transform in self.transforms if (found := transform.along_mean())), {})
         counts = [Counter(kind_of(name) for name in reach.tensors) for reach in self.reaches]
         kinds: Counter[str] = functools.reduce(operator.or_, counts)
         columns = [f"omega {reach.omega}" for reach in self.reaches] if len(self.reaches) > 1 else ["mean |change|"]
-        rows = [("layer", "tensors", *columns)]
+        rows = [("layer", "tensors", *columns, *(["along the mean"] if along else []))]
         for kind, count in sorted(kinds.items()):
-            cells = (f"{change[kind]:.3g}" if kind in change else "-" for change in changes)
+            cells = [f"{change[kind]:.3g}" if kind in change else "-" for change in changes]
+            cells += [f"{100 * along[kind]:.1f} %" if kind in along else "-"] if along else []
             rows.append((kind.removesuffix(".weight"), str(count), *cells))
         lines = ["Mean |change| of a weight, relaxed minus merged:", *align(rows)] if kinds else []
         copied = [self.copied(reach) for reach in self.reaches]
         mean_s = f"mean s {self.summaries['all'].mean:.3f}, " if self.summaries else ""
-        for reach, names in zip(self.reaches, copied, strict=True):
-            kept = (
-                f"{mean_s}{100 * reach.share_kept:.1f} % of their task vectors kept" if reach.tensors else "as merged"
-            )
+        for reach, transform, names in zip(self.reaches, self.transforms, copied, strict=True):
+            kept = f"{mean_s}{_kept(reach, transform)}" if reach.tensors else "as merged"
             lines.append(f"{reach.label}: {len(reach.tensors)} tensors relaxed, {len(names)} copied; {kept}")
         # An omega of 1 for all says enough in its line above; the others of a sweep copy the same.
         told = next((names for reach, names in zip(self.reaches, copied, strict=True) if reach.tensors), self.kept)
@@ -88,6 +93,10 @@ class Relaxations:
         lines += [
             f"relaxed but for {shown(why, show)}: {count} x {kind}" for (kind, why), count in group_kept(partly).items()
         ]
+        if self.draw is not None:
+            energies = next((one for transform in self.transforms if (one := transform.energies())), {})
+            drawn = self.draw({name: part / whole for name, (part, whole) in energies.items()})
+            lines += [f"{path}: written" for path in drawn]
         return "\n".join(lines)
 
     def copied(self, reach: Reach) -> dict[str, str]:
@@ -97,21 +106,33 @@ class Relaxations:
         return {name: why for name, why in {**self.kept, **omega_1}.items() if name not in names}
 
 
+def _kept(reach: Reach, transform: Relaxation) -> str:
+    """How much of the task vectors an omega has left, for people; when the weights are written."""
+    if reach.share_kept is not None:
+        return f"{100 * reach.share_kept:.1f} % of their task vectors kept"
+    return f"{100 * energy_kept(reach.omega, transform):.1f} % of their task vectors' squared length kept"
+
+
+def energy_kept(omega: Omega, transform: Relaxation) -> float:
+    """The share of the task vectors' squared length that is left where their answers to the mean input are taken back."""
+    energies = transform.energies()
+    taken = sum((1 - omega.of(name) ** 2) * along for name, (along, _) in energies.items())
+    return 1 - taken / max(sum(total for _, total in energies.values()), 1e-300)
+
+
 def group_kept(kept: Mapping[str, str]) -> Counter[tuple[str, str]]:
     """How many tensors of each kind stay as merged, by reason."""
     return Counter((kind_of(name), why) for name, why in kept.items())
 
 
-def check_activations(
-    activations: Activations, base: Model, selection: Selection, numerics: Numerics, source: str
-) -> None:
-    """Raise InputError where statistics belong to another base, do not fit its shapes, or were taken otherwise."""
+def check_activations(activations: Activations, base: Model, selection: Selection, how: Relaxing, source: str) -> None:
+    """Raise InputError where statistics belong to another base, do not fit its shapes, were taken otherwise, or lack what is needed."""
     if activations.base != fingerprint(base.weights):
         raise InputError(
             f"{source}: were taken with another base model than {base.label}. Calibrate with this one, or name that one."
         )
     taken = activations.calibration.get("numerics")
-    if (taken == "reference") != (numerics == "reference"):
+    if (taken == "reference") != (how.numerics == "reference"):
         raise InputError(f"{source}: were taken with {setting('numerics', taken)}. Use the same here.")
     dims = {**selection.input_dims, **activations.input_dims}
     for name, statistics in activations.statistics.items():
@@ -122,6 +143,11 @@ def check_activations(
             raise InputError(
                 f"{source}: {name}: expected {f'shape {expected[-1]}' if expected else 'no statistics'} as in {base.label}, "
                 f"got {got}. Calibrate again."
+            )
+        if how.protect == "mean" and statistics.mean is None:
+            raise InputError(
+                f"{source}: {name}: expected the signed mean of its input, which {setting('protect', 'mean')} needs, got none, as in "
+                f"files of schema 1. Calibrate again, or use {setting('protect', 'channels')}."
             )
 
 
@@ -147,37 +173,53 @@ def make_relaxations(
     Raises: InputError: statistics of another base or other shapes; numerics that differ from the statistics'.
     """
     selection, warnings = select(base, how.numerics)
-    check_activations(activations, base, selection, how.numerics, source)
+    check_activations(activations, base, selection, how, source)
     selection, activations = selection.renamed(names or {}), activations.renamed(names or {})
     importance = {
         name: importance_of(activations, name, how.scaling)
         for name in selection.targets
-        if name in activations.statistics
+        if name in activations.statistics and (outputs is None or name in outputs)
     }
     if outputs is None:
         outputs = dict.fromkeys([*selection.targets, *selection.skipped], "")
+    energy = {name: mean_energy_of(activations.statistics[name]) for name in importance}
+    mean_energy = {name: share for name, share in energy.items() if share is not None}
     kept = {**why_kept(selection, outputs, activations), **idle_experts(importance)}
-    found = Relaxations([], summarise(importance), kept, importance, warnings=warnings)
+    if how.protect == "mean":
+        kept |= without_mean(activations, selection)
+    found = Relaxations([], summarise(importance, mean_energy), kept, importance, mean_energy, warnings=warnings)
     for omega, folder in zip(how.omegas, how.folders, strict=True):
-        channels = make_channels(activations, selection, omega, scaling=how.scaling, control=how.control, seed=how.seed)
-        channels = {name: one for name, one in channels.items() if outputs.get(name) == ""}
-        transform = Relaxation(channels, device, like_the_reference=how.numerics == "reference")
+        pulls = make_pulls(activations, selection, how, omega)
+        pulls = {name: one for name, one in pulls.items() if outputs.get(name) == ""}
         stored = base.weights.tensors
-        weights = {name: _numel((names or {}).get(name, (Origin(name),)), stored) for name in channels}
-        share = sum(float(one.values.double().mean()) * weights[name] for name, one in channels.items())
-        found.transforms.append(transform)
-        label = f"omega {omega}" + ("" if how.control == "none" else f", {how.control} control")
-        share_kept = share / sum(weights.values()) if channels else 1.0
-        found.reaches.append(Reach(omega, label, tuple(channels), share_kept))
+        weights = {name: _numel((names or {}).get(name, (Origin(name),)), stored) for name in pulls}
+        found.transforms.append(Relaxation(pulls, device))
+        label = f"omega {omega}{_words(how)}"
+        share_kept = _share_kept(pulls, weights) if how.protect == "channels" else None
+        found.reaches.append(Reach(omega, label, tuple(pulls), share_kept))
         found.variants.append(
             Variant(
                 folder=folder,
-                transform=transform,
+                transform=found.transforms[-1],
                 details=_details(activations, how, len(found.reaches) - 1, found),
                 card=_card(how, activations, found.reaches[-1], found),
             )
         )
     return found
+
+
+def _words(how: Relaxing) -> str:
+    """What is unusual of it, for people."""
+    words = ["mean input"] if how.protect == "mean" else []
+    words += [f"{how.control} control"] if how.control != "none" else []
+    return "".join(f", {one}" for one in words)
+
+
+def _share_kept(pulls: Mapping[str, Pull], weights: Mapping[str, int]) -> float:
+    """The mean factor over all weights of the tensors."""
+    factors = {name: one.values for name, one in pulls.items() if isinstance(one, ChannelFactors)}
+    share = sum(float(values.double().mean()) * weights[name] for name, values in factors.items())
+    return share / sum(weights.values()) if pulls else 1.0
 
 
 def _numel(origins: Sequence[Origin], stored: Mapping[str, TensorInfo]) -> int:
@@ -224,6 +266,22 @@ def idle_experts(importance: Mapping[str, torch.Tensor]) -> dict[str, str]:
     }
 
 
+def without_mean(activations: Activations, selection: Selection) -> dict[str, str]:
+    """Matrix whose mean input is 0, in all of its experts or in some -> why it, or which part of it, stays as merged."""
+    found = {}
+    for name in selection.targets:
+        mean = activations.statistics[name].mean if name in activations.statistics else None
+        if mean is None or selection.targets[name].is_vector:
+            continue
+        rows = mean.reshape(-1, mean.shape[-1])
+        zero = int((~rows.any(dim=-1)).sum())
+        if zero == len(rows):
+            found[name] = "its mean input is 0"
+        elif zero:
+            found[name] = f"{zero} of its {len(rows)} experts, which saw no token or have a mean input of 0"
+    return found
+
+
 def _details(activations: Activations, how: Relaxing, index: int, found: Relaxations) -> Callable[[], dict[str, Any]]:
     """The `aim:` block of merge_recipe.json, complete once the weights are written."""
 
@@ -233,15 +291,16 @@ def _details(activations: Activations, how: Relaxing, index: int, found: Relaxat
         return {
             "aim": {
                 "omega": reach.omega.as_json(),
+                "protect": how.protect,
                 "scaling": how.scaling,
                 "control": how.control,
-                "seed": how.seed if how.control == "permuted" else None,
+                "seed": how.seed if how.control in DRAWN else None,
                 "numerics": how.numerics,
                 "calibration": dict(sorted(activations.calibration.items())),
                 "base_fingerprint": activations.base,
                 "statistics": as_json(found.summaries),
                 "relaxed": len(reach.tensors),
-                "share_kept": digits(reach.share_kept),
+                **_kept_as_json(reach, found.transforms[index]),
                 "kept": [
                     {"tensors": kind, "count": count, "why": why} for (kind, why), count in group_kept(kept).items()
                 ],
@@ -252,6 +311,13 @@ def _details(activations: Activations, how: Relaxing, index: int, found: Relaxat
     return details
 
 
+def _kept_as_json(reach: Reach, transform: Relaxation) -> dict[str, Any]:
+    """How much of the task vectors an omega has left."""
+    if reach.share_kept is not None:
+        return {"share_kept": digits(reach.share_kept)}
+    return {"energy_kept": digits(energy_kept(reach.omega, transform)), "along_mean": transform.along_mean()}
+
+
 def _card(how: Relaxing, activations: Activations, reach: Reach, found: Relaxations) -> str:
     calibration = activations.calibration
     dataset = str(calibration.get("source"))
@@ -259,9 +325,18 @@ def _card(how: Relaxing, activations: Activations, reach: Reach, found: Relaxati
         "" if how.control == "none" else f" This is the `{how.control}` control, which knows nothing of the channels."
     )
     mean_s = f", mean s {found.summaries['all'].mean:.3f}" if found.summaries else ""
-    return (
-        f"Relaxed by activation-informed merging (AIM, [arXiv:2502.02421](https://arxiv.org/abs/2502.02421)) with omega {markdown_inside(str(reach.omega))}, "
-        f"scaling {how.scaling}: `W = W_base + (W_merged - W_base) * (1 - s * (1 - omega))`, where s is the mean absolute activation "
-        f"of an input channel in the base model over that of the tensor's most active one, from {markdown_inside(str(calibration.get('blocks')))} blocks of "
+    text = (
+        f"from {markdown_inside(str(calibration.get('blocks')))} blocks of "
         f"{markdown_inside(str(calibration.get('block_size')))} tokens of {markdown_code(dataset)}.{control} {len(reach.tensors)} tensors were relaxed{mean_s}."
+    )
+    omega = markdown_inside(str(reach.omega))
+    if how.protect == "mean":
+        return (
+            f"Relaxed along the base's mean input (`protect: mean`) with omega {omega}: "
+            f"`W = W_merged - (1 - omega) (D u) u^T`, `D = W_merged - W_base`, where u is the mean of the weight's input in the base, of length 1, {text}"
+        )
+    return (
+        f"Relaxed by activation-informed merging (AIM, [arXiv:2502.02421](https://arxiv.org/abs/2502.02421)) with omega {omega}, "
+        f"scaling {how.scaling}: `W = W_base + (W_merged - W_base) * (1 - s * (1 - omega))`, where s is the mean absolute activation "
+        f"of an input channel in the base model over that of the tensor's most active one, {text}"
     )

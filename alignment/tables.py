@@ -120,7 +120,8 @@ def put_into_rows(
     """Every model with its tables in the output's rows; a model that has them so is left as it is.
 
     Args:
-        members: the models that have tables; rows: per model and output row the model's row, or `MISSING`.
+        members: the models that have tables.
+        rows: per model and output row the model's row, or `MISSING`.
         new_token_rows: see `Layout`.
     """
     first = members[0]

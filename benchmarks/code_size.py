@@ -76,7 +76,8 @@ class Size:
 
     Attributes:
         modules: of ours that are loaded, by name.
-        functions: of ours that are called, and files that they, or the modules, are in; lines: that are executed.
+        functions: of ours that are called, and files that they, or the modules, are in.
+        lines: that are executed.
     """
 
     modules: list[str]

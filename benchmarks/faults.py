@@ -84,7 +84,8 @@ class Trial:
     """One command in a folder of its own.
 
     Args:
-        folder: of the output and the messages, emptied before each trial; command: which.
+        folder: of the output and the messages, emptied before each trial.
+        command: which.
     """
 
     def __init__(self, folder: Path, command: Command):
@@ -306,7 +307,7 @@ def warm_up() -> None:
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig", "LlamaForCausalLM"):
         getattr(transformers, name)
     assert aim.step
-    assert merging.run
+    assert merging.merge_work
     assert merging.report
 
 

@@ -40,7 +40,9 @@ def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, accept:
     """Run a command to its end.
 
     Args:
-        command: program and arguments; env: added to the environment; accept: exit codes that are no error.
+        command: program and arguments.
+        env: added to the environment.
+        accept: exit codes that are no error.
 
     Raises: CommandFailed: any other exit code.
     """

@@ -134,7 +134,8 @@ class Cases:
     """The cases of one setting.
 
     Args:
-        setting, made: what is measured on; runs: a folder for what the cases write.
+        setting, made: what is measured on.
+        runs: a folder for what the cases write.
     """
 
     def __init__(self, setting: Setting, made: Checkpoints, runs: Path):

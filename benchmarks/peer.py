@@ -56,7 +56,8 @@ class Mergekit:
         """Write a recipe of ours, whose keys are mergekit's, where it can read it, and give the command that runs it.
 
         Args:
-            recipe: `Recipe.as_json()`; with_base: whether the method reads the base.
+            recipe: `Recipe.as_json()`.
+            with_base: whether the method reads the base.
         """
         shown = {key: recipe[key] for key in ("merge_method", "models", "parameters")}
         shown["parameters"] = {key: value for key, value in recipe["parameters"].items() if value is not None}

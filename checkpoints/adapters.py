@@ -24,8 +24,9 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.errors import InputError, Refusals
+from checkpoints.errors import InputError
 from checkpoints.patterns import pattern
+from checkpoints.problems import Problems
 from checkpoints.reader import ADAPTER_CONFIG, Checkpoint, WeightFile, read_tensor
 from checkpoints.sidecars import SideFiles, read_json
 from checkpoints.source import READ_ELEMENTS, TensorInfo
@@ -168,7 +169,9 @@ class AdaptedWeights:
     """A base's tensors with an adapter on top; a `Weights`.
 
     Args:
-        base: what the adapter was trained on; adapter: its own file; label: how messages name both.
+        base: what the adapter was trained on.
+        adapter: its own file.
+        label: how messages name both.
         config: see `read_adapter_config`.
         find: names that the base does not store, with shapes -> the base's tensors that become the same parameters.
         tie: asks for the head that the base ties to its embedding, and that, where it stores one of them; None where not.
@@ -188,12 +191,13 @@ class AdaptedWeights:
         self.label = label
         self.folder = base.folder
         self.files: Sequence[WeightFile] = [*base.files, *adapter.files]
+        self.modules = base.modules
         self._base, self._adapter = base, adapter
         self._resized: dict[int, int] = {}  # rows of a table of the base -> rows that the adapter gives it
         self._whole: dict[str, str] = {}
         self._products: dict[str, _Product] = {}
         infos = dict(base.tensors)
-        problems: list[str | InputError] = []
+        problems = Problems()
         # What the adapter says of each tensor, and which tensor of the base that is.
         changes = _read_changes(adapter, problems)
         places = _find_places(changes, base, adapter, find)
@@ -220,22 +224,21 @@ class AdaptedWeights:
             if not change.factors:
                 continue
             if place not in infos:
-                problems.append(
+                problems.add(
                     f"{label}: adapts {name}, which {base.label} does not store. Give the base that it was trained on."
                 )
                 continue
             product = _fit(change, adapter, infos[place].shape, config, transposed)
             if product is None:
                 shapes = ", ".join(str(list(adapter.tensors[key].shape)) for key in change.factors.values())
-                problems.append(
+                problems.add(
                     f"{label}: {place}: expected factors for shape {list(infos[place].shape)}, got {shapes}. Give the base that it was trained on."
                 )
                 continue
             self._products[place] = product
             stored = infos[place]
             infos[place] = TensorInfo(torch.float32, stored.shape, stored.plain_dtype)
-        if problems:
-            raise Refusals(problems)
+        problems.raise_if_any()
         self.tensors: Mapping[str, TensorInfo] = {name: infos[name] for name in sorted(infos)}
         self._factors = lru_cache(CACHED_PRODUCTS)(self._read_factors)
 
@@ -295,7 +298,7 @@ class AdaptedWeights:
         self._adapter.close()
 
 
-def _read_changes(adapter: Checkpoint, problems: list[str | InputError]) -> dict[str, _Change]:
+def _read_changes(adapter: Checkpoint, problems: Problems) -> dict[str, _Change]:
     """The base's tensor, by the adapter's name for it -> what the adapter does to it."""
     changes: dict[str, _Change] = {}
     for key in adapter.tensors:
@@ -306,7 +309,7 @@ def _read_changes(adapter: Checkpoint, problems: list[str | InputError]) -> dict
             change.factors[match["factor"]] = key
             change.embedding = match["embedding"] is not None
         elif name == key or re.search(r"\.lora_|_adapter\.", name):
-            problems.append(
+            problems.add(
                 f"{adapter.label}: {key}: expected tensors of a plain LoRA adapter, got one of another kind. Merge it into its base with peft."
             )
         elif re.search(r"\.original_module\.[^.]+$", name) is None:  # which holds the base's, from before the training
@@ -316,7 +319,7 @@ def _read_changes(adapter: Checkpoint, problems: list[str | InputError]) -> dict
                 change.whole = key
     for name, change in changes.items():
         if change.factors and change.factors.keys() != {"A", "B"}:
-            problems.append(f"{adapter.label}: {name}: expected lora_A and lora_B, got one of them. Download it again.")
+            problems.add(f"{adapter.label}: {name}: expected lora_A and lora_B, got one of them. Download it again.")
             change.factors = {}
     return changes
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from checkpoints.errors import InputError, Refusals
+from checkpoints.problems import Problems
 from checkpoints.reader import Checkpoint, WeightFile, read_tensor
 from checkpoints.source import FLOAT8, FLOAT_DTYPES, TensorInfo
 
@@ -40,7 +40,8 @@ class DequantisedWeights:
     """A checkpoint whose float8 tensors are read multiplied with their scales; a `Weights`.
 
     Args:
-        inner: the checkpoint; config: its config.json.
+        inner: the checkpoint.
+        config: its config.json.
 
     Raises: Refusals: a float8 tensor without a scale, or with one of a shape that fits it in no known way.
     """
@@ -48,12 +49,13 @@ class DequantisedWeights:
     def __init__(self, inner: Checkpoint, config: Mapping[str, Any]):
         self.label, self.folder = inner.label, inner.folder
         self.files: Sequence[WeightFile] = inner.files
+        self.modules = inner.modules
         self._inner = inner
         self._scales: dict[str, tuple[str, tuple[int, ...]]] = {}
         blocks = _block_size(config)
         saved_as = _plain_dtype(config)
         infos: dict[str, TensorInfo] = {}
-        problems: list[str | InputError] = []
+        problems = Problems()
         own = {f"{name}_{end}" for name, info in inner.tensors.items() if info.dtype in FLOAT8 for end in _ENDS}
         for name, info in inner.tensors.items():
             if name in own or _SCALE.search(name):
@@ -64,19 +66,18 @@ class DequantisedWeights:
             infos[name] = TensorInfo(torch.float32, info.shape, saved_as)
             scale = next((f"{name}_{end}" for end in _ENDS if f"{name}_{end}" in inner.tensors), None)
             if scale is None:
-                problems.append(
+                problems.add(
                     f"{self.label}: {name}: expected {name}_scale or {name}_scale_inv beside it, got none. Use the unquantised model."
                 )
                 continue
             block = _fit(info.shape, inner.tensors[scale].shape, blocks)
             if block is None:
-                problems.append(
+                problems.add(
                     f"{self.label}: {scale}: expected scales for shape {list(info.shape)}, got {list(inner.tensors[scale].shape)}. Use the unquantised model."
                 )
                 continue
             self._scales[name] = (scale, block)
-        if problems:
-            raise Refusals(problems)
+        problems.raise_if_any()
         self.tensors: Mapping[str, TensorInfo] = infos
         self._read_scale = lru_cache(CACHED_SCALES)(lambda name: read_tensor(inner, name).float())
 

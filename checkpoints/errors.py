@@ -79,7 +79,8 @@ class WriteError(InputError):
     """The output's disk is full or fails. What is finished stays, and the same command goes on with it.
 
     Args:
-        path: what was written; error: what the system says.
+        path: what was written.
+        error: what the system says.
 
     Attributes:
         reason: the system's words.
@@ -101,17 +102,6 @@ class Interrupted(InputError):
 
 class AlreadyComplete(Exception):
     """What was asked for is there: nothing is wrong, and nothing to do."""
-
-
-@contextmanager
-def collecting(problems: list[str | InputError]) -> Iterator[None]:
-    """Add what the block refuses to `problems` instead of raising it; what stands there already is not added twice."""
-    try:
-        yield
-    except InputError as error:
-        there = {str(problem) for problem in problems}
-        found = error.problems if isinstance(error, Refusals) else [error]
-        problems += [problem for problem in found if str(problem) not in there]
 
 
 @contextmanager

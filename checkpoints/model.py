@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from checkpoints.architecture_cache import remembered
-from checkpoints.errors import InputError, Refusals, UnknownClass, collecting
+from checkpoints.errors import InputError, UnknownClass
 from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
 from checkpoints.pieces import Piece, find_pieces, text_placements
+from checkpoints.problems import Problems
 from checkpoints.reader import (
     ADAPTER_CONFIG,
     ADAPTER_FILES,
@@ -184,7 +185,8 @@ class QuantisedBase(InputError):
     """An adapter on a base whose weights are quantised.
 
     Args:
-        adapter: how messages name the adapter; base: what it was trained on.
+        adapter: how messages name the adapter.
+        base: what it was trained on.
         written: what to write before the adapter.
     """
 
@@ -215,7 +217,8 @@ def open_and_plan(
     gigabytes are fetched, then, where weights were left on the hub, once more with everything here.
 
     Args:
-        names: the inputs, the base first; plan: makes of the opened models what is wanted, and raises what does not fit.
+        names: the inputs, the base first.
+        plan: makes of the opened models what is wanted, and raises what does not fit.
         check: looks at the base, and raises what else does not fit.
         download: False stops at the headers (a dry run).
 
@@ -239,14 +242,13 @@ def _plan_and_check(
 ) -> Planned:
     """What `plan` makes of the models. Raises Refusals: what it refuses, and what `check` does."""
     planned: list[Planned] = []
-    problems: list[str | InputError] = []
-    with collecting(problems):
+    problems = Problems()
+    with problems.collect():
         planned.append(plan(opened))
     if check is not None:
-        with collecting(problems):
+        with problems.collect():
             check(opened[0])
-    if problems:
-        raise Refusals(problems)
+    problems.raise_if_any()
     return planned[0]
 
 
@@ -260,7 +262,7 @@ def open_models(
     names: Sequence[ModelName], *, weights: bool = True, quiet: bool = False, trust_remote_code: bool = False
 ) -> list[Model]:
     """Open every model and read its config; what cannot be is said at once. See `open_model`. Raises Refusals."""
-    problems: list[str | InputError] = []
+    problems = Problems()
     opened: list[Model] = []
     for name in names:
         try:
@@ -268,13 +270,12 @@ def open_models(
             _ = opened[-1].config
         except QuantisedBase as error:
             base = opened[0] if opened and opened[0].name in (None, names[0]) else None
-            problems.append(error.with_base(base) if base is not None else error)
+            problems.add(error.with_base(base) if base is not None else error)
         except InputError as error:
-            problems.append(error)
+            problems.add(error)
     if problems:
-        for model in opened:
-            model.weights.close()
-        raise Refusals(problems)
+        close_all(opened)
+    problems.raise_if_any()
     return opened
 
 
@@ -297,7 +298,7 @@ def open_model(
     location = locate(own, weights=weights, **options)
     if not location.weights_here:
         headers = remote_headers(replace(own, revision=location.revision))
-        if headers and not is_adapter(location.folder, [*headers]):
+        if headers and not is_adapter(location.folder, [file for file in headers if "/" not in file]):
             files = [RemoteFile(file, str(own), header.file_bytes, header.tensors) for file, header in headers.items()]
             return _whole(name, location, Checkpoint(location.folder, str(own), files), trust_remote_code)
         location = locate(own, **options)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from checkpoints.errors import InputError, Refusals
 from checkpoints.settings import Remark
+
+Made = TypeVar("Made")
 
 
 class Problems:
     """What is wrong, in the order in which it was found, each problem once; and what is only worth a warning or a note.
 
         problems = Problems()
+        save_path = problems.attempt(read_save_path)  # None where it refuses
         with problems.collect():
-            read_flags()
+            check_everything_else()
         problems.add("model.safetensors: expected 8 tensors, got 7. Download it again.")
         problems.raise_if_any()
 
@@ -61,7 +65,7 @@ class Problems:
 
     def warn(self, text: str) -> None:
         """Add a line that stops nothing and that nobody should miss."""
-        self.warnings.append(text)
+        self.warnings.append(Remark(text))
 
     def note(self, text: str) -> None:
         """Add a line that stops nothing."""
@@ -74,6 +78,12 @@ class Problems:
             yield
         except InputError as error:
             self.add(error)
+
+    def attempt(self, make: Callable[[], Made]) -> Made | None:
+        """What `make` gives; None where it refuses, which is added."""
+        with self.collect():
+            return make()
+        return None
 
     def raise_if_any(self) -> None:
         """Raise Refusals with everything found; nothing where nothing is wrong."""

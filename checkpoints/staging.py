@@ -49,7 +49,8 @@ def refuse_if_written(save_path: Path, folders: Sequence[str], identity: Mapping
     """Raise AlreadyComplete where an earlier run has written this very output.
 
     Args:
-        save_path: the folder to be; folders: below it, one for each checkpoint, `""` for the folder itself.
+        save_path: the folder to be.
+        folders: below it, one for each checkpoint, `""` for the folder itself.
         identity: see `staged`.
     """
     if holds(save_path, folders, digest_of(identity)):

@@ -47,7 +47,9 @@ class Strangers:
     """The child process: started by the first request and by the first after it had to be ended.
 
     Args:
-        seconds: processor time for each request; memory_bytes: what it may allocate; clock_seconds: until the answer.
+        seconds: processor time for each request.
+        memory_bytes: what it may allocate.
+        clock_seconds: until the answer.
     """
 
     def __init__(self, seconds: int = SECONDS, memory_bytes: int = MEMORY_BYTES, clock_seconds: float = CLOCK_SECONDS):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 SETTINGS = {
     "omega": "omega",
     "omegas": "omegas",
+    "protect": "protect",
     "scaling": "scaling",
     "control": "control",
     "numerics": "numerics",
@@ -45,8 +46,9 @@ def add_aim_flags(parser: argparse.ArgumentParser, *, omega_help: str) -> argpar
     how = parser.add_argument_group("activation-informed merging (AIM)")
     how.add_argument("--omega", metavar="O", help=omega_help)
     how.add_argument("--omegas", metavar="O,O", help="a sweep, such as 0,0.2,0.4: one checkpoint each, in SAVE_PATH/omega_0.2 and so on, from one calibration and one reading of the weights")  # fmt: skip
+    how.add_argument("--protect", metavar="P", help="what of the base: channels (default; by the importance s of each input channel, as published) or mean (its answer to the mean input of each weight: W_merged - (1 - omega) (D u) u^T)")  # fmt: skip
     how.add_argument("--scaling", metavar="S", help="of the importance s: identity (default), sqrt or square")
-    how.add_argument("--control", metavar="C", help="uniform or permuted: relax as much, without knowing the channels (a merge that AIM helps no more than these was only too large)")  # fmt: skip
+    how.add_argument("--control", metavar="C", help="uniform or permuted, with --protect mean also random: relax as much, without knowing the base's inputs (a merge that AIM helps no more than these was only too large)")  # fmt: skip
     how.add_argument(
         "--numerics",
         metavar="N",
@@ -87,3 +89,12 @@ def read_flags(arguments: argparse.Namespace) -> Given:
     from aim.reading import read_values
 
     return read_values({name: vars(arguments)[flag] for flag, name in SETTINGS.items()})
+
+
+def draws(arguments: argparse.Namespace) -> bool:
+    """Whether the control that flags ask for draws from the seed."""
+    if arguments.control is None:
+        return False
+    from aim.choices import DRAWN
+
+    return arguments.control in DRAWN

@@ -63,7 +63,7 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
         "--seed",
         type=shell.whole,
         metavar="N",
-        help=f"{', '.join(name for name, entry in METHODS.items() if entry.draws)}, --control permuted: seed of what is drawn (default 0)",
+        help=f"{', '.join(name for name, entry in METHODS.items() if entry.draws)}, --control permuted and random: seed of what is drawn (default 0)",
     )
     how.add_argument("--exclude", metavar="REGEX", help="tensors in whose name this is found are taken from the base")
     layout = parser.add_argument_group("vocabulary and head of the output")
@@ -189,8 +189,10 @@ class Asked:
     """What the flags and the file of --config ask for.
 
     Attributes:
-        recipe: what to merge; aim: what AIM does to it, None for nothing.
-        options: how to run; save_path: where to.
+        recipe: what to merge.
+        aim: what AIM does to it, None for nothing.
+        options: how to run.
+        save_path: where to.
     """
 
     recipe: Recipe
@@ -201,28 +203,20 @@ class Asked:
 
 def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
     """Everything the flags say. Raises Refusals: every flag that is wrong."""
-    device = shell.parse_device("cpu")
     problems = Problems()
-    recipe: Recipe | None = None
-    options: RunOptions | None = None
-    save_path, request = Path(), None
-    with problems.collect():
-        device = shell.parse_device(arguments.device)
-    with problems.collect():
-        recipe = read_recipe(arguments)
-    with problems.collect():
-        options = replace(shell.run_options(arguments, device, command), report=read_report(arguments))
-    with problems.collect():
-        save_path = shell.parse_save_path(arguments.save_path)
-    with problems.collect():
-        request = read_aim(arguments, recipe, device)
-    if request and arguments.save_path.strip():
+    device, options, save_path = shell.read_run(arguments, command, problems)
+    recipe = problems.attempt(lambda: read_recipe(arguments))
+    report = problems.attempt(lambda: read_report(arguments))
+    request = problems.attempt(lambda: read_aim(arguments, recipe, device))
+    if request and save_path:
         with problems.collect():
             request.check_kept(save_path)
     problems.raise_if_any()
     assert recipe is not None
     assert options is not None
-    return Asked(recipe, request, options, save_path)
+    assert report is not None
+    assert save_path is not None
+    return Asked(recipe, request, replace(options, report=report), save_path)
 
 
 def read_aim(arguments: argparse.Namespace, recipe: Recipe | None, device: torch.device) -> AimRequest | None:
@@ -254,7 +248,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     from alignment.layout import Layout
     from merging.recipe_flags import make_recipe
 
-    seed_is_aims = arguments.control == "permuted" and not get_method(arguments.method).draws
+    seed_is_aims = aim_flags.draws(arguments) and not get_method(arguments.method).draws
     layout: Layout | None = None
     recipe: Recipe | None = None
     problems = Problems()
@@ -308,7 +302,7 @@ def read_config(arguments: argparse.Namespace) -> Recipe:
     with problems.collect():
         recipe = read_recipe_file(
             arguments.config,
-            seed=None if arguments.control == "permuted" else arguments.seed,
+            seed=None if aim_flags.draws(arguments) else arguments.seed,
             out_dtype=None if arguments.dtype == "auto" else arguments.dtype,
             exclude=arguments.exclude,
             only=arguments.only,

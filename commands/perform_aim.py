@@ -37,7 +37,7 @@ def build_parser() -> shell.Parser:
         "--save_path", required=True, metavar="FOLDER", help="the relaxed checkpoint; appears when it is complete"
     )
     how = aim_flags.add_aim_flags(parser, omega_help="0 puts the most active channel back to the base, 1 changes nothing (default 0.4); also by filter, mlp=0.2,self_attn=0.6,0.4: the first that is part of a tensor's name counts, the last number is for the rest")  # fmt: skip
-    how.add_argument("--seed", type=shell.whole, metavar="N", help="of --control permuted (default 0)")
+    how.add_argument("--seed", type=shell.whole, metavar="N", help="of --control permuted and random (default 0)")
     shell.add_layout_flags(parser.add_argument_group("vocabulary and head of the output"))
     shell.add_output_flags(parser, dtype_of="the merged model")
     return parser
@@ -78,7 +78,8 @@ class Asked:
 
     Attributes:
         request: what to relax, and with what statistics.
-        options: how to run; save_path: where to.
+        options: how to run.
+        save_path: where to.
         layout: the output's head and tokenizer files.
     """
 
@@ -92,31 +93,21 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
     """Everything the flags say. Raises Refusals: every flag that is wrong."""
     from aim.reading import make_request
 
-    device = shell.parse_device("cpu")
     problems = Problems()
-    request: AimRequest | None = None
-    options: RunOptions | None = None
-    layout: Layout | None = None
-    save_path = Path()
-    with problems.collect():
-        device = shell.parse_device(arguments.device)
-    if arguments.seed is not None and arguments.control != "permuted":
-        permuted = setting("control", "permuted")
-        problems.add(ArgumentError(f"{setting('seed')}: nothing is drawn but by {permuted}. Leave it out."))
-    with problems.collect():
-        request = make_request(aim_flags.read_flags(arguments), None if arguments.device == "auto" else device)
-    with problems.collect():
-        options = shell.run_options(arguments, device, command)
-    with problems.collect():
-        save_path = shell.parse_save_path(arguments.save_path)
-    with problems.collect():
-        layout = read_layout(arguments)
-    if request and arguments.save_path.strip():
+    device, options, save_path = shell.read_run(arguments, command, problems)
+    if arguments.seed is not None and not aim_flags.draws(arguments):
+        drawing = f"{setting('control', 'permuted')} and {setting('control', 'random')}"
+        problems.add(ArgumentError(f"{setting('seed')}: nothing is drawn but by {drawing}. Leave it out."))
+    given = aim_flags.read_flags(arguments)
+    request = problems.attempt(lambda: make_request(given, None if arguments.device == "auto" else device))
+    layout = problems.attempt(lambda: read_layout(arguments))
+    if request and save_path:
         with problems.collect():
             request.check_kept(save_path)
     problems.raise_if_any()
     assert request is not None
     assert options is not None
+    assert save_path is not None
     assert layout is not None
     return Asked(request, options, save_path, layout)
 

@@ -25,8 +25,10 @@ from checkpoints.settings import as_flag, setting, shown
 if TYPE_CHECKING:
     import torch
 
+    from checkpoints.problems import Problems
     from checkpoints.upload import Upload
-    from streaming.job import Console, Job, Result
+    from streaming.console import Console
+    from streaming.job import Job, Result
     from streaming.log import Log
     from streaming.output import RunOptions, Written
 
@@ -257,6 +259,15 @@ def parse_device(text: str) -> torch.device:
     return device
 
 
+def read_run(
+    arguments: argparse.Namespace, command: list[str], problems: Problems
+) -> tuple[torch.device, RunOptions | None, Path | None]:
+    """Device, options and save path of a run; what is wrong is added to the problems."""
+    device = problems.attempt(lambda: parse_device(arguments.device)) or parse_device("cpu")
+    options = problems.attempt(lambda: run_options(arguments, device, command))
+    return device, options, problems.attempt(lambda: parse_save_path(arguments.save_path))
+
+
 def run_options(arguments: argparse.Namespace, device: torch.device, command: list[str]) -> RunOptions:
     """The run that the flags of `add_output_flags` ask for. Raises ArgumentError where one is wrong."""
     from streaming.output import RunOptions
@@ -294,15 +305,15 @@ def carry_out(job: Job, upload: Upload | None, arguments: argparse.Namespace) ->
     if arguments.dry_run:
         show_plan(job, upload, as_json=arguments.json)
         return
-    options, told = job.options, console(job.options)
-    result = job.run(told)
+    options, speech = job.options, console(job.options)
+    result = job.run(speech)
     if result.was_complete:
         print(result.message)
     else:
-        tell(result, told)
+        tell(result, speech)
     for pushed in upload.push(job.save_path, quiet=options.quiet) if upload else ():
         options.log("pushed", url=pushed.url, commit=pushed.commit)
-        told.say(f"pushed to {pushed.url} ({pushed.visibility}), commit {pushed.commit}")
+        speech.say(f"pushed to {pushed.url} ({pushed.visibility}), commit {pushed.commit}")
     if result.was_complete and not upload:
         options.log("end", result=result.message)
 
@@ -312,14 +323,12 @@ def show_plan(job: Job, upload: Upload | None, *, as_json: bool) -> None:
     if job.complete:
         print(job.complete)
     elif as_json:
-        plan = job.as_json() | (
-            {"push_to_hub": upload.as_json(job.work.inputs, job.files_to_write())} if upload else {}
-        )
+        plan = job.as_json() | ({"push_to_hub": upload.as_json(job.work.inputs, job.work.file_sizes)} if upload else {})
         print(json.dumps(shown(plan, show_flag), indent=2, ensure_ascii=False))
     else:
         print(job.as_text(show_flag))
         if upload:
-            print(upload.as_text(job.work.inputs, job.files_to_write()))
+            print(upload.as_text(job.work.inputs, job.work.file_sizes))
 
 
 def tell(result: Result, console: Console) -> None:
@@ -368,7 +377,7 @@ def progress_bar(title: str, total: int, unit: str = "B", *, quiet: bool) -> Ite
 def console(options: RunOptions) -> Console:
     """How a command speaks to the user: results on stdout, remarks and bars on stderr, warnings even where quiet, once each,
     and in the log."""
-    from streaming.job import Console
+    from streaming.console import Console
 
     warned: set[str] = set()
 

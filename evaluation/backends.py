@@ -14,7 +14,6 @@ from typing import Any
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.settings import setting
 from checkpoints.sidecars import read_config
-from evaluation.chat_template import confine_templates
 from evaluation.model import LOAD_ERRORS, BackendName, Model, ModelOptions
 
 # For vLLM, where they are not set yet. Its log would drown ours.
@@ -131,7 +130,6 @@ def load_model(folder: Path, label: str, options: ModelOptions) -> Model:
     Raises: InputError: it cannot be loaded, or weights of it are missing.
     """
     _quiet()
-    confine_templates()
     try:
         return _load_vllm(folder, label, options) if options.backend == "vllm" else _load_hf(folder, label, options)
     except InputError:

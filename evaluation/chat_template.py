@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +19,6 @@ ADVICE = f"Mend the template, or leave {setting('apply_chat_template')} out."
 
 class TemplateFault(InputError):
     """A template that does more than refuse a chat: trying another one is of no use."""
-
-
-def confine_templates() -> None:
-    """Have transformers render every chat template of this process in `checkpoints.strangers`; done twice it does nothing more."""
-    from transformers import processing_utils, tokenization_utils_base
-
-    for module in (tokenization_utils_base, processing_utils):
-        vars(module)["render_jinja_template"] = _render
 
 
 def _render(
@@ -66,23 +59,54 @@ def check_chat_template(folder: Path, label: str, *, trust_remote_code: bool) ->
 
     from evaluation.model import LOAD_ERRORS
 
-    confine_templates()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS:
         return  # which loading the model will say
-    with in_words(label):
+    with confined(label):
         tokenizer.apply_chat_template(TRIAL, tokenize=False, add_generation_prompt=True)
 
 
 @contextmanager
-def in_words(label: str) -> Iterator[None]:
-    """Turn what a chat template raises inside into an InputError that names the model."""
+def confined(label: str) -> Iterator[None]:
+    """Have transformers render chat templates in `checkpoints.strangers` inside the block, in every thread of the process.
+
+    Raises: InputError: a template fails; it names the model.
+    """
     from jinja2 import TemplateError
 
+    with _renderer_replaced():
+        try:
+            yield
+        except TemplateError as error:
+            raise InputError(f"{label}: the chat template fails: {first_line(error)}. {ADVICE}") from None
+        except TemplateFault as error:
+            raise TemplateFault(f"{label}: {error}") from None
+
+
+_lock = threading.Lock()
+_inside = 0
+_own: list[Any] = []
+
+
+@contextmanager
+def _renderer_replaced() -> Iterator[None]:
+    """transformers' renderer is `_render` until the last block that wants it ends."""
+    global _inside
+    from transformers import processing_utils, tokenization_utils_base
+
+    users = (vars(tokenization_utils_base), vars(processing_utils))
+    with _lock:
+        if not _inside:
+            _own[:] = [user["render_jinja_template"] for user in users]
+            for user in users:
+                user["render_jinja_template"] = _render
+        _inside += 1
     try:
         yield
-    except TemplateError as error:
-        raise InputError(f"{label}: the chat template fails: {first_line(error)}. {ADVICE}") from None
-    except TemplateFault as error:
-        raise TemplateFault(f"{label}: {error}") from None
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                for user, own in zip(users, _own, strict=True):
+                    user["render_jinja_template"] = own

@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.problems import Problems
 from checkpoints.settings import setting
 
 if TYPE_CHECKING:
@@ -26,10 +27,10 @@ def load_tasks(names: Sequence[str]) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
-    problems: list[str | InputError] = []
+    problems = Problems()
     for name in names:
         if name not in manager.all_tasks:
-            problems.append(
+            problems.add(
                 ArgumentError(f"{setting('tasks_file')}: {_short(unknown('lm_eval task', name, manager.all_tasks))}")
             )
             continue
@@ -37,18 +38,17 @@ def load_tasks(names: Sequence[str]) -> TaskManager:
             tasks = manager.load([name])["tasks"]
         except Exception as error:  # whatever a task's own code or its data raises
             reason = (str(error).splitlines() or [""])[0]
-            problems.append(
+            problems.add(
                 InputError(f"{setting('tasks_file')}: {name} cannot be loaded: {type(error).__name__}: {reason:.200}")
             )
             continue
         if any(getattr(task, "UNSAFE_CODE", False) for task in tasks.values()):
-            problems.append(
+            problems.add(
                 ArgumentError(
                     f"{setting('tasks_file')}: {name} runs code of the model outside our sandbox. Leave it out."
                 )
             )
-    if problems:
-        raise Refusals(problems)
+    problems.raise_if_any()
     return manager
 
 

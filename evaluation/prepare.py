@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import ArgumentError, InputError, Refusals
 from checkpoints.location import Location, locate
+from checkpoints.problems import Problems
 from checkpoints.settings import Remark, setting
 from evaluation.benchmarks import get_benchmark
 from evaluation.benchmarks.contract import Benchmark, Response
@@ -84,67 +84,47 @@ def prepare(request: Request) -> Prepared:
     """
     problems = Problems()
     path = request.save_path or default_path(_title(request))
-    with problems:
+    with problems.collect():
         check_save_path(path, resume=request.resume)
     responses: dict[str, list[Response]] = {}
-    with problems:
+    with problems.collect():
         responses = _given_responses(request)
     names = request.benchmarks or tuple(responses)
     prepared = Prepared(request, path, {name: get_benchmark(name) for name in names}, {}, responses)
     for benchmark in prepared.benchmarks.values():
-        with problems:
+        with problems.collect():
             _prepare_data(prepared, benchmark)
     if request.stage != "score":
-        with problems:
+        with problems.collect():
             _prepare_model(prepared)
-        with problems:
+        with problems.collect():
             prepared.extra_tasks = _load_extra_tasks(request.extra_tasks)
-    if request.resume and not problems.found:
-        with problems:
+    if request.resume and not problems:
+        with problems.collect():
             _prepare_resume(prepared)
-    if not problems.found and prepared.location is not None and request.model is not None:
-        with problems:  # the weights of a hub model come when nothing else is wrong
+    if not problems and prepared.location is not None and request.model is not None:
+        with problems.collect():  # the weights of a hub model come when nothing else is wrong
             prepared.location = locate(request.model, quiet=request.quiet, trust_remote_code=request.trust_remote_code)
     if request.stage != "generate":
-        with problems:
+        with problems.collect():
             _prepare_graders(prepared)
-    if problems.found:
+    if problems:
         prepared.resources.close()
-        problems.refuse(request.data_dir)
+        raise Refusals(_with_command(list(problems), request.data_dir))
     prepared.generated = _generated_beside(request)
     return prepared
 
 
-class Problems:
-    """Collects what goes wrong in `with` blocks, so that all of it is said at once."""
-
-    def __init__(self) -> None:
-        self.found: list[str | InputError] = []
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if isinstance(error, Refusals):
-            self.found += error.problems
-        elif isinstance(error, InputError):
-            self.found.append(error)
-        return isinstance(error, InputError)
-
-    def refuse(self, folder: Path | None) -> NoReturn:
-        """Raise Refusals; where data is missing, with the command that fetches it."""
-        missing = [at for at, problem in enumerate(self.found) if isinstance(problem, Missing)]
-        if missing:
-            names = ",".join(problem.benchmark for problem in self.found if isinstance(problem, Missing))
-            words = ["python evaluate_model.py", setting("fetch_data"), setting("benchmarks", names)]
-            command = " ".join(words + ([setting("data_dir", shlex.quote(str(folder)))] if folder else []))
-            advice = f"Where there is a network, this fetches all that is missing: {command}"
-            last = self.found[missing[-1]]
-            text = last.marked if isinstance(last, InputError) else last
-            self.found[missing[-1]] = InputError(f"{text} {advice}")
-        raise Refusals(self.found)
+def _with_command(problems: list[InputError], folder: Path | None) -> list[InputError]:
+    """The problems; where data is missing, the last of them with the command that fetches all of it."""
+    missing = [at for at, problem in enumerate(problems) if isinstance(problem, Missing)]
+    if missing:
+        names = ",".join(problem.benchmark for problem in problems if isinstance(problem, Missing))
+        words = ["python evaluate_model.py", setting("fetch_data"), setting("benchmarks", names)]
+        command = " ".join(words + ([setting("data_dir", shlex.quote(str(folder)))] if folder else []))
+        advice = f"Where there is a network, this fetches all that is missing: {command}"
+        problems[missing[-1]] = InputError(f"{problems[missing[-1]].marked} {advice}")
+    return problems
 
 
 def _title(request: Request) -> str:
@@ -164,12 +144,12 @@ def _given_responses(request: Request) -> dict[str, list[Response]]:
                 f"{setting('responses', path)}: exists. Choose another file, or add {setting('resume')}."
             )
         return {}
-    found = read_responses(path, request.benchmarks or None)
-    empty = [name for name, responses in found.items() if not responses]
-    if empty or not found:
+    by_benchmark = read_responses(path, request.benchmarks or None)
+    empty = [name for name, responses in by_benchmark.items() if not responses]
+    if empty or not by_benchmark:
         what = f"responses of {', '.join(empty)}" if empty else "responses"
         raise InputError(f"{path}: expected {what}, got none.")
-    return {name: responses[: request.limit] for name, responses in found.items()}
+    return {name: responses[: request.limit] for name, responses in by_benchmark.items()}
 
 
 def _prepare_data(prepared: Prepared, benchmark: Benchmark) -> None:

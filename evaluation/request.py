@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.errors import ArgumentError, unknown
 from checkpoints.location import ModelName, parse_name
+from checkpoints.problems import Problems
 from checkpoints.settings import setting
 from evaluation.benchmarks import BENCHMARKS, MATHS, PAPER
 from evaluation.benchmarks.settings import Profile, Settings
@@ -112,43 +113,37 @@ def make_request(
 
     Raises: Refusals: everything that is wrong with the flags, at once.
     """
-    problems: list[str | InputError] = []
-
-    def attempt(read: Callable[[], Any], default: Any = None) -> Any:
-        try:
-            return read()
-        except InputError as error:
-            problems.append(error)
-            return default
+    problems = Problems()
 
     # Each value by itself.
-    attempt(lambda: _choice(setting("profile"), profile, PROFILES))
-    attempt(lambda: _choice(setting("backend"), backend, BACKENDS))
-    attempt(lambda: _choice(setting("dtype"), dtype, DTYPES))
-    attempt(lambda: _choice(setting("stage"), stage, STAGES))
-    attempt(lambda: _choice(setting("math_prompt_type"), math_prompt_type, _prompt_types()))
+    problems.attempt(lambda: _choice(setting("profile"), profile, PROFILES))
+    problems.attempt(lambda: _choice(setting("backend"), backend, BACKENDS))
+    problems.attempt(lambda: _choice(setting("dtype"), dtype, DTYPES))
+    problems.attempt(lambda: _choice(setting("stage"), stage, STAGES))
+    problems.attempt(lambda: _choice(setting("math_prompt_type"), math_prompt_type, _prompt_types()))
     for flag, number in (
         (setting("limit"), limit),
         (setting("max_model_len"), max_model_len),
         (setting("math_max_tokens"), math_max_tokens),
     ):
         if number is not None and number < 1:
-            problems.append(ArgumentError(f"{flag}: expected a number above 0, got {number}."))
+            problems.add(ArgumentError(f"{flag}: expected a number above 0, got {number}."))
     if n_gpu is not None and n_gpu < 0:
-        problems.append(ArgumentError(f"{setting('n_gpu')}: expected 0 (the CPU) or more, got {n_gpu}."))
-    names = attempt(lambda: choose_benchmarks(benchmarks, math_benchmarks, mmlu_pro, stage), PAPER)
-    tasks = attempt(lambda: read_tasks_file(Path(tasks_file)), ()) if tasks_file else ()
+        problems.add(ArgumentError(f"{setting('n_gpu')}: expected 0 (the CPU) or more, got {n_gpu}."))
+    chosen = problems.attempt(lambda: choose_benchmarks(benchmarks, math_benchmarks, mmlu_pro, stage))
+    names = PAPER if chosen is None else chosen
+    tasks = (problems.attempt(lambda: read_tasks_file(Path(tasks_file))) if tasks_file else None) or ()
     if not names and not tasks and stage != "score":
-        problems.append(
+        problems.add(
             ArgumentError(f"{setting('benchmarks')}: nothing is left to evaluate. Known: {', '.join(BENCHMARKS)}.")
         )
     # What they are together.
-    problems += _check_stage(stage, model, responses, resume, save_path, tasks)
+    problems.extend(_check_stage(stage, model, responses, resume, save_path, tasks))
     folder = Path(data_dir).expanduser() if data_dir else None
     if folder is not None and not folder.is_dir():
-        problems.append(ArgumentError(f"{setting('data_dir', data_dir)}: no such folder."))
+        problems.add(ArgumentError(f"{setting('data_dir', data_dir)}: no such folder."))
     request = Request(
-        model=attempt(lambda: parse_name(model)) if model is not None else None,
+        model=problems.attempt(lambda: parse_name(model)) if model is not None else None,
         benchmarks=names,
         extra_tasks=tasks,
         settings=Settings(cast(Profile, profile), apply_chat_template, math_prompt_type, math_max_tokens),
@@ -156,7 +151,7 @@ def make_request(
         dtype=dtype,
         n_gpu=n_gpu,
         max_model_len=max_model_len,
-        batch_size=attempt(lambda: _batch_size(batch_size)),
+        batch_size=problems.attempt(lambda: _batch_size(batch_size)),
         limit=limit,
         data_dir=folder,
         stage=cast(Stage, stage),
@@ -165,8 +160,7 @@ def make_request(
         resume=resume,
         **rest,
     )
-    if problems:
-        raise Refusals(problems)
+    problems.raise_if_any()
     return request
 
 
@@ -203,35 +197,35 @@ def read_tasks_file(path: Path) -> tuple[str, ...]:
 
 def _check_stage(
     stage: str, model: str | None, responses: str | None, resume: bool, save_path: str | None, tasks: Sequence[str]
-) -> list[InputError]:
-    problems: list[InputError] = []
+) -> Problems:
+    problems = Problems()
     if stage == "score":
         if responses is None:
-            problems.append(
+            problems.add(
                 ArgumentError(f"{setting('stage', 'score')}: needs {setting('responses')} FILE, the answers to grade.")
             )
         if tasks:
-            problems.append(
+            problems.add(
                 ArgumentError(
                     f"{setting('tasks_file')}: lm_eval's own tasks need a model. Leave out {setting('stage', 'score')}."
                 )
             )
         if resume:
-            problems.append(
+            problems.add(
                 ArgumentError(
                     f"{setting('resume')}: goes on with generating. Leave it out with {setting('stage', 'score')}."
                 )
             )
     elif model is None:
-        problems.append(ArgumentError(f"{setting('model')}: expected the folder or the hub name of a model."))
+        problems.add(ArgumentError(f"{setting('model')}: expected the folder or the hub name of a model."))
     if stage == "all" and responses is not None:
-        problems.append(
+        problems.add(
             ArgumentError(
                 f"{setting('responses')}: goes with {setting('stage', 'score')} (to read) or {setting('stage', 'generate')} (to write)."
             )
         )
     if resume and save_path is None:
-        problems.append(
+        problems.add(
             ArgumentError(f"{setting('resume')}: needs {setting('save_path')}, the results file to go on with.")
         )
     return problems

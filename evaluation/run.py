@@ -156,10 +156,10 @@ class _Job:
             if name in to_grade:
                 self._grade(benchmark, data, responses, tools)
         if model is not None and prepared.extra_tasks is not None and extra:
-            from evaluation.chat_template import in_words
+            from evaluation.chat_template import confined
             from evaluation.extra_tasks import run_tasks
 
-            with in_words(model.label):
+            with confined(model.label):
                 self.results["extra_tasks"] |= run_tasks(
                     model,
                     extra,
@@ -171,7 +171,7 @@ class _Job:
 
     def _ask(self, model: Model, benchmark: Benchmark, data: Data) -> tuple[list[Response], Asked]:
         """Have the model answer a benchmark."""
-        from evaluation.chat_template import in_words
+        from evaluation.chat_template import confined
         from evaluation.generation import check_bos, choose, generate
         from evaluation.prompts import build_requests, prompts_sha256
 
@@ -181,7 +181,7 @@ class _Job:
         chosen = _chosen_rows(benchmark, data.rows, self.request.limit)
         with (
             item_bar(f"{benchmark.name}: preparing", len(chosen), quiet=self.request.quiet) as advance,
-            in_words(model.label),
+            confined(model.label),
         ):
             requests = build_requests(
                 benchmark,

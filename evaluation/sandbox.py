@@ -33,7 +33,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from types import TracebackType
 from typing import Literal
@@ -48,6 +48,10 @@ from evaluation.jail.zygote import remove_tree
 
 MEMORY_BYTES = 1 << 30
 PATIENCE = 5.0
+REFERENCE_S = 30.0
+"""For an item's own solution, whose time the limit is measured against."""
+REFERENCE_ROOM = 2.0
+"""Times what the own solution takes is how long every other program may take at least."""
 IMPOSSIBLE_DRAWS = 2
 HOW_TO = (
     "Install bubblewrap (apt install bubblewrap), or allow user namespaces (user.max_user_namespaces above 0, on "
@@ -83,12 +87,15 @@ class Program:
         test: its assertions, run in a process of their own.
         timeout_s: wall clock for both together.
         names: what the test takes from the program; None: all names that it reads and that are not built in.
+        reference: a program that is right. Where a slow machine takes more than half of `timeout_s` for it, a program may take
+            twice as long as it does.
     """
 
     source: str
     test: str
     timeout_s: float = 3.0
     names: tuple[str, ...] | None = None
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def why_not(level: Level, memory_bytes: int = MEMORY_BYTES) -> str | None:
         return "the kernel has no Landlock"
     scratch = _make_scratch()
     try:
-        return trial.problem(lambda: _start(level, scratch, memory_bytes), memory_bytes)
+        return trial.problem(lambda: start_jail(level, scratch, memory_bytes), memory_bytes)
     finally:
         remove_tree(scratch)
 
@@ -155,6 +162,7 @@ class Sandbox:
     Attributes:
         level: how programs are held; belongs in the results.
         workers: how many run at once.
+        idle: the jails that wait for a program; None where one is not started yet.
     """
 
     def __init__(
@@ -190,15 +198,16 @@ class Sandbox:
         self._clean_up = weakref.finalize(self, remove_tree, self._scratch)
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
         # A jail is started by the pool's threads when first used: it dies with the thread that started it.
-        self._idle: queue.LifoQueue[Jail | None] = queue.LifoQueue()
+        self.idle: queue.LifoQueue[Jail | None] = queue.LifoQueue()
         for _ in range(self.workers):
-            self._idle.put(None)
+            self.idle.put(None)
 
     def run(self, programs: Sequence[Program], progress: Progress | None = None) -> list[Verdict]:
         """Run programs, as many at once as there are workers; those that ran out of time once more, each alone.
 
         The second time the limit is one of processor time, and the clock allows PATIENCE times as much: a machine that
-        is busy with something else fails no program. (One that sleeps or waits thereby gets longer than its limit.)
+        is busy with something else fails no program. (One that sleeps or waits thereby gets longer than its limit.) Nor does
+        a slow machine: the item's own solution is timed then, see `Program.reference`.
 
         Args:
             programs: in any number.
@@ -217,14 +226,14 @@ class Sandbox:
                 future.cancel()
         for index in sorted(verdicts):
             if verdicts[index].status == "timeout":
-                verdicts[index] = self._pool.submit(self._judge, programs[index], PATIENCE).result()
+                verdicts[index] = self._pool.submit(self._judge_patiently, programs[index]).result()
         return [verdicts[index] for index in range(len(programs))]
 
     def close(self) -> None:
         """End all jails; nothing of them stays."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        while not self._idle.empty():
-            jail = self._idle.get()
+        while not self.idle.empty():
+            jail = self.idle.get()
             if jail is not None:
                 jail.close()
         self._clean_up()
@@ -237,13 +246,21 @@ class Sandbox:
     ) -> None:
         self.close()
 
+    def _judge_patiently(self, program: Program) -> Verdict:
+        """The verdict on a program that ran out of time, with as much of it as the machine needs."""
+        if program.reference is not None:
+            own = self._judge(replace(program, source=program.reference, timeout_s=REFERENCE_S), PATIENCE)
+            if own.status == "passed":
+                program = replace(program, timeout_s=max(program.timeout_s, REFERENCE_ROOM * own.seconds))
+        return self._judge(program, PATIENCE)
+
     def _judge(self, program: Program, patience: float = 1.0) -> Verdict:
         """The verdict on one program; where a jail breaks, a new one gets a second try."""
-        jail = self._idle.get()
+        jail = self.idle.get()
         try:
             for _ in range(2):
                 try:
-                    jail = jail or _start(self.level, self._scratch, self._memory_bytes)
+                    jail = jail or start_jail(self.level, self._scratch, self._memory_bytes)
                     return judge(jail, program, patience)
                 except JailError as error:
                     problem = str(error)
@@ -252,7 +269,7 @@ class Sandbox:
                     jail = None
             return Verdict("error", problem, 0.0)
         finally:
-            self._idle.put(jail)
+            self.idle.put(jail)
 
 
 def judge(jail: Jail, program: Program, patience: float = 1.0) -> Verdict:
@@ -291,7 +308,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start(level: Level, scratch: str, memory_bytes: int) -> Jail:
+def start_jail(level: Level, scratch: str, memory_bytes: int) -> Jail:
     """A new jail of a level. Raises: JailError: it does not start."""
     if level is Level.BUBBLEWRAP:
         layers = LAYERS if landlock.abi() else tuple(layer for layer in LAYERS if layer != LANDLOCK)

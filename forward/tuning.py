@@ -78,7 +78,7 @@ def choose(
     layers = find_layers(model)
     if not layers:
         return start, {}
-    trial = _Trial(model, layers[0][1], tokens)
+    trial = Trial(model, layers[0][1], tokens)
     on_cpu = tokens.device.type == "cpu"
     best = start
     with torch.no_grad():
@@ -97,7 +97,7 @@ def _thread_counts(threads: int) -> list[int]:
     return sorted({1, threads // 2} - {0, threads})
 
 
-class _Trial:
+class Trial:
     """Times one layer under different settings."""
 
     def __init__(self, model: Any, layer: torch.nn.Module, tokens: torch.Tensor):
@@ -116,10 +116,11 @@ class _Trial:
         """Tokens a second; the better of what was measured now and before."""
         key = str(choice)
         if key not in self.rates:
-            self.rates[key] = self._measure(choice)
+            self.rates[key] = self.measure(choice)
         return self.rates[key]
 
-    def _measure(self, choice: Choice) -> float:
+    def measure(self, choice: Choice) -> float:
+        """Tokens a second of the layer under these settings; 0 where the model does not call it."""
         tokens = self._tokens[: choice.batch_size]
         attention = self._model.config._attn_implementation
         if choice.attention:

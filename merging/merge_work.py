@@ -20,9 +20,11 @@ from merging.parameters import text_of
 from merging.plan import Plan, make_plan
 from merging.recipe import ModelInput, Recipe, source_key
 from merging.report import DeltaReport
-from streaming.job import Console, Job, Request, Result, Step, Work, bar_of, plan_job
-from streaming.output import Findings, RunOptions
+from streaming.console import Console, bar_of
+from streaming.job import Job, Request, Result, Step, plan_job
+from streaming.output import RunOptions
 from streaming.stream import Observer
+from streaming.work import Findings, Work
 
 
 @dataclass(kw_only=True)

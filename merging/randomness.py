@@ -90,7 +90,9 @@ def keep_below_(values: torch.Tensor, start: int, key: tuple[int, int], threshol
     """Set to zero, in place, what has an index whose hash, unsigned, is not below a threshold, and divide the rest.
 
     Args:
-        values: `[n]` float32; start, key: see `hash_indices`; threshold: at most 2^32, which keeps all.
+        values: `[n]` float32.
+        start, key: see `hash_indices`.
+        threshold: at most 2^32, which keeps all.
     """
     if threshold < 1 << 32:
         hashed = hash_indices(start, values.numel(), key, values.device)

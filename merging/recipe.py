@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.layout import Layout
-from checkpoints.errors import ArgumentError, InputError, collecting
+from checkpoints.errors import ArgumentError
 from checkpoints.location import ModelName
 from checkpoints.patterns import Pattern, pattern
+from checkpoints.problems import Problems
 from checkpoints.settings import Remark, setting
 from merging.methods import canonical, get_method
 from merging.methods.contract import Method
@@ -85,7 +86,7 @@ class Recipe:
     out_dtype: str = "auto"
     exclude: str | None = None
     only: str | None = None
-    layout: Layout = field(default_factory=lambda: Layout(tokenizer_source="base"))
+    layout: Layout = field(default_factory=Layout)
     aim: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict, compare=False)
@@ -126,7 +127,9 @@ class Recipe:
         """The method with its parameters for one output tensor.
 
         Args:
-            tensor: its name; t: where among its slice's layers it is, see `Value.at`; part: the slice.
+            tensor: its name.
+            t: where among its slice's layers it is, see `Value.at`.
+            part: the slice.
             names: what it is called in each source, where that is another name.
 
         Raises: ArgumentError: a value is missing for this tensor, or the method refuses it.
@@ -235,9 +238,9 @@ def check_count(cls: type[Method], method: str, count: int) -> None:
         raise ArgumentError(f"{method} merges {wanted} {noun}{beside}, got {count}.")
 
 
-def check_expression(where: str, expression: str | None, problems: list[str | InputError]) -> None:
+def check_expression(where: str, expression: str | None, problems: Problems) -> None:
     """Refuse an expression that is none."""
-    with collecting(problems):
+    with problems.collect():
         Pattern(where, expression or "")
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from checkpoints.errors import Refusals
 from checkpoints.files import write_text
 from merging.recipe import Recipe
 from merging.recipe_reader import Reader
@@ -40,8 +39,7 @@ def read_recipe_file(
     reader = Reader(where, trust_remote_code=trust_remote_code)
     flags = {"seed": seed, "out_dtype": out_dtype, "exclude": exclude, "only": only, "layout": layout or {}}
     recipe = reader.read(content, flags)
-    if reader.problems:
-        raise Refusals(reader.problems)
+    reader.problems.raise_if_any()
     assert recipe is not None
     return recipe
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment.layout import Layout
-from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.errors import ArgumentError, InputError, unknown
 from checkpoints.location import ModelName, parse_model
+from checkpoints.problems import Problems
 from checkpoints.settings import setting
 from merging.methods import canonical, get_method
 from merging.methods.contract import Method
@@ -46,13 +47,13 @@ def make_recipe(
     cls = get_method(method)
     method = canonical(method)
     declared = {key: one for key, (one, _) in cls.parameters().items()}
-    problems: list[str | InputError] = []
+    problems = Problems()
     given = {key: value for key, value in (parameters or {}).items() if value is not None}
     # Models, with weights inline or none.
     names, inline = _split_models(models, problems)
     if inline:
         if "weight" in given:
-            problems.append(
+            problems.add(
                 ArgumentError(f"{setting('weight')}: the models already carry weights (NAME:WEIGHT). Give them once.")
             )
         given["weight"] = ",".join(inline)
@@ -64,22 +65,21 @@ def make_recipe(
         try:
             check_count(cls, method, len(names))
         except ArgumentError as error:
-            problems.append(ArgumentError(f"{setting('models')}: {error.marked}"))
+            problems.add(ArgumentError(f"{setting('models')}: {error.marked}"))
     # Parameters: those that the method has, a value for each or for all models.
     _check_used(cls, method, given, seed, problems)
     values = {key: _read_values(one, method, given.get(key), len(names), problems) for key, one in declared.items()}
     _check_values(cls, values, problems)
     # What does not depend on the method.
     if out_dtype not in OUT_DTYPES:
-        problems.append(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
+        problems.add(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     check_expression(setting("exclude"), exclude, problems)
     check_expression(setting("only"), only, problems)
     for name in twice(names):
-        problems.append(
+        problems.add(
             ArgumentError(f"{setting('models')}: {name} is named twice. Give it once, with the sum of its weights.")
         )
-    if problems:
-        raise Refusals(problems)
+    problems.raise_if_any()
     assert base is not None
     # All is well: a model's own parameters go to it, the others to the recipe.
     own = {key for key, one in declared.items() if one.per_model}
@@ -101,21 +101,21 @@ def make_recipe(
     )
 
 
-def _parse(name: str, text: str, problems: list[str | InputError]) -> ModelName | None:
+def _parse(name: str, text: str, problems: Problems) -> ModelName | None:
     try:
         return parse_model(text)
     except InputError as error:
-        problems.append(ArgumentError(f"{setting(name)}: {error.marked}"))
+        problems.add(ArgumentError(f"{setting(name)}: {error.marked}"))
         return None
 
 
-def _split_models(text: str, problems: list[str | InputError]) -> tuple[list[ModelName], list[str]]:
+def _split_models(text: str, problems: Problems) -> tuple[list[ModelName], list[str]]:
     """`A,B` or `A:0.5,B:0.3` -> names, and the weights where they are given inline."""
     names: list[ModelName] = []
     weights: list[str] = []
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
-        problems.append(ArgumentError(f"{setting('models')}: expected names separated by commas, got {text!r}."))
+        problems.add(ArgumentError(f"{setting('models')}: expected names separated by commas, got {text!r}."))
         return names, weights
     for part in parts:
         name, colon, weight = part.rpartition(":")
@@ -124,7 +124,7 @@ def _split_models(text: str, problems: list[str | InputError]) -> tuple[list[Mod
         elif _is_number(weight):
             weights.append(weight)
         else:
-            problems.append(
+            problems.add(
                 ArgumentError(f"{setting('models')}: {part}: expected a weight after the colon, got {weight!r}.")
             )
             continue
@@ -132,7 +132,7 @@ def _split_models(text: str, problems: list[str | InputError]) -> tuple[list[Mod
         if parsed is not None:
             names.append(parsed)
     if weights and len(weights) != len(names):
-        problems.append(
+        problems.add(
             ArgumentError(
                 f"{setting('models')}: {len(weights)} of {len(names)} models carry a weight. Give it to all or to none."
             )
@@ -141,20 +141,18 @@ def _split_models(text: str, problems: list[str | InputError]) -> tuple[list[Mod
     return names, weights
 
 
-def _check_used(
-    cls: type[Method], method: str, given: Mapping[str, Any], seed: int | None, problems: list[str | InputError]
-) -> None:
+def _check_used(cls: type[Method], method: str, given: Mapping[str, Any], seed: int | None, problems: Problems) -> None:
     """A flag that the method does not use is an error, never ignored."""
     used = cls.parameters()
     for key in given:
         if key not in used:
-            problems.append(
+            problems.add(
                 ArgumentError(
                     f"{setting(key)}: {method} does not use it. Its parameters: {', '.join(map(setting, used))}."
                 )
             )
     if seed is not None and not cls.draws:
-        problems.append(ArgumentError(f"{setting('seed')}: {method} draws no random numbers. Leave it out."))
+        problems.add(ArgumentError(f"{setting('seed')}: {method} draws no random numbers. Leave it out."))
 
 
 def _is_number(text: str) -> bool:
@@ -165,7 +163,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _check_values(cls: type[Method], values: Mapping[str, Any], problems: list[str | InputError]) -> None:
+def _check_values(cls: type[Method], values: Mapping[str, Any], problems: Problems) -> None:
     """Ranges, and what the values forbid each other."""
     fields = cls.parameters()
     found: list[ArgumentError] = []
@@ -184,14 +182,14 @@ def _check_values(cls: type[Method], values: Mapping[str, Any], problems: list[s
             found.append(error)
     for problem in found:  # a method names its parameter by the recipe's key
         key, colon, rest = problem.marked.partition(":")
-        problems.append(ArgumentError(setting(key) + colon + rest if key in fields else problem.marked))
+        problems.add(ArgumentError(setting(key) + colon + rest if key in fields else problem.marked))
 
 
-def _read_values(parameter: Parameter, method: str, text: Any, models: int, problems: list[str | InputError]) -> Any:
+def _read_values(parameter: Parameter, method: str, text: Any, models: int, problems: Problems) -> Any:
     """One parameter's value, a tuple for a per-model one, from what was given or its default; REQUIRED where there is neither."""
     default = parameter.default
     if text is None and default is REQUIRED:
-        problems.append(
+        problems.add(
             ArgumentError(
                 f"{setting(parameter.key)}: {method} needs it: {parameter.expectation}. Add {setting(parameter.key)}."
             )
@@ -206,14 +204,14 @@ def _read_values(parameter: Parameter, method: str, text: Any, models: int, prob
         numbers = [_read_number(parameter, part) for part in str(text).split(",")]
     except ValueError:
         what = "numbers separated by commas" if parameter.per_model else "a number"
-        problems.append(ArgumentError(f"{setting(parameter.key)}: expected {what}, got {text!r}."))
+        problems.add(ArgumentError(f"{setting(parameter.key)}: expected {what}, got {text!r}."))
         return fallback
     if not parameter.per_model:
         if len(numbers) != 1:
-            problems.append(ArgumentError(f"{setting(parameter.key)}: expected one number, got {text!r}."))
+            problems.add(ArgumentError(f"{setting(parameter.key)}: expected one number, got {text!r}."))
         return numbers[0]
     if len(numbers) not in (1, models):
-        problems.append(
+        problems.add(
             ArgumentError(
                 f"{setting(parameter.key)}: expected one number or {models}, one for each model, got {len(numbers)}: {text}."
             )

@@ -9,6 +9,7 @@ from typing import Any
 from alignment.layout import NEW_TOKEN_ROWS, Layout
 from checkpoints.errors import ArgumentError, InputError, named_by, unknown
 from checkpoints.location import ModelName, parse_model
+from checkpoints.problems import Problems
 from checkpoints.settings import Remark, setting
 from merging.methods import METHODS, canonical, get_method, is_outside, parameters_by_key
 from merging.methods.contract import Method
@@ -53,16 +54,14 @@ class Reader:
         self.where = where
         self.trust_remote_code = trust_remote_code
         self.is_unread = False  # a method whose parameters nobody knows, as it was not imported
-        self.problems: list[str | InputError] = []
+        self.problems = Problems()
         self.notes: list[str] = []
         self.pinned: dict[str, str] = {}
         self.method = ""
 
     def refuse(self, place: str, problem: str) -> None:
         """Note a problem at a place in the file (`models[1].parameters.density`)."""
-        self.problems.append(
-            ArgumentError(f"{self.where}: {place}: {problem}" if place else f"{self.where}: {problem}")
-        )
+        self.problems.add(ArgumentError(f"{self.where}: {place}: {problem}" if place else f"{self.where}: {problem}"))
 
     def note(self, text: str) -> None:
         """Note something once."""
@@ -107,9 +106,7 @@ class Reader:
         if aim is not None and not isinstance(aim, dict):
             self.refuse("aim", f"expected keys such as omega, got {describe(aim)}.")
         if flags["seed"] is not None and cls is not None and not cls.draws:
-            self.problems.append(
-                ArgumentError(f"{setting('seed')}: {self.method} draws no random numbers. Leave it out.")
-            )
+            self.problems.add(ArgumentError(f"{setting('seed')}: {self.method} draws no random numbers. Leave it out."))
         if self.problems or cls is None:
             return None
         recipe = Recipe(
@@ -233,9 +230,7 @@ class Reader:
         """What the file says, and what is said beside it, where they do not contradict each other."""
         if flag is None or said is None or flag == said:
             return said if flag is None else flag
-        self.problems.append(
-            ArgumentError(f"{setting(key)}: {self.where} says {key}: {said}. Leave one of the two out.")
-        )
+        self.problems.add(ArgumentError(f"{setting(key)}: {self.where} says {key}: {said}. Leave one of the two out."))
         return said
 
     # --------------------------------------------------------------------------------------------- models and slices
@@ -437,9 +432,9 @@ class Reader:
         agreed = {key: self.agree(key, said.get(key), flags.get(key)) for key in {*said, *flags}}
         try:
             with named_by(self.places(content, {"layout": flags})):
-                return Layout(**{"tokenizer_source": "base", **{k: v for k, v in agreed.items() if v is not None}})
+                return Layout(**{key: value for key, value in agreed.items() if value is not None})
         except InputError as error:
-            self.problems.append(error)
+            self.problems.add(error)
             return Layout()
 
     def read_vocabulary(self, content: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:

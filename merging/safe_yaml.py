@@ -22,7 +22,8 @@ def read_data(path: Path, where: str) -> Any:
     """What a YAML or JSON file holds: mappings, lists, texts, numbers, booleans, None.
 
     Args:
-        path: the file; where: how messages name it.
+        path: the file.
+        where: how messages name it.
 
     Raises: ArgumentError: it cannot be read, is too large, is neither, names a key twice, or grows without end.
     """
@@ -59,12 +60,12 @@ def read_data(path: Path, where: str) -> Any:
 
 
 def _without_twins(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in mapping:
             raise ArgumentError(f"{where}: '{key}' is given twice in one place. Give it once.")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping
 
 
 def _read_yaml(text: str, where: str) -> Any:

@@ -24,7 +24,8 @@ from reports.hypervolume import hv_gains
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-_CHUNK = 2**22
+CHUNK = 2**22
+"""Draws of items at once."""
 Floats = NDArray[np.float64]
 
 
@@ -97,15 +98,15 @@ def resample(
     """
     if not verdicts or not len(verdicts[0].rows):
         raise ValueError(f"{benchmark}: expected verdicts on at least one item")
-    if any(not np.array_equal(one.rows, verdicts[0].rows) for one in verdicts):
+    if any(not np.array_equal(verdict.rows, verdicts[0].rows) for verdict in verdicts):
         raise ValueError(f"{benchmark}: expected verdicts of all models on the same items in the same order")
     items = len(verdicts[0].rows)
-    earned = np.stack([one.earned for one in verdicts], axis=1)  # [items, models, parts]
-    possible = np.stack([one.possible for one in verdicts], axis=1)
+    earned = np.stack([verdict.earned for verdict in verdicts], axis=1)  # [items, models, parts]
+    possible = np.stack([verdict.possible for verdict in verdicts], axis=1)
     generator = np.random.default_rng([seed, zlib.crc32(benchmark.encode())])
     scores = np.empty((resamples, len(verdicts)))
-    for start in range(0, resamples, max(1, _CHUNK // items)):
-        stop = min(start + max(1, _CHUNK // items), resamples)
+    for start in range(0, resamples, max(1, CHUNK // items)):
+        stop = min(start + max(1, CHUNK // items), resamples)
         drawn = generator.integers(items, size=(stop - start, items)) + items * np.arange(stop - start)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
         shares = (counts @ earned.reshape(items, -1)) / (counts @ possible.reshape(items, -1))

@@ -10,7 +10,8 @@ from itertools import combinations
 
 import numpy as np
 
-from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
+from checkpoints.errors import ArgumentError, InputError, unknown
+from checkpoints.problems import Problems
 from checkpoints.settings import setting
 from reports import conditions
 from reports.bootstrap import Estimate, Floats, estimate, resample
@@ -75,7 +76,7 @@ def _row(
     plain = None
     if aim is not None:
         row = replace(row, aim=aim.control or "yes", omega=aim.omega, aim_settings=labels.aim(merge, aim))
-        plain = next((one for one in entries if _is_plain(one, merge)), None)
+        plain = next((member for member in entries if _is_plain(member, merge)), None)
         if plain is None:
             remarks.append(f"{row.label}: no results of the same merge without AIM, so no change.")
         else:
@@ -85,7 +86,7 @@ def _row(
     except NoPopulation as error:
         remarks.append(f"{row.label}: no HV gain: {error}.")
         return row
-    named = tuple(labels.model(one.model) for one in population)
+    named = tuple(labels.model(member.model) for member in population)
     row = replace(row, population=named, hv_gain=gains.of(entry, population))
     if plain is None:
         return row
@@ -118,15 +119,14 @@ def choose_benchmarks(entries: Sequence[Entry], benchmarks: Sequence[str] | None
         raise InputError(f"expected scores of {', '.join(PAPER)}, got none of them. Evaluate these benchmarks.")
     everywhere = [name for name in names if all(name in entry.scores for entry in entries)]
     remedy = f", or leave them out of the table: {setting('benchmarks', ','.join(everywhere))}" if everywhere else ""
-    problems = [
+    problems = Problems(
         InputError(
             f"{entry.source}: expected scores of {', '.join(names)}, got none of {', '.join(missing)}. Evaluate these{remedy}."
         )
         for entry in entries
         if (missing := [name for name in names if name not in entry.scores])
-    ]
-    if problems:
-        raise Refusals(problems)
+    )
+    problems.raise_if_any()
     return names
 
 
@@ -161,7 +161,8 @@ class _Gains:
     """Gains and changes of entries, with their draws.
 
     Args:
-        benchmarks: of the table; draws: entry -> `[draws, benchmarks]`.
+        benchmarks: of the table.
+        draws: entry -> `[draws, benchmarks]`.
     """
 
     def __init__(self, benchmarks: Sequence[str], draws: Mapping[Entry, Floats | None]):
@@ -192,8 +193,8 @@ class _Gains:
     def _gain(self, entry: Entry, population: Sequence[Entry]) -> tuple[float, Floats | None]:
         everyone = (entry, *population)
         if everyone not in self._known:
-            scores = np.array([[one.scores[name].value for name in self._benchmarks] for one in everyone])
-            drawn = [draw for one in everyone if (draw := self._draws[one]) is not None]
+            scores = np.array([[member.scores[name].value for name in self._benchmarks] for member in everyone])
+            drawn = [draw for member in everyone if (draw := self._draws[member]) is not None]
             sure = len(drawn) == len(everyone)
             gains = hv_gains(np.stack(drawn[1:], axis=1), drawn[0]) if sure else None
             self._known[everyone] = hv_gain(scores[1:], scores[0]), gains
@@ -217,19 +218,18 @@ def _recognise_merges(entries: Sequence[Entry]) -> list[Entry]:
 
 def _check_twice(entries: Sequence[Entry]) -> None:
     """Raise Refusals where two entries are of one model, or of the same merge made twice."""
-    problems = [
-        InputError(f"{one.source} and {two.source}: are results of the same model. Leave one of them out.")
-        for one, two in combinations(entries, 2)
-        if _same(one, two)
-    ]
-    if problems:
-        raise Refusals(problems)
+    problems = Problems(
+        InputError(f"{first.source} and {two.source}: are results of the same model. Leave one of them out.")
+        for first, two in combinations(entries, 2)
+        if _same(first, two)
+    )
+    problems.raise_if_any()
 
 
-def _same(one: Entry, two: Entry) -> bool:
-    if one.merge is None or two.merge is None:
-        return one.merge is two.merge and one.model.likeness(two.model) > 1
-    return one.merge.key == two.merge.key and one.aim == two.aim
+def _same(first: Entry, two: Entry) -> bool:
+    if first.merge is None or two.merge is None:
+        return first.merge is two.merge and first.model.likeness(two.model) > 1
+    return first.merge.key == two.merge.key and first.aim == two.aim
 
 
 def _is_plain(entry: Entry, merge: Merge) -> bool:

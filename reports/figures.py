@@ -70,7 +70,8 @@ def draw(table: Table, folder: Path | str) -> Figures:
     by AIM, with 95 % intervals where they are known.
 
     Args:
-        table: from `compare`; folder: made where it is missing; figures of the same names in it are replaced.
+        table: from `compare`.
+        folder: made where it is missing; figures of the same names in it are replaced.
 
     Raises: InputError: the folder cannot be written to.
     """
@@ -365,5 +366,5 @@ def _around(width: float, height: float) -> Iterable[tuple[float, float]]:
         yield from ((reach, -height / 2), (-reach - width, -height / 2))
 
 
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _overlap(first: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return first[0] < other[2] and other[0] < first[2] and first[1] < other[3] and other[1] < first[3]

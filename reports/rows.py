@@ -17,7 +17,8 @@ class Row:
         entry: its results.
         method, models: as printed; `method` is empty for a single model.
         aim: empty for a single model, `no`, `yes`, or a control's name.
-        omega: as text, empty without AIM or where it is not known; aim_settings: what else sets it apart.
+        omega: as text, empty without AIM or where it is not known.
+        aim_settings: what else sets it apart.
         population: labels of the models that HV gain is measured against; empty where there is no gain.
         hv_gain: None for a single model, or where no population is known.
         hv_gain_change: HV gain minus that of the same merge without AIM.
@@ -52,7 +53,8 @@ class Contents:
     Attributes:
         benchmarks: its columns.
         rows: single models first, then merges, each without AIM, with it and with its controls.
-        notes: how to read it; warnings: what makes its numbers less than they seem.
+        notes: how to read it.
+        warnings: what makes its numbers less than they seem.
     """
 
     benchmarks: tuple[str, ...]

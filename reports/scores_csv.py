@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from checkpoints.errors import InputError, Refusals, collecting
+from checkpoints.errors import InputError
 from checkpoints.escaping import csv_text
+from checkpoints.problems import Problems
 from reports.entries import BENCHMARKS, CONTROLS, Aim, Entry, Merge, ModelId, Score
 
 NEEDED = ("method", "models", "aim")
@@ -38,17 +39,16 @@ def read_scores(path: Path) -> list[Entry]:
             f"{path}: expected columns {', '.join(NEEDED)} and benchmarks such as {', '.join(BENCHMARKS[:2])}, each once, got {', '.join(map(str, columns)) or 'nothing'}. Give a table of scores."
         )
     entries: list[Entry] = []
-    problems: list[str | InputError] = []
+    problems = Problems()
     for line, row in rows:
-        with collecting(problems):
+        with problems.collect():
             entries.append(_read_row(f"{path}: line {line}", row, columns, benchmarks))
     if not rows:
-        problems.append(InputError(f"{path}: expected a row for each model, got none. Give a table of scores."))
+        problems.add(InputError(f"{path}: expected a row for each model, got none. Give a table of scores."))
     values = [score.value for entry in entries for score in entry.scores.values()]
     if values and not problems and 0 < max(values) <= 0.01:
-        problems.append(InputError(f"{path}: expected scores in percent, got none above 1. Multiply fractions by 100."))
-    if problems:
-        raise Refusals(problems)
+        problems.add(InputError(f"{path}: expected scores in percent, got none above 1. Multiply fractions by 100."))
+    problems.raise_if_any()
     return entries
 
 
@@ -84,8 +84,8 @@ def _read_merge(where: str, cells: Mapping[str, str]) -> tuple[Merge | None, Aim
     merge = Merge(method, models, {}, f"{method} {'+'.join(sorted(model.name for model in models))}")
     if aim == "no":
         return merge, None
-    told = cells.get("aim_settings", "")
-    return merge, Aim(cells.get("omega", ""), "" if aim == "yes" else aim, {"settings": told} if told else {})
+    settings = cells.get("aim_settings", "")
+    return merge, Aim(cells.get("omega", ""), "" if aim == "yes" else aim, {"settings": settings} if settings else {})
 
 
 def _percent(where: str, text: str) -> float:

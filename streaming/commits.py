@@ -38,7 +38,8 @@ class Commits:
         """Leave a tensor, all of whose elements are written, to the next commit; from any thread.
 
         Args:
-            notes: JSON, kept with it; changed: see `streaming.stream.stream`.
+            notes: JSON, kept with it.
+            changed: see `streaming.stream.stream`.
         """
         if self._error is not None:
             raise self._error

@@ -10,74 +10,32 @@ merge to the disk. The commands and the packages' own functions run the same `Jo
 from __future__ import annotations
 
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from checkpoints.errors import AlreadyComplete
-from checkpoints.folder import Folder
 from checkpoints.model import Model, close_all
 from checkpoints.problems import Problems
 from checkpoints.save_path import RECIPE_FILE, check_save_path, check_space
 from checkpoints.settings import Show, as_flag, as_in_python, shown
-from checkpoints.sidecars import SideFiles
 from checkpoints.staging import Stage, refuse_if_written, staged
-from checkpoints.writer import Shard
+from streaming.console import Console
 from streaming.output import (
-    Findings,
     RunOptions,
     Variant,
     Written,
-    bytes_written,
-    files_to_write,
-    files_written,
     identity_of,
+    record_of,
     unfinished,
     write_checkpoints,
     write_description,
 )
-from streaming.stream import Observer, PlannedTensor, bytes_read
-
-Bar = Callable[[str, int, str], AbstractContextManager[Callable[[int], object]]]
-"""Makes a progress bar from a title, a total and its unit; yields what advances it."""
-
-
-@contextmanager
-def no_bar(title: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-    """Show no progress."""
-    yield lambda count: None
-
-
-def bar_of(progress: Callable[[int], object]) -> Bar:
-    """A bar that passes on the bytes that are read and written."""
-    return lambda title, total, unit: nullcontext(progress) if unit == "B" else no_bar(title, total, unit)
-
-
-def say_nothing(line: str) -> None:
-    """Say nothing."""
-
-
-@dataclass(frozen=True)
-class Console:
-    """How a run speaks to the user; by default not at all.
-
-    Attributes:
-        say: prints a line of the result.
-        note: prints a remark beside it.
-        warn: prints what the user should look at.
-        bar: makes a progress bar.
-        show: how settings are named.
-    """
-
-    say: Callable[[str], object] = say_nothing
-    note: Callable[[str], object] = say_nothing
-    warn: Callable[[str], object] = say_nothing
-    bar: Bar = no_bar
-    show: Show = as_in_python
+from streaming.stream import PlannedTensor, bytes_read
+from streaming.work import Findings, Work, bytes_written
 
 
 class Changes(Protocol):
@@ -120,74 +78,6 @@ class Request(Protocol):
 
     def step(self, save_path: Path, options: RunOptions, *, dry_run: bool = False) -> Step:
         """What carries it out. Raises InputError: files that it keeps beside the output cannot be written."""
-
-
-@dataclass(kw_only=True)
-class Work(ABC):
-    """What a job writes, planned.
-
-    Attributes:
-        verb: what is done, for progress bars: `merging`.
-        inputs: every opened model, the base (or what stands in for it) first.
-        tensors: every output tensor with its sources.
-        shards: the files that they go into.
-        files: config, tokenizer and the rest.
-        out_dtype: `auto`, or the dtype asked for.
-        decides: what decides the output's bytes beside inputs, files and options, for JSON.
-        recipe: keys of merge_recipe.json that say what is done.
-        record: keys of merge_recipe.json that come after a step's.
-        card: the beginning of the model card.
-        notes: what a user should know.
-        warnings: what a user should look at.
-    """
-
-    verb: str
-    inputs: Sequence[Model]
-    tensors: Sequence[PlannedTensor]
-    shards: list[Shard]
-    files: SideFiles
-    out_dtype: str
-    decides: Mapping[str, Any]
-    recipe: Mapping[str, Any]
-    card: str
-    record: Mapping[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def base(self) -> Model:
-        """The base, or the model that stands in for it: gives what is no number."""
-        return self.inputs[0]
-
-    @property
-    def bytes_to_read(self) -> int:
-        """Bytes of every input tensor that may be needed, each counted once."""
-        return bytes_read(self.tensors)
-
-    @property
-    def bytes_to_write(self) -> int:
-        """Bytes of one output's tensors."""
-        return bytes_written(self.tensors)
-
-    @abstractmethod
-    def as_json(self) -> dict[str, Any]:
-        """The plan for programs."""
-
-    @abstractmethod
-    def as_text(self, show: Show = as_in_python) -> str:
-        """The plan for people."""
-
-    def start(self) -> Observer | None:
-        """What looks at the blocks of a run that begins; None looks at none."""
-        return None
-
-    def warnings_of(self, findings: Findings) -> list[str]:
-        """What a user should look at, now that the numbers are known."""
-        return findings.non_finite_warnings()
-
-    def closing_record(self, observer: Observer | None) -> dict[str, Any]:
-        """The last keys of merge_recipe.json."""
-        return {}
 
 
 @dataclass(frozen=True)
@@ -240,9 +130,7 @@ class Job:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What decides the output's bytes."""
-        work = self.work
-        aim = self.step.identity if self.step else None
-        return identity_of(work.decides, work.inputs, work.shards, work.files, self.options, aim=aim)
+        return identity_of(self.work, self.options, aim=self.step.identity if self.step else None)
 
     def staged(self) -> AbstractContextManager[Stage]:
         """The folder to write in, which becomes the output when the context ends well. Raises as `checkpoints.staging.staged`."""
@@ -250,14 +138,10 @@ class Job:
             self.save_path,
             overwrite=self.options.overwrite,
             folders=self.folders,
-            files=files_written(self.work.shards, self.work.files),
+            files=self.work.file_names,
             identity=self.identity,
             resume=self.options.resume,
         )
-
-    def files_to_write(self) -> dict[str, int]:
-        """Every file of one checkpoint but its card and recipe -> bytes."""
-        return files_to_write(self.work.shards, self.work.files)
 
     def as_json(self) -> dict[str, Any]:
         """The plan for programs, the step's part under `aim`."""
@@ -307,29 +191,20 @@ class Job:
                 console.note(f"going on: {len(work.tensors) - len(todo)} of {len(work.tensors)} tensors are there")
             moved = bytes_read(todo, [one.transform for one in variants]) + bytes_written(todo) * len(variants)
             with console.bar(work.verb, moved, "B") as advance:
-                written = write_checkpoints(
-                    work.tensors,
-                    work.shards,
-                    variants,
-                    stage,
-                    inputs=work.inputs,
-                    options=self.options,
-                    describe=lambda *arguments: self._describe(observer, stage, *arguments),
-                    observer=observer,
-                    progress=advance,
-                )
+                written = write_checkpoints(work, variants, stage, self.options, observer, advance)
+            for variant, outputs in zip(variants, written.outputs, strict=True):
+                self._describe(stage, variant, outputs, written.findings, work.closing_record(observer))
         report = work.closing_record(observer).get("report")
         summary = changes.summary(console.show) if changes else ""
         return Result(self.save_path, work, report, work.warnings_of(written.findings), written, summary=summary)
 
     def _describe(
         self,
-        observer: Observer | None,
         stage: Stage,
-        folder: Folder,
         variant: Variant,
         outputs: Mapping[str, Mapping[str, int | str]],
         findings: Findings,
+        closing: Mapping[str, Any],
     ) -> None:
         """Write side files, model card and recipe of one variant."""
         work = self.work
@@ -340,18 +215,15 @@ class Job:
             "outputs": outputs,
             "notes": work.notes,
             "warnings": [*work.warnings, *work.warnings_of(findings)],
-            **work.closing_record(observer),
+            **closing,
         }
         write_description(
-            folder,
+            stage.work.subfolder(variant.folder) if variant.folder else stage.work,
+            work,
+            self.options,
             title=" ".join(filter(None, (self.save_path.resolve().name, variant.folder))),
-            files=work.files,
-            inputs=work.inputs,
-            out_dtype=work.out_dtype,
             card=f"{work.card}\n\n{variant.card}",
-            recipe=shown(recipe, as_flag),
-            identity=stage.identity,
-            options=self.options,
+            recipe={**shown(recipe, as_flag), **record_of(work, self.options), "identity": stage.identity},
         )
 
     def _as_it_was(self, message: str) -> Result:

@@ -7,7 +7,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +14,9 @@ from typing import Any, Literal
 from checkpoints.files import in_utf8
 from checkpoints.finished import Finished
 from checkpoints.folder import Folder
-from checkpoints.model import Model, close_all
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
-from checkpoints.save_path import RECIPE_FILE
-from checkpoints.sidecars import SideFiles
 from checkpoints.staging import Stage
-from checkpoints.writer import CheckpointWriter, Shard, file_names
+from checkpoints.writer import CheckpointWriter, Shard
 from streaming.commits import Commits
 from streaming.log import Log, no_log
 from streaming.stream import (
@@ -35,9 +31,9 @@ from streaming.stream import (
     stream,
 )
 from streaming.tally import Tally
+from streaming.work import CARD_FILE, Findings, Work, bytes_written
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
-CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True)
@@ -92,28 +88,14 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What a stream noticed of the numbers.
-
-    Attributes:
-        unchanged: positions of the models whose task vectors are zero throughout; see `stream`.
-        non_finite: tensor -> elements of it that are NaN or infinite, in all outputs together, where that was allowed.
-    """
-
-    unchanged: frozenset[int]
-    non_finite: Mapping[str, int]
-
-    def non_finite_warnings(self) -> list[str]:
-        """Which tensors hold what is not finite, for people: a line for each."""
-        return [f"{name}: {n:,} elements that are NaN or infinite were written." for name, n in self.non_finite.items()]
-
-
-@dataclass(frozen=True)
 class Written:
     """What a run moved, and noticed.
 
-    bytes_read counts every input tensor once; what an earlier run had finished is not counted. peak_memory_bytes is the
-    largest resident memory the process ever had.
+    Attributes:
+        bytes_read: every input tensor counts once; what an earlier run had finished does not.
+        peak_memory_bytes: the largest resident memory the process ever had.
+        findings: of the numbers.
+        outputs: for each variant, weight file -> its digest and size.
     """
 
     bytes_read: int
@@ -121,32 +103,23 @@ class Written:
     seconds: float
     peak_memory_bytes: int
     findings: Findings
-
-
-Describe = Callable[[Folder, Variant, Mapping[str, Mapping[str, int | str]], Findings], None]
-"""Writes what is no weight into a variant's folder, given the digests of its files and what the stream noticed."""
+    outputs: Sequence[Mapping[str, Mapping[str, int | str]]] = ()
 
 
 def write_checkpoints(
-    tensors: Sequence[PlannedTensor],
-    shards: list[Shard],
+    work: Work,
     variants: Sequence[Variant],
     stage: Stage,
-    *,
-    inputs: Sequence[Model],
     options: RunOptions,
-    describe: Describe,
     observer: Observer | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Written:
-    """Stream `tensors` into every variant's folder, but for those that an earlier run of the stage finished.
+    """Stream a work's tensors into every variant's folder, but for those that an earlier run of the stage finished.
 
     Args:
-        tensors, shards: what to write, from what, and into which files.
+        work: whose inputs must be unchanged at the end.
         variants: at least one.
         stage: where to; its journal says what is finished.
-        inputs: every opened model; each must be unchanged at the end, and is closed then.
-        describe: called for each variant once its weights are on the disk.
         observer, progress: see `stream`.
 
     Raises: InputError: as `stream`.
@@ -156,8 +129,8 @@ def write_checkpoints(
     non_finite = count_non_finite()
     tallies = [non_finite, *(one.tally for one in (observer, *transforms) if one is not None)]
     # What an earlier run finished is not streamed again; its sums go into the tallies.
-    usable = _usable(stage.finished, tallies, shards, variants)
-    todo = [tensor for tensor in tensors if tensor.spec.name not in usable]
+    usable = _usable(stage.finished, tallies, work.shards, variants)
+    todo = [tensor for tensor in work.tensors if tensor.spec.name not in usable]
     for name in usable:
         for tally, numbers in zip(tallies, stage.finished.tensors[name], strict=True):
             tally.restore(name, numbers)
@@ -168,47 +141,44 @@ def write_checkpoints(
         seen = [found for tally, numbers in zip(tallies, notes, strict=True) if (found := tally.describe(numbers))]
         options.log("tensor", name=name, seconds=round(seconds, 6), seen=seen)
 
-    with ExitStack() as end:
-        end.callback(close_all, inputs)
-        # One writer for each variant, on the files that are there.
-        writers: dict[str, CheckpointWriter] = {}
-        places = {one.folder: stage.work.subfolder(one.folder) if one.folder else stage.work for one in variants}
-        try:
-            for number, (name, folder) in enumerate(places.items()):
-                digest = options.digest != "none"
-                chunks = stage.finished.chunks[number] if number < len(stage.finished.chunks) else {}
-                writers[name] = CheckpointWriter(folder, shards, digest=digest, finished=usable, chunks=chunks)
-            stage.work.sync()
-            outputs = [Output(*pair) for pair in zip(writers.values(), transforms, strict=True)]
-            # Stream into all of them, committing meanwhile and once more at the end.
-            with Commits(stage.journal, writers) as commits:
-                changed = stream(
-                    todo,
-                    outputs,
-                    options=options.stream,
-                    observer=observer,
-                    progress=progress,
-                    finished=finish,
-                    changed=stage.finished.changed,
-                    non_finite=non_finite,
-                )
-            digests = [writer.close() for writer in writers.values()]
-        finally:
-            for writer in writers.values():
-                writer.release()
-        # Every weight is on the disk: look at the inputs once more, then describe what was made.
-        for model in inputs:
-            model.weights.check_unchanged()
-        counts = {name: int(count) for name, (count,) in non_finite.by_tensor().items()}
-        findings = Findings(frozenset(expect_changes(tensors) - changed), counts)
-        for variant, files in zip(variants, digests, strict=True):
-            describe(places[variant.folder], variant, files, findings)
+    # One writer for each variant, on the files that are there.
+    writers: dict[str, CheckpointWriter] = {}
+    places = {one.folder: stage.work.subfolder(one.folder) if one.folder else stage.work for one in variants}
+    try:
+        for number, (name, folder) in enumerate(places.items()):
+            digest = options.digest != "none"
+            chunks = stage.finished.chunks[number] if number < len(stage.finished.chunks) else {}
+            writers[name] = CheckpointWriter(folder, work.shards, digest=digest, finished=usable, chunks=chunks)
+        stage.work.sync()
+        outputs = [Output(*pair) for pair in zip(writers.values(), transforms, strict=True)]
+        # Stream into all of them, committing meanwhile and once more at the end.
+        with Commits(stage.journal, writers) as commits:
+            changed = stream(
+                todo,
+                outputs,
+                options=options.stream,
+                observer=observer,
+                progress=progress,
+                finished=finish,
+                changed=stage.finished.changed,
+                non_finite=non_finite,
+            )
+        digests = [writer.close() for writer in writers.values()]
+    finally:
+        for writer in writers.values():
+            writer.release()
+    # Every weight is on the disk: look at the inputs once more.
+    for model in work.inputs:
+        model.weights.check_unchanged()
+    counts = {name: int(count) for name, (count,) in non_finite.by_tensor().items()}
+    findings = Findings(frozenset(expect_changes(work.tensors) - changed), counts)
     return Written(
         bytes_read(todo, transforms),
-        len(variants) * (bytes_written(todo) + sum(len(shard.header) for shard in shards)),
+        len(variants) * (bytes_written(todo) + sum(len(shard.header) for shard in work.shards)),
         time.monotonic() - started,
         peak_memory_bytes(),
         findings,
+        digests,
     )
 
 
@@ -247,85 +217,44 @@ def unfinished(tensors: Sequence[PlannedTensor], stage: Stage) -> list[PlannedTe
     return [tensor for tensor in tensors if tensor.spec.name not in stage.finished.tensors]
 
 
-def files_written(shards: Sequence[Shard], files: SideFiles) -> list[str]:
-    """What `write_checkpoints` and `write_description` write into a checkpoint's folder, for `checkpoints.staging.staged`."""
-    return [*file_names(shards), *files.names, CARD_FILE, RECIPE_FILE]
-
-
-def files_to_write(shards: Sequence[Shard], files: SideFiles) -> dict[str, int]:
-    """Weights, their index and side files of a checkpoint -> bytes, as far as they are known before it is written."""
-    sizes = {shard.file_name: shard.size for shard in shards}
-    return sizes | {name: len(files.read(name)) for name in files.names}
-
-
-def bytes_written(tensors: Sequence[PlannedTensor]) -> int:
-    """Bytes of output tensors."""
-    return sum(tensor.spec.numel * tensor.dtype.itemsize for tensor in tensors)
-
-
 def write_description(
-    folder: Folder,
-    *,
-    title: str,
-    files: SideFiles,
-    inputs: Sequence[Model],
-    out_dtype: str,
-    card: str,
-    recipe: Mapping[str, Any],
-    identity: str,
-    options: RunOptions,
+    folder: Folder, work: Work, options: RunOptions, *, title: str, card: str, recipe: Mapping[str, Any]
 ) -> None:
     """Write what is no weight: side files, the model card, merge_recipe.json.
 
     Args:
         folder: of the checkpoint.
-        title: of the card.
-        files: config, tokenizer and the rest; the config's dtype changes where `out_dtype` says so.
-        inputs: every model, the base first.
-        out_dtype: `auto`, or the dtype asked for.
-        card: Markdown of the card: what was made of which models, and how.
-        recipe: keys of merge_recipe.json, to which inputs, versions, the command and the identity are added.
-        identity: of the run's stage.
+        work: its side files, whose config's dtype changes where `out_dtype` says so, and its inputs, the base first.
+        title, card: of the model card, Markdown: what was made of which models, and how.
+        recipe: what merge_recipe.json says.
     """
-    dtype = None if out_dtype == "auto" else out_dtype
-    config = files.read_json("config.json")
+    dtype = None if work.out_dtype == "auto" else work.out_dtype
+    config = work.files.read_json("config.json")
     if dtype is None and "float64" in (config.get("dtype"), config.get("torch_dtype")):
         dtype = "float32"  # the widest that is written
-    files.write(folder, dtype=dtype)
-    text = model_card(title=title, base=inputs[0], models=inputs[1:], text=card, command=options.command)
+    work.files.write(folder, dtype=dtype)
+    text = model_card(title=title, base=work.base, models=work.inputs[1:], text=card, command=options.command)
     folder.write(CARD_FILE, in_utf8(text))
-    write_recipe(
-        folder,
-        {
-            **recipe,
-            "inputs": [describe_input(model, options.digest) for model in inputs],
-            "versions": versions(),
-            "command": list(options.command) if options.command else None,
-            "identity": identity,
-        },
-    )
+    write_recipe(folder, recipe)
 
 
-def identity_of(
-    recipe: Mapping[str, Any],
-    inputs: Sequence[Model],
-    shards: Sequence[Shard],
-    files: SideFiles,
-    options: RunOptions,
-    **more: Any,
-) -> dict[str, Any]:
-    """Everything that decides the bytes of an output, for `checkpoints.staging.staged`.
-
-    Args:
-        recipe: what is done; inputs: with what; shards: into which files; files: beside them; options: digests, report and device count.
-        more: what else counts.
-    """
-    headers = hashlib.sha256(b"".join(shard.file_name.encode() + shard.header for shard in shards)).hexdigest()
+def record_of(work: Work, options: RunOptions) -> dict[str, Any]:
+    """What every merge_recipe.json says: inputs, versions and the command."""
     return {
-        "recipe": dict(recipe),
-        "inputs": [describe_input(model, "outputs") for model in inputs],
+        "inputs": [describe_input(model, options.digest) for model in work.inputs],
+        "versions": versions(),
+        "command": list(options.command) if options.command else None,
+    }
+
+
+def identity_of(work: Work, options: RunOptions, **more: Any) -> dict[str, Any]:
+    """Everything that decides the bytes of an output, for `checkpoints.staging.staged`: `more` is what else counts."""
+    headers = hashlib.sha256(b"".join(shard.file_name.encode() + shard.header for shard in work.shards)).hexdigest()
+    return {
+        "recipe": dict(work.decides),
+        "inputs": [describe_input(model, "outputs") for model in work.inputs],
         "files": headers,
-        "side_files": files.digest(),
+        "side_files": work.files.digest(),
         "digest": options.digest,
         "report": options.report,
         "device": options.stream.device.type,

@@ -72,6 +72,8 @@ class Observer(Protocol):
 class Transform(Protocol):
     """A change of the merged block before its one rounding (AIM's relaxation is one)."""
 
+    # A run's transforms are alike but for how far they go: what one of them measures is every one's.
+
     @property
     def tally(self) -> Tally:
         """How much it has changed."""
@@ -81,8 +83,24 @@ class Transform(Protocol):
         """Whether it changes the output tensor of this name at all."""
         ...
 
-    def __call__(self, region: Region, base: torch.Tensor, merged: torch.Tensor) -> torch.Tensor:
-        """The block to be written, `[region.numel]` float32, from the base's and the merged one, neither overwritten."""
+    def whole_rows(self, tensor: str) -> bool:
+        """Whether the blocks of a tensor must hold whole rows; see `Merger.whole_rows`."""
+        ...
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
+        """Statistics of a whole merged tensor, which all transforms of a run share; None where it needs none.
+
+        Args:
+            scan: its blocks hold the base, and the merge as their one model's `weights`.
+        """
+        ...
+
+    def __call__(self, region: Region, base: torch.Tensor, merged: torch.Tensor, statistics: Any) -> torch.Tensor:
+        """The block to be written, `[region.numel]` float32, from the base's and the merged one, neither overwritten.
+
+        Args:
+            statistics: what `measure` gave for this tensor.
+        """
         ...
 
 
@@ -120,7 +138,7 @@ class PlannedTensor:
         return (
             self.method is None
             or self.method.reads_base
-            or any(one and one.applies_to(self.spec.name) for one in transforms)
+            or any(transform and transform.applies_to(self.spec.name) for transform in transforms)
         )
 
     def sources(self, transforms: Sequence[Transform | None]) -> tuple[TensorRef, ...]:
@@ -241,27 +259,39 @@ class _Stream:
 
     def merge_tensor(self, tensor: PlannedTensor) -> None:
         """Write one tensor to every output."""
-        whole_rows = tensor.method is not None and tensor.method.whole_rows
+        name, method = tensor.spec.name, tensor.method
+        transforms = (
+            [transform for transform in self._transforms if transform and transform.applies_to(name)] if method else []
+        )
+        whole_rows = bool(method and method.whole_rows) or any(transform.whole_rows(name) for transform in transforms)
         regions = list(tile(tensor.spec, max(self._options.elements, GRID_ELEMENTS if whole_rows else 1)))
-        if tensor.method is None:
+        if method is None:
             work: Callable[[Region], None] = lambda region: self._copy(tensor, region)  # noqa: E731
         else:
-            statistics = tensor.method.measure(tensor.spec, self._scan(tensor))
-            work = lambda region: self._combine(tensor, statistics, region)  # noqa: E731
+            statistics = method.measure(tensor.spec, self._scan(lambda region: self._fetch(tensor, region), tensor))
+            scan = self._scan(lambda region: self._merged(tensor, region, statistics), tensor)
+            measured = transforms[0].measure(tensor.spec, scan) if transforms else None
+            work = lambda region: self._combine(tensor, statistics, measured, region)  # noqa: E731
         for _ in self._workers.map_ordered(work, regions):
             pass
 
-    def _scan(self, tensor: PlannedTensor) -> Callable[..., Iterator[Any]]:
+    def _scan(self, block_of: Callable[[Region], Block], tensor: PlannedTensor) -> Callable[..., Iterator[Any]]:
         def scan(measure: Callable[[Block], Partial], regions: Sequence[Region] | None = None) -> Iterator[Partial]:
             chosen = list(tile(tensor.spec, GRID_ELEMENTS)) if regions is None else regions
             work: Callable[[list[Region]], list[Partial]] = lambda group: [  # noqa: E731
-                measure(self._fetch(tensor, region)) for region in group
+                measure(block_of(region)) for region in group
             ]
             return itertools.chain.from_iterable(self._workers.map_ordered(work, list(in_groups(chosen))))
 
         return scan
 
-    def _combine(self, tensor: PlannedTensor, statistics: Any, region: Region) -> None:
+    def _merged(self, tensor: PlannedTensor, region: Region, statistics: Any) -> Block:
+        """The base and the merge of a region, as a block whose one model is the merge."""
+        assert tensor.method is not None
+        block = self._fetch(tensor, region)
+        return Block(region, block.base, [], [tensor.method.combine(block, statistics)])
+
+    def _combine(self, tensor: PlannedTensor, statistics: Any, measured: Any, region: Region) -> None:
         assert tensor.method is not None
         sampled = self._observer.sampled(region) if self._observer else ()
         block = self._fetch(tensor, region, base_for=bool(sampled))
@@ -271,7 +301,7 @@ class _Stream:
             self._observer.record(block, merged, sampled, seen)
         for output in self._outputs:
             transform = output.transform if output.transform and output.transform.applies_to(tensor.spec.name) else None
-            result = merged if transform is None else transform(region, block.base, merged)  # type: ignore[arg-type]
+            result = merged if transform is None else transform(region, block.base, merged, measured)  # type: ignore[arg-type]
             self._write(output, tensor, region, result)
         read = tensor.sources(self._transforms)
         itemsizes = sum(ref.info.dtype.itemsize for ref in read) + tensor.dtype.itemsize * len(self._outputs)
@@ -344,13 +374,15 @@ def load(raw: torch.Tensor, values: torch.Tensor, base: torch.Tensor | None, loo
     """Make float32 numbers of what is stored.
 
     Args:
-        raw: `[n]` of any floating-point dtype, on the CPU; values: `[n]` float32, overwritten with them.
-        base: `[n]` float32, which is subtracted; look: whether to look for what then differs from 0.
+        raw: `[n]` of any floating-point dtype, on the CPU.
+        values: `[n]` float32, overwritten with them.
+        base: `[n]` float32, which is subtracted.
+        look: whether to look for what then differs from 0.
 
     Returns: whether every number is finite, and whether one was found that differs from 0.
     """
     if values.is_cuda:
-        _send(raw, values)
+        send(raw, values)
     else:
         values.copy_(raw)
     is_finite = all_finite(values)
@@ -359,7 +391,7 @@ def load(raw: torch.Tensor, values: torch.Tensor, base: torch.Tensor | None, loo
     return is_finite, look and bool(values.any())
 
 
-def _send(raw: torch.Tensor, values: torch.Tensor) -> None:
+def send(raw: torch.Tensor, values: torch.Tensor) -> None:
     """Copy what is stored, as it is, to a GPU, on a stream of this thread's own, and make float32 of it there.
 
     While it is on its way, the GPU works on other threads' blocks; from pinned memory the processor does not wait either.

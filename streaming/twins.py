@@ -28,37 +28,80 @@ Returned = TypeVar("Returned")
 Key = tuple[str, str]
 """Module and name of a compiled version."""
 
-_compiled: dict[Key, Callable[..., Any]] = {}
-_known: set[Key] = set()
-_wanted: SimpleQueue[Key | None] = SimpleQueue()
-_asked_for: set[Key] = set()
 _thread = threading.local()
 
 
-def twin(module: str) -> Callable[[Callable[Arguments, Returned]], Callable[Arguments, Returned]]:
-    """Decorator of a function on CPU or GPU tensors whose compiled version, for CPU tensors, is in `module`.
+class Twins:
+    """Functions with a compiled version, and those that are compiled so far; a process has one set of them, below.
 
-    Args:
-        module: by its full name; imported only to be compiled.
+    Attributes:
+        known: every function that `twin` has decorated.
+        compiled: the compiled versions that are ready, which threads that have called `use_compiled` run.
     """
 
-    def decorate(plain: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
-        key = module, plain.__name__
-        _known.add(key)
+    def __init__(self) -> None:
+        self.known: set[Key] = set()
+        self.compiled: dict[Key, Callable[..., Any]] = {}
+        self._wanted: SimpleQueue[Key | None] = SimpleQueue()
+        self._asked_for: set[Key] = set()
 
-        @functools.wraps(plain)
-        def either(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Returned:
-            if not getattr(_thread, "uses_compiled", False):
-                return plain(*arguments, **keywords)
-            if key not in _compiled and key not in _asked_for:
-                _asked_for.add(key)
-                _wanted.put(key)
-            run: Callable[Arguments, Returned] = _compiled.get(key, plain)
-            return run(*arguments, **keywords)
+    def twin(self, module: str) -> Callable[[Callable[Arguments, Returned]], Callable[Arguments, Returned]]:
+        """Decorator of a function on CPU or GPU tensors whose compiled version, for CPU tensors, is in `module`.
 
-        return either
+        Args:
+            module: by its full name; imported only to be compiled.
+        """
 
-    return decorate
+        def decorate(plain: Callable[Arguments, Returned]) -> Callable[Arguments, Returned]:
+            key = module, plain.__name__
+            self.known.add(key)
+
+            @functools.wraps(plain)
+            def either(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Returned:
+                if not getattr(_thread, "uses_compiled", False):
+                    return plain(*arguments, **keywords)
+                if key not in self.compiled and key not in self._asked_for:
+                    self._asked_for.add(key)
+                    self._wanted.put(key)
+                run: Callable[Arguments, Returned] = self.compiled.get(key, plain)
+                return run(*arguments, **keywords)
+
+            return either
+
+        return decorate
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Compile each twin in a background thread when it is first called; until it is ready its torch version runs.
+
+        What was compiled once is kept in a cache on the disk. Without numba, or where it fails, the plain versions stay in use.
+        """
+        if not can_compile():
+            yield
+            return
+        threading.Thread(target=self._compile_wanted, name="compiler").start()
+        try:
+            yield
+        finally:
+            self._wanted.put(None)
+
+    def compile_all(self) -> None:
+        """Compile every twin that has been imported, before anything else."""
+        if can_compile():
+            for key in sorted(self.known):
+                self._compile(key)
+
+    def _compile_wanted(self) -> None:
+        while (key := self._wanted.get()) is not None:
+            # Numba imports scipy.linalg if it is there, which takes as long as all else; no loop of ours calls it.
+            with short_turns(), without("scipy.linalg"):
+                self._compile(key)
+
+    def _compile(self, key: Key) -> None:
+        with suppress(Exception):  # no cache can be written, no such processor: nothing that a merge needs
+            module, function = importlib.import_module(key[0]), key[1]
+            module.EXAMPLES[function]()
+            self.compiled[key] = getattr(module, function)
 
 
 def use_compiled(use: bool) -> None:
@@ -66,43 +109,10 @@ def use_compiled(use: bool) -> None:
     _thread.uses_compiled = use
 
 
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Compile each twin in a background thread when it is first called; until it is ready its torch version runs.
-
-    What was compiled once is kept in a cache on the disk. Without numba, or where it fails, the plain versions stay in use.
-    """
-    if not can_compile():
-        yield
-        return
-    threading.Thread(target=_compile_wanted, name="compiler").start()
-    try:
-        yield
-    finally:
-        _wanted.put(None)
-
-
 def can_compile() -> bool:
     """Whether numba is there, and not switched off, which would have its loops run uncompiled."""
     return importlib.util.find_spec("numba") is not None and os.environ.get("NUMBA_DISABLE_JIT", "0") == "0"
 
 
-def compile_all() -> None:
-    """Compile every twin that has been imported, before anything else."""
-    if can_compile():
-        for key in sorted(_known):
-            _compile(key)
-
-
-def _compile_wanted() -> None:
-    while (key := _wanted.get()) is not None:
-        # Numba imports scipy.linalg if it is there, which takes as long as all else; no loop of ours calls it.
-        with short_turns(), without("scipy.linalg"):
-            _compile(key)
-
-
-def _compile(key: Key) -> None:
-    with suppress(Exception):  # no cache can be written, no such processor: nothing that a merge needs
-        module, function = importlib.import_module(key[0]), key[1]
-        module.EXAMPLES[function]()
-        _compiled[key] = getattr(module, function)
+TWINS = Twins()
+twin, compiling, compile_all = TWINS.twin, TWINS.compiling, TWINS.compile_all

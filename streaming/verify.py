@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from checkpoints.chat_templates import DEFAULT, end_markers, templates_of
-from checkpoints.errors import InputError, Refusals
+from checkpoints.errors import InputError
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.model import Model, open_model
+from checkpoints.problems import Problems
 from checkpoints.save_path import RECIPE_FILE, SWEEP_PREFIX
 from checkpoints.settings import setting
-from checkpoints.source import READ_ELEMENTS
+from checkpoints.source import READ_ELEMENTS, Source
 from checkpoints.tokenizer_files import end_tokens
 from checkpoints.writer import chunked_sha256
 from streaming.stream import all_finite
@@ -55,7 +56,7 @@ def results_in(folder: Path) -> list[Path]:
 
 def bytes_in(folder: Path) -> int:
     """Bytes that `verify` reads: the weight files, once for the digest and once for the numbers."""
-    return 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return 2 * sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def verify(
@@ -71,11 +72,11 @@ def verify(
     Raises: Refusals: everything that is wrong; InputError: the recipe cannot be read.
     """
     found = Verified()
-    problems: list[str | InputError] = []
+    problems = Problems()
     outputs, side_files = _read_files(folder)
     with closing(Workers()) as workers:
         present = {name: entry for name, entry in outputs.items() if _has_size(folder / name, entry, problems)}
-        problems += _check_side_files(folder, side_files)
+        problems.extend(_check_side_files(folder, side_files))
         if side_files is None:
             found.notes.append(
                 f"{folder / RECIPE_FILE}: has no digests of config, tokenizer and other small files; an earlier version wrote it, and only "
@@ -86,7 +87,7 @@ def verify(
             known = {RECIPE_FILE, *outputs, *side_files}
             files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
             added = [path for path in files if not _is_aside(path.relative_to(folder), known)]
-        problems += [f"{path}: the run did not write it." for path in sorted(added)]
+        problems.extend([f"{path}: the run did not write it." for path in sorted(added)])
         # Digests of what is there.
         digests = workers.map_ordered(lambda name: _digest(folder / name, present[name], progress), list(present))
         for name, digest in zip(present, digests, strict=True):
@@ -94,20 +95,18 @@ def verify(
             if expected is None:
                 found.undigested.append(name)
             elif digest != expected:
-                problems.append(f"{folder / name}: its bytes are not those that the run wrote.")
-        if problems:
-            raise Refusals(problems)
+                problems.add(f"{folder / name}: its bytes are not those that the run wrote.")
+        problems.raise_if_any()
         found.side_files = len(side_files or ())
         found.files, found.bytes = len(outputs) + found.side_files, sum(entry["bytes"] for entry in outputs.values())
         # The model as anybody would load it.
         model = open_model(str(folder), trust_remote_code=trust_remote_code)
         with closing(model.weights):
-            problems += _check_shapes(model, found)
-            problems += _check_end(model)
-            problems += _check_numbers(model, workers, progress)
-            found.tensors = len(model.weights.tensors)
-    if problems:
-        raise Refusals(problems)
+            problems.extend(_check_shapes(model, found))
+            problems.extend(_check_end(model))
+            problems.extend(_check_numbers(model, workers, progress))
+            found.tensors = len(model.weights.tensors) + len(model.weights.modules.tensors)
+    problems.raise_if_any()
     return found
 
 
@@ -120,7 +119,7 @@ def _read_files(folder: Path) -> tuple[Files, Files | None]:
     try:
         recipe = parse_json((folder / RECIPE_FILE).read_bytes())
         outputs, side_files = recipe["outputs"], recipe.get("side_files")
-        if not all(_is_entry(name, entry) and "/" not in name for name, entry in outputs.items()):
+        if not all(_is_entry(name, entry) for name, entry in outputs.items()):
             raise ValueError("its outputs are no list of files")
         if side_files is not None and not all(
             _is_entry(name, entry) and isinstance(entry["sha256"], str) for name, entry in side_files.items()
@@ -137,12 +136,12 @@ def _is_entry(name: str, entry: Any) -> bool:
     return is_size and (digest is None or isinstance(digest, str)) and all(map(is_plain_name, name.split("/")))
 
 
-def _check_side_files(folder: Path, side_files: Files | None) -> list[str | InputError]:
-    problems: list[str | InputError] = []
+def _check_side_files(folder: Path, side_files: Files | None) -> Problems:
+    problems = Problems()
     for name, entry in (side_files or {}).items():
         path = folder / name
         if _has_size(path, entry, problems) and hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
-            problems.append(f"{path}: its bytes are not those that the run wrote.")
+            problems.add(f"{path}: its bytes are not those that the run wrote.")
     return problems
 
 
@@ -151,13 +150,13 @@ def _is_aside(path: Path, known: Collection[str]) -> bool:
     return path.as_posix() in known or path.parts[0].startswith(".")
 
 
-def _has_size(path: Path, entry: Mapping[str, Any], problems: list[str | InputError]) -> bool:
+def _has_size(path: Path, entry: Mapping[str, Any], problems: Problems) -> bool:
     if not path.is_file():
-        problems.append(f"{path}: {'is no file' if path.exists() else 'is missing'}.")
+        problems.add(f"{path}: {'is no file' if path.exists() else 'is missing'}.")
         return False
     size = path.stat().st_size
     if size != entry["bytes"]:
-        problems.append(f"{path}: expected {entry['bytes']:,} bytes, got {size:,}.")
+        problems.add(f"{path}: expected {entry['bytes']:,} bytes, got {size:,}.")
     return bool(size == entry["bytes"])
 
 
@@ -177,8 +176,11 @@ def _check_shapes(model: Model, found: Verified) -> list[str]:
     problems = [
         f"{model.label}: {name}: does not fit config.json: {why}." for name, why in architecture.mismatched.items()
     ]
-    problems += [f"{model.label}: no tensor fills {name}, which config.json asks for." for name in architecture.missing]
-    problems += [f"{model.label}: {name}: nothing in config.json's model takes it." for name in architecture.unplaced]
+    strangers = [name for name in architecture.unplaced if name not in architecture.unused]
+    problems.extend(
+        [f"{model.label}: no tensor fills {name}, which config.json asks for." for name in architecture.missing]
+    )
+    problems.extend([f"{model.label}: {name}: nothing in config.json's model takes it." for name in strangers])
     return problems
 
 
@@ -203,21 +205,21 @@ def _check_end(model: Model) -> list[str]:
 
 def _check_numbers(model: Model, workers: Workers, progress: Callable[[int], object]) -> list[str]:
     """The tensors that hold a NaN or an infinity."""
-    weights = model.weights
     pieces = [
-        (name, start, min(start + READ_ELEMENTS, info.numel))
-        for name, info in weights.tensors.items()
+        (source, name, start, min(start + READ_ELEMENTS, info.numel))
+        for source in (model.weights, model.weights.modules)
+        for name, info in source.tensors.items()
         for start in range(0, info.numel, READ_ELEMENTS)
     ]
 
-    def look(piece: tuple[str, int, int]) -> bool:
-        name, start, stop = piece
-        values = weights.read(name, start, stop, torch.empty(8 * (stop - start), dtype=torch.uint8))
+    def look(piece: tuple[Source, str, int, int]) -> bool:
+        source, name, start, stop = piece
+        values = source.read(name, start, stop, torch.empty(8 * (stop - start), dtype=torch.uint8))
         progress(values.nbytes)
         return not values.dtype.is_floating_point or all_finite(values.float())
 
     bad: dict[str, int] = {}
-    for (name, start, _), is_fine in zip(pieces, workers.map_ordered(look, pieces), strict=True):
+    for (_, name, start, _), is_fine in zip(pieces, workers.map_ordered(look, pieces), strict=True):
         if not is_fine:
             bad.setdefault(name, start)
     return [f"{model.label}: {name}: holds a NaN or an infinity." for name in bad]

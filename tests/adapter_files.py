@@ -1,4 +1,4 @@
-"""Adapters that peft saves, checkpoints under other names, calibration text; and running a command on them."""
+"""Adapters that peft saves, checkpoints under other names, calibration text."""
 
 from __future__ import annotations
 
@@ -35,10 +35,6 @@ def without_prefix(source: Path, target: Path) -> Path:
     short |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 8, 8) for layer in range(2)}  # masks, as they were stored once
     save_file(short, target / "model.safetensors", {"format": "pt"})
     return target
-
-
-def run(command: Any, *flags: object, code: int = 0) -> None:
-    assert command.main([*map(str, flags), "--quiet"]) == code
 
 
 def texts(folder: Path) -> Path:

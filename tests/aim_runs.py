@@ -25,6 +25,7 @@ from checkpoints.location import parse_name
 from checkpoints.model import Model, open_model
 from tests import pico
 from tests.reference import aim as reference
+from tests.scene import Ended, call
 
 # All experts of a layer in one tensor, stored input first; a router with a bias.
 FUSED = ("gpt_oss", pico.WITH_HEAD_DIM | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64})
@@ -86,9 +87,15 @@ def calibrate_on(folder: Path, tokens: Tensor, **options: object) -> Activations
 
 
 def attempt(
-    base: Path, merged: Path, out: Path, *flags: object, texts: Path | None = None, dtype: str | None = "float32"
-) -> int:
-    """performAIM.py; the exit code.
+    base: Path,
+    merged: Path,
+    out: Path,
+    *flags: object,
+    texts: Path | None = None,
+    dtype: str | None = "float32",
+    code: int = 0,
+) -> Ended:
+    """performAIM.py, which must end with `code`.
 
     Args:
         out: the save path; flags: further flags.
@@ -99,12 +106,12 @@ def attempt(
     if texts:
         command += ["--calibration_data", texts, "--n_samples", SAMPLES, "--block_size", BLOCK_SIZE]
         command += ["--calibration_seed", SEED, *(["--calibration_dtype", dtype] if dtype else [])]
-    return performAIM.main([str(part) for part in command])
+    return call(performAIM, *command, code=code)
 
 
 def perform(base: Path, merged: Path, out: Path, *flags: object, **keywords: Any) -> dict[str, Tensor]:
     """performAIM.py, which must succeed; the tensors it wrote (none for a sweep). Arguments as `attempt`."""
-    assert attempt(base, merged, out, *flags, **keywords) == 0
+    attempt(base, merged, out, *flags, **keywords)
     return load(out) if (out / "model.safetensors").exists() else {}
 
 

@@ -94,6 +94,7 @@ class FakeHub:
         ignore_ranges: set it, and the hub sends whole files to those who ask for a part.
         role: of the token: write, read, or fineGrained with the permissions `scopes`.
         uploads_fail: set it, and the hub takes no more files.
+        page: set it, and this is the answer to everything, as of a login page in between.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class FakeHub:
         self.ignore_ranges = False
         self.role, self.scopes = "write", ["repo.content.read"]
         self.uploads_fail = False
+        self.page = b""
         for kind, repos in (("models", models), ("datasets", datasets)):
             for repo, folder in (repos or {}).items():
                 self.publish(repo, folder, kind=kind)
@@ -172,19 +174,20 @@ class FakeHub:
         huggingface_hub makes of one HfApi as it is imported (`huggingface_hub.model_info`, ...), nor for datasets.
         """
         from huggingface_hub import close_session, constants
-        from huggingface_hub.utils import _detect_agent
 
+        agents = cache_dir.with_name(f"{cache_dir.name}_agents.json")  # which it would fetch
+        agents.write_bytes(NO_AGENTS)
         for name, value in {
             "ENDPOINT": self.endpoint,
             "HUGGINGFACE_CO_URL_TEMPLATE": self.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(cache_dir / "hub"),
             "HF_TOKEN_PATH": str(cache_dir / "token"),
+            "AGENT_HARNESSES_PATH": str(agents),
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_PROGRESS_BARS": None,
         }.items():
             monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(_detect_agent, "_registry", json.loads(NO_AGENTS))
         for name in [name for name in os.environ if HUB_VARIABLES.fullmatch(name)]:
             monkeypatch.delenv(name)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
@@ -234,6 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if self.hub.status:
                 raise _Refusal(self.hub.status, "", "the hub is told to fail")
+            if self.hub.page:
+                self._send(self.hub.page)
+                return
             method = "GET" if self.command == "HEAD" else self.command
             for allowed, pattern, name in self.routes:
                 if method == allowed and (match := re.fullmatch(pattern, url.path)):

@@ -132,6 +132,30 @@ def make_method(method: str | type[Method], models: int, *, seed: int = 0, **arg
     return cls(**values)
 
 
+def merge_models(
+    method: str,
+    *models: Tensor,
+    base: Tensor | None = None,
+    is_embedding: bool = False,
+    block_elements: int = 4,
+    **arguments: Any,
+) -> Tensor:
+    """Merge tensors by a method's name and its reference's arguments; float32, of their shape.
+
+    Args:
+        base: the first model, where none is given.
+        block_elements: at most, so that small tensors have several blocks.
+    """
+    memory = InMemory(models[0] if base is None else base, models, is_embedding=is_embedding)
+    return memory.merge(make_method(method, len(models), **arguments), block_elements)
+
+
+def merge_vectors(method: str, *vectors: Tensor, base: Tensor, change: bool = False, **arguments: Any) -> Tensor:
+    """`merge_models` of models that are the base and a task vector each; with `change`, less the base."""
+    merged = merge_models(method, *(base + vector for vector in vectors), base=base, **arguments)
+    return merged - base if change else merged
+
+
 def fitting(name: str, models: Sequence[Any]) -> list[Any]:
     """As many of the models as a method merges."""
     return list(models[: get_method(name).max_models])

@@ -21,10 +21,11 @@ from checkpoints.location import parse_model
 from checkpoints.model import open_model
 from checkpoints.reader import read_tensor
 from checkpoints.source import READ_ELEMENTS
-from tests.adapter_files import make_adapter, run, texts, without_prefix
+from tests.adapter_files import make_adapter, texts, without_prefix
 from tests.fake_hub import FakeHub
 from tests.in_memory import assert_rounds_to, patch_grid
 from tests.pico import Family, make_family
+from tests.scene import call
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -131,7 +132,7 @@ ONE_END: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", ONE_END)
-def test_one_end_of_a_tie(tied_family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str):
+def test_one_end_of_a_tie(tied_family: Family, tmp_path: Path, kind: str):
     """The output computes what base and adapter do, with a head of its own; without leave for one it is refused."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -147,11 +148,11 @@ def test_one_end_of_a_tie(tied_family: Family, tmp_path: Path, capsys: pytest.Ca
         "--save_path",
         tmp_path / "out",
     ]
-    run(merge, *how, code=1)
-    said = capsys.readouterr().err
+    ended = call(merge, *how, code=1)
+    said = ended.err
     assert "lm_head.weight: expected equal to model.embed_tokens.weight, to which" in said
     assert "Use --tie_word_embeddings no, which gives the output a head of its own." in said
-    run(merge, *how, "--tie_word_embeddings", "no")
+    call(merge, *how, "--tie_word_embeddings", "no")
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -169,7 +170,7 @@ def test_an_adapter_that_keeps_the_tie(tied_family: Family, tmp_path: Path):
 
     base = tied_family.base
     adapter = make_adapter(tmp_path / "lora", base, r=4, target_modules=["embed_tokens"], ensure_weight_tying=True)
-    run(merge, "--method=linear", "--base_model", base, "--models_to_merge", adapter, "--save_path", tmp_path / "out")
+    call(merge, "--method=linear", "--base_model", base, "--models_to_merge", adapter, "--save_path", tmp_path / "out")
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -195,7 +196,7 @@ def test_tables_beside_those_from_before_the_training(family: Family, tmp_path: 
     model.weights.close()
 
 
-def test_an_adapter_that_names_a_quantised_base(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_adapter_that_names_a_quantised_base(family: Family, tmp_path: Path):
     """Refused with what to write: the recipe's base where it is of that size, which then merges."""
     quantised = Path(shutil.copytree(family.base, tmp_path / "base_4bit"))
     config = json.loads((quantised / "config.json").read_text())
@@ -210,14 +211,14 @@ def test_an_adapter_that_names_a_quantised_base(family: Family, tmp_path: Path, 
     stated = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(stated | {"base_model_name_or_path": str(quantised)}))
     how = ["--method=linear", "--base_model", family.base, "--save_path", tmp_path / "out"]
-    run(merge, *how, "--models_to_merge", adapter, code=1)
+    ended = call(merge, *how, "--models_to_merge", adapter, code=1)
     assert (
         f"merge.py: {adapter}: its base {quantised} is quantised (bitsandbytes), which cannot be merged. Put the adapter on the unquantised "
-        f"model: write {family.base}+{adapter}." in capsys.readouterr().err
+        f"model: write {family.base}+{adapter}." in ended.err
     )
-    run(merge, *how, "--models_to_merge", f"{family.base}+{adapter}")
+    call(merge, *how, "--models_to_merge", f"{family.base}+{adapter}")
     other = make_family(tmp_path / "other", "qwen2", n_models=1).base
-    run(
+    ended = call(
         merge,
         "--method=linear",
         "--base_model",
@@ -228,7 +229,7 @@ def test_an_adapter_that_names_a_quantised_base(family: Family, tmp_path: Path, 
         tmp_path / "no",
         code=1,
     )
-    assert f"write BASE+{adapter}." in capsys.readouterr().err
+    assert f"write BASE+{adapter}." in ended.err
 
 
 def test_no_block_changes_a_bit(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -250,7 +251,7 @@ def test_no_block_changes_a_bit(family: Family, tmp_path: Path, monkeypatch: pyt
 # ---------------------------------------------------------------------------------------------------- the commands
 
 
-def test_merging_adapters(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_merging_adapters(family: Family, tmp_path: Path):
     """An adapter by itself, one with its base, and a whole model: as merging what peft makes of them."""
     base = family.base
     adapters = [make_adapter(tmp_path / f"lora_{seed}", base, seed=seed, r=4, target_modules=LINEAR) for seed in (0, 1)]
@@ -262,8 +263,8 @@ def test_merging_adapters(family: Family, tmp_path: Path, capsys: pytest.Capture
         whole.append(target)
     how = ["--method", "ties", "--density", "0.5", "--base_model", base, "--report", "none"]
     named = f"{adapters[0]},{base}+{adapters[1]},{family.models[0]}"
-    run(merge, *how, "--models_to_merge", named, "--save_path", tmp_path / "out")
-    run(
+    call(merge, *how, "--models_to_merge", named, "--save_path", tmp_path / "out")
+    call(
         merge,
         *how,
         "--models_to_merge",
@@ -291,7 +292,7 @@ def test_merging_adapters(family: Family, tmp_path: Path, capsys: pytest.Capture
 def test_an_adapter_as_the_base_gives_its_dtype(family: Family, tmp_path: Path):
     adapter = make_adapter(tmp_path / "lora", family.base, r=4, target_modules=LINEAR)
     how = ["--method", "task_arithmetic", "--lambda", "0", "--models_to_merge", family.models[0]]
-    run(merge, *how, "--base_model", f"{family.base}+{adapter}", "--save_path", tmp_path / "out")
+    call(merge, *how, "--base_model", f"{family.base}+{adapter}", "--save_path", tmp_path / "out")
     ours = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in merged_by_peft(family.base, adapter).items():
         assert ours[name].dtype == torch.bfloat16
@@ -309,14 +310,14 @@ def test_relaxing_an_adapter(family: Family, tmp_path: Path):
     )
     how = ["--calibration_data", texts(tmp_path), "--n_samples", "8", "--block_size", "32"]
     names = ["--merged_model", adapter, "--pretrained_model_name", base]
-    run(performAIM, *names, *how, "--omega", "1", "--save_path", tmp_path / "relaxed")
+    call(performAIM, *names, *how, "--omega", "1", "--save_path", tmp_path / "relaxed")
     relaxed = load_file(tmp_path / "relaxed" / "model.safetensors")
     for name, tensor in merged_by_peft(base, adapter).items():
         assert_rounds_to(relaxed[name], tensor, tensor.abs() * 2**-22 + 2**-26)
     found = []
     for number, pretrained in enumerate((f"{base}+{adapter}", whole)):
         names = ["--merged_model", family.models[0], "--pretrained_model_name", pretrained]
-        run(performAIM, *names, *how, "--omega", "0", "--save_path", tmp_path / f"to_{number}")
+        call(performAIM, *names, *how, "--omega", "0", "--save_path", tmp_path / f"to_{number}")
         found.append(load_file(tmp_path / f"to_{number}" / "model.safetensors"))
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name], rtol=2**-7, atol=2**-10)
@@ -348,13 +349,13 @@ def test_an_adapter_with_more_tokens(family: Family, tmp_path: Path):
     adapter = make_adapter(tmp_path / "lora", grown, **config)
     tokenizer.save_pretrained(adapter)
     how = ["--method", "task_arithmetic", "--base_model", family.base, "--models_to_merge", f"{family.base}+{adapter}"]
-    run(merge, *how, "--save_path", tmp_path / "out")
+    call(merge, *how, "--save_path", tmp_path / "out")
     merged = load_file(tmp_path / "out" / "model.safetensors")
     saved = load_file(adapter / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
     torch.testing.assert_close(merged["lm_head.weight"], saved.bfloat16())
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<|im_end|>") == 301
 
-    run(merge, "--method=linear", "--base_model", f"{family.base}+{adapter}", "--models_to_merge", family.models[0],
+    call(merge, "--method=linear", "--base_model", f"{family.base}+{adapter}", "--models_to_merge", family.models[0],
         "--save_path", tmp_path / "grown_base")  # fmt: skip
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "grown_base").config.vocab_size == 302
 
@@ -363,15 +364,15 @@ def test_adapters_on_the_hub(family: Family, tmp_path: Path, monkeypatch: pytest
     """Its base is fetched by the name in its config; the plan is made before the base's weights are there."""
     adapter = make_adapter(tmp_path / "lora", family.base, r=4, target_modules=["q_proj"])
     how = ["--method", "linear", "--base_model", family.base, "--report", "none"]
-    run(merge, *how, "--models_to_merge", adapter, "--save_path", tmp_path / "expected")
+    call(merge, *how, "--models_to_merge", adapter, "--save_path", tmp_path / "expected")
     spoil(adapter, base_model_name_or_path="org/base", revision="main")
     with FakeHub({"org/base": family.base, "org/lora": adapter}) as hub:
         hub.attach(monkeypatch, tmp_path / "cache")
-        run(merge, *how, "--models_to_merge", "org/lora", "--save_path", tmp_path / "out", "--dry_run")
+        call(merge, *how, "--models_to_merge", "org/lora", "--save_path", tmp_path / "out", "--dry_run")
         found = {path.name for path in (tmp_path / "cache").rglob("*.safetensors")}
         assert found == {"adapter_model.safetensors"}
         for name in ("org/lora", "org/base+org/lora@main"):
-            run(merge, *how, "--models_to_merge", name, "--save_path", tmp_path / "out", "--overwrite")
+            call(merge, *how, "--models_to_merge", name, "--save_path", tmp_path / "out", "--overwrite")
             ours, theirs = (load_file(tmp_path / one / "model.safetensors") for one in ("out", "expected"))
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert 'base_model:\n- "org/base"\n- "org/lora"\nlibrary_name' in (tmp_path / "out" / "README.md").read_text()

@@ -294,12 +294,12 @@ def test_without_a_network_the_message_says_what_to_do() -> None:
     ("name", "content", "parts"),
     [
         ("x.csv", b"text\nhello\n", ["expected .txt, .json, .jsonl, .parquet, or .gz", "'.csv'"]),
-        ("x.gz", gzip.compress(b"hello\n"), ["expected .txt, .json", "''"]),
+        ("x.gz", gzip.compress(b"hello\n", mtime=0), ["expected .txt, .json", "''"]),
         ("x.txt", b"", ["empty"]),
         ("x.txt", b"\n \n", ["empty"]),
         ("x.txt", "é".encode("latin-1"), ["cannot be read", "utf-8"]),
         ("x.txt.gz", b"no gzip", ["x.txt.gz: cannot be read"]),
-        ("x.txt.gz", gzip.compress(b"hello " * 99)[:-9], ["x.txt.gz: cannot be read"]),
+        ("x.txt.gz", gzip.compress(b"hello " * 99, mtime=0)[:-9], ["x.txt.gz: cannot be read"]),
         ("x.json", b"{", ["expected JSON"]),
         ("x.json", b"[" * 100_000, ["expected JSON"]),
         ("x.json", b'"hello"', ["expected a list", "str"]),
@@ -308,7 +308,7 @@ def test_without_a_network_the_message_says_what_to_do() -> None:
         ("x.json", b"[]", ["empty"]),
         ("x.jsonl", b'{"text": "a"}\n{"text"\n', ["x.jsonl: line 2: expected JSON"]),
         ("x.parquet", b"PAR1 is not all", ["cannot be read as parquet"]),
-        ("x.parquet.gz", gzip.compress(b"x" * 99), ["cannot be read as parquet"]),
+        ("x.parquet.gz", gzip.compress(b"x" * 99, mtime=0), ["cannot be read as parquet"]),
     ],
 )
 def test_files_that_cannot_be_read(name: str, content: bytes, parts: list[str], tmp_path: Path) -> None:

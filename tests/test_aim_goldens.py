@@ -191,20 +191,22 @@ def test_reference_numerics_take_every_model_as_bfloat16() -> None:
 
 # Its quirks
 
+Quirky = Callable[[str], tuple[Family, dict[str, Tensor], Activations, str]]
+
 
 @pytest.fixture(scope="module")
-def quirky(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Family, dict[str, Tensor], Activations]]:
-    """Run performAIM.py --numerics reference on a pico family; the family, the output, the sums."""
+def quirky(tmp_path_factory: pytest.TempPathFactory) -> Quirky:
+    """Run performAIM.py --numerics reference on a pico family; the family, the output, the sums, and what it warned of."""
 
-    def run(architecture: str) -> tuple[Family, dict[str, Tensor], Activations]:
+    def relax(architecture: str) -> tuple[Family, dict[str, Tensor], Activations, str]:
         folder = tmp_path_factory.mktemp(architecture)
         family = make_family(folder, architecture, n_models=1)
         flags = ["--numerics", "reference", "--omega", "0.3", "--save_activations", folder / "sums"]
         texts = write_texts(folder)
-        ours = perform(family.base, family.models[0], folder / "out", *flags, texts=texts, dtype=None)
-        return family, ours, load_activations(folder / "sums")
+        ended = attempt(family.base, family.models[0], folder / "out", *flags, texts=texts, dtype=None)
+        return family, load(folder / "out"), load_activations(folder / "sums"), ended.err
 
-    return run
+    return relax
 
 
 def check_published(family: Family, ours: Mapping[str, Tensor], sums: Mapping[str, Tensor], relaxed: set[str]) -> None:
@@ -218,24 +220,20 @@ def check_published(family: Family, ours: Mapping[str, Tensor], sums: Mapping[st
         assert_same_bits(ours[name], expected, where=name)
 
 
-def test_a_tied_embedding_is_relaxed_as_the_head_with_a_warning(
-    quirky: Callable[..., tuple[Family, dict[str, Tensor], Activations]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    family, ours, activations = quirky("qwen2")
+def test_a_tied_embedding_is_relaxed_as_the_head_with_a_warning(quirky: Quirky) -> None:
+    family, ours, activations, warnings = quirky("qwen2")
     warning = "warning: --numerics reference: the embedding model.embed_tokens.weight is relaxed too, as lm_head.weight"
-    assert warning in capsys.readouterr().err
+    assert warning in warnings
     sums = {name: one.mean_abs for name, one in activations.statistics.items()}
     assert set(sums) == {name for name in ours if not name.endswith("bias")}
     check_published(family, ours, sums, relaxed=set(sums))
 
 
-def test_a_head_named_embed_on_disk_stays_as_merged_with_a_warning(
-    quirky: Callable[..., tuple[Family, dict[str, Tensor], Activations]], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_head_named_embed_on_disk_stays_as_merged_with_a_warning(quirky: Quirky) -> None:
     """transformers 5 calls the module `lm_head`; in the published program's it was `embed_out`, as on disk."""
-    family, ours, activations = quirky("gpt_neox")
+    family, ours, activations, warnings = quirky("gpt_neox")
     assert "warning: --numerics reference: embed_out.weight is not relaxed, as its module's name contains 'embed'." in (
-        capsys.readouterr().err
+        warnings
     )
     sums = {name: one.mean_abs for name, one in activations.statistics.items()}
     assert set(sums) == {name for name in ours if name.endswith("weight") and "embed" not in name}
@@ -244,11 +242,8 @@ def test_a_head_named_embed_on_disk_stays_as_merged_with_a_warning(
     assert not torch.equal(plain["embed_out.weight"], ours["embed_out.weight"])  # in float32 numerics it is a head
 
 
-def test_a_norm_named_embed_stays_as_merged(
-    quirky: Callable[..., tuple[Family, dict[str, Tensor], Activations]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    family, ours, activations = quirky("bloom")
-    warnings = capsys.readouterr().err
+def test_a_norm_named_embed_stays_as_merged(quirky: Quirky) -> None:
+    family, ours, activations, warnings = quirky("bloom")
     assert "transformer.word_embeddings_layernorm.weight is not relaxed" in warnings
     assert "the embedding transformer.word_embeddings.weight is relaxed too" in warnings
     sums = {name: one.mean_abs for name, one in activations.statistics.items()}
@@ -281,20 +276,18 @@ def test_a_stored_tied_head_is_relaxed_as_its_embedding(tmp_path: Path) -> None:
     ],
 )
 def test_models_that_the_published_program_cannot_relax_are_refused(
-    architecture: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    architecture: str, problem: str, tmp_path: Path
 ) -> None:
     family = make_family(tmp_path, architecture, n_models=1)
     flags = ["--numerics", "reference"]
     texts = write_texts(tmp_path)
-    assert attempt(family.base, family.models[0], tmp_path / "out", *flags, texts=texts, dtype=None) == 1
-    assert problem in capsys.readouterr().err
+    ended = attempt(family.base, family.models[0], tmp_path / "out", *flags, texts=texts, dtype=None, code=1)
+    assert problem in ended.err
     assert not (tmp_path / "out").exists()
 
 
-def test_statistics_of_the_other_numerics_are_refused(
-    tmp_path: Path, published: dict[str, Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_statistics_of_the_other_numerics_are_refused(tmp_path: Path, published: dict[str, Path]) -> None:
     merged = GOLDENS / "merged" / "ta_aimdefault"
-    assert attempt(BASE, merged, tmp_path / "out", "--activations", published["activations"]) == 1
-    assert "--numerics reference" in capsys.readouterr().err
+    ended = attempt(BASE, merged, tmp_path / "out", "--activations", published["activations"], code=1)
+    assert "--numerics reference" in ended.err
     assert not (tmp_path / "out").exists()

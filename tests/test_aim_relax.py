@@ -45,14 +45,15 @@ from tests.golden_files import assert_same_bits
 from tests.in_memory import assert_rounds_to
 from tests.pico import Family
 from tests.reference import aim as reference
+from tests.scene import call, names
 
 OMEGA = 0.3
 Shares = Mapping[str, tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A family, its calibration text, statistics that performAIM.py saved of them, and the reference's."""
+class Relaxed:
+    """A family that is relaxed, its calibration text, statistics that performAIM.py saved of it, and the reference's."""
 
     family: Family
     texts: Path
@@ -76,17 +77,17 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def scene_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scene]:
-    """Architecture -> its scene; the first command, from text to weights, has written `out` beside the family."""
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Relaxed]:
+    """Architecture -> a family of it; the first command, from text to weights, has written `out` beside the family."""
 
-    def make(architecture: str) -> Scene:
+    def make(architecture: str) -> Relaxed:
         folder = tmp_path_factory.mktemp(architecture)
         family = make_family(folder, architecture, n_models=2)
         texts, saved = write_texts(folder), folder / "saved"
         flags = ["--omega", OMEGA, "--dtype", "float32", "--save_activations", saved]
         perform(family.base, family.models[0], folder / "out", *flags, texts=texts)
         shares = cache(lambda scaling="identity": shares_of(family.base, text_blocks(), 0.0, scaling))
-        return Scene(family, texts, saved, lambda scaling="identity": shares(scaling))
+        return Relaxed(family, texts, saved, lambda scaling="identity": shares(scaling))
 
     return cache(make)
 
@@ -119,11 +120,11 @@ def check_relaxed(ours: Mapping[str, Tensor], base: Path, merged: Path, shares: 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_relaxed_weights_are_the_formulas(architecture: str, scene_of: Callable[[str], Scene]) -> None:
-    scene = scene_of(architecture)
-    ours, shares = load(scene.base.parent / "out"), at(scene.shares(), OMEGA)
-    check_relaxed(ours, scene.base, scene.merged, shares)
-    merged = load(scene.merged)
+def test_relaxed_weights_are_the_formulas(architecture: str, family_of: Callable[[str], Relaxed]) -> None:
+    relaxed = family_of(architecture)
+    ours, shares = load(relaxed.base.parent / "out"), at(relaxed.shares(), OMEGA)
+    check_relaxed(ours, relaxed.base, relaxed.merged, shares)
+    merged = load(relaxed.merged)
     kept = {name for name in merged if name not in shares}
     assert kept >= set(embeddings(merged)) | {name for name in merged if "bias" in name}
     assert all(not torch.equal(ours[name], merged[name].float()) for name in shares)
@@ -131,10 +132,10 @@ def test_relaxed_weights_are_the_formulas(architecture: str, scene_of: Callable[
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_comparison_notices_a_wrong_axis_and_a_flipped_sign(
-    architecture: str, scene_of: Callable[[str], Scene]
+    architecture: str, family_of: Callable[[str], Relaxed]
 ) -> None:
-    scene = scene_of(architecture)
-    ours, shares = load(scene.base.parent / "out"), dict(at(scene.shares(), OMEGA))
+    relaxed = family_of(architecture)
+    ours, shares = load(relaxed.base.parent / "out"), dict(at(relaxed.shares(), OMEGA))
     name = {
         "llama": "model.layers.0.self_attn.o_proj.weight",
         "gpt2": "transformer.h.0.attn.c_proj.weight",
@@ -149,18 +150,18 @@ def test_comparison_notices_a_wrong_axis_and_a_flipped_sign(
         (flipped[name], dim),
     ):
         with pytest.raises(AssertionError):
-            check_relaxed(ours, scene.base, scene.merged, {**shares, name: wrong})
+            check_relaxed(ours, relaxed.base, relaxed.merged, {**shares, name: wrong})
     del shares[name]
     with pytest.raises(AssertionError):
-        check_relaxed(ours, scene.base, scene.merged, shares)
+        check_relaxed(ours, relaxed.base, relaxed.merged, shares)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss"])
-def test_outputs_are_rounded_once(architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of(architecture)
-    ours = scene.perform(tmp_path / "out", "--omega", OMEGA)
-    starts, ends = load(scene.base), load(scene.merged)
-    for name, (share, dim) in at(scene.shares(), OMEGA).items():
+def test_outputs_are_rounded_once(architecture: str, family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of(architecture)
+    ours = relaxed.perform(tmp_path / "out", "--omega", OMEGA)
+    starts, ends = load(relaxed.base), load(relaxed.merged)
+    for name, (share, dim) in at(relaxed.shares(), OMEGA).items():
         assert ours[name].dtype == torch.bfloat16
         expected = reference.relax(starts[name], ends[name], share, dim)
         slack = 2e-5 * (ends[name].double() - starts[name].double()).abs() + 2.0**-22 * expected.abs()
@@ -168,20 +169,20 @@ def test_outputs_are_rounded_once(architecture: str, scene_of: Callable[[str], S
 
 
 @pytest.mark.parametrize("scaling", ["sqrt", "square"])
-def test_importance_is_scaled(scaling: str, scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of("llama")
-    ours = scene.perform(tmp_path / "out", "--omega", OMEGA, "--scaling", scaling, "--dtype", "float32")
-    check_relaxed(ours, scene.base, scene.merged, at(scene.shares(scaling), OMEGA))
+def test_importance_is_scaled(scaling: str, family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("llama")
+    ours = relaxed.perform(tmp_path / "out", "--omega", OMEGA, "--scaling", scaling, "--dtype", "float32")
+    check_relaxed(ours, relaxed.base, relaxed.merged, at(relaxed.shares(scaling), OMEGA))
     with pytest.raises(AssertionError):
-        check_relaxed(ours, scene.base, scene.merged, at(scene.shares(), OMEGA))
+        check_relaxed(ours, relaxed.base, relaxed.merged, at(relaxed.shares(), OMEGA))
 
 
-def test_omega_by_filter_takes_the_first_that_matches(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of("llama")
+def test_omega_by_filter_takes_the_first_that_matches(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("llama")
     flag = "self_attn.q=1,mlp.up=0.1,mlp=0.9,layers.1=0.6,0.25"
-    ours = scene.perform(tmp_path / "out", "--omega", flag, "--dtype", "float32")
+    ours = relaxed.perform(tmp_path / "out", "--omega", flag, "--dtype", "float32")
     omegas = {}
-    for name in scene.shares():
+    for name in relaxed.shares():
         if "self_attn.q" in name:
             omegas[name] = 1.0
         elif "mlp.up" in name:
@@ -193,26 +194,26 @@ def test_omega_by_filter_takes_the_first_that_matches(scene_of: Callable[[str], 
         else:
             omegas[name] = 0.25
     assert set(omegas.values()) == {1.0, 0.1, 0.9, 0.6, 0.25}
-    check_relaxed(ours, scene.base, scene.merged, at(scene.shares(), omegas))
+    check_relaxed(ours, relaxed.base, relaxed.merged, at(relaxed.shares(), omegas))
     queries = "model.layers.1.self_attn.q_proj.weight"
-    assert_same_bits(ours[queries], load(scene.merged)[queries].float())
+    assert_same_bits(ours[queries], load(relaxed.merged)[queries].float())
 
 
 # Laws
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
-def test_ends_are_exact(architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of(architecture)
-    base, merged = load(scene.base), load(scene.merged)
-    unchanged = scene.perform(tmp_path / "one", "--omega", "1")
+def test_ends_are_exact(architecture: str, family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of(architecture)
+    base, merged = load(relaxed.base), load(relaxed.merged)
+    unchanged = relaxed.perform(tmp_path / "one", "--omega", "1")
     for name, values in merged.items():
         assert_same_bits(unchanged[name], values, where=name)
-    itself = perform(scene.base, scene.base, tmp_path / "itself", "--activations", scene.saved, "--omega", "0.2")
+    itself = perform(relaxed.base, relaxed.base, tmp_path / "itself", "--activations", relaxed.saved, "--omega", "0.2")
     for name, values in base.items():
         assert_same_bits(itself[name], values, where=name)
-    restored = scene.perform(tmp_path / "zero", "--omega", "0")
-    for name, (share, dim) in scene.shares().items():
+    restored = relaxed.perform(tmp_path / "zero", "--omega", "0")
+    for name, (share, dim) in relaxed.shares().items():
         most = share.argmin(dim=-1)  # of each expert
         for expert, channel in enumerate(most) if share.dim() == 2 else [(None, most)]:
             got, start, end = (x[name] if expert is None else x[name][expert] for x in (restored, base, merged))
@@ -224,19 +225,19 @@ def test_ends_are_exact(architecture: str, scene_of: Callable[[str], Scene], tmp
                 assert not torch.equal(start, end), where
 
 
-def test_statistics_in_a_file_give_the_same_bytes(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
+def test_statistics_in_a_file_give_the_same_bytes(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
     for architecture in ("llama", "mixtral"):
-        scene = scene_of(architecture)
-        scene.perform(tmp_path / architecture, "--omega", OMEGA, "--dtype", "float32")
-        assert weight_bytes(tmp_path / architecture) == weight_bytes(scene.base.parent / "out")
+        relaxed = family_of(architecture)
+        relaxed.perform(tmp_path / architecture, "--omega", OMEGA, "--dtype", "float32")
+        assert weight_bytes(tmp_path / architecture) == weight_bytes(relaxed.base.parent / "out")
 
 
-def test_a_sweep_is_its_single_runs(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of("gpt2")
-    perform(scene.base, scene.merged, tmp_path / "sweep", "--omegas", "0,0.25,1", texts=scene.texts)
+def test_a_sweep_is_its_single_runs(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("gpt2")
+    perform(relaxed.base, relaxed.merged, tmp_path / "sweep", "--omegas", "0,0.25,1", texts=relaxed.texts)
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["omega_0", "omega_0.25", "omega_1"]
     for omega in ("0", "0.25", "1"):
-        scene.perform(tmp_path / omega, "--omega", omega)
+        relaxed.perform(tmp_path / omega, "--omega", omega)
         assert weight_bytes(tmp_path / "sweep" / f"omega_{omega}") == weight_bytes(tmp_path / omega)
     different = {
         weight_bytes(tmp_path / "sweep" / f"omega_{omega}")["model.safetensors"] for omega in ("0", "0.25", "1")
@@ -246,15 +247,15 @@ def test_a_sweep_is_its_single_runs(scene_of: Callable[[str], Scene], tmp_path: 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
 def test_bytes_do_not_depend_on_workers_or_blocks(
-    architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path
+    architecture: str, family_of: Callable[[str], Relaxed], tmp_path: Path
 ) -> None:
-    scene = scene_of(architecture)
+    relaxed = family_of(architecture)
     found = set()
     for number, (workers, elements) in enumerate([(1, None), (3, 1000), (2, 90), (1, 23)]):
         options = RunOptions(stream=StreamOptions(workers=workers, block_elements=elements), quiet=True)
-        merged, base = open_folder(scene.merged), open_folder(scene.base)
+        merged, base = open_folder(relaxed.merged), open_folder(relaxed.base)
         how = Relaxing((Omega(OMEGA),))
-        relax_checkpoint(merged, base, scene.activations(), tmp_path / str(number), how, options)
+        relax_checkpoint(merged, base, relaxed.activations(), tmp_path / str(number), how, options)
         found.add(weight_bytes(tmp_path / str(number))["model.safetensors"])
     assert len(found) == 1
 
@@ -262,30 +263,30 @@ def test_bytes_do_not_depend_on_workers_or_blocks(
 # With merge.py
 
 
-def run_merge(scene: Scene, out: Path, *flags: object, method: str = "ties") -> dict[str, Tensor]:
-    models = ",".join(map(str, scene.family.models))
-    command = ["--method", method, "--base_model", scene.base, "--models_to_merge", models, "--save_path", out]
-    assert merge.main([str(part) for part in (*command, "--quiet", "--report", "none", *flags)]) == 0
+def merge_models(of: Relaxed, out: Path, *flags: object, method: str = "ties") -> dict[str, Tensor]:
+    """merge.py on both models of a family."""
+    models = ["--method", method, "--base_model", of.base, "--models_to_merge", names(of.family.models)]
+    call(merge, *models, "--save_path", out, "--quiet", "--report", "none", *flags)
     return load(out)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral"])
 def test_merging_with_omega_is_merging_and_then_relaxing(
-    architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path
+    architecture: str, family_of: Callable[[str], Relaxed], tmp_path: Path
 ) -> None:
-    scene = scene_of(architecture)
-    saved = ["--activations", scene.saved, "--omega", OMEGA]
-    plain = run_merge(scene, tmp_path / "plain", "--dtype", "float32")
-    both = run_merge(scene, tmp_path / "both", "--dtype", "float32", *saved)
-    after = perform(scene.base, tmp_path / "plain", tmp_path / "after", *saved)
+    relaxed = family_of(architecture)
+    saved = ["--activations", relaxed.saved, "--omega", OMEGA]
+    plain = merge_models(relaxed, tmp_path / "plain", "--dtype", "float32")
+    both = merge_models(relaxed, tmp_path / "both", "--dtype", "float32", *saved)
+    after = perform(relaxed.base, tmp_path / "plain", tmp_path / "after", *saved)
     assert set(both) == set(after) == set(plain)
     for name, values in after.items():
         assert_same_bits(both[name], values, where=name)
-    check_relaxed(both, scene.base, tmp_path / "plain", at(scene.shares(), OMEGA))
+    check_relaxed(both, relaxed.base, tmp_path / "plain", at(relaxed.shares(), OMEGA))
     # In bfloat16 the two commands round the merge, too.
-    rounded = run_merge(scene, tmp_path / "plain16")
-    both16 = run_merge(scene, tmp_path / "both16", *saved)
-    after16 = perform(scene.base, tmp_path / "plain16", tmp_path / "after16", *saved)
+    rounded = merge_models(relaxed, tmp_path / "plain16")
+    both16 = merge_models(relaxed, tmp_path / "both16", *saved)
+    after16 = perform(relaxed.base, tmp_path / "plain16", tmp_path / "after16", *saved)
     for name, exact in both.items():
         assert_same_bits(both16[name], exact.bfloat16(), where=name)
         half_a_step = (rounded[name].double() - plain[name].double()).abs()
@@ -293,21 +294,23 @@ def test_merging_with_omega_is_merging_and_then_relaxing(
     assert any(not torch.equal(both16[name], after16[name]) for name in both)
 
 
-def test_merging_with_an_omega_of_one_is_merging(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of("llama")
+def test_merging_with_an_omega_of_one_is_merging(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("llama")
     for method in ("task_arithmetic", "linear"):
-        run_merge(scene, tmp_path / f"{method}_plain", method=method)
-        flags = ["--activations", scene.saved, "--omega", "1"]
-        run_merge(scene, tmp_path / f"{method}_one", *flags, method=method)
+        merge_models(relaxed, tmp_path / f"{method}_plain", method=method)
+        flags = ["--activations", relaxed.saved, "--omega", "1"]
+        merge_models(relaxed, tmp_path / f"{method}_one", *flags, method=method)
         assert weight_bytes(tmp_path / f"{method}_plain") == weight_bytes(tmp_path / f"{method}_one")
 
 
-def test_a_method_in_weight_space_is_relaxed_towards_the_base(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of("llama")
-    plain = run_merge(scene, tmp_path / "plain", "--dtype", "float32", method="linear")
-    flags = ["--dtype", "float32", "--activations", scene.saved, "--omega", OMEGA]
-    both = run_merge(scene, tmp_path / "both", *flags, method="linear")
-    check_relaxed(both, scene.base, tmp_path / "plain", at(scene.shares(), OMEGA))
+def test_a_method_in_weight_space_is_relaxed_towards_the_base(
+    family_of: Callable[[str], Relaxed], tmp_path: Path
+) -> None:
+    relaxed = family_of("llama")
+    plain = merge_models(relaxed, tmp_path / "plain", "--dtype", "float32", method="linear")
+    flags = ["--dtype", "float32", "--activations", relaxed.saved, "--omega", OMEGA]
+    both = merge_models(relaxed, tmp_path / "both", *flags, method="linear")
+    check_relaxed(both, relaxed.base, tmp_path / "plain", at(relaxed.shares(), OMEGA))
     assert set(both) == set(plain)
 
 
@@ -324,29 +327,29 @@ def recovered_shares(ours: Tensor, start: Tensor, end: Tensor, dim: int) -> Tens
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss"])
 def test_uniform_control_gives_every_channel_the_mean(
-    architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path
+    architecture: str, family_of: Callable[[str], Relaxed], tmp_path: Path
 ) -> None:
-    scene = scene_of(architecture)
+    relaxed = family_of(architecture)
     flags = ["--omega", OMEGA, "--dtype", "float32"]
-    ours = scene.perform(tmp_path / "out", *flags, "--control", "uniform")
-    shares = at(scene.shares(), OMEGA)
+    ours = relaxed.perform(tmp_path / "out", *flags, "--control", "uniform")
+    shares = at(relaxed.shares(), OMEGA)
     means = {name: (share.mean(-1, keepdim=True).expand_as(share), dim) for name, (share, dim) in shares.items()}
-    check_relaxed(ours, scene.base, scene.merged, means)
+    check_relaxed(ours, relaxed.base, relaxed.merged, means)
     with pytest.raises(AssertionError):
-        check_relaxed(ours, scene.base, scene.merged, shares)
+        check_relaxed(ours, relaxed.base, relaxed.merged, shares)
 
 
 def test_permuted_control_gives_the_same_shares_to_other_channels(
-    scene_of: Callable[[str], Scene], tmp_path: Path
+    family_of: Callable[[str], Relaxed], tmp_path: Path
 ) -> None:
-    scene = scene_of("gpt2")
+    relaxed = family_of("gpt2")
     flags = ["--omega", OMEGA, "--dtype", "float32", "--control", "permuted"]
-    runs = {name: scene.perform(tmp_path / name, *flags, *seed) for name, *seed in
+    runs = {name: relaxed.perform(tmp_path / name, *flags, *seed) for name, *seed in
             (("default",), ("zero", "--seed", "0"), ("again", "--seed", "0"), ("one", "--seed", "1"))}  # fmt: skip
     assert weight_bytes(tmp_path / "default") == weight_bytes(tmp_path / "zero") == weight_bytes(tmp_path / "again")
-    base, merged = load(scene.base), load(scene.merged)
+    base, merged = load(relaxed.base), load(relaxed.merged)
     orders = set()
-    for name, (share, dim) in at(scene.shares(), OMEGA).items():
+    for name, (share, dim) in at(relaxed.shares(), OMEGA).items():
         if base[name].dim() < 2:
             continue
         zero, one = (recovered_shares(runs[run][name], base[name], merged[name], dim) for run in ("zero", "one"))
@@ -357,10 +360,10 @@ def test_permuted_control_gives_the_same_shares_to_other_channels(
         order = (zero[:, None] - share[None]).abs().argmin(dim=1)
         orders.add(tuple(order.tolist()))
     assert len(orders) == 8  # each tensor has its own
-    models = ["--method", "linear", "--base_model", scene.base, "--models_to_merge", scene.merged]
-    command = [*models, "--save_path", tmp_path / "merge", "--quiet", "--activations", scene.saved, *flags]
+    models = ["--method", "linear", "--base_model", relaxed.base, "--models_to_merge", relaxed.merged]
+    command = [*models, "--save_path", tmp_path / "merge", "--quiet", "--activations", relaxed.saved, *flags]
     for seed in ("0", "1"):
-        assert merge.main([str(part) for part in (*command, "--seed", seed, "--overwrite")]) == 0
+        call(merge, *command, "--seed", seed, "--overwrite")
         assert weight_bytes(tmp_path / "merge") == weight_bytes(tmp_path / {"0": "zero", "1": "one"}[seed])
 
 
@@ -390,20 +393,19 @@ def test_permutations_differ_between_seeds_and_tensors() -> None:
 
 
 def test_experts_without_a_token_stay_as_merged_and_are_listed(
-    scene_of: Callable[[str], Scene], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family_of: Callable[[str], Relaxed], tmp_path: Path
 ) -> None:
     one = torch.tensor([[17]])
     for architecture in ("mixtral", "gpt_oss"):
-        scene = scene_of(architecture)
-        activations = calibrate_on(scene.base, one)
+        relaxed = family_of(architecture)
+        activations = calibrate_on(relaxed.base, one)
         activations.save(tmp_path / architecture)
         out = tmp_path / f"{architecture}_out"
-        command = ["--merged_model", scene.merged, "--pretrained_model_name", scene.base, "--save_path", out]
+        command = ["--merged_model", relaxed.merged, "--pretrained_model_name", relaxed.base, "--save_path", out]
         flags = ["--activations", tmp_path / architecture, "--omega", "0", "--dtype", "float32"]
-        assert performAIM.main([str(part) for part in (*command, *flags)]) == 0
-        said = capsys.readouterr().out
-        shares = shares_of(scene.base, one, 0.0)
-        check_relaxed(load(out), scene.base, scene.merged, shares)
+        said = call(performAIM, *command, *flags).out
+        shares = shares_of(relaxed.base, one, 0.0)
+        check_relaxed(load(out), relaxed.base, relaxed.merged, shares)
         kept = json.loads((out / "merge_recipe.json").read_text())["aim"]["kept"]
         listed = {(entry["tensors"], entry["why"]): entry["count"] for entry in kept}
         if architecture == "mixtral":
@@ -412,7 +414,7 @@ def test_experts_without_a_token_stay_as_merged_and_are_listed(
             assert listed[kind, "its module saw no token"] == 4  # two experts of two layers
             assert "its module saw no token" in said
         else:
-            ours, merged = (load(path)["model.layers.0.mlp.experts.down_proj"] for path in (out, scene.merged))
+            ours, merged = (load(path)["model.layers.0.mlp.experts.down_proj"] for path in (out, relaxed.merged))
             idle = activations.statistics["model.layers.0.mlp.experts.down_proj"].tokens == 0
             assert int(idle.sum()) == 2
             assert torch.equal(ours[idle], merged[idle].float())
@@ -422,34 +424,32 @@ def test_experts_without_a_token_stay_as_merged_and_are_listed(
             assert reason in said
 
 
-def test_a_tensor_without_statistics_stays_as_merged(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of("llama")
-    activations = scene.activations()
+def test_a_tensor_without_statistics_stays_as_merged(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("llama")
+    activations = relaxed.activations()
     lost = "model.layers.1.mlp.up_proj.weight"
     fewer = {name: one for name, one in activations.statistics.items() if name != lost}
     part = replace(activations, statistics=fewer, silent={lost: "its module saw no token"})
     how = Relaxing((Omega(OMEGA),))
     relax_checkpoint(
-        open_folder(scene.merged), open_folder(scene.base), part, tmp_path / "out", how, out_dtype="float32"
+        open_folder(relaxed.merged), open_folder(relaxed.base), part, tmp_path / "out", how, out_dtype="float32"
     )
-    shares = {name: share for name, share in at(scene.shares(), OMEGA).items() if name != lost}
-    check_relaxed(load(tmp_path / "out"), scene.base, scene.merged, shares)
+    shares = {name: share for name, share in at(relaxed.shares(), OMEGA).items() if name != lost}
+    check_relaxed(load(tmp_path / "out"), relaxed.base, relaxed.merged, shares)
 
 
-def test_statistics_of_another_base_or_shape_are_refused(
-    scene_of: Callable[[str], Scene], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scene = scene_of("llama")
+def test_statistics_of_another_base_or_shape_are_refused(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("llama")
     out = tmp_path / "out"
-    assert attempt(scene.merged, scene.base, out, "--activations", scene.saved) == 1  # the two exchanged
-    assert "another base" in capsys.readouterr().err
-    activations = scene.activations()
+    exchanged = attempt(relaxed.merged, relaxed.base, out, "--activations", relaxed.saved, code=1)
+    assert "another base" in exchanged.err
+    activations = relaxed.activations()
     name = "model.layers.1.mlp.up_proj.weight"
     statistics = activations.statistics[name]
     short = replace(statistics, mean_abs=statistics.mean_abs[:-1])
     wrong = replace(activations, statistics={**activations.statistics, name: short})
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj.*expected .*32.*got \[?31"):
-        make_relaxations(open_folder(scene.base), wrong, Relaxing(), device=torch.device("cpu"))
+        make_relaxations(open_folder(relaxed.base), wrong, Relaxing(), device=torch.device("cpu"))
     assert not out.exists()
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints import architecture_cache
+from checkpoints import architecture, architecture_cache
 from checkpoints.errors import InputError
 from checkpoints.location import parse_name
-from checkpoints.model import Model, open_model
+from checkpoints.model import open_model
 from tests.pico import make_family
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,8 +31,10 @@ def home(tmp_path, monkeypatch):
 def asked(monkeypatch):
     """The models whose class was built."""
     found = []
-    describe = Model._describe
-    monkeypatch.setattr(Model, "_describe", lambda model, shapes: found.append(model.label) or describe(model, shapes))
+    describe = architecture.describe
+    monkeypatch.setattr(
+        architecture, "describe", lambda *of, label, **how: found.append(label) or describe(*of, label=label, **how)
+    )
     return found
 
 

@@ -15,7 +15,6 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +29,7 @@ from checkpoints.save_path import partial_folder
 from checkpoints.staging import staged
 from tests.fake_hub import FakeHub
 from tests.pico import write_checkpoint
+from tests.scene import Scene, call, names, snapshot
 
 ROOT = Path(__file__).parent.parent
 INPUTS = Path(__file__).parent / "goldens" / "inputs"
@@ -38,74 +38,24 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
 DEEP = "[" * 100_000
 
 
-@dataclass
-class Scene:
-    """A folder with a base and two models fine-tuned from it, and the command that merges them."""
-
-    folder: Path
-    capsys: pytest.CaptureFixture[str]
-
-    @property
-    def base(self) -> Path:
-        return self.folder / "base"
-
-    @property
-    def math(self) -> Path:
-        return self.folder / "math"
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "out"
-
-    def run(self, *flags: str) -> tuple[int, str, str]:
-        """merge.py with these flags, the needed ones added where they are missing: (exit code, stdout, stderr)."""
-        needed = {
-            "--method": "ties",
-            "--base_model": str(self.base),
-            "--models_to_merge": f"{self.math},{self.folder / 'code'}",
-            "--save_path": str(self.out),
-        }
-        argv = [f"{key}={value}" for key, value in needed.items() if not any(flag.startswith(key) for flag in flags)]
-        self.capsys.readouterr()
-        try:
-            code = merge.main([*argv, *flags])
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *self.capsys.readouterr()
-
-    def refuse(self, *flags: str, code: int, says: tuple[str, ...]) -> str:
-        """Run, and check that it is refused with a message that holds every part of `says`; gives the message."""
-        before = snapshot(self.folder)
-        status, out, err = self.run(*flags)
-        assert (status, out) == (code, ""), err
-        assert err.startswith("merge.py: ")
-        assert err.endswith(".\n")
-        assert "Traceback" not in err
-        for part in says:
-            assert part in err
-        assert snapshot(self.folder) == before
-        return err
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder with its content; folders with none."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")
-    }
-
-
 @pytest.fixture
-def scene(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Scene:
+def scene(tmp_path: Path) -> Scene:
+    """A base and two models fine-tuned from it, and the command that merges them."""
     folder = tmp_path / "models"
     for name in ("base", "math", "code"):
         shutil.copytree(INPUTS / name, folder / name)
         (folder / name).chmod(0o755)
-    return Scene(folder, capsys)
+    return merging_scene(folder)
+
+
+def merging_scene(folder: Path) -> Scene:
+    models = names([folder / "math", folder / "code"])
+    return Scene(folder, merge, {"--method": "ties", "--base_model": folder / "base", "--models_to_merge": models})
 
 
 def test_the_scene_itself_merges(scene):
-    code, out, err = scene.run()
-    assert (code, err) == (0, "")
+    _, out, err = scene.run()
+    assert err == ""
     assert str(scene.out) in out
 
 
@@ -567,15 +517,11 @@ def test_arguments_that_do_not_fit(scene, case):
 
 
 @pytest.mark.parametrize("missing", ["--method", "--base_model", "--models_to_merge", "--save_path"])
-def test_needed_flags(missing, capsys):
+def test_needed_flags(missing):
     flags = {"--method": "ties", "--base_model": "a", "--models_to_merge": "b", "--save_path": "c"}
     del flags[missing]
-    with pytest.raises(SystemExit) as end:
-        merge.main([part for pair in flags.items() for part in pair])
-    assert end.value.code == 2
-    assert (
-        capsys.readouterr().err == f"merge.py: the following arguments are required: {missing}. See merge.py --help.\n"
-    )
+    _, _, err = call(merge, *(part for pair in flags.items() for part in pair), code=2)
+    assert err == f"merge.py: the following arguments are required: {missing}. See merge.py --help.\n"
 
 
 def test_all_argument_errors_are_said_at_once(scene):
@@ -602,13 +548,12 @@ def test_current_folder_as_output(scene, monkeypatch):
 def test_refusals_as_json(scene):
     rewrite(scene.math, lambda t: t.pop(GATE))
     rewrite(scene.folder / "code", lambda t: t.pop(NORM))
-    code, out, err = scene.run("--dry_run", "--json")
-    assert code == 1
+    _, out, err = scene.run("--dry_run", "--json", code=1)
     assert err.startswith("merge.py: 2 problems:\n")
     refusals = json.loads(out)["refusals"]
     assert [GATE in refusals[0], NORM in refusals[1]] == [True, True]
-    code, out, err = scene.run("--dry_run", "--json", "--density=7")
-    assert (code, json.loads(out)) == (2, {"refusals": ["--density: expected a number in [0, 1], got 7.0."]})
+    _, out, err = scene.run("--dry_run", "--json", "--density=7", code=2)
+    assert json.loads(out) == {"refusals": ["--density: expected a number in [0, 1], got 7.0."]}
     assert not scene.out.exists()
 
 
@@ -701,10 +646,10 @@ def test_disk_that_fills_up_at_the_end(scene, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write", fail)
-        status, _, err = scene.run()
-    assert (status, "merge_recipe.json: cannot be written: No space left on device" in err) == (1, True)
+        ended = scene.run(code=1)
+    assert "merge_recipe.json: cannot be written: No space left on device" in ended.err
     assert not scene.out.exists()
-    assert "going on: 21 of 21 tensors are there" in scene.run()[2]
+    assert "going on: 21 of 21 tensors are there" in scene.run().err
     assert not partial_folder(scene.out).exists()
 
 
@@ -714,19 +659,19 @@ def test_new_parents_of_the_output_are_removed_again(scene):
 
 
 @pytest.fixture
-def unprivileged(scene: Scene, capsys: pytest.CaptureFixture[str]) -> Iterator[Scene]:
+def unprivileged(scene: Scene) -> Iterator[Scene]:
     """The scene for a user whom permissions bind: ours, or nobody where we are root."""
     if os.geteuid() != 0:
         yield scene
         return
     if not hasattr(os, "setresuid"):
         pytest.skip("root may write everywhere, and this system cannot lend us another user")
-    assert scene.run()[0] == 0  # imports all modules, which another user may not be allowed to read
+    scene.run()  # imports all modules, which another user may not be allowed to read
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         for name in ("base", "math", "code"):
             shutil.copytree(scene.folder / name, Path(folder, name))
-        lent = Scene(Path(folder), capsys)
+        lent = merging_scene(Path(folder))
         try:
             os.setresuid(65534, 65534, 0)
             yield lent
@@ -754,8 +699,8 @@ def test_weights_that_may_not_be_read(scene, unprivileged):
     file.chmod(0)
     if unprivileged is not scene:
         os.setresuid(65534, 65534, 0)
-    status, out, err = unprivileged.run(f"--save_path={unprivileged.folder}/x")
-    assert (status, out) == (1, "")
+    _, out, err = unprivileged.run(f"--save_path={unprivileged.folder}/x", code=1)
+    assert out == ""
     assert "math: model.safetensors: cannot be opened: Permission denied" in err
 
 
@@ -782,8 +727,7 @@ def test_a_run_that_another_one_overtakes(scene, monkeypatch):
         return plan(*arguments, **keywords)
 
     monkeypatch.setattr(merge_work, "make_plan", overtaken)
-    status, _, err = scene.run()
-    assert (status, "not empty" in err) == (2, True)
+    assert "not empty" in scene.run(code=2).err
     assert snapshot(scene.out) == {"merge_recipe.json": b"of the other run"}
     assert not partial_folder(scene.out).exists()
 
@@ -806,7 +750,7 @@ sys.exit(merge.main(sys.argv[1:]))
 def test_kills_from_outside(scene):
     """An earlier result stays as it was; the next run goes on after Ctrl-C and after a hard kill."""
     out, hard = scene.folder / "out", scene.folder / "hard"
-    assert scene.run()[0] == 0
+    scene.run()
     before = snapshot(scene.folder)
     flags = [
         "--method=ties",
@@ -835,7 +779,7 @@ def test_kills_from_outside(scene):
     assert not hard.exists()
     assert {name: content for name, content in snapshot(scene.folder).items() if "partial" not in name} == before
     for path in (out, hard):
-        assert scene.run(f"--models_to_merge={scene.math}", f"--save_path={path}", "--overwrite")[0] == 0
+        scene.run(f"--models_to_merge={scene.math}", f"--save_path={path}", "--overwrite")
         assert not partial_folder(path).exists()
 
 
@@ -856,8 +800,7 @@ def test_signals(scene, monkeypatch, number):
     sent: list[signal.Signals] = []
     monkeypatch.setattr(CheckpointWriter, "write", interrupted)
     before = snapshot(scene.folder)
-    status, _, err = scene.run("--workers=1")
-    assert (status, err.startswith("merge.py: interrupted")) == (130, True)
+    assert scene.run("--workers=1", code=130).err.startswith("merge.py: interrupted")
     assert {name: content for name, content in snapshot(scene.folder).items() if "partial" not in name} == before
     assert sent
     assert signal.getsignal(number) == handler
@@ -875,14 +818,14 @@ def test_nohup_stays_in_force(scene, monkeypatch):
     monkeypatch.setattr(CheckpointWriter, "close", hang_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert scene.run()[0] == 0
+        scene.run()
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_a_thread_may_run_the_command(scene):
     """Where no signal can be handled."""
-    thread = threading.Thread(target=lambda: results.append(scene.run()[0]))
+    thread = threading.Thread(target=lambda: results.append(scene.run().code))
     results: list[int] = []
     thread.start()
     thread.join()

@@ -23,7 +23,8 @@ from checkpoints.chat_templates import (
 from checkpoints.errors import InputError
 from checkpoints.sidecars import SideFiles
 from tests.fake_hub import FakeHub
-from tests.token_models import Scene, change_json, make_model, relax, write_json
+from tests.scene import Scene, call
+from tests.token_models import change_json, check_rows, make_model, merging_scene, relax, write_json
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -62,8 +63,8 @@ RENDERED = {
 
 
 @pytest.fixture
-def scene(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Scene:
-    return Scene(tmp_path, capsys)
+def scene(tmp_path: Path) -> Scene:
+    return merging_scene(tmp_path)
 
 
 def tokenizer_of(folder: Path) -> Any:
@@ -88,7 +89,7 @@ def test_known_templates(scene: Scene, name: str):
     """As the tokenizer of a merge renders them; the old template in tokenizer_config.json is gone."""
     base, one = (make_model(scene.folder / who, "bpe") for who in ("base", "one"))
     change_json(base / "tokenizer_config.json", chat_template="old")
-    said = scene.merge(base, [one], "--chat_template", name)
+    said = scene.merge(base, [one], "--chat_template", name).err
     assert f"note: the chat template is {name}." in said
     tokenizer = tokenizer_of(scene.out)
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == RENDERED[name][0]
@@ -105,9 +106,9 @@ def test_known_templates(scene: Scene, name: str):
 def test_markers_that_are_no_tokens_are_noted(scene: Scene):
     base = make_model(scene.folder / "base", "bpe")
     one = make_model(scene.folder / "one", "bpe", ["<|im_start|>"])
-    said = scene.merge(base, [one], "--chat_template", "chatml")
+    said = scene.merge(base, [one], "--chat_template", "chatml").err
     assert "the chat template writes '<|im_end|>', which the output's tokenizer does not have as tokens" in said
-    assert "does not have" not in scene.merge(base, [one], "--chat_template", "alpaca")
+    assert "does not have" not in scene.merge(base, [one], "--chat_template", "alpaca").err
 
 
 def test_markers():
@@ -140,7 +141,7 @@ def test_a_file_and_a_template_itself(scene: Scene):
 )
 def test_templates_that_are_refused(scene: Scene, given: str, code: int, says: str):
     base, one = (make_model(scene.folder / who, "bpe") for who in ("base", "one"))
-    assert says in scene.merge(base, [one], "--chat_template", given, code=code)
+    assert says in scene.merge(base, [one], "--chat_template", given, code=code).err
     assert not scene.out.exists()
 
 
@@ -153,18 +154,18 @@ def test_a_file_that_is_no_text(tmp_path: Path):
 def test_auto_takes_the_template_that_most_inputs_have(scene: Scene):
     base = make_model(scene.folder / "base", "bpe")
     models = [make_model(scene.folder / who, "bpe") for who in ("one", "two", "three")]
-    said = scene.merge(base, models, "--chat_template", "auto")
+    said = scene.merge(base, models, "--chat_template", "auto").err
     assert "note: no input has a chat template, and so the output has none." in said
     assert not (scene.out / "chat_template.jinja").exists()
     (base / "chat_template.jinja").write_text("base")
     change_json(models[0] / "tokenizer_config.json", chat_template="one")
-    assert f"is that of {base}, which 1 of 4 inputs have." in scene.merge(base, models, "--chat_template", "auto")
+    assert f"is that of {base}, which 1 of 4 inputs have." in scene.merge(base, models, "--chat_template", "auto").err
     assert (scene.out / "chat_template.jinja").read_text() == "base"
     several = [{"name": "default", "template": "one\n"}, {"name": "tool_use", "template": "tools"}]
     change_json(models[1] / "tokenizer_config.json", chat_template=several)
     (models[0] / "tokenizer_config.json").unlink()
     shutil.copy(models[1] / "tokenizer_config.json", models[0])
-    said = scene.merge(base, models, "--chat_template", "auto")
+    said = scene.merge(base, models, "--chat_template", "auto").err
     assert f"is that of {models[0]}, which 2 of 4 inputs have." in said
     assert tokenizer_of(scene.out).chat_template == {"default": "one\n", "tool_use": "tools"}
 
@@ -202,24 +203,24 @@ def test_a_recipe_file_names_template_and_tokenizer(scene: Scene):
     path = scene.folder / "recipe.yml"
     path.write_text(yaml.safe_dump(recipe | {"chat_template": "chatml", "copy_tokenizer_from": str(chat)}))
     run = ["--save_path", str(scene.out), "--report", "none", "--quiet"]
-    assert merge.main(["--config", str(path), *run]) == 0
+    call(merge, "--config", str(path), *run)
     assert tokenizer_of(scene.out).apply_chat_template(CHAT, tokenize=False) == RENDERED["chatml"][0]
     assert scene.json("tokenizer_config.json")["model_max_length"] == 77
     again = scene.folder / "again"
     recorded = ["--config", str(scene.out / "merge_recipe.json"), "--save_path", str(again), *run[2:]]
-    assert merge.main(recorded) == 0
+    call(merge, *recorded)
     for name in ("chat_template.jinja", "tokenizer_config.json", "tokenizer.json", "model.safetensors"):
         assert (again / name).read_bytes() == (scene.out / name).read_bytes()
-    assert merge.main(["--config", str(path), "--chat_template", "alpaca", *run]) == 2
+    call(merge, "--config", str(path), "--chat_template", "alpaca", *run, code=2)
     path.write_text(yaml.safe_dump(recipe | {"chat_template": 3}))
-    assert merge.main(["--config", str(path), *run]) == 2
+    call(merge, "--config", str(path), *run, code=2)
 
 
 def test_flags_become_keys_of_a_recipe_file(tmp_path: Path):
     models = ["--method", "linear", "--base_model", "./base", "--models_to_merge", "./one"]
     chosen = {"chat_template": "llama3", "copy_tokenizer_from": "org/chat"}
     flags = [part for key, value in chosen.items() for part in (f"--{key}", value)]
-    assert merge.main([*models, *flags, "--write_config", str(tmp_path / "recipe.yml")]) == 0
+    call(merge, *models, *flags, "--write_config", str(tmp_path / "recipe.yml"))
     assert chosen.items() <= yaml.safe_load((tmp_path / "recipe.yml").read_text()).items()
 
 
@@ -232,9 +233,9 @@ def test_the_tokenizer_files_of_another_model(scene: Scene):
     change_json(chat / "tokenizer_config.json", chat_template="{{ messages }}", pad_token="[PAD]")
     change_json(chat / "generation_config.json", temperature=0.1)
     write_json(base / "special_tokens_map.json", {})
-    said = scene.merge(base, [one], "--copy_tokenizer_from", str(chat))
+    said = scene.merge(base, [one], "--copy_tokenizer_from", str(chat)).err
     assert f"note: the tokenizer files are those of {chat}." in said
-    tokenizer = scene.check_rows(lambda token: "base", 291)
+    tokenizer = check_rows(scene.out, lambda token: "base", 291)
     assert (tokenizer.pad_token, tokenizer.chat_template) == ("[PAD]", "{{ messages }}")
     assert (scene.out / "tokenizer_config.json").read_bytes() == (chat / "tokenizer_config.json").read_bytes()
     assert (scene.out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
@@ -245,11 +246,13 @@ def test_the_tokenizer_files_of_another_model(scene: Scene):
 def test_a_tokenizer_with_other_ids_is_refused(scene: Scene):
     base, one = (make_model(scene.folder / who, "bpe", ["[PAD]", "<|x|>"]) for who in ("base", "one"))
     chat = make_model(scene.folder / "chat", "bpe", ["<|x|>", "<|y|>", "[PAD]"])
-    said = scene.merge(base, [one], "--copy_tokenizer_from", str(chat), code=1)
+    said = scene.merge(base, [one], "--copy_tokenizer_from", str(chat), code=1).err
     assert f"--copy_tokenizer_from {chat}: 3 of its 293 tokens have another id in the output, or none: " in said
     assert "'<|x|>' has 290, and 291 there" in said
     plain = make_model(scene.folder / "plain", "bpe")
-    assert "; 2 tokens that have rows are not in it." in scene.merge(base, [one], "--copy_tokenizer_from", str(plain))
+    assert (
+        "; 2 tokens that have rows are not in it." in scene.merge(base, [one], "--copy_tokenizer_from", str(plain)).err
+    )
 
 
 def test_a_tokenizer_for_models_without_one(scene: Scene):
@@ -260,13 +263,14 @@ def test_a_tokenizer_for_models_without_one(scene: Scene):
             (folder / name).unlink()
     scene.merge(base, [one], "--copy_tokenizer_from", str(chat))
     assert len(tokenizer_of(scene.out)) == 290
-    assert "its ids go up to 290, and the output has 290 rows" in scene.merge(
-        base, [one], "--copy_tokenizer_from", str(more), code=1
+    assert (
+        "its ids go up to 290, and the output has 290 rows"
+        in scene.merge(base, [one], "--copy_tokenizer_from", str(more), code=1).err
     )
     (large / "tokenizer.json").unlink()
-    assert "has no tokenizer files" in scene.merge(base, [one], "--copy_tokenizer_from", str(large), code=1)
-    assert "no such folder" in scene.merge(base, [one], "--copy_tokenizer_from", str(scene.folder / "no"), code=1)
-    assert "expected NAME@REVISION" in scene.merge(base, [one], "--copy_tokenizer_from", "@x", code=2)
+    assert "has no tokenizer files" in scene.merge(base, [one], "--copy_tokenizer_from", str(large), code=1).err
+    assert "no such folder" in scene.merge(base, [one], "--copy_tokenizer_from", str(scene.folder / "no"), code=1).err
+    assert "expected NAME@REVISION" in scene.merge(base, [one], "--copy_tokenizer_from", "@x", code=2).err
 
 
 def test_a_tokenizer_from_the_hub(scene: Scene, monkeypatch: pytest.MonkeyPatch):
@@ -286,17 +290,18 @@ def test_a_changed_template_is_another_output(scene: Scene):
     mine.write_text("{{ 1 }}")
     flags = ["--method", "linear", "--base_model", str(base), "--models_to_merge", str(one), "--report", "none"]
     flags += ["--chat_template", str(mine), "--save_path", str(scene.out)]
-    assert [merge.main(flags), merge.main(flags)] == [0, 0]  # the second finds it complete
+    call(merge, *flags)
+    call(merge, *flags)  # finds it complete
     mine.write_text("{{ 2 }}")
-    assert merge.main(flags) == 2  # the folder is not empty
-    assert merge.main([*flags, "--overwrite"]) == 0
+    call(merge, *flags, code=2)  # the folder is not empty
+    call(merge, *flags, "--overwrite")
     assert (scene.out / "chat_template.jinja").read_text() == "{{ 2 }}"
 
 
 # --------------------------------------------------------------------------------------------------------- performAIM
 
 
-def test_perform_aim(scene: Scene, capsys: pytest.CaptureFixture[str]):
+def test_perform_aim(scene: Scene):
     base, merged, chat = (make_model(scene.folder / who, "bpe") for who in ("base", "merged", "chat"))
     change_json(chat / "tokenizer_config.json", model_max_length=77)
     relax(base, merged, scene.out, "--chat_template", "mistral", "--copy_tokenizer_from", str(chat))
@@ -306,8 +311,7 @@ def test_perform_aim(scene: Scene, capsys: pytest.CaptureFixture[str]):
     recipe = json.loads((scene.out / "merge_recipe.json").read_text())
     assert (recipe["chat_template"], recipe["copy_tokenizer_from"]) == ("mistral", str(chat))
     named = ["--merged_model", str(merged), "--pretrained_model_name", str(base), "--save_path", str(scene.out)]
-    assert performAIM.main([*named, "--chat_template", "mistrel"]) == 2
-    assert "Did you mean 'mistral'?" in capsys.readouterr().err
+    assert "Did you mean 'mistral'?" in call(performAIM, *named, "--chat_template", "mistrel", code=2).err
 
 
 # ------------------------------------------------------------------------------------------------ where a turn ends
@@ -332,18 +336,39 @@ def make_chats(scene: Scene) -> tuple[Path, list[Path]]:
 def test_chat_models_with_the_tokens_of_the_base(scene: Scene):
     """The output ends where the models do and has their template; with a note each; what the base says besides stays."""
     base, models = make_chats(scene)
-    said = scene.merge(base, models)
+    said = scene.merge(base, models).err
     end = tokenizer_of(base).convert_tokens_to_ids("<|im_end|>")
     assert scene.json("generation_config.json") == {"eos_token_id": [2, end], "do_sample": True}
     assert (scene.out / "chat_template.jinja").read_text() == CHATML
     assert said.count("note: the output's text ends at any of '!', '<|im_end|>'.") == 1
     assert said.count(f"note: the chat template is that of {models[0]}.") == 1
-    assert merge.main(["--verify", str(scene.out)]) == 0
+    call(merge, "--verify", str(scene.out))
+
+
+def test_a_recipe_file_unites_as_flags_do_and_its_record_makes_the_same_files(scene: Scene):
+    base, models = make_chats(scene)
+    scene.merge(base, models)
+    by_flags = scene.json("generation_config.json")
+    recipe = {"merge_method": "linear", "base_model": str(base), "models": [{"model": str(one)} for one in models]}
+    first, again, kept = (scene.folder / name for name in ("first", "again", "kept"))
+    write_json(scene.folder / "recipe.json", recipe)
+    write_json(scene.folder / "base.json", recipe | {"tokenizer_source": "base"})
+    for config, out in (
+        (scene.folder / "recipe.json", first),
+        (first / "merge_recipe.json", again),
+        (scene.folder / "base.json", kept),
+    ):
+        assert merge.main(["--config", str(config), "--save_path", str(out), "--quiet"]) == 0
+    for folder in (first, again):
+        assert json.loads((folder / "generation_config.json").read_text()) == by_flags
+        assert (folder / "chat_template.jinja").read_text() == CHATML
+    assert (kept / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    assert not (kept / "chat_template.jinja").exists()
 
 
 def test_a_user_who_names_the_bases_tokenizer_keeps_its_files(scene: Scene):
     base, models = make_chats(scene)
-    said = scene.merge(base, models, "--tokenizer_source", "base")
+    said = scene.merge(base, models, "--tokenizer_source", "base").err
     for name in ("config.json", "generation_config.json"):
         assert (scene.out / name).read_bytes() == (base / name).read_bytes()
     assert not (scene.out / "chat_template.jinja").exists()
@@ -355,7 +380,7 @@ def test_models_that_end_as_the_base_leave_its_files_as_they_are(scene: Scene):
     for folder in (base, models[0]):
         shutil.copy(models[1] / "generation_config.json", folder)
         (folder / "chat_template.jinja").write_text(CHATML)
-    said = scene.merge(base, models)
+    said = scene.merge(base, models).err
     for name in ("config.json", "generation_config.json", "chat_template.jinja"):
         assert (scene.out / name).read_bytes() == (base / name).read_bytes()
     assert "note: the" not in said
@@ -363,20 +388,19 @@ def test_models_that_end_as_the_base_leave_its_files_as_they_are(scene: Scene):
 
 def test_a_named_template_is_not_replaced(scene: Scene):
     base, models = make_chats(scene)
-    said = scene.merge(base, models, "--chat_template", "chatml")
+    said = scene.merge(base, models, "--chat_template", "chatml").err
     assert "the chat template is chatml." in said
     assert f"the chat template is that of {models[0]}" not in said
     assert "ends at any of" in said
 
 
-def test_verifying_a_template_whose_turns_do_not_end(scene: Scene, capsys: pytest.CaptureFixture[str]):
+def test_verifying_a_template_whose_turns_do_not_end(scene: Scene):
     base, models = make_chats(scene)
     scene.merge(base, models, "--tokenizer_source", "base", "--chat_template", "chatml")
-    capsys.readouterr()
-    assert merge.main(["--verify", str(scene.out)]) == 1
+    said = call(merge, "--verify", scene.out, code=1).err
     assert (
         f"{scene.out}: its chat template ends a turn with '<|im_end|>', and eos_token_id lists '!' only: the model will not stop. Add the "
-        "token's id to eos_token_id in generation_config.json." in capsys.readouterr().err
+        "token's id to eos_token_id in generation_config.json." in said
     )
 
 

@@ -4,30 +4,23 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import compare_models
 from tests.report_files import PAPER_TABLE, named, verdicts, write_results
+from tests.scene import call
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run the command in a new folder: (exit code, stdout, stderr)."""
+def run(tmp_path, monkeypatch):
+    """Run the command in a new folder, however it ends."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            code = compare_models.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(call, compare_models, code=None)
 
 
 @pytest.fixture

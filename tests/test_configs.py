@@ -17,6 +17,7 @@ from checkpoints.problems import Problems
 from tests.adapter_files import make_adapter
 from tests.aim_runs import write_texts
 from tests.pico import Family, make_family
+from tests.scene import call
 
 ROPE = {
     "rope_type": "llama3",
@@ -110,7 +111,7 @@ def test_models_that_agree_against_the_base(family: Family, tmp_path: Path):
     assert len(compare(family.base, models[0], family.models[1]).warnings) == 1
 
 
-def test_other_heads_of_the_same_shapes(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_other_heads_of_the_same_shapes(family: Family, tmp_path: Path):
     """Refused in both commands; the flag that the message names lets it through, with a note, and is in the recipe."""
     one = with_config(family.models[0], tmp_path / "one", num_attention_heads=8, num_key_value_heads=4, head_dim=4)
     flags = [
@@ -123,27 +124,24 @@ def test_other_heads_of_the_same_shapes(family: Family, tmp_path: Path, capsys: 
         tmp_path / "out",
     ]
     argv = list(map(str, flags))
-    assert merge.main(argv) == 1
-    said = capsys.readouterr().err
+    ended = call(merge, *argv, code=1)
+    said = ended.err
     assert (
         f"{one}: config.json: expected the heads of {family.base}, got num_attention_heads 8 (4 in {family.base}), num_key_value_heads 4 (2 in"
         in said
     )
     allow = "--allow_config_difference num_attention_heads,num_key_value_heads,head_dim"
     assert f"or let it through with {allow}." in said
-    assert merge.main([*argv, *allow.split()]) == 0
-    assert (
-        f"note: {one}: config.json has num_attention_heads 8 (4 in {family.base}), which was allowed"
-        in capsys.readouterr().err
-    )
+    ended = call(merge, *argv, *allow.split())
+    assert f"note: {one}: config.json has num_attention_heads 8 (4 in {family.base}), which was allowed" in ended.err
     recipe = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())
     assert recipe["allow_config_difference"] == allow.split()[1]
     relaxing = ["--pretrained_model_name", family.base, "--merged_model", one, "--save_path", tmp_path / "aim"]
     relaxing += ["--calibration_data", write_texts(tmp_path), "--n_samples=4", "--block_size=64"]
     argv = list(map(str, relaxing))
-    assert performAIM.main(argv) == 1
-    assert f"or let it through with {allow}." in capsys.readouterr().err
-    assert performAIM.main([*argv, *allow.split()]) == 0
+    ended = call(performAIM, *argv, code=1)
+    assert f"or let it through with {allow}." in ended.err
+    call(performAIM, *argv, *allow.split())
 
 
 def test_lengths_are_noted_and_the_largest_named(family: Family, tmp_path: Path):

@@ -18,9 +18,10 @@ import performAIM
 from checkpoints.errors import InputError
 from checkpoints.model import open_model
 from checkpoints.reader import read_tensor
-from tests.adapter_files import make_adapter, run, texts
+from tests.adapter_files import make_adapter, texts
 from tests.in_memory import patch_grid
 from tests.pico import Family, make_family
+from tests.scene import call, names
 
 BLOCK, RAGGED = [8, 16], [10, 20]  # which divide the sizes, and which do not
 FLOAT8 = torch.float8_e4m3fn
@@ -40,9 +41,8 @@ def cast(source: Path, target: Path, dtype: torch.dtype) -> Path:
 
 def merged(folder: Path, base: Path, models: list[Path], *flags: object) -> dict[str, Tensor]:
     shutil.rmtree(folder, ignore_errors=True)
-    names = ",".join(map(str, models))
-    run(merge, "--method", "task_arithmetic", "--weights", "0.5", "--base_model", base, "--models_to_merge", names,
-        "--save_path", folder, "--report", "none", *flags)  # fmt: skip
+    inputs = ("--base_model", base, "--models_to_merge", names(models))
+    call(merge, "--method=task_arithmetic", "--weights=0.5", *inputs, "--save_path", folder, "--report", "none", *flags)
     return load_file(folder / "model.safetensors")
 
 
@@ -197,7 +197,7 @@ def test_relaxing_towards_a_float8_base(family: Family, tmp_path: Path):
     found = []
     for number, base in enumerate((tmp_path / "base", plain)):
         names = ["--merged_model", family.models[0], "--pretrained_model_name", base]
-        run(performAIM, *names, *how, "--calibration_dtype", "float32", "--save_path", tmp_path / f"out_{number}")
+        call(performAIM, *names, *how, "--calibration_dtype", "float32", "--save_path", tmp_path / f"out_{number}")
         found.append(load_file(tmp_path / f"out_{number}" / "model.safetensors"))
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name], rtol=2**-6, atol=2**-10)

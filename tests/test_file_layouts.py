@@ -18,9 +18,9 @@ from torch import Tensor
 
 import merge
 import performAIM
-from tests.adapter_files import run
 from tests.aim_runs import write_texts
 from tests.pico import copy_tokenizer, make_family
+from tests.scene import Ended, call, names
 
 Tensors = dict[str, Tensor]
 
@@ -35,16 +35,21 @@ def rewrite(folder: Path, change: Callable[[Tensors], Mapping[str, Tensor]]) -> 
     return folder
 
 
-def add(base: Path, models: list[Path], out: Path, *flags: object, code: int = 0) -> Tensors:
-    """The base and the task vectors of the models, 0.6 of each."""
-    names = ",".join(f"{model}:0.6" for model in models)
-    run(merge, "--method=task_arithmetic", "--base_model", base, "--models_to_merge", names, "--save_path", out, *flags,
-        code=code)  # fmt: skip
-    return load(out) if code == 0 else {}
+def attempt(base: Path, models: list[Path], out: Path, *flags: object, code: int = 0) -> Ended:
+    """Add 0.6 of the task vectors of the models to the base."""
+    weighted = names([f"{model}:0.6" for model in models])
+    inputs = ("--base_model", base, "--models_to_merge", weighted)
+    return call(merge, "--method=task_arithmetic", *inputs, "--save_path", out, *flags, code=code)
+
+
+def add(base: Path, models: list[Path], out: Path, *flags: object) -> Tensors:
+    """The same; the tensors."""
+    attempt(base, models, out, *flags)
+    return load(out)
 
 
 def relax(base: Path, merged: Path, out: Path, *flags: object) -> Tensors:
-    run(performAIM, "--pretrained_model_name", base, "--merged_model", merged, "--save_path", out, "--omega=0.2",
+    call(performAIM, "--pretrained_model_name", base, "--merged_model", merged, "--save_path", out, "--omega=0.2",
         "--calibration_data", write_texts(out.parent), "--n_samples=8", "--block_size=64", *flags)  # fmt: skip
     return load(out)
 
@@ -121,7 +126,7 @@ def test_ties_looks_at_whole_tensors_of_packed_experts_as_they_are(experts: Path
     flags = ("--method=ties", "--density=0.4", "--base_model", experts / "base")
     for out, models in (("plain", ("one", "two")), ("mixed", ("one_packed", "two_packed"))):
         names = ",".join(str(experts / name) for name in models)
-        run(merge, *flags, "--models_to_merge", names, "--save_path", tmp_path / out)
+        call(merge, *flags, "--models_to_merge", names, "--save_path", tmp_path / out)
     assert same(load(tmp_path / "mixed"), load(tmp_path / "plain"))
 
 
@@ -133,6 +138,9 @@ def test_relaxing_with_experts_in_another_layout(experts: Path, tmp_path: Path):
     assert same(by_expert(tmp_path, ("w1", "w3", "w2"), renamed(whole)), renamed(plain))
     expert = next(name for name in plain if ".experts.1." in name)
     assert not torch.equal(plain[expert], load(experts / "one")[expert])
+    # What is said of it counts the output's tensors, not the base's.
+    told = json.loads((tmp_path / "packed_merge" / "merge_recipe.json").read_bytes())["aim"]
+    assert told["relaxed"] + sum(one["count"] for one in told["kept"]) == len(whole)
 
 
 # ------------------------------------------------------------------------- a decoder inside a model that reads images
@@ -207,12 +215,9 @@ def test_text_models_into_a_base_that_reads_images(tmp_path: Path, name: str, on
     assert not any(report.values()), report
 
 
-def test_a_model_that_reads_images_into_a_text_base_is_refused_with_a_reason(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_model_that_reads_images_into_a_text_base_is_refused_with_a_reason(tmp_path: Path):
     seeing, models = make_seeing(tmp_path, "Gemma3ForConditionalGeneration")
-    add(models[0], [seeing], tmp_path / "out", code=1)
-    said = capsys.readouterr().err
+    said = attempt(models[0], [seeing], tmp_path / "out", code=1).err
     assert (
         f"{seeing}: expected a Gemma3ForCausalLM as {models[0]}, got a Gemma3ForConditionalGeneration, of which other parts have "
         "no place there: multi_modal_projector." in said
@@ -220,13 +225,17 @@ def test_a_model_that_reads_images_into_a_text_base_is_refused_with_a_reason(
     assert f"Make it the base, and {models[0]} one of the models." in said
     assert "Give models fine-tuned from this base" not in said
     assert "problems:" not in said
+    argv = ["--pretrained_model_name", seeing, "--merged_model", models[0], "--save_path", tmp_path / "aim"]
+    said = call(performAIM, *argv, "--calibration_data", write_texts(tmp_path), code=1).err
+    assert "of which other parts have no place there: multi_modal_projector." in said
+    assert "Name the base that the merged model was made from." in said
+    assert "Make it the base" not in said
 
 
-def test_a_head_beside_one_that_the_base_ties(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_head_beside_one_that_the_base_ties(tmp_path: Path):
     """Refused with what to do, under whatever name; and then merged with the embedding that the base has for a head."""
     base, models = make_seeing(tmp_path, "Mistral3ForConditionalGeneration", tie=True)
-    add(base, models, tmp_path / "out", code=1)
-    said = capsys.readouterr().err
+    said = attempt(base, models, tmp_path / "out", code=1).err
     tied_to = "expected equal to model.embed_tokens.weight, to which"
     assert f"{models[0]}: lm_head.weight: {tied_to} {base} ties it, got other numbers." in said
     assert "Use --tie_word_embeddings no, which gives the output a head of its own." in said
@@ -236,11 +245,10 @@ def test_a_head_beside_one_that_the_base_ties(tmp_path: Path, capsys: pytest.Cap
     assert torch.allclose(merged["language_model.lm_head.weight"].float(), expected, rtol=2**-7, atol=2**-12)
 
 
-def test_a_decoder_that_lacks_a_layer_is_no_text_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_decoder_that_lacks_a_layer_is_no_text_part(tmp_path: Path):
     base, models = make_seeing(tmp_path, "Mistral3ForConditionalGeneration")
     rewrite(models[0], lambda tensors: {name: one for name, one in tensors.items() if "layers.1." not in name})
-    add(base, models, tmp_path / "out", code=1)
-    assert "language_model.model.layers.1." in capsys.readouterr().err
+    assert "language_model.model.layers.1." in attempt(base, models, tmp_path / "out", code=1).err
 
 
 # --------------------------------------------------------------------------- tensors that nothing is computed with
@@ -278,6 +286,7 @@ def test_tensors_that_nothing_is_computed_with_come_from_the_base(tmp_path: Path
     assert all(torch.equal(kept[name], one) for name, one in unused.items())
     said = notes(tmp_path / "kept")
     assert said.count(f"{models[0]}: not stored there, and kept as in {with_draft}: ") == 1
+    call(merge, "--verify", tmp_path / "kept")
     drafting = rewrite(shutil.copytree(models[0], tmp_path / "drafting"), lambda tensors: tensors | unused)
     assert same(add(base, [drafting, models[1]], tmp_path / "left_out"), plain)
     said = notes(tmp_path / "left_out")
@@ -287,19 +296,19 @@ def test_tensors_that_nothing_is_computed_with_come_from_the_base(tmp_path: Path
     assert same(relax(with_draft, tmp_path / "plain", tmp_path / "aim2"), {k: relaxed[k] for k in plain})
 
 
-def test_a_tensor_of_nowhere_is_refused_as_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_tensor_of_nowhere_is_refused_as_before(tmp_path: Path):
     base, models = make_drafting(tmp_path)
     rewrite(models[0], lambda tensors: tensors | {"adapter.weight": torch.ones(4, 8)})
-    add(base, models, tmp_path / "out", code=1)
-    assert f"{models[0]}: adapter.weight: expected no such tensor, as {base} has none" in capsys.readouterr().err
+    assert (
+        f"{models[0]}: adapter.weight: expected no such tensor, as {base} has none"
+        in attempt(base, models, tmp_path / "out", code=1).err
+    )
 
 
-def test_another_family_is_called_so_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_another_family_is_called_so_first(tmp_path: Path):
     base = make_family(tmp_path / "llama", "llama", n_models=1).base
     other = make_family(tmp_path / "qwen2", "qwen3", n_models=1).base
-    capsys.readouterr()
-    add(base, [other], tmp_path / "out", code=1)
-    lines = capsys.readouterr().err.splitlines()
+    lines = attempt(base, [other], tmp_path / "out", code=1).err.splitlines()
     assert lines[0].endswith(" problems:")
     assert lines[1] == (
         f"- {other}: expected a LlamaForCausalLM as {base}, got a Qwen3ForCausalLM. Give models fine-tuned from this base."

@@ -38,7 +38,7 @@ def fastest(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Choice], flo
             asked.append(choice)
             return rate(choice)
 
-        monkeypatch.setattr(forward.tuning._Trial, "_measure", measure)
+        monkeypatch.setattr(forward.tuning.Trial, "measure", measure)
         return asked
 
     return install

@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 import commands.merge as merge
 from checkpoints.reader import SafetensorsFile
 from checkpoints.save_path import partial_folder
 from tests.fuzz import trial
-from tests.fuzz.__main__ import Row, draw_mutants, table
-from tests.fuzz.mutants import KINDS, Mutant, mutants
+from tests.fuzz.__main__ import draw_mutants, judge_each, table
+from tests.fuzz.mutants import KINDS, Mutant
 from tests.fuzz.trial import Place
 
 EACH = 84
@@ -32,18 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutants_are_merged_right_or_refused_in_one_message(place, kind):
-    row = Row()
-
-    @settings(
-        max_examples=EACH, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(mutants(kind))
-    def judge(mutant: Mutant) -> None:
-        verdict = place.judge(mutant)
-        row.add(repr(mutant), verdict)
-        assert not verdict.fault, verdict.fault
-
-    judge()
+    row = judge_each(place, kind, EACH)
     assert row.accepted * 10 >= row.accepted + row.refused > 0
     assert f"| {kind} | {row.accepted + row.refused} | {row.accepted} " in table({kind: row})
 

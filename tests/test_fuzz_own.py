@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 import commands.compare_models as command
-from tests.fuzz.__main__ import Row
-from tests.fuzz.own_files import HOW, OWN_KINDS, OwnMutant, OwnPlace, fault, own_mutants
+from tests.fuzz.__main__ import judge_each
+from tests.fuzz.own_files import HOW, OWN_KINDS, OwnMutant, OwnPlace, fault
 
 EACH = 24
 """Mutants of each kind; `make fuzz` judges 20,000 of all."""
@@ -24,32 +23,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnPlace]:
 
 @pytest.mark.parametrize("kind", OWN_KINDS)
 def test_mutants_are_read_as_before_or_refused_in_one_message(place, kind):
-    row = Row()
-
-    @settings(
-        max_examples=EACH, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(own_mutants(kind))
-    def judge(mutant: OwnMutant) -> None:
-        verdict = place.judge(mutant)
-        row.add(repr(mutant), verdict)
-        assert not verdict.fault, verdict.fault
-
-    judge()
+    row = judge_each(place, kind, EACH)
     assert row.accepted
     assert row.refused or kind == "cache"
-
-
-def test_mutants_of_a_work_folder_never_end_in_a_traceback(place):
-    @settings(
-        max_examples=EACH, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(own_mutants("work"))
-    def judge(mutant: OwnMutant) -> None:
-        verdict = place.judge(mutant)
-        assert verdict.fault in ("", "another result"), verdict.fault
-
-    judge()
 
 
 def test_every_way_changes_something_and_repeats():

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 
 import merge
@@ -23,6 +22,7 @@ from tests.golden_files import (
     ulp_distance,
 )
 from tests.in_memory import InMemory, make_method
+from tests.scene import call, read_tensors
 
 RANDOM = [name for name in golden_names() if golden(name).seed is not None and min(golden(name).densities) < 1]
 FIXED = [name for name in golden_names() if name not in RANDOM]
@@ -31,11 +31,18 @@ SMALL = 100
 """Elements below which mergekit's breadcrumbs of gamma 0.01 lose a task vector, and ours do not."""
 
 
-def run(of: Golden, config: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> dict[str, Tensor]:
+def config_of(of: Golden) -> dict[str, Any]:
+    """Its own config, as this program says it."""
+    return {"tokenizer_source": "base", **of.config} if of.name in CUT else of.config
+
+
+def merge_golden(
+    of: Golden, config: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str
+) -> dict[str, Tensor]:
     """Merge as the command does, where the folders of the config are."""
     monkeypatch.chdir(of.inputs)
-    assert merge.main(["--config", str(config), "--save_path", str(out), "--quiet", *flags]) == 0
-    return load_file(out / "model.safetensors")
+    call(merge, "--config", config, "--save_path", out, "--quiet", *flags)
+    return read_tensors(out)
 
 
 def write(config: dict[str, Any], path: Path) -> Path:
@@ -45,6 +52,10 @@ def write(config: dict[str, Any], path: Path) -> Path:
 
 # mergekit sums the models of a union in the order of a Python set; one element differs for it by one step of bfloat16.
 OTHER_ORDER = {("pad_union_ta_f32", "model.embed_tokens.weight"): (136, 40)}
+
+
+# mergekit 0.1.4 cuts tables to the base's rows; a file that says nothing of tokenizers keeps the tokens that models add here.
+CUT = {name for name in golden_names() if name.startswith("pad_") and "tokenizer" not in golden(name).config}
 
 
 def unclear(of: Golden, name: str, merged: Tensor) -> Tensor | None:
@@ -71,7 +82,7 @@ def unclear(of: Golden, name: str, merged: Tensor) -> Tensor | None:
 @pytest.mark.parametrize("name", FIXED)
 def test_a_golden_comes_out_of_its_own_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     of = golden(name)
-    merged = run(of, write(of.config, tmp_path / "recipe.yml"), tmp_path / "out", monkeypatch)
+    merged = merge_golden(of, write(config_of(of), tmp_path / "recipe.yml"), tmp_path / "out", monkeypatch)
     assert sorted(merged) == sorted(of.hashes)
     near = far = differ = total = 0.0
     for tensor, (_, dtype, shape) in of.hashes.items():
@@ -96,7 +107,7 @@ def test_a_golden_comes_out_of_its_own_config(name: str, tmp_path: Path, monkeyp
         assert differ <= 0.001 * total
     elif not of.is_bitwise:
         assert near >= 0.98 * total
-    again = run(of, tmp_path / "out" / "merge_recipe.json", tmp_path / "again", monkeypatch)
+    again = merge_golden(of, tmp_path / "out" / "merge_recipe.json", tmp_path / "again", monkeypatch)
     assert again.keys() == merged.keys()
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
@@ -107,8 +118,8 @@ def test_a_golden_comes_out_of_its_own_config(name: str, tmp_path: Path, monkeyp
 def test_a_random_golden_from_its_own_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Other draws, so statistics alone: as much is kept, and the merge is as far from the base."""
     of = golden(name)
-    config = write(of.config, tmp_path / "recipe.yml")
-    merged = run(of, config, tmp_path / "out", monkeypatch, "--seed", str(of.seed))
+    config = write(config_of(of), tmp_path / "recipe.yml")
+    merged = merge_golden(of, config, tmp_path / "out", monkeypatch, "--seed", str(of.seed))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == _again(of, tmp_path, monkeypatch)
     base = of.load_inputs()["base"]
     ours = theirs = 0.0
@@ -122,7 +133,7 @@ def test_a_random_golden_from_its_own_config(name: str, tmp_path: Path, monkeypa
 
 
 def _again(of: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    run(of, tmp_path / "out" / "merge_recipe.json", tmp_path / "again", monkeypatch)
+    merge_golden(of, tmp_path / "out" / "merge_recipe.json", tmp_path / "again", monkeypatch)
     return (tmp_path / "again" / "model.safetensors").read_bytes()
 
 

@@ -391,9 +391,9 @@ def test_a_model_that_is_nowhere(serve: Serve, monkeypatch: pytest.MonkeyPatch) 
         assert "HF_HUB_OFFLINE=1 forbids to ask the hub" in refusal(partial(call, "org/model"))
 
 
-def test_a_server_that_is_no_hub(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_no_hub(serve: Serve) -> None:
     hub = serve({})
-    monkeypatch.setattr("tests.fake_hub._Handler.on_info", lambda *_, **__: b"<html>Please log in</html>")
+    hub.page = b"<html>Please log in</html>"
     message = refusal(partial(find, "org/model"))
     assert f"{hub.endpoint} does not answer as a hub does (a login page in between?)" in message
 
@@ -568,7 +568,7 @@ def test_progress_bars_only_on_request(serve: Serve, tmp_path: Path, capfd: pyte
     assert hub.requests
 
 
-def run(code: str, environment: dict[str, str]) -> str:
+def run_python(code: str, environment: dict[str, str]) -> str:
     """Run Python code in a process of its own; returns what it prints, without surrounding blanks."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -577,15 +577,15 @@ def run(code: str, environment: dict[str, str]) -> str:
 
 def test_the_import_is_light() -> None:
     code = "import sys, checkpoints.location as _; print({'torch', 'huggingface_hub'} & set(sys.modules))"
-    assert run(code, dict(os.environ)) == "set()"
+    assert run_python(code, dict(os.environ)) == "set()"
 
 
 def test_a_process_with_the_hubs_environment(tmp_path: Path) -> None:
     code = "from checkpoints.location import *; print(locate(parse_name('org/model'), quiet=True).folder)"
     with FakeHub({"org/model": write_model(tmp_path / "model")}, private=["org/model"]) as hub:
-        folder = run(code, hub.environment(tmp_path / "cache", token=hub.token))
+        folder = run_python(code, hub.environment(tmp_path / "cache", token=hub.token))
         asked = len(hub.requests)
-        assert run(code, hub.environment(tmp_path / "cache") | {"HF_HUB_OFFLINE": "1"}) == folder
+        assert run_python(code, hub.environment(tmp_path / "cache") | {"HF_HUB_OFFLINE": "1"}) == folder
     assert folder.startswith(str(tmp_path / "cache" / "hub"))
     assert asked == len(hub.requests) > 0
 
@@ -597,7 +597,7 @@ def test_the_fake_hub_serves_datasets(tmp_path: Path) -> None:
         commit = hub.repos["datasets", "org/data"].branches["main"]
         # With a commit, datasets does not ask its server of Parquet copies.
         code = f"import datasets; print(datasets.load_dataset('org/data', split='train', revision='{commit}')[3])"
-        assert run(code, hub.environment(tmp_path / "cache")) == "{'text': 'row 3'}"
+        assert run_python(code, hub.environment(tmp_path / "cache")) == "{'text': 'row 3'}"
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub calls httpx2 so

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import merge
 import performAIM
+from tests.scene import call
 
 INPUTS = Path(__file__).parent / "goldens" / "inputs"
 MERGE = ["--method=task_arithmetic", "--base_model=in/base", "--models_to_merge=in/math,in/code", "--save_path=out"]
@@ -38,7 +39,7 @@ def spoil(model: str, value: float) -> None:
 
 
 def test_the_log_of_a_merge():
-    assert merge.main([*MERGE, "--log_file=run.jsonl", "--report=full"]) == 0
+    call(merge, *MERGE, "--log_file=run.jsonl", "--report=full")
     events = log()
     assert [event["event"] for event in events[:2]] == ["start", "plan"]
     assert events[0]["command"][:2] == ["python", "merge.py"]
@@ -56,12 +57,12 @@ def test_the_log_of_a_merge():
 
 
 def test_the_log_of_a_relaxation_and_of_a_failure():
-    assert performAIM.main([*RELAX, *CALIBRATION, "--log_file=run.jsonl"]) == 0
+    call(performAIM, *RELAX, *CALIBRATION, "--log_file=run.jsonl")
     events = log()
     seen = {event["name"]: event["seen"] for event in events if event["event"] == "tensor"}
     assert seen[UP][0]["relaxed_mean_change"] > 0
     assert seen["model.embed_tokens.weight"] == []
-    assert performAIM.main([*RELAX, *CALIBRATION, "--log_file=run.jsonl", "--omega=0.1"]) == 2
+    call(performAIM, *RELAX, *CALIBRATION, "--log_file=run.jsonl", "--omega=0.1", code=2)
     end = log()[-1]
     assert end["event"] == "end"
     assert "not empty" in end["error"]
@@ -70,7 +71,7 @@ def test_the_log_of_a_relaxation_and_of_a_failure():
 
 def test_warnings_are_logged():
     shutil.copytree("in/base", "in/same")
-    assert merge.main([*MERGE, "--models_to_merge=in/same", "--log_file=run.jsonl", "--quiet"]) == 0
+    call(merge, *MERGE, "--models_to_merge=in/same", "--log_file=run.jsonl", "--quiet")
     warnings = [event["message"] for event in log() if event["event"] == "warning"]
     assert warnings == [
         "in/same equals the base: its task vector is zero throughout.",
@@ -78,21 +79,21 @@ def test_warnings_are_logged():
     ]
 
 
-def test_a_log_that_cannot_be_written(capsys):
-    assert merge.main([*MERGE, "--log_file=nowhere/run.jsonl"]) == 2
-    assert "--log_file nowhere/run.jsonl: cannot be written: No such file" in capsys.readouterr().err
+def test_a_log_that_cannot_be_written():
+    ended = call(merge, *MERGE, "--log_file=nowhere/run.jsonl", code=2)
+    assert "--log_file nowhere/run.jsonl: cannot be written: No such file" in ended.err
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_let_through_where_asked(capsys, value):
+def test_what_is_not_finite_is_let_through_where_asked(value):
     spoil("math", value)
-    assert merge.main(MERGE) == 1
-    message = capsys.readouterr().err
+    ended = call(merge, *MERGE, code=1)
+    message = ended.err
     assert f"in/math: {UP}: element" in message
     assert "--allow_non_finite" in message
-    assert merge.main([*MERGE, "--allow_non_finite"]) == 0
-    assert f"warning: {UP}: 1 elements that are NaN or infinite were written." in capsys.readouterr().err
+    ended = call(merge, *MERGE, "--allow_non_finite")
+    assert f"warning: {UP}: 1 elements that are NaN or infinite were written." in ended.err
     merged = load_file("out/model.safetensors")
     assert not merged[UP][3, 5].isfinite()
     assert int((~merged[UP].isfinite()).sum()) == 1
@@ -100,18 +101,18 @@ def test_what_is_not_finite_is_let_through_where_asked(capsys, value):
     assert recipe["warnings"] == [f"{UP}: 1 elements that are NaN or infinite were written."]
 
 
-def test_overflow_is_let_through_where_asked(capsys):
+def test_overflow_is_let_through_where_asked():
     spoil("math", 60000.0)
     spoil("code", 60000.0)
     flags = [*MERGE, "--dtype=float16"]
-    assert merge.main(flags) == 1
-    assert "is not finite in float16" in capsys.readouterr().err
-    assert merge.main([*flags, "--allow_non_finite", "--omega=1", *CALIBRATION]) == 0
-    assert f"{UP}: 1 elements" in capsys.readouterr().err
+    ended = call(merge, *flags, code=1)
+    assert "is not finite in float16" in ended.err
+    ended = call(merge, *flags, "--allow_non_finite", "--omega=1", *CALIBRATION)
+    assert f"{UP}: 1 elements" in ended.err
 
 
-def test_a_copied_tensor_that_is_not_finite(capsys):
+def test_a_copied_tensor_that_is_not_finite():
     spoil("base", torch.nan)
-    assert merge.main([*MERGE, f"--exclude={UP}"]) == 1
-    assert merge.main([*MERGE, f"--exclude={UP}", "--allow_non_finite"]) == 0
-    assert f"warning: {UP}: 1 elements" in capsys.readouterr().err
+    call(merge, *MERGE, f"--exclude={UP}", code=1)
+    ended = call(merge, *MERGE, f"--exclude={UP}", "--allow_non_finite")
+    assert f"warning: {UP}: 1 elements" in ended.err

@@ -14,7 +14,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from merging.methods import METHODS, get_method
 from tests.fake_hub import FakeHub
 from tests.in_memory import fitting, required_flags
 from tests.pico import Family, make_family, write_checkpoint
+from tests.scene import Ended, Scene
 
 ROOT = Path(__file__).parent.parent
 INPUTS = Path(__file__).parent / "goldens" / "inputs"
@@ -45,7 +46,7 @@ PLAIN = [
 ]
 TENSORS = 21
 
-Command = Callable[..., str]
+Run = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
@@ -64,28 +65,24 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 
 @pytest.fixture
-def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run merge.py in a folder where `in` holds the models, and give what it prints; its notes go to `run.err`."""
+def run(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """merge.py in a folder where `in` holds the models."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").symlink_to(models)
 
-    def run(*flags: str) -> str:
-        method = next((flag.partition("=")[2].lower() for flag in flags if flag.startswith("--method=")), "ties")
-        needed = {
+    def needed(given: Mapping[str, str]) -> dict[str, object]:
+        method = given.get("--method", "ties").lower()
+        paths = ",".join(fitting(method, ["in/math", "in/code"]))
+        required = dict(flag.split("=") for flag in required_flags(method))
+        return {
             "--method": "ties",
             "--base_model": "in/base",
-            "--models_to_merge": ",".join(fitting(method, ["in/math", "in/code"])),
+            "--models_to_merge": paths,
             "--save_path": "out",
-        } | dict(flag.split("=") for flag in required_flags(method))
-        given = {flag.partition("=")[0] for flag in flags}
-        capsys.readouterr()
-        code = merge.main([*(part for pair in needed.items() if pair[0] not in given for part in pair), *flags])
-        out, err = capsys.readouterr()
-        assert code == 0, err
-        run.err = err  # type: ignore[attr-defined]
-        return out
+            **required,
+        }
 
-    return run
+    return Scene(tmp_path, merge, needed).run
 
 
 def names(folder: str | Path) -> list[str]:
@@ -212,10 +209,10 @@ def test_float64_is_written_as_float32(run, models):
         config = json.loads((models / name / "config.json").read_text()) | {"torch_dtype": "float64"}
         wide = {key: tensor.double() for key, tensor in load_file(models / name / "model.safetensors").items()}
         write_checkpoint(Path("wide", name), wide, config, tokenizer=True)
-    run("--base_model=wide/base", "--models_to_merge=wide/math")
+    ended = run("--base_model=wide/base", "--models_to_merge=wide/math")
     assert {tensor.dtype for tensor in weights("out").values()} == {torch.float32}
     assert json.loads(Path("out/config.json").read_text())["torch_dtype"] == "float32"
-    assert "written as float32" in run.err
+    assert "written as float32" in ended.err
 
 
 def test_permissions_are_those_of_other_files(run):
@@ -240,8 +237,8 @@ def test_model_card(run):
     assert "Method `ties`, lambda `1.0`, normalize `true`, exclude `norm`, out_dtype `auto`\n" in text
     command = re.search(r"```sh\n(.*)\n```", text)
     assert command is not None
-    typed = ["python", "merge.py", "--method", "ties", "--base_model", "in/base"]
-    typed += ["--models_to_merge", "in/math,in/code", "--save_path", "out", *flags]
+    typed = ["python", "merge.py", "--method=ties", "--base_model=in/base"]
+    typed += ["--models_to_merge=in/math,in/code", "--save_path=out", *flags]
     assert shlex.split(command[1]) == typed == recipe()["command"]
 
 
@@ -353,7 +350,8 @@ LAST_LINE = re.compile(
 
 
 def test_report(run):
-    lines = run().splitlines()
+    ended = run()
+    lines = ended.out.splitlines()
     assert lines[0] == "Merge report (d = fine-tuned minus base b; a fixed sample of 1/16 of the blocks):"
     assert lines[1:3] == ["  d1: in/math", "  d2: in/code"]
     assert lines[3].split() == ["layer", "|d1|/|b|", "|d2|/|b|", "cos1,2", "conflicts", "|merge|/|b|"]
@@ -364,7 +362,7 @@ def test_report(run):
         "model.layers.*.self_attn.v_proj", "model.norm", "all",
     ]  # fmt: skip
     assert LAST_LINE.fullmatch(lines[-1]), lines[-1]
-    assert run.err == ""  # no bar where there is no terminal
+    assert ended.err == ""  # no bar where there is no terminal
     stored = recipe()["report"]
     assert stored["sample"] == "1/16"
     assert f"{stored['all']['relative_norm']['in/math']:.4f}" == lines[-3].split()[1]
@@ -400,19 +398,18 @@ def test_report_against_its_definition(run):
 
 
 def test_without_report(run):
-    assert LAST_LINE.fullmatch(run("--report=none").strip())
+    assert LAST_LINE.fullmatch(run("--report=none").out.strip())
     assert recipe()["report"] is None
 
 
 def test_quiet(run):
-    assert run("--quiet", "--models_to_merge=in/math,in/instruct_pad") == ""
-    assert run.err == ""
+    assert run("--quiet", "--models_to_merge=in/math,in/instruct_pad") == (0, "", "")
     assert recipe()["report"] is not None
 
 
 def test_notes_and_warnings(run, models, tmp_path):
     shutil.copytree(models / "base", tmp_path / "copy")
-    run("--models_to_merge=in/math,copy,in/instruct_pad")
+    ended = run("--models_to_merge=in/math,copy,in/instruct_pad")
     notes = [
         "the output's tokenizer is that of in/base and 1 added token: '[PAD]'.",
         "the vocabulary tables get 301 rows, those of in/base have 300.",
@@ -422,19 +419,19 @@ def test_notes_and_warnings(run, models, tmp_path):
         "in/instruct_pad: vocabulary rows are matched by token: 300 matched, 1 added, 0 filled with the owner's row, 0 dropped.",
     ]
     warning = "copy equals the base: its task vector is zero throughout."
-    assert run.err == "".join(f"note: {note}\n" for note in notes) + f"warning: {warning}\n"
+    assert ended.err == "".join(f"note: {note}\n" for note in notes) + f"warning: {warning}\n"
     assert (recipe()["notes"], recipe()["warnings"]) == (notes, [warning])
-    assert run("--quiet", "--overwrite", "--models_to_merge=in/math,copy,in/instruct_pad") == ""
-    assert run.err == f"warning: {warning}\n"
+    ended = run("--quiet", "--overwrite", "--models_to_merge=in/math,copy,in/instruct_pad")
+    assert ended == (0, "", f"warning: {warning}\n")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_warns_of_a_model_that_equals_the_base(run, models, tmp_path, method):
     shutil.copytree(models / "base", tmp_path / "copy")
     models = fitting(method, ["copy", "in/math"])
-    run(f"--method={method}", f"--models_to_merge={','.join(models)}", "--report=none")
+    ended = run(f"--method={method}", f"--models_to_merge={','.join(models)}", "--report=none")
     all_equal = "warning: All models equal the base, and so does the output.\n" if models == ["copy"] else ""
-    assert run.err == "warning: copy equals the base: its task vector is zero throughout.\n" + all_equal
+    assert ended.err == "warning: copy equals the base: its task vector is zero throughout.\n" + all_equal
 
 
 # -------------------------------------------------------------------------------------------------------------- dry run
@@ -450,7 +447,7 @@ def test_dry_run(run, tmp_path, monkeypatch):
         "--exclude=norm",
         "--tokenizer_source=base",
         "--models_to_merge=in/math,in/instruct_pad",
-    )
+    ).out
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
     assert out == (
         "method ties, base in/base\n"
@@ -480,7 +477,7 @@ def test_dry_run(run, tmp_path, monkeypatch):
 
 
 def test_dry_run_as_json(run):
-    plan = json.loads(run("--method=task_arithmetic", "--dry_run", "--json", "--weights=1,-2", "--lambda=0.5"))
+    plan = json.loads(run("--method=task_arithmetic", "--dry_run", "--json", "--weights=1,-2", "--lambda=0.5").out)
     assert not Path("out").exists()
     assert plan["refusals"] == []
     assert plan["coefficients"] == [
@@ -511,7 +508,7 @@ def test_dry_run_as_json(run):
     ],
 )
 def test_effective_coefficients(run, flags, expected):
-    plan = json.loads(run("--dry_run", "--json", *flags))
+    plan = json.loads(run("--dry_run", "--json", *flags).out)
     assert [entry.get("coefficient") for entry in plan["coefficients"]] == expected
 
 
@@ -687,7 +684,7 @@ def test_models_of_the_hub(run, models, monkeypatch, tmp_path):
     run("--weights=0.6,0.4", "--save_path=expected")
     with FakeHub({f"org/{name}": models / name for name in names_of}) as hub:
         hub.attach(monkeypatch, tmp_path / "cache")
-        assert "2 file(s)" not in run(*flags, "--dry_run")
+        assert "2 file(s)" not in run(*flags, "--dry_run").out
         assert not list((tmp_path / "cache").rglob("*.safetensors"))
         run(*flags)
         assert same_bytes("out", "expected")
@@ -698,10 +695,10 @@ def test_models_of_the_hub(run, models, monkeypatch, tmp_path):
             assert entry["files"]["model.safetensors"]["sha256"] == hashlib.sha256(content).hexdigest()
             assert "mtime_ns" not in entry["files"]["model.safetensors"]
         assert [entry["model"] for entry in recipe()["inputs"]] == ["org/base", "org/math@main", "org/code"]
-    run(*flags, "--overwrite")
+    ended = run(*flags, "--overwrite")
     assert same_bytes("out", "expected")
-    assert [line.split(": ")[1] for line in run.err.splitlines()] == ["org/base", "org/math@main", "org/code"]
-    assert all(line.startswith("note: ") and "from the cache is used" in line for line in run.err.splitlines())
+    assert [line.split(": ")[1] for line in ended.err.splitlines()] == ["org/base", "org/math@main", "org/code"]
+    assert all(line.startswith("note: ") and "from the cache is used" in line for line in ended.err.splitlines())
 
 
 # ------------------------------------------------------------------------------------------------------- output folder

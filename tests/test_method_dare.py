@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from checkpoints.errors import ArgumentError
 from tests.golden_files import assert_same_bits
-from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, random_inputs, shifted
+from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, merge_vectors, random_inputs, shifted
 from tests.reference import merging as reference
 from tests.reference import slacks
 from tests.reference.of_method import Reference
@@ -43,11 +45,7 @@ SEED = 4
 # What seed 4 keeps of a tensor "w" at density 0.5, and twice that of d_1 and d_2:
 MASKS = [[[1, 1, 1], [1, 1, 0]], [[0, 1, 0], [0, 1, 1]]]
 KEPT = [[[8.0, -4.0, 2.0], [-12.0, 6.0, 0.0]], [[0.0, -10.0, 0.0], [0.0, 2.0, 4.0]]]
-
-
-def merge(name: str, **arguments: object) -> list:
-    method = make_method(name, 2, seed=SEED, density=0.5, **arguments)
-    return InMemory(BASE, [BASE + D1, BASE + D2]).merge(method, 4).tolist()
+merge = partial(merge_vectors, base=BASE, seed=SEED, density=0.5)
 
 
 def test_the_masks_that_the_examples_below_work_with():
@@ -57,25 +55,31 @@ def test_the_masks_that_the_examples_below_work_with():
 
 def test_dare_linear_by_hand():
     # the two of KEPT added up: [[8, -14, 2], [-12, 8, 4]]
-    assert merge("dare_linear") == [[18.0, 6.0, 32.0], [28.0, 58.0, 64.0]]
-    assert merge("dare_linear", lambda_=0.5) == [[14.0, 13.0, 31.0], [34.0, 54.0, 62.0]]
+    assert merge("dare_linear", D1, D2).tolist() == [[18.0, 6.0, 32.0], [28.0, 58.0, 64.0]]
+    assert merge("dare_linear", D1, D2, lambda_=0.5).tolist() == [[14.0, 13.0, 31.0], [34.0, 54.0, 62.0]]
     # once the first and three times the second: [[8, -34, 2], [-12, 12, 12]]
     # a quarter of it: [[2, -8.5, 0.5], [-3, 3, 3]]
-    assert merge("dare_linear", weights=[1, 3]) == [[18.0, -14.0, 32.0], [28.0, 62.0, 72.0]]
-    assert merge("dare_linear", weights=[1, 3], normalize=True) == [[12.0, 11.5, 30.5], [37.0, 53.0, 63.0]]
+    assert merge("dare_linear", D1, D2, weights=[1, 3]).tolist() == [[18.0, -14.0, 32.0], [28.0, 62.0, 72.0]]
+    assert merge("dare_linear", D1, D2, weights=[1, 3], normalize=True).tolist() == [
+        [12.0, 11.5, 30.5],
+        [37.0, 53.0, 63.0],
+    ]
 
 
 def test_dare_ties_by_hand():
     # weights 1 and -1: D_2 = [[0, 10, 0], [0, -2, -4]];  sums [[8, 6, 2], [-12, 4, -4]], signs + + + - + -
     # who agrees: D_1 8;  D_2 10;  D_1 2;  D_1 -12;  D_1 6;  D_2 -4
-    assert merge("dare_ties", weights=[1, -1]) == [[18.0, 30.0, 32.0], [28.0, 56.0, 56.0]]
+    assert merge("dare_ties", D1, D2, weights=[1, -1]).tolist() == [[18.0, 30.0, 32.0], [28.0, 56.0, 56.0]]
     # over their weights: 8, 10 / -1, 2, -12, 6, -4 / -1
-    assert merge("dare_ties", weights=[1, -1], normalize=True) == [[18.0, 10.0, 32.0], [28.0, 56.0, 64.0]]
+    assert merge("dare_ties", D1, D2, weights=[1, -1], normalize=True).tolist() == [
+        [18.0, 10.0, 32.0],
+        [28.0, 56.0, 64.0],
+    ]
     # weights 2.5 and -1: at (0, 1) -10 + 10 = 0 counts as +, so D_2 has it: 10;  the rest 20, 5, -30, 15, -4
-    assert merge("dare_ties", weights=[2.5, -1]) == [[30.0, 30.0, 35.0], [10.0, 65.0, 56.0]]
+    assert merge("dare_ties", D1, D2, weights=[2.5, -1]).tolist() == [[30.0, 30.0, 35.0], [10.0, 65.0, 56.0]]
     # all agree: a sum by default, a mean if asked for: -14 / 2, 8 / 2, and the others alone
-    assert merge("dare_ties") == [[18.0, 6.0, 32.0], [28.0, 58.0, 64.0]]
-    assert merge("dare_ties", normalize=True) == [[18.0, 13.0, 32.0], [28.0, 54.0, 64.0]]
+    assert merge("dare_ties", D1, D2).tolist() == [[18.0, 6.0, 32.0], [28.0, 58.0, 64.0]]
+    assert merge("dare_ties", D1, D2, normalize=True).tolist() == [[18.0, 13.0, 32.0], [28.0, 54.0, 64.0]]
 
 
 @pytest.mark.parametrize("name", NAMES)

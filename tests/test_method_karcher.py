@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from merging.methods.karcher import karcher_factors
 from tests.golden_files import assert_same_bits
-from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs
+from tests.in_memory import SHAPES, check_parity, flipped, merge_models, patch_grid, random_inputs
 from tests.reference import more_merging as more
 from tests.reference import slacks
 from tests.reference.of_method import Reference
@@ -17,10 +18,7 @@ from tests.reference.of_method import Reference
 REFERENCES = {
     "karcher": Reference(more.karcher, slacks.of_sums("karcher", weights_too=True), {"max_iter": 7}, in_weights=True),
 }
-
-
-def merge(*models: torch.Tensor, **arguments: object) -> torch.Tensor:
-    return InMemory(models[0], models).merge(make_method("karcher", len(models), **arguments), 1)
+merge = partial(merge_models, "karcher", block_elements=1)
 
 
 def test_by_hand():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from checkpoints.errors import ArgumentError
 from tests.golden_files import assert_same_bits
-from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, random_inputs, shifted
+from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, merge_models, random_inputs, shifted
 from tests.reference import merging as reference
 from tests.reference import slacks
 from tests.reference.of_method import Reference
@@ -26,10 +28,7 @@ REFERENCES = {
 BASE = torch.full((2, 3), 100.0)
 X1 = torch.tensor([[2.0, -4.0, 6.0], [0.0, 1.0, -8.0]])
 X2 = torch.tensor([[-2.0, 0.0, 1.0], [4.0, 1.0, 8.0]])
-
-
-def merge(*models: torch.Tensor, block_elements: int = 4, **arguments: object) -> torch.Tensor:
-    return InMemory(BASE, models).merge(make_method("linear", len(models), **arguments), block_elements)
+merge = partial(merge_models, "linear", base=BASE)
 
 
 def test_by_hand():

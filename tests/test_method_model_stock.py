@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from checkpoints.errors import InputError
 from merging import make_recipe
 from tests.golden_files import assert_same_bits
-from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs
+from tests.in_memory import SHAPES, check_parity, flipped, merge_vectors, patch_grid, random_inputs
 from tests.reference import more_merging as more
 from tests.reference import slacks
 from tests.reference.of_method import Reference
@@ -20,11 +21,7 @@ REFERENCES = {
 }
 
 BASE = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-
-
-def merge(*vectors: torch.Tensor, **arguments: object) -> torch.Tensor:
-    method = make_method("model_stock", len(vectors), **arguments)
-    return InMemory(BASE, [BASE + d for d in vectors]).merge(method, 1) - BASE
+merge = partial(merge_vectors, "model_stock", base=BASE, change=True, block_elements=1)
 
 
 def test_by_hand():

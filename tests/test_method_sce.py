@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from tests.golden_files import assert_same_bits
-from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs
+from tests.in_memory import (
+    SHAPES,
+    InMemory,
+    check_parity,
+    flipped,
+    make_method,
+    merge_vectors,
+    patch_grid,
+    random_inputs,
+)
 from tests.reference import more_merging as more
 from tests.reference import slacks
 from tests.reference.of_method import Reference
@@ -18,11 +29,7 @@ REFERENCES = {
 BASE = torch.tensor([10.0, 20.0, 30.0, 40.0])
 D1 = torch.tensor([2.0, -1.0, 1.0, 0.0])
 D2 = torch.tensor([2.0, 3.0, -3.0, 0.0])
-
-
-def merge(*vectors: torch.Tensor, **arguments: object) -> torch.Tensor:
-    method = make_method("sce", len(vectors), **arguments)
-    return InMemory(BASE, [BASE + d for d in vectors]).merge(method, 3) - BASE
+merge = partial(merge_vectors, "sce", base=BASE, change=True, block_elements=3)
 
 
 def test_by_hand():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from checkpoints.errors import ArgumentError
 from tests.golden_files import assert_same_bits, ulp_distance
-from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, random_inputs, shifted
+from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, merge_vectors, random_inputs, shifted
 from tests.reference import merging as reference
 from tests.reference import slacks
 from tests.reference.of_method import Reference
@@ -26,25 +28,22 @@ NAME = "task_arithmetic"
 BASE = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 D1 = torch.tensor([[2.0, -1.0, 0.5], [0.0, -4.0, 1.0]])
 D2 = torch.tensor([[-1.0, -3.0, 0.5], [1.0, 4.0, 0.0]])
-
-
-def merge(*, block_elements: int = 4, **arguments: object) -> list:
-    return InMemory(BASE, [BASE + D1, BASE + D2]).merge(make_method(NAME, 2, **arguments), block_elements).tolist()
+merge = partial(merge_vectors, NAME, D1, D2, base=BASE)
 
 
 def test_by_hand():
     # d_1 + 3 d_2 = [[2 - 3, -1 - 9, 0.5 + 1.5], [0 + 3, -4 + 12, 1 + 0]] = [[-1, -10, 2], [3, 8, 1]]
-    assert merge(weights=[1, 3]) == [[0.0, -8.0, 5.0], [7.0, 13.0, 7.0]]
+    assert merge(weights=[1, 3]).tolist() == [[0.0, -8.0, 5.0], [7.0, 13.0, 7.0]]
     # half of it
-    assert merge(weights=[1, 3], lambda_=0.5) == [[0.5, -3.0, 4.0], [5.5, 9.0, 6.5]]
+    assert merge(weights=[1, 3], lambda_=0.5).tolist() == [[0.5, -3.0, 4.0], [5.5, 9.0, 6.5]]
     # over 1 + 3: [[-0.25, -2.5, 0.5], [0.75, 2, 0.25]]
-    assert merge(weights=[1, 3], normalize=True) == [[0.75, -0.5, 3.5], [4.75, 7.0, 6.25]]
+    assert merge(weights=[1, 3], normalize=True).tolist() == [[0.75, -0.5, 3.5], [4.75, 7.0, 6.25]]
     # both: over 4, times -2
-    assert merge(weights=[1, 3], normalize=True, lambda_=-2) == [[1.5, 7.0, 2.0], [2.5, 1.0, 5.5]]
+    assert merge(weights=[1, 3], normalize=True, lambda_=-2).tolist() == [[1.5, 7.0, 2.0], [2.5, 1.0, 5.5]]
     # to forget what the second model learnt: d_1 - d_2 = [[3, 2, 0], [-1, -8, 1]]
-    assert merge(weights=[1, -1]) == [[4.0, 4.0, 3.0], [3.0, -3.0, 7.0]]
+    assert merge(weights=[1, -1]).tolist() == [[4.0, 4.0, 3.0], [3.0, -3.0, 7.0]]
     # weights and lambda are 1 and nothing is divided where nothing is said: d_1 + d_2 = [[1, -4, 1], [1, 0, 1]]
-    assert merge() == [[2.0, -2.0, 4.0], [5.0, 5.0, 7.0]]
+    assert merge().tolist() == [[2.0, -2.0, 4.0], [5.0, 5.0, 7.0]]
 
 
 def test_nothing_is_read_to_measure():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,17 @@ from merging.methods import trim
 from merging.methods.trim import KEEP_ALL, KEEP_NONE, measure_trims
 from streaming.blocks import BLOCK_ELEMENTS, tile
 from tests.golden_files import assert_same_bits
-from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs, shifted
+from tests.in_memory import (
+    SHAPES,
+    InMemory,
+    check_parity,
+    flipped,
+    make_method,
+    merge_vectors,
+    patch_grid,
+    random_inputs,
+    shifted,
+)
 from tests.reference import merging as reference
 from tests.reference import slacks
 from tests.reference.of_method import Reference
@@ -36,12 +47,7 @@ NAME = "ties"
 BASE = torch.tensor([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0]])
 D1 = torch.tensor([[4.0, -2.0, 1.0], [-6.0, 3.0, -1.0]])
 D2 = torch.tensor([[-4.0, -5.0, 2.0], [3.0, 1.0, 2.0]])
-
-
-def merge(*vectors: torch.Tensor, block_elements: int = 4, **arguments: object) -> list:
-    vectors = vectors or (D1, D2)
-    method = make_method(NAME, len(vectors), **arguments)
-    return InMemory(BASE, [BASE + d for d in vectors]).merge(method, block_elements).tolist()
+merge = partial(merge_vectors, NAME, base=BASE)
 
 
 def test_by_hand():
@@ -49,41 +55,50 @@ def test_by_hand():
     #                        of d_2 the 5, 4 and 3: [[-4, -5, 0], [3, 0, 0]]
     # sums [[0, -5, 0], [-3, 3, 0]]; signs + - + - + +, the first because a sum of 0 counts as +
     # (0, 0) only d_1 is +: 4;  (0, 1) only d_2: -5;  (1, 0) only d_1 is -: -6;  (1, 1) only d_1: 3
-    assert merge(density=0.5) == [[14.0, 15.0, 30.0], [34.0, 53.0, 60.0]]
+    assert merge(D1, D2, density=0.5).tolist() == [[14.0, 15.0, 30.0], [34.0, 53.0, 60.0]]
     # weights 2 and 1 leave the signs alone but for (0, 0), where 8 - 4 is + too. A mean of one is that one: the same.
-    assert merge(density=0.5, weights=[2, 1]) == [[14.0, 15.0, 30.0], [34.0, 53.0, 60.0]]
+    assert merge(D1, D2, density=0.5, weights=[2, 1]).tolist() == [[14.0, 15.0, 30.0], [34.0, 53.0, 60.0]]
     # the sum instead: 2 * 4, -5, 2 * -6, 2 * 3;  and half of that
-    assert merge(density=0.5, weights=[2, 1], normalize=False) == [[18.0, 15.0, 30.0], [28.0, 56.0, 60.0]]
-    assert merge(density=0.5, weights=[2, 1], normalize=False, lambda_=0.5) == [[14.0, 17.5, 30.0], [34.0, 53.0, 60.0]]
+    assert merge(D1, D2, density=0.5, weights=[2, 1], normalize=False).tolist() == [
+        [18.0, 15.0, 30.0],
+        [28.0, 56.0, 60.0],
+    ]
+    assert merge(D1, D2, density=0.5, weights=[2, 1], normalize=False, lambda_=0.5).tolist() == [
+        [14.0, 17.5, 30.0],
+        [34.0, 53.0, 60.0],
+    ]
 
 
 def test_by_hand_where_models_agree():
     # nothing trimmed: sums [[0, -7, 3], [-3, 4, 1]], signs + - + - + +
     # d_1: 4;  both: -7 / 2;  both: 3 / 2;  d_1: -6;  both: 4 / 2;  d_2: 2
-    assert merge(density=1) == [[14.0, 16.5, 31.5], [34.0, 52.0, 62.0]]
+    assert merge(D1, D2, density=1).tolist() == [[14.0, 16.5, 31.5], [34.0, 52.0, 62.0]]
     # weights 1 and 3: sums [[-8, -17, 7], [3, 6, 5]], signs - - + + + +
     # d_2: -12 / 3;  both: -17 / 4;  both: 7 / 4;  d_2: 9 / 3;  both: 6 / 4;  d_2: 6 / 3
-    assert merge(density=1, weights=[1, 3]) == [[6.0, 15.75, 31.75], [43.0, 51.5, 62.0]]
+    assert merge(D1, D2, density=1, weights=[1, 3]).tolist() == [[6.0, 15.75, 31.75], [43.0, 51.5, 62.0]]
 
 
 def test_by_hand_with_a_negative_weight():
     # D_2 = -d_2 = [[4, 5, -2], [-3, -1, -2]]; sums [[8, 3, -1], [-9, 2, -3]]: + + - - + -
     # both, over 1 - 1, which counts as 1: 8;  D_2: 5 / -1;  D_2: -2 / -1;  both: -9;  D_1: 3 / 1;  both: -3
-    assert merge(density=1, weights=[1, -1]) == [[18.0, 15.0, 32.0], [31.0, 53.0, 57.0]]
+    assert merge(D1, D2, density=1, weights=[1, -1]).tolist() == [[18.0, 15.0, 32.0], [31.0, 53.0, 57.0]]
 
 
 def test_equal_magnitudes_lose_from_the_end():
     ones = torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, 2.0]])
     # int(0.5 * 6) = 3: the 2 and the first two of the five ones
     for block_elements in (1, 3, 6):
-        assert merge(ones, density=0.5, block_elements=block_elements) == [[11.0, 19.0, 30.0], [40.0, 50.0, 62.0]]
+        assert merge(ones, density=0.5, block_elements=block_elements).tolist() == [
+            [11.0, 19.0, 30.0],
+            [40.0, 50.0, 62.0],
+        ]
 
 
 def test_densities_are_the_models_own():
     # d_1 whole, of d_2 int(0.2 * 6) = 1 element, the -5: sums [[4, -7, 1], [-6, 3, -1]]; the mean at (0, 1) is -7 / 2
-    assert merge(density=[1, 0.2]) == [[14.0, 16.5, 31.0], [34.0, 53.0, 59.0]]
+    assert merge(D1, D2, density=[1, 0.2]).tolist() == [[14.0, 16.5, 31.0], [34.0, 53.0, 59.0]]
     # of d_2 nothing: a trimmed element does not count in the divisor
-    assert merge(density=[1, 0]) == (BASE + D1).tolist()
+    assert merge(D1, D2, density=[1, 0]).tolist() == (BASE + D1).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ import torch
 
 from checkpoints.errors import ArgumentError
 from tests.golden_files import assert_same_bits
-from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs
+from tests.in_memory import (
+    SHAPES,
+    InMemory,
+    check_parity,
+    flipped,
+    make_method,
+    merge_models,
+    patch_grid,
+    random_inputs,
+)
 from tests.reference import merging as reference
 from tests.reference import slacks
 from tests.reference.of_method import Reference
@@ -19,9 +29,9 @@ from tests.reference.of_method import Reference
 
 def with_scores_of_others(base: torch.Tensor, models: Sequence[torch.Tensor], **arguments: Any) -> torch.Tensor:
     """The reference with each model's scores given to another one: WIDEN knows no order of models."""
-    right = reference._score
+    right = reference.scores_above
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_score", lambda *values, **divide: right(*values, **divide)[::-1])
+        patch.setattr(reference, "scores_above", lambda *values, **divide: right(*values, **divide)[::-1])
         return reference.widen(base, models, **arguments)
 
 
@@ -36,18 +46,7 @@ REFERENCES = {
 }
 
 NAME = "widen"
-
-
-def merge(
-    base: torch.Tensor,
-    models: list[torch.Tensor],
-    *,
-    is_embedding: bool = False,
-    block_elements: int = 5,
-    **arguments: object,
-) -> torch.Tensor:
-    memory = InMemory(base, models, is_embedding=is_embedding)
-    return memory.merge(make_method(NAME, len(models), **arguments), block_elements)
+merge = partial(merge_models, NAME, block_elements=5)
 
 
 def assert_is(actual: torch.Tensor, expected: list) -> None:
@@ -77,36 +76,36 @@ def test_by_hand():
     assert RESULT[0] == pytest.approx([-0.788995, 2.582570, 2.0], abs=1e-6)
     assert RESULT[1] == pytest.approx([3.458715, 0.0, -0.708715], abs=1e-6)
     for block_elements in (1, 2, 3, 6):
-        assert_is(merge(BASE, [X1, X2], block_elements=block_elements), RESULT)
+        assert_is(merge(X1, X2, base=BASE, block_elements=block_elements), RESULT)
 
 
 def test_calibration_and_ratio_by_hand():
     # calibration 0: position 2 scores 0 in place of 1
     s1, s2 = [(0.5 + Q) / 2, (1 - Q) / 2, Q / 2], [(1.5 - Q) / 2, Q, 0.0]
     expected = [[3 - 7 * s2[0], 1 + 2 * s1[1], 2 * s2[2]], [4 - s2[0], 0.0, 2 - s1[2] - 2 * s2[2]]]
-    assert_is(merge(BASE, [X1, X2], calibration=0.0), expected)
+    assert_is(merge(X1, X2, base=BASE, calibration=0.0), expected)
     # ratio 2: position 2 is not above twice the mean 1, so all scores are softmax: 1 - Q (or 1/2) in place of 1
     s1, s2 = [(0.5 + Q) / 2, 1 - Q, (Q + 0.5) / 2], [(1.5 - Q) / 2, Q, (1.5 - Q) / 2]
     expected = [[3 - 7 * s2[0], 1 + 2 * s1[1], 2 * s2[2]], [4 - s2[0], 0.0, 2 - s1[2] - 2 * s2[2]]]
-    assert_is(merge(BASE, [X1, X2], ratio=2.0), expected)
+    assert_is(merge(X1, X2, base=BASE, ratio=2.0), expected)
     # ratio 0: every position but 0 is above 0 and scores 1
     s1, s2 = [(0.5 + Q) / 2, 1.0, 1.0], [0.75, (1 + Q) / 2, 1.0]
     expected = [[3 - 7 * s2[0], 1 + 2 * s1[1], 2 * s2[2]], [4 - s2[0], 0.0, 2 - s1[2] - 2 * s2[2]]]
-    assert_is(merge(BASE, [X1, X2], ratio=0.0), expected)
+    assert_is(merge(X1, X2, base=BASE, ratio=0.0), expected)
 
 
 def test_an_embedding_is_scored_by_rows():
     expected = torch.tensor(RESULT).T.tolist()
-    assert_is(merge(BASE.T, [X1.T, X2.T], is_embedding=True), expected)
-    plain = merge(BASE.T, [X1.T, X2.T])
+    assert_is(merge(X1.T, X2.T, base=BASE.T, is_embedding=True), expected)
+    plain = merge(X1.T, X2.T, base=BASE.T)
     assert (plain - torch.tensor(expected)).abs().max() > 0.1, "the columns of the transposed are something else"
 
 
 def test_a_stack_is_merged_matrix_by_matrix():
     base, models = random_inputs((3, 6, 7))
-    stacked = merge(base, models, block_elements=20)
+    stacked = merge(*models, base=base, block_elements=20)
     for k in range(3):
-        torch.testing.assert_close(stacked[k], merge(base[k], [x[k] for x in models]), rtol=0, atol=1e-7)
+        torch.testing.assert_close(stacked[k], merge(*[x[k] for x in models], base=base[k]), rtol=0, atol=1e-7)
 
 
 def test_a_vector_by_hand():
@@ -116,12 +115,12 @@ def test_a_vector_by_hand():
     models = [base + torch.tensor([2.0, 0.0, -1.0, 1.0]), base + torch.tensor([0.0, 0.0, 3.0, 1.0])]
     r = 1 / (1 + math.exp(2))
     for block_elements in (1, 3, 4):
-        assert_is(merge(base, models, block_elements=block_elements), [3.0, 2.0, 3 - r + 3, 5.0])
-    assert_is(merge(base, models, calibration=0.5), [2.0, 2.0, 3 - r + 1.5, 5.0])
+        assert_is(merge(*models, base=base, block_elements=block_elements), [3.0, 2.0, 3 - r + 3, 5.0])
+    assert_is(merge(*models, base=base, calibration=0.5), [2.0, 2.0, 3 - r + 1.5, 5.0])
     # ratio 3: nothing is above 3 but what is 3 is not above it; 2 and 3 score 1 / (1 + e^-2) = 1 - r
-    assert_is(merge(base, models, ratio=3.0), [1 + 2 * (1 - r), 2.0, 3 - r + 3 * (1 - r), 5.0])
+    assert_is(merge(*models, base=base, ratio=3.0), [1 + 2 * (1 - r), 2.0, 3 - r + 3 * (1 - r), 5.0])
     # all equal, of mean themselves: none is above, all share
-    assert_is(merge(base, [base + 0.5, base - 0.5]), base.tolist())
+    assert_is(merge(base + 0.5, base - 0.5, base=base), base.tolist())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -129,7 +128,7 @@ def test_a_vector_by_hand():
 def test_models_equal_to_the_base_give_the_base(dtype: torch.dtype, shape: tuple[int, ...]):
     base, _ = random_inputs(shape, dtype=dtype)
     for arguments in ({}, {"is_embedding": True}, {"calibration": 3.0}):
-        assert_same_bits(merge(base, [base, base], **arguments).to(dtype), base)
+        assert_same_bits(merge(base, base, base=base, **arguments).to(dtype), base)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -139,7 +138,7 @@ def test_one_model_is_itself(dtype: torch.dtype, is_embedding: bool, shape: tupl
     """The softmax over one model is 1, and so is `calibration`."""
     base, (model,) = random_inputs(shape, 1, dtype)
     lost = model.float().abs() < 2**-15 * base.float().abs()
-    assert_same_bits(merge(base, [model], is_embedding=is_embedding).to(dtype), model, allow=lost)
+    assert_same_bits(merge(model, base=base, is_embedding=is_embedding).to(dtype), model, allow=lost)
 
 
 @pytest.mark.parametrize("is_embedding", [False, True])
@@ -148,7 +147,7 @@ def test_untouched_channels_stay(is_embedding: bool):
     rows, columns = ([3, 4, 39], slice(None)) if is_embedding else (slice(None), [0, 7, 49])
     for model in models:
         model[rows, columns] = base[rows, columns]
-    merged = merge(base, models, is_embedding=is_embedding)
+    merged = merge(*models, base=base, is_embedding=is_embedding)
     assert_same_bits(merged[rows, columns], base[rows, columns])
     assert (merged != base).double().mean() > 0.5
 
@@ -169,8 +168,8 @@ def test_zero_columns_are_finite():
         assert merged.isfinite().all()
         assert not (merged[0] if is_embedding else merged[:, 0]).any()
     zeros = torch.zeros(8, 6)
-    assert not merge(zeros, [zeros, zeros]).any()
-    assert merge(zeros, models).isfinite().all()
+    assert not merge(zeros, zeros, base=zeros).any()
+    assert merge(*models, base=zeros).isfinite().all()
 
 
 def test_a_change_of_a_last_bit_outranks_none():
@@ -189,18 +188,20 @@ def test_a_change_of_a_last_bit_outranks_none():
 @pytest.mark.parametrize("scale", [2.0**100, 2.0**-100])
 def test_the_unit_of_the_weights_does_not_matter(scale: float):
     base, models = random_inputs((20, 30))
-    scaled = merge(base * scale, [model * scale for model in models])
-    assert_same_bits(scaled / scale, merge(base, models))
+    scaled = merge(*[model * scale for model in models], base=base * scale)
+    assert_same_bits(scaled / scale, merge(*models, base=base))
 
 
 def test_order_of_models_and_of_channels_changes_only_rounding():
     base, models = random_inputs((40, 33))
-    one = merge(base, models)
-    torch.testing.assert_close(merge(base, models[::-1]), one, rtol=0, atol=1e-7)
+    one = merge(*models, base=base)
+    torch.testing.assert_close(merge(*models[::-1], base=base), one, rtol=0, atol=1e-7)
     order = torch.randperm(33, generator=torch.Generator().manual_seed(0))
     for model in models:  # no column untouched: equal ones are ranked in order
         assert (model != base).any(dim=0).all()
-    torch.testing.assert_close(merge(base[:, order], [x[:, order] for x in models]), one[:, order], rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        merge(*[x[:, order] for x in models], base=base[:, order]), one[:, order], rtol=0, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("is_embedding", [False, True])
@@ -240,8 +241,8 @@ def test_parity_sees_a_wrong_formula(shape: tuple[int, ...], monkeypatch: pytest
     check_parity(NAME, base, models, calibration=0.3)
     with pytest.raises(AssertionError, match="not the rounded reference"):
         check_parity(NAME, base, models, calibration=0.3, formula=flipped(NAME))
-    right = reference._score
-    monkeypatch.setattr(reference, "_score", lambda *values, **divide: right(*values, **divide)[::-1])
+    right = reference.scores_above
+    monkeypatch.setattr(reference, "scores_above", lambda *values, **divide: right(*values, **divide)[::-1])
     with pytest.raises(AssertionError, match="not the rounded reference"):
         check_parity(NAME, base, models, calibration=0.3)
 

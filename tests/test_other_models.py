@@ -13,8 +13,8 @@ from torch import Tensor
 
 import merge
 import performAIM
-from tests.adapter_files import run
 from tests.pico import copy_tokenizer
+from tests.scene import call, names
 
 TEXT = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "num_attention_heads": 2}
 T5 = {
@@ -66,9 +66,8 @@ def make_models(folder: Path, name: str) -> tuple[Path, list[Path]]:
 
 def merge_half(folder: Path, base: Path, models: list[Path], *flags: object) -> dict[str, Tensor]:
     """The base and half of every change."""
-    names = ",".join(map(str, models))
-    run(merge, "--method=task_arithmetic", "--weights=0.5", "--base_model", base, "--models_to_merge", names,
-        "--save_path", folder / "out", *flags)  # fmt: skip
+    inputs = ("--base_model", base, "--models_to_merge", names(models))
+    call(merge, "--method=task_arithmetic", "--weights=0.5", *inputs, "--save_path", folder / "out", *flags)
     return load_file(folder / "out" / "model.safetensors")
 
 
@@ -112,7 +111,7 @@ def test_the_language_tower_alone(tmp_path: Path, name: str):
     found = merge_half(tmp_path, base, models, "--only", "language_model", "--overwrite")
     assert all(torch.equal(found[key], one) != of_language(key) for key, one in start.items())
     names = ",".join(map(str, models))
-    run(
+    call(
         merge,
         "--method=linear",
         "--base_model",
@@ -125,21 +124,21 @@ def test_the_language_tower_alone(tmp_path: Path, name: str):
     )
 
 
-def test_an_expression_that_fits_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_expression_that_fits_nothing(tmp_path: Path):
     base, models = make_models(tmp_path, "BertForMaskedLM")
     flags = ("--method=linear", "--base_model", base, "--models_to_merge", models[0], "--save_path", tmp_path / "out")
-    run(merge, *flags, "--only", "language_model", code=2)
-    assert "--only: 'language_model' is found in no tensor's name" in capsys.readouterr().err
-    run(merge, *flags, "--only", "(", code=2)
-    assert "--only: expected a regular expression, got '('" in capsys.readouterr().err
+    ended = call(merge, *flags, "--only", "language_model", code=2)
+    assert "--only: 'language_model' is found in no tensor's name" in ended.err
+    ended = call(merge, *flags, "--only", "(", code=2)
+    assert "--only: expected a regular expression, got '('" in ended.err
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith(("Gemma3", "Llava"))])
-def test_aim_says_what_it_cannot_calibrate(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+def test_aim_says_what_it_cannot_calibrate(tmp_path: Path, name: str):
     base, models = make_models(tmp_path, name)
-    run(performAIM, "--pretrained_model_name", base, "--merged_model", models[0], "--save_path", tmp_path / "out",
+    ended = call(performAIM, "--pretrained_model_name", base, "--merged_model", models[0], "--save_path", tmp_path / "out",
         "--calibration_data", tmp_path / "texts.jsonl", code=1)  # fmt: skip
-    said = capsys.readouterr().err
+    said = ended.err
     assert (
         f"{base}: expected a causal language model, got {name}, which AIM cannot calibrate. Merge without AIM" in said
     )

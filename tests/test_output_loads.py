@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import merge
 from tests.pico import copy_tokenizer, make_family
+from tests.scene import call
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
          "vocab_size": 300, "max_position_embeddings": 128}  # fmt: skip
@@ -38,11 +39,12 @@ def make_model(folder: Path, kind: str) -> Path:
     return folder
 
 
-def stack(model: Path, out: Path, *ranges: tuple[int, int]) -> int:
+def stack(model: Path, out: Path, *ranges: tuple[int, int], code: int = 0) -> str:
+    """Stack layers of a model; what the command says."""
     slices = [{"sources": [{"model": str(model), "layer_range": list(layers)}]} for layers in ranges]
     recipe = out.with_suffix(".json")
     recipe.write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
-    return merge.main(["--config", str(recipe), "--save_path", str(out), "--quiet"])
+    return call(merge, "--config", recipe, "--save_path", out, "--quiet", code=code).err
 
 
 def loads_whole(folder: Path) -> bool:
@@ -53,10 +55,9 @@ def loads_whole(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("kind", BY_PLACE)
-def test_layers_in_places_of_another_kind_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str):
+def test_layers_in_places_of_another_kind_are_refused(tmp_path: Path, kind: str):
     model = make_model(tmp_path / "model", kind)
-    assert stack(model, tmp_path / "out", (0, 2), (0, 4)) == 1
-    said = capsys.readouterr().err
+    said = stack(model, tmp_path / "out", (0, 2), (0, 4), code=1)
     assert (
         f"the output would not load by its config.json, that of {model} with what changes: nothing would fill model.layers."
         in said
@@ -69,24 +70,24 @@ def test_layers_in_places_of_another_kind_are_refused(tmp_path: Path, capsys: py
 
 def test_layers_in_places_of_their_kind_are_stacked(tmp_path: Path):
     model = make_model(tmp_path / "model", "qwen3_moe")
-    assert stack(model, tmp_path / "out", (0, 4), (2, 4)) == 0
+    stack(model, tmp_path / "out", (0, 4), (2, 4))
     assert loads_whole(tmp_path / "out")
     family = make_family(tmp_path / "family", "llama", n_models=1)
-    assert stack(family.base, tmp_path / "plain", (0, 2), (0, 2)) == 0
+    stack(family.base, tmp_path / "plain", (0, 2), (0, 2))
     assert loads_whole(tmp_path / "plain")
 
 
-def test_a_class_that_is_not_known_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_class_that_is_not_known_is_noted(tmp_path: Path):
     family = make_family(tmp_path / "family", "llama", n_models=1)
     config = json.loads((family.base / "config.json").read_text()) | {"model_type": "unheard_of"}
     (family.base / "config.json").write_text(json.dumps(config))
     slices = [{"sources": [{"model": str(family.base), "layer_range": [0, 1]}]}]
     (tmp_path / "recipe.json").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
-    assert merge.main(["--config", str(tmp_path / "recipe.json"), "--save_path", str(tmp_path / "out")]) == 0
-    assert "note: whether the output loads by its config.json was not looked at: " in capsys.readouterr().err
+    ended = call(merge, "--config", str(tmp_path / "recipe.json"), "--save_path", str(tmp_path / "out"))
+    assert "note: whether the output loads by its config.json was not looked at: " in ended.err
 
 
-def test_arithmetic_needs_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_arithmetic_needs_no_class(tmp_path: Path):
     """Tensors whose names do not say that they are weights are merged like any other, or refused like any other."""
     family = make_family(tmp_path / "family", "llama", n_models=2)
     for position, folder in enumerate((family.base, *family.models)):
@@ -102,7 +103,7 @@ def test_arithmetic_needs_no_class(tmp_path: Path, capsys: pytest.CaptureFixture
         }
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     argv = ["--method=task_arithmetic", f"--base_model={family.base}", f"--save_path={tmp_path / 'out'}", "--quiet"]
-    assert merge.main([*argv, f"--models_to_merge={family.models[0]}:0.5,{family.models[1]}:0.25"]) == 0
+    call(merge, *argv, f"--models_to_merge={family.models[0]}:0.5,{family.models[1]}:0.25")
     out = load_file(tmp_path / "out" / "model.safetensors")
     assert out.keys() == load_file(family.base / "model.safetensors").keys()
     assert out["model.layers.0.mixer.A_log"].tolist() == [0.5 * 1 + 0.25 * 2] * 4
@@ -110,8 +111,7 @@ def test_arithmetic_needs_no_class(tmp_path: Path, capsys: pytest.CaptureFixture
     tensors = load_file(family.models[0] / "model.safetensors")
     del tensors["model.layers.0.mixer.A_log"]
     save_file(tensors, family.models[0] / "model.safetensors", {"format": "pt"})
-    assert merge.main([*argv, "--overwrite", f"--models_to_merge={family.models[0]}"]) == 1
+    ended = call(merge, *argv, "--overwrite", f"--models_to_merge={family.models[0]}", code=1)
     assert (
-        f"{family.models[0]}: model.layers.0.mixer.A_log: expected as in {family.base}, got no such tensor"
-        in capsys.readouterr().err
+        f"{family.models[0]}: model.layers.0.mixer.A_log: expected as in {family.base}, got no such tensor" in ended.err
     )

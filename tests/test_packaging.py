@@ -163,7 +163,6 @@ REVEALED = {
 }
 
 
-@pytest.mark.slow
 def test_a_users_type_checker_sees_the_public_names(tmp_path: Path):
     names = {f"{package}.{name}" for package in DOORS for name in importlib.import_module(package).__all__}
     assert names - {"checkpoints.VERSION", "checkpoints.InputError"} == set(REVEALED)

@@ -23,12 +23,13 @@ from merging.safe_yaml import MAX_BYTES
 from streaming.values import NOTHING, Value
 from tests.golden_files import assert_same_bits
 from tests.pico import make_family
+from tests.scene import Scene, call
 
 INPUTS = Path(__file__).parent / "goldens" / "inputs"
 MODELS = [{"model": "in/math", "parameters": {"weight": 0.5}}, {"model": "in/code", "parameters": {"weight": 0.3}}]
 TIES = {"merge_method": "ties", "base_model": "in/base", "models": MODELS}
 
-Command = Callable[..., dict[str, Tensor]]
+MergeRecipe = Callable[..., dict[str, Tensor]]
 
 
 @pytest.fixture
@@ -40,18 +41,21 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(here: Path, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Merge a recipe given as data or text; the tensors. What was printed is in `run.out` and `run.err`."""
+def scene(here: Path) -> Scene:
+    """merge.py with the recipe that `write` wrote."""
+    return Scene(here, merge, {"--config": "recipe.yml", "--save_path": "out"})
 
-    def run(recipe: Any, *flags: str, save_path: str = "out") -> dict[str, Tensor]:
+
+@pytest.fixture
+def merge_recipe(scene: Scene) -> MergeRecipe:
+    """A recipe given as data or text -> the tensors of its merge."""
+
+    def merge_recipe(recipe: Any, *flags: str, save_path: str = "out") -> dict[str, Tensor]:
         write(recipe)
-        capsys.readouterr()
-        code = merge.main(["--config", "recipe.yml", "--save_path", save_path, "--overwrite", *flags])
-        run.out, run.err = capsys.readouterr()  # type: ignore[attr-defined]
-        assert code == 0, run.err  # type: ignore[attr-defined]
-        return load_file(Path(save_path, "model.safetensors")) if "--dry_run" not in flags else {}
+        scene.run("--overwrite", f"--save_path={save_path}", *flags)
+        return scene.tensors(save_path)
 
-    return run
+    return merge_recipe
 
 
 def write(recipe: Any, path: str = "recipe.yml") -> None:
@@ -97,9 +101,9 @@ def test_layers_are_found_by_the_first_number_in_the_names():
     assert position(0, 1) == 1.0
 
 
-def test_parameters_by_layer_and_name(run: Command):
+def test_parameters_by_layer_and_name(merge_recipe: MergeRecipe):
     """mergekit's example of ties: gradients, filters, the base among the models."""
-    merged = run(
+    merged = merge_recipe(
         """
 models:
   - model: in/base
@@ -183,25 +187,25 @@ def test_numbers_as_yaml_spells_them(here: Path):
 
 
 @pytest.mark.parametrize("order", [["in/base", "in/math"], ["in/math", "in/base"], ["in/math"]])
-def test_slerp_knows_its_base_wherever_it_is_listed(run: Command, order: list[str]):
+def test_slerp_knows_its_base_wherever_it_is_listed(merge_recipe: MergeRecipe, order: list[str]):
     recipe = {"merge_method": "slerp", "base_model": "in/base", "parameters": {"t": 0.0}}
-    merged = run({**recipe, "models": [{"model": name} for name in order]})
+    merged = merge_recipe({**recipe, "models": [{"model": name} for name in order]})
     assert all(torch.equal(merged[name], tensor) for name, tensor in inputs("base")[0].items())
 
 
-def test_the_base_among_the_models_counts_where_a_method_has_no_use_for_a_base(run: Command):
+def test_the_base_among_the_models_counts_where_a_method_has_no_use_for_a_base(merge_recipe: MergeRecipe):
     models = [{"model": name, "parameters": {"weight": weight}} for name, weight in (("in/base", 1), ("in/math", 3))]
-    merged = run({"merge_method": "linear", "base_model": "in/base", "models": models, "out_dtype": "float32"})
+    merged = merge_recipe({"merge_method": "linear", "base_model": "in/base", "models": models, "out_dtype": "float32"})
     base, math = inputs("base", "math")
     name = "model.norm.weight"
     torch.testing.assert_close(merged[name], (base[name].float() + 3 * math[name].float()) / 4)
 
 
-def test_without_a_base_the_first_model_gives_what_is_no_number(run: Command, here: Path):
+def test_without_a_base_the_first_model_gives_what_is_no_number(merge_recipe: MergeRecipe, here: Path):
     shutil.copytree(INPUTS / "math", here / "first")
     config = json.loads((here / "first" / "config.json").read_text())
     (here / "first" / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0}))
-    run({"merge_method": "karcher", "models": [{"model": "first"}, {"model": "in/code"}]})
+    merge_recipe({"merge_method": "karcher", "models": [{"model": "first"}, {"model": "in/code"}]})
     assert json.loads(Path("out/config.json").read_text())["rope_theta"] == 5.0
     content = json.loads(Path("out/merge_recipe.json").read_text())
     assert (content["base_model"], content["report"]) == (None, None)
@@ -218,15 +222,17 @@ def test_methods_that_need_a_base_say_so(here: Path, method: str):
     assert f"recipe.yml: base_model: {method} needs one" in message
 
 
-def test_slices_as_newer_versions_wrap_them(run: Command):
+def test_slices_as_newer_versions_wrap_them(merge_recipe: MergeRecipe, scene: Scene):
     """What mergekit itself writes into model cards."""
     recipe = slerp_slices([0, 2], [0, 2], dtype="float32", tokenizer={"source": "base"}, name="mine")
     wrapped = {**recipe, "parameters": {"t": 0.5}}
     wrapped["modules"] = {"default": {"slices": wrapped.pop("slices"), "parameters": {"t": 0.25}}}
-    plain = run({**recipe, "parameters": {"t": 0.25}}, save_path="plain")
-    for name, tensor in run(wrapped).items():
+    plain = merge_recipe({**recipe, "parameters": {"t": 0.25}}, save_path="plain")
+    write(wrapped)
+    ended = scene.run("--overwrite")
+    for name, tensor in scene.tensors().items():
         assert_same_bits(tensor, plain[name])
-    assert "note: name has no effect" in run.err  # type: ignore[attr-defined]
+    assert "note: name has no effect" in ended.err
 
 
 def test_models_spelt_out(here: Path):
@@ -251,8 +257,8 @@ def layer(name: str, index: int) -> str:
     return f"model.layers.{index}.{name}.weight"
 
 
-def test_layers_are_stacked(run: Command, here: Path):
-    merged = run(stack(("math", 0, 2), ("code", 1, 2), ("instruct", 0, 2)))
+def test_layers_are_stacked(merge_recipe: MergeRecipe, here: Path):
+    merged = merge_recipe(stack(("math", 0, 2), ("code", 1, 2), ("instruct", 0, 2)))
     math, code, instruct = inputs("math", "code", "instruct")
     kinds = {name.split(".", 3)[3] for name in math if "layers" in name}
     origins = [(math, 0), (math, 1), (code, 1), (instruct, 0), (instruct, 1)]
@@ -275,8 +281,8 @@ def test_layers_are_stacked(run: Command, here: Path):
     assert len(model.model.layers) == 5
 
 
-def test_a_stack_of_one_model_needs_no_second(run: Command):
-    merged = run(stack(("math", 0, 2), ("math", 0, 2)))
+def test_a_stack_of_one_model_needs_no_second(merge_recipe: MergeRecipe):
+    merged = merge_recipe(stack(("math", 0, 2), ("math", 0, 2)))
     (math,) = inputs("math")
     for name, tensor in merged.items():
         parts = name.split(".")
@@ -284,10 +290,10 @@ def test_a_stack_of_one_model_needs_no_second(run: Command):
         assert_same_bits(tensor, math[own], where=name)
 
 
-def test_scale_by_name_in_one_slice(run: Command):
+def test_scale_by_name_in_one_slice(merge_recipe: MergeRecipe):
     recipe = stack(("math", 0, 2), ("math", 1, 2))
     recipe["slices"][1]["sources"][0]["parameters"] = {"scale": [{"filter": "down_proj", "value": 0.0}, {"value": 1.0}]}
-    merged = run(recipe)
+    merged = merge_recipe(recipe)
     (math,) = inputs("math")
     assert not merged[layer("mlp.down_proj", 2)].any()
     assert_same_bits(merged[layer("mlp.up_proj", 2)], math[layer("mlp.up_proj", 1)])
@@ -302,13 +308,14 @@ def slerp_slices(*layer_ranges: list[int], **more: Any) -> dict[str, Any]:
     return {"merge_method": "slerp", "base_model": "in/base", "slices": [{"sources": sources}], **more}
 
 
-def test_slices_of_whole_models_are_the_models(run: Command):
+def test_slices_of_whole_models_are_the_models(merge_recipe: MergeRecipe, scene: Scene):
     """The way most slerp recipes are written."""
     t = {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]}, {"filter": "mlp", "value": [1, 0]}, {"value": 0.5}]}
-    sliced = run(slerp_slices([0, 2], [0, 2], parameters=t))
-    assert "report" in run.out  # type: ignore[attr-defined]
+    write(slerp_slices([0, 2], [0, 2], parameters=t))
+    assert "report" in scene.run().out
+    sliced = scene.tensors()
     whole = {"merge_method": "slerp", "base_model": "in/base", "models": [{"model": "in/math"}], "parameters": t}
-    for name, tensor in run(whole).items():
+    for name, tensor in merge_recipe(whole).items():
         assert_same_bits(tensor, sliced[name])
     base, math = inputs("base", "math")
     assert_same_bits(sliced[layer("self_attn.q_proj", 0)], base[layer("self_attn.q_proj", 0)])
@@ -316,10 +323,10 @@ def test_slices_of_whole_models_are_the_models(run: Command):
     assert_same_bits(sliced[layer("mlp.up_proj", 0)], math[layer("mlp.up_proj", 0)])
 
 
-def test_layers_of_different_places_are_merged(run: Command):
+def test_layers_of_different_places_are_merged(merge_recipe: MergeRecipe):
     recipe = slerp_slices([0, 1], [1, 2], parameters={"t": 0.5}, out_dtype="float32")
     recipe["slices"].append({"sources": [{"model": "in/math", "layer_range": [0, 1]}]})  # one source is taken as it is
-    merged = run(recipe)
+    merged = merge_recipe(recipe)
     base, math = inputs("base", "math")
     name = "self_attn.q_proj"
     b, x = base[layer(name, 0)].float().flatten(), math[layer(name, 1)].float().flatten()
@@ -330,11 +337,13 @@ def test_layers_of_different_places_are_merged(run: Command):
     assert json.loads(Path("out/config.json").read_text())["num_hidden_layers"] == 2
 
 
-def test_the_gradient_of_a_slice_runs_over_its_own_layers(run: Command):
+def test_the_gradient_of_a_slice_runs_over_its_own_layers(merge_recipe: MergeRecipe):
     sources = [{"model": name, "layer_range": [0, 2]} for name in ("in/math", "in/code")]
     parameters = {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 1}], "lambda": [1.0, 0.0]}
     slices = [{"sources": sources, "parameters": parameters}] * 2
-    merged = run({"merge_method": "task_arithmetic", "base_model": "in/base", "slices": slices, "out_dtype": "float32"})
+    merged = merge_recipe(
+        {"merge_method": "task_arithmetic", "base_model": "in/base", "slices": slices, "out_dtype": "float32"}
+    )
     (base,) = inputs("base")
     for index in (1, 3):  # the last layer of each slice, and the first with weight 0
         assert_same_bits(merged[layer("mlp.up_proj", index)], base[layer("mlp.up_proj", 1)].float())
@@ -342,22 +351,21 @@ def test_the_gradient_of_a_slice_runs_over_its_own_layers(run: Command):
         assert not torch.equal(merged[layer("self_attn.q_proj", index - 1)], base[layer("self_attn.q_proj", 0)].float())
 
 
-def test_what_config_says_of_each_layer_follows(run: Command, here: Path):
+def test_what_config_says_of_each_layer_follows(merge_recipe: MergeRecipe, here: Path):
     for name, kind in (("math", "sliding"), ("code", "chunked")):
         shutil.copytree(INPUTS / name, here / f"typed_{name}")
         path = here / f"typed_{name}" / "config.json"
         kinds = ["full_attention", f"{kind}_attention"]
         path.write_text(json.dumps({**json.loads(path.read_text()), "layer_types": kinds}))
     sources = [{"model": "typed_math", "layer_range": [0, 2]}], [{"model": "typed_code", "layer_range": [1, 2]}]
-    run({"merge_method": "passthrough", "slices": [{"sources": one} for one in sources]})
+    merge_recipe({"merge_method": "passthrough", "slices": [{"sources": one} for one in sources]})
     config = json.loads(Path("out/config.json").read_text())
     assert config["layer_types"] == ["full_attention", "sliding_attention", "chunked_attention"]
 
 
-def test_a_stack_reads_back(run: Command):
-    run(stack(("math", 0, 2), ("code", 1, 2)))
-    code = merge.main(["--config", "out/merge_recipe.json", "--save_path", "again", "--quiet"])
-    assert code == 0
+def test_a_stack_reads_back(merge_recipe: MergeRecipe):
+    merge_recipe(stack(("math", 0, 2), ("code", 1, 2)))
+    call(merge, "--config", "out/merge_recipe.json", "--save_path", "again", "--quiet")
     for name in ("model.safetensors", "config.json"):
         assert Path("again", name).read_bytes() == Path("out", name).read_bytes()
 
@@ -370,39 +378,36 @@ def test_a_stack_reads_back(run: Command):
         (slerp_slices([0, 1], [0, 2], parameters={"t": 1}), "expected as many layers of each model, got 1, 2"),
     ],
 )
-def test_layers_that_are_not_there(here: Path, capsys: pytest.CaptureFixture[str], recipe: Any, message: str):
+def test_layers_that_are_not_there(here: Path, recipe: Any, message: str):
     write(recipe)
-    assert merge.main(["--config", "recipe.yml", "--save_path", "out"]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    err = call(merge, "--config", "recipe.yml", "--save_path", "out", code=2).err
+    assert re.search(message, err)
     assert not Path("out").exists()
 
 
-def test_a_stack_of_models_that_do_not_fit_is_refused_once_for_each_kind(
-    here: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_stack_of_models_that_do_not_fit_is_refused_once_for_each_kind(here: Path):
     write(stack(("math", 0, 2), ("f32/code", 0, 1)))
-    assert merge.main(["--config", "recipe.yml", "--save_path", "out"]) == 1
-    err = capsys.readouterr().err
+    err = call(merge, "--config", "recipe.yml", "--save_path", "out", code=1).err
     assert "in/f32/code: model.norm.weight: expected shape [64] as in in/math, got [32]" in err
     assert not Path("out").exists()
 
 
-def test_aim_has_no_base_for_a_stack(here: Path, capsys: pytest.CaptureFixture[str]):
+def test_aim_has_no_base_for_a_stack(here: Path):
     (here / "texts.txt").write_text("Merge two.\n" * 90)
     recipe = stack(("math", 0, 2), ("math", 0, 1), base_model="in/base")
     write({**recipe, "aim": {"omega": 0.4, "calibration": {"source": "texts.txt", "block_size": 32}}})
-    assert merge.main(["--config", "recipe.yml", "--save_path", "out"]) == 2
-    assert "stacks layers" in capsys.readouterr().err
+    err = call(merge, "--config", "recipe.yml", "--save_path", "out", code=2).err
+    assert "stacks layers" in err
     assert not Path("out").exists()
 
 
 # ------------------------------------------------------------------------------------------------- what is said of it
 
 
-def test_what_has_no_effect_is_said(run: Command):
+def test_what_has_no_effect_is_said(scene: Scene):
     models = [{"model": "in/math", "parameters": {"weight": 1, "t": 0.3, "lambda": 2, "int8_mask": True}}]
-    run({**TIES, "models": models, "parameters": {"int8_mask": True}, "dtype": "float16", "seed": 3}, "--dry_run")
-    out = run.out  # type: ignore[attr-defined]
+    write({**TIES, "models": models, "parameters": {"int8_mask": True}, "dtype": "float16", "seed": 3})
+    out = scene.run("--dry_run").out
     for note in (
         "note: int8_mask has no effect",
         "note: models[0].parameters.t has no effect: ties does not use it.",
@@ -424,24 +429,24 @@ def test_what_has_no_effect_is_said(run: Command):
         ({"dtype": "bfloat16", "out_dtype": "float32"}, "float32"),
     ],
 )
-def test_dtypes(run: Command, keys: dict[str, str], stored: str):
-    merged = run({**TIES, **keys})
+def test_dtypes(merge_recipe: MergeRecipe, keys: dict[str, str], stored: str):
+    merged = merge_recipe({**TIES, **keys})
     assert {str(tensor.dtype) for tensor in merged.values()} == {f"torch.{stored}"}
 
 
-def test_the_plan_shows_gradients_filters_and_coefficients(run: Command):
+def test_the_plan_shows_gradients_filters_and_coefficients(scene: Scene):
     models = [
         {"model": "in/math", "parameters": {"weight": [0, 0.5]}},
         {"model": "in/code", "parameters": {"weight": [{"filter": "mlp", "value": 0.5}, {"value": 1}]}},
     ]
     recipe = {"merge_method": "task_arithmetic", "base_model": "in/base", "models": models, "parameters": {"lambda": 2}}
-    run(recipe, "--dry_run")
-    assert "  in/math: weight [0, 0.5]\n  in/code: weight [mlp: 0.5, else 1]\n" in run.out  # type: ignore[attr-defined]
-    run(recipe, "--dry_run", "--json")
-    plan = json.loads(run.out)  # type: ignore[attr-defined]
+    write(recipe)
+    assert "  in/math: weight [0, 0.5]\n  in/code: weight [mlp: 0.5, else 1]\n" in scene.run("--dry_run").out
+    plan = json.loads(scene.run("--dry_run", "--json").out)
     assert all("coefficient" not in entry for entry in plan["coefficients"])
-    run({**recipe, "models": MODELS}, "--dry_run", "--json")
-    assert [entry["coefficient"] for entry in json.loads(run.out)["coefficients"]] == [1.0, 0.6]  # type: ignore[attr-defined]
+    write({**recipe, "models": MODELS})
+    plan = json.loads(scene.run("--dry_run", "--json").out)
+    assert [entry["coefficient"] for entry in plan["coefficients"]] == [1.0, 0.6]
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -468,7 +473,9 @@ def test_the_plan_shows_gradients_filters_and_coefficients(run: Command):
         ({"parameters": {"density": "much"}}, "parameters.density: expected a number in [0, 1], got 'much'"),
         ({"parameters": {"density": [{"filter": "mlp"}]}}, "parameters.density: expected a number, a list of numbers, or"),
         ({"parameters": {"density": [{"filtre": "mlp", "value": 1}]}}, "unknown key 'filtre'. Did you mean 'filter'?"),
-        ({"parameters": {"lambda": ".nan"}}, "parameters.lambda: expected a finite number"),
+        ({"parameters": {"lambda": ".nan"}}, "parameters.lambda: expected a finite number, got"),
+        ({"parameters": {"weight": -1e300}}, "parameters.weight: expected a finite number of at most 1e+18 in size, got -1e+300"),
+        ({"parameters": {"lambda": [0.5, 10**400]}}, "parameters.lambda: expected a finite number of at most 1e+18 in size, got 1000"),
         ({"parameters": {"normalize": 0.5}}, "parameters.normalize: expected true or false, got 0.5"),
         ({"parameters": [1]}, "parameters: expected parameters such as weight, got [1]"),
         ({"dtype": "bfloat"}, "dtype: unknown dtype 'bfloat'. Did you mean 'bfloat16'?"),
@@ -494,12 +501,12 @@ def test_everything_wrong_is_said_at_once(here: Path):
     assert message.startswith("4 problems:\n- recipe.yml: ")
 
 
-def test_t_has_to_be_given_and_to_reach_every_tensor(here: Path, capsys: pytest.CaptureFixture[str]):
+def test_t_has_to_be_given_and_to_reach_every_tensor(here: Path):
     recipe = {"merge_method": "slerp", "base_model": "in/base", "models": [{"model": "in/math"}]}
     assert "parameters: t: slerp needs it" in refusal(recipe)
     write({**recipe, "parameters": {"t": [{"filter": "mlp", "value": 0.3}]}})
-    assert merge.main(["--config", "recipe.yml", "--save_path", "out"]) == 2
-    assert "t: says nothing of lm_head.weight" in capsys.readouterr().err
+    err = call(merge, "--config", "recipe.yml", "--save_path", "out", code=2).err
+    assert "t: says nothing of lm_head.weight" in err
     assert not Path("out").exists()
 
 
@@ -574,10 +581,10 @@ def test_files_that_are_none(here: Path):
 @pytest.mark.parametrize(
     "flag", ["--method=ties", "--base_model=in/base", "--models_to_merge=in/math", "--weights=1", "--normalize"]
 )
-def test_flags_that_say_what_to_merge_contradict_a_file(here: Path, capsys: pytest.CaptureFixture[str], flag: str):
+def test_flags_that_say_what_to_merge_contradict_a_file(here: Path, flag: str):
     write(TIES)
-    assert merge.main(["--config", "recipe.yml", "--save_path", "out", flag]) == 2
-    assert f"{flag.partition('=')[0]}: --config says what to merge" in capsys.readouterr().err
+    err = call(merge, "--config", "recipe.yml", "--save_path", "out", flag, code=2).err
+    assert f"{flag.partition('=')[0]}: --config says what to merge" in err
 
 
 def test_flags_add_what_a_file_leaves_open_and_may_not_contradict_it(here: Path):
@@ -604,14 +611,13 @@ FLAGS = [
 
 
 @pytest.mark.parametrize("flags", FLAGS, ids=" ".join)
-def test_flags_written_as_a_recipe_merge_the_same(here: Path, capsys: pytest.CaptureFixture[str], flags: list[str]):
+def test_flags_written_as_a_recipe_merge_the_same(here: Path, flags: list[str]):
     flags = [*flags, "--base_model=in/base"]
-    assert merge.main([*flags, "--write_config=written.yml"]) == 0
-    assert "written.yml: written" in capsys.readouterr().out
+    assert "written.yml: written" in call(merge, *flags, "--write_config=written.yml").out
     assert sorted(path.name for path in here.iterdir()) == ["in", "written.yml"]
-    assert merge.main([*flags, "--save_path=one", "--quiet"]) == 0
-    assert merge.main(["--config=written.yml", "--save_path=other", "--quiet"]) == 0
-    assert merge.main(["--config=one/merge_recipe.json", "--save_path=third", "--quiet"]) == 0
+    call(merge, *flags, "--save_path=one", "--quiet")
+    call(merge, "--config=written.yml", "--save_path=other", "--quiet")
+    call(merge, "--config=one/merge_recipe.json", "--save_path=third", "--quiet")
     for other in ("other", "third"):
         assert Path(other, "model.safetensors").read_bytes() == Path("one/model.safetensors").read_bytes()
     written = yaml.safe_load(Path("written.yml").read_text())
@@ -619,13 +625,12 @@ def test_flags_written_as_a_recipe_merge_the_same(here: Path, capsys: pytest.Cap
         assert written["models"][0] == {"model": "in/math", "parameters": {"weight": 0.5, "density": 0.3}}
 
 
-def test_a_recipe_is_not_written_over_another_file(here: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_recipe_is_not_written_over_another_file(here: Path):
     Path("notes.yml").write_text("mine")
     flags = ["--method=ties", "--base_model=in/base", "--models_to_merge=in/math", "--write_config=notes.yml"]
-    assert merge.main(flags) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "is there already" in call(merge, *flags, code=2).err
     assert Path("notes.yml").read_text() == "mine"
-    assert merge.main([*flags, "--overwrite"]) == 0
+    call(merge, *flags, "--overwrite")
     assert yaml.safe_load(Path("notes.yml").read_text())["merge_method"] == "ties"
 
 
@@ -652,18 +657,18 @@ AIM = {
 }
 
 
-def test_the_aim_block_is_its_flags(run: Command, here: Path):
+def test_the_aim_block_is_its_flags(merge_recipe: MergeRecipe, here: Path):
     (here / "texts.txt").write_text("Merge two.\n" * 90)
-    by_file = run({**TIES, "aim": AIM}, save_path="file")
+    by_file = merge_recipe({**TIES, "aim": AIM}, save_path="file")
     flags = ["--method=ties", "--base_model=in/base", "--models_to_merge=in/math:0.5,in/code:0.3", "--density=1"]
     flags += ["--omega=mlp=0.2,0.6", "--calibration_data=texts.txt", "--block_size=32", "--n_samples=40"]
-    assert merge.main([*flags, "--save_path=flags", "--quiet"]) == 0
+    call(merge, *flags, "--save_path=flags", "--quiet")
     for name, tensor in load_file("flags/model.safetensors").items():
         assert_same_bits(by_file[name], tensor)
-    assert merge.main(["--config=file/merge_recipe.json", "--save_path=again", "--quiet"]) == 0
+    call(merge, "--config=file/merge_recipe.json", "--save_path=again", "--quiet")
     assert Path("again/model.safetensors").read_bytes() == Path("file/model.safetensors").read_bytes()
-    assert merge.main([*flags, "--write_config=written.yml", "--quiet"]) == 0
-    assert merge.main(["--config=written.yml", "--save_path=written", "--quiet"]) == 0
+    call(merge, *flags, "--write_config=written.yml", "--quiet")
+    call(merge, "--config=written.yml", "--save_path=written", "--quiet")
     assert Path("written/model.safetensors").read_bytes() == Path("file/model.safetensors").read_bytes()
 
 
@@ -679,18 +684,16 @@ def test_the_aim_block_is_its_flags(run: Command, here: Path):
         ({"omega": 0.4}, ["--omega=0.5"], "--omega: recipe.yml says 0.4 under aim"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_the_aim_block(
-    here: Path, capsys: pytest.CaptureFixture[str], aim: Any, flags: list[str], message: str
-):
+def test_what_is_wrong_with_the_aim_block(here: Path, aim: Any, flags: list[str], message: str):
     write({**TIES, "aim": aim})
-    assert merge.main(["--config", "recipe.yml", "--save_path", "out", *flags]) == 2
-    assert message in capsys.readouterr().err
+    err = call(merge, "--config", "recipe.yml", "--save_path", "out", *flags, code=2).err
+    assert message in err
 
 
-def test_aim_needs_a_base(here: Path, capsys: pytest.CaptureFixture[str]):
+def test_aim_needs_a_base(here: Path):
     write({"merge_method": "linear", "models": MODELS, "aim": {"omega": 0.4}})
-    assert merge.main(["--config", "recipe.yml", "--save_path", "out"]) == 2
-    assert "base_model: AIM needs one" in capsys.readouterr().err
+    err = call(merge, "--config", "recipe.yml", "--save_path", "out", code=2).err
+    assert "base_model: AIM needs one" in err
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "gemma3", "mixtral"])
@@ -703,7 +706,7 @@ def test_stacks_of_other_architectures_load(tmp_path: Path, monkeypatch: pytest.
     sources = [(family.base, [0, 2]), (family.models[0], [1, 2]), (family.base, [0, 1])]
     slices = [{"sources": [{"model": str(folder), "layer_range": layers}]} for folder, layers in sources]
     write({"merge_method": "passthrough", "slices": slices})
-    assert merge.main(["--config", "recipe.yml", "--save_path", "out", "--quiet"]) == 0
+    call(merge, "--config", "recipe.yml", "--save_path", "out", "--quiet")
     model, report = AutoModelForCausalLM.from_pretrained("out", output_loading_info=True)
     assert not any(report.values()), report
     assert model.config.num_hidden_layers == 4

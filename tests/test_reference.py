@@ -318,8 +318,8 @@ def test_comparison_sees_a_flipped_sum_of_linear():
 
 
 def test_comparison_sees_a_widen_that_scores_the_wrong_model(monkeypatch: pytest.MonkeyPatch):
-    right = merging._column_score
-    monkeypatch.setattr(merging, "_column_score", lambda *arguments: right(*arguments)[::-1])
+    right = merging.column_scores
+    monkeypatch.setattr(merging, "column_scores", lambda *arguments: right(*arguments)[::-1])
     with pytest.raises(AssertionError):
         test_widen_agrees_with_the_float32_golden()
 

@@ -62,7 +62,7 @@ def test_other_items_for_another_benchmark_or_seed():
 def test_chunks_change_nothing(monkeypatch):
     verdicts = [random_model(0)["a"], random_model(1)["a"]]
     whole = bootstrap.resample("a", verdicts, resamples=101)
-    monkeypatch.setattr(bootstrap, "_CHUNK", 300)
+    monkeypatch.setattr(bootstrap, "CHUNK", 300)
     assert np.array_equal(bootstrap.resample("a", verdicts, resamples=101), whole)
 
 

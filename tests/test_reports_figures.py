@@ -30,14 +30,21 @@ def stems(figures):
     return [path.stem for path in figures.paths if path.suffix == ".png"]
 
 
-def test_all_figures_of_a_sweep(tmp_path):
-    figures = draw(table_of(tmp_path, *SWEEP), tmp_path / "new" / "figures")
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """Figures of a sweep, and the folder that was made for them."""
+    folder = tmp_path_factory.mktemp("sweep")
+    return draw(table_of(folder, *SWEEP), folder / "new" / "figures"), folder / "new" / "figures"
+
+
+def test_all_figures_of_a_sweep(sweep):
+    figures, folder = sweep
     drawn = stems(figures)
     assert drawn[:3] == ["hv_gain_over_omega", "change_by_benchmark_omega_0.2", "change_by_benchmark_omega_0.4"]
     assert len([name for name in drawn if name.startswith("pareto_")]) == PAIRS
     assert "pareto_humaneval_mbpp" in drawn
     assert figures.missing == []
-    assert sorted(figures.paths) == sorted((tmp_path / "new" / "figures").iterdir())
+    assert sorted(figures.paths) == sorted(folder.iterdir())
     assert {path.suffix for path in figures.paths} == {".png", ".svg"}
     for path in figures.paths:
         content = path.read_bytes()
@@ -55,9 +62,9 @@ def text_of(path):
     return re.findall(r"<!-- (.*?) -->", path.read_text())
 
 
-def test_what_the_figures_say(tmp_path):
-    draw(table_of(tmp_path, *SWEEP), tmp_path)
-    texts = text_of(tmp_path / "hv_gain_over_omega.svg")
+def test_what_the_figures_say(sweep):
+    _, folder = sweep
+    texts = text_of(folder / "hv_gain_over_omega.svg")
     for text in (
         "a+b",
         "ties",
@@ -66,18 +73,17 @@ def test_what_the_figures_say(tmp_path):
     ):
         assert text in texts
     assert "widen" not in texts, "it has no omega"
-    texts = text_of(tmp_path / "pareto_humaneval_mbpp.svg")
+    texts = text_of(folder / "pareto_humaneval_mbpp.svg")
     for text in ("1 b", "3 a", "2", "on the front:", "ties a+b AIM omega 0.4", "humaneval (%)"):
         assert text in texts
     assert "ties a+b AIM omega 0.2" not in texts
     assert "Change by AIM (omega 0.4): score with minus without, no intervals: no standard errors are known" in text_of(
-        tmp_path / "change_by_benchmark_omega_0.4.svg"
+        folder / "change_by_benchmark_omega_0.4.svg"
     )
 
 
-def test_the_same_bytes_each_time(tmp_path):
-    table = table_of(tmp_path, *SWEEP)
-    first, second = (draw(table, tmp_path / name) for name in ("one", "two"))
+def test_the_same_bytes_each_time(sweep, tmp_path):
+    first, second = sweep[0], draw(table_of(tmp_path, *SWEEP), tmp_path / "figures")
     assert len(first.paths) == 2 * (PAIRS + 3)
     for one, two in zip(first.paths, second.paths, strict=True):
         assert one.name == two.name

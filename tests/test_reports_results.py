@@ -15,6 +15,7 @@ from reports import compare, load_results
 from reports.results_files import read_samples
 from tests.aim_runs import write_texts
 from tests.report_files import digests, named, verdicts, write_results
+from tests.scene import call, names
 
 INPUTS = Path(__file__).parent / "goldens" / "inputs"
 
@@ -29,23 +30,13 @@ class Checkpoints:
             shutil.copytree(INPUTS / name, folder / name)
 
     def merge(self, out, *flags, models="code,math", method="task_arithmetic"):
-        paths = ",".join(str(self.folder / name) for name in models.split(","))
-        argv = ["--method", method, "--base_model", str(self.folder / "base"), "--models_to_merge", paths]
-        assert (
-            merge.main(
-                [*argv, "--save_path", str(self.folder / out), "--quiet", "--report", "none", *self.statistics(flags)]
-            )
-            == 0
-        )
+        paths = names([self.folder / name for name in models.split(",")])
+        inputs = ["--method", method, "--base_model", self.folder / "base", "--models_to_merge", paths]
+        call(merge, *inputs, "--save_path", self.folder / out, "--quiet", "--report=none", *self.statistics(flags))
 
     def relax(self, merged, out, *flags):
-        argv = ["--merged_model", str(self.folder / merged), "--pretrained_model_name", str(self.folder / "base")]
-        assert (
-            performAIM.main(
-                [*argv, "--save_path", str(self.folder / out), "--quiet", *self.statistics(flags, always=True)]
-            )
-            == 0
-        )
+        inputs = ["--merged_model", self.folder / merged, "--pretrained_model_name", self.folder / "base"]
+        call(performAIM, *inputs, "--save_path", self.folder / out, "--quiet", *self.statistics(flags, always=True))
 
     def statistics(self, flags, *, always=False):
         if not always and not any(flag.startswith("--omega") for flag in flags):

@@ -434,3 +434,43 @@ def test_nothing_is_marked_unfinished():
 def test_marker_check_finds_a_marker():
     text = f"x = 1  # {'TO' + 'DO'}: y\nmastodon = 'TODOS'\n"
     assert marker_problems("a.py", text) == [f"a.py:1: unfinished: x = 1  # {'TO' + 'DO'}: y"]
+
+
+# --------------------------------------------------------------------------------------------------- public names
+
+
+def is_private(name: str) -> bool:
+    return any(part.startswith("_") and not part.endswith("__") for part in name.split("."))
+
+
+def patch_problems(path: str, text: str) -> list[str]:
+    """Where a test replaces a private name: what it patches may be renamed or done otherwise without any user noticing."""
+    problems = []
+    for node in ast.walk(ast.parse(text)):
+        patches = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+        if not patches or node.func.attr not in ("setattr", "setitem", "delattr", "delitem"):
+            continue
+        target, *names = node.args[:2]
+        texts = [one.value for one in (target, *names) if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        if is_private(ast.unparse(target)) or (node.func.attr.endswith("attr") and any(map(is_private, texts))):
+            problems.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    return problems
+
+
+def test_tests_replace_public_names_alone():
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    problems = [p for path in files for p in patch_problems(str(path.relative_to(ROOT)), path.read_text())]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["m.setattr(a, '_b', 1)", "m.setattr('a._b.c', 1)", "m.setitem(a._b, 'c', 1)", "patch.setattr(a._B, 'c', 1)"],
+)
+def test_patch_check_finds_a_violation(line):
+    assert len(patch_problems("a.py", line)) == 1
+
+
+@pytest.mark.parametrize("line", ["m.setattr(a, '__init__', _b)", "m.setitem(a.b, '_c', 1)", "m.setenv('_A', 'b')"])
+def test_patch_check_accepts_what_is_public(line):
+    assert patch_problems("a.py", line) == []

@@ -39,6 +39,7 @@ RUNS = {
     "dare_ties": (merge.main, ["--method=dare_ties", "--max_shard_size=60kB", *MERGE]),
     "no digests": (merge.main, ["--method=linear", "--digest=none", *MERGE]),
     "one-run AIM": (merge.main, ["--method=dare_linear", "--omegas=0,0.4", *CALIBRATION, *MERGE]),
+    "protect mean": (merge.main, ["--method=dare_linear", "--omegas=0,0.4", "--protect=mean", *CALIBRATION, *MERGE]),
     "performAIM": (performAIM.main, ["--omega=0.2", *RELAX]),
     "reference": (performAIM.main, ["--numerics=reference", *RELAX]),
 }

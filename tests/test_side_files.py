@@ -7,12 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 import merge
 from tests.fake_hub import FakeHub
 from tests.pico import Family, make_family
+from tests.scene import Scene, call, names
 
 
 @pytest.fixture
@@ -20,15 +19,13 @@ def family(tmp_path: Path) -> Family:
     return make_family(tmp_path / "family", "llama", n_models=2)
 
 
-def run(family: Family, out: Path, *flags: str) -> int:
-    names = ",".join(map(str, family.models))
-    argv = ["--method=linear", "--base_model", str(family.base), "--models_to_merge", names, "--save_path", str(out)]
-    return merge.main([*argv, *flags])
+@pytest.fixture
+def scene(family: Family, tmp_path: Path) -> Scene:
+    models = {"--base_model": family.base, "--models_to_merge": names(family.models)}
+    return Scene(tmp_path, merge, {"--method": "linear", **models})
 
 
-def test_files_that_no_list_names_are_copied_and_the_rest_is_listed_once(
-    family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_files_that_no_list_names_are_copied_and_the_rest_is_listed_once(scene: Scene, family: Family):
     copied = {
         "tekken.json": "{}",
         "small_layers.py": "x = 1\n",
@@ -45,21 +42,20 @@ def test_files_that_no_list_names_are_copied_and_the_rest_is_listed_once(
     for name in (*copied, *left_out):
         (family.base / name).parent.mkdir(exist_ok=True)
         (family.base / name).write_text(copied.get(name, "no copy"))
-    assert run(family, tmp_path / "out") == 0
-    said = capsys.readouterr().err
+    said = scene.run().err
     assert (
         said.count(f"note: {family.base}: files of its folder that the output does not get: {', '.join(left_out)}.")
         == 1
     )
     for name, text in copied.items():
-        assert (tmp_path / "out" / name).read_text() == text
-    assert not any((tmp_path / "out" / name).exists() for name in left_out)
-    recipe = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())
+        assert (scene.out / name).read_text() == text
+    assert not any((scene.out / name).exists() for name in left_out)
+    recipe = scene.recipe()
     assert set(copied) <= recipe["side_files"].keys()
-    assert merge.main(["--verify", str(tmp_path / "out")]) == 0
+    call(merge, "--verify", scene.out)
 
 
-def test_code_of_a_model_with_its_helpers_loads(family: Family, tmp_path: Path):
+def test_code_of_a_model_with_its_helpers_loads(scene: Scene, family: Family):
     """A class whose file imports another one."""
     from transformers import AutoModelForCausalLM
 
@@ -79,33 +75,9 @@ def test_code_of_a_model_with_its_helpers_loads(family: Family, tmp_path: Path):
         config = json.loads((folder / "config.json").read_text())
         config |= {"model_type": "small_of_mine", "architectures": ["SmallForCausalLM"], "auto_map": code}
         (folder / "config.json").write_text(json.dumps(config))
-    assert run(family, tmp_path / "out", "--trust_remote_code", "--quiet") == 0
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    scene.run("--trust_remote_code", "--quiet")
+    loaded = AutoModelForCausalLM.from_pretrained(scene.out, trust_remote_code=True)
     assert type(loaded).__name__ == "SmallForCausalLM"
-
-
-def test_modules_behind_a_model(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Pooling and a dense layer come along; other weights of the dense layer in a model are warned of, as they are not merged."""
-    for folder in (family.base, *family.models):
-        for part in ("1_Pooling", "2_Dense"):
-            (folder / part).mkdir()
-            (folder / part / "config.json").write_text("{}")
-        (folder / "modules.json").write_text("[]")
-        save_file({"linear.weight": torch.eye(4)}, folder / "2_Dense" / "model.safetensors")
-    assert run(family, tmp_path / "same") == 0
-    assert "warning: " not in capsys.readouterr().err.replace("weights that sum", "")
-    dense = family.models[1] / "2_Dense" / "model.safetensors"
-    save_file({"linear.weight": torch.ones(4, 4)}, dense)
-    assert run(family, tmp_path / "out") == 0
-    said = capsys.readouterr().err
-    assert (
-        f"warning: {family.models[1]}: 2_Dense/model.safetensors is not that of {family.base}: weights outside of the model are not merged"
-        in said
-    )
-    for name in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json"):
-        assert (tmp_path / "out" / name).is_file()
-    assert torch.equal(load_file(tmp_path / "out" / "2_Dense" / "model.safetensors")["linear.weight"], torch.eye(4))
-    assert merge.main(["--verify", str(tmp_path / "out")]) == 0
 
 
 def test_the_same_files_come_from_the_hub(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -117,7 +89,7 @@ def test_the_same_files_come_from_the_hub(family: Family, tmp_path: Path, monkey
     with FakeHub({"org/base": tmp_path / "repo"}) as hub:
         hub.attach(monkeypatch, tmp_path / "cache")
         argv = ["--method=linear", "--base_model", "org/base", "--models_to_merge", str(family.models[0])]
-        assert merge.main([*argv, "--save_path", str(tmp_path / "out"), "--quiet"]) == 0
+        call(merge, *argv, "--save_path", str(tmp_path / "out"), "--quiet")
         assert not any("optimizer" in str(request) for request in hub.requests)
     assert (tmp_path / "out" / "tekken.json").is_file()
     assert (tmp_path / "out" / "1_Pooling" / "config.json").is_file()

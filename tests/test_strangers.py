@@ -16,7 +16,7 @@ from checkpoints.chat_templates import check_template, foreign_markers
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.patterns import Pattern
 from checkpoints.strangers import STRANGERS, Strangers, StrangersError
-from evaluation.chat_template import TRIAL, TemplateFault, check_chat_template, confine_templates, in_words
+from evaluation.chat_template import TRIAL, TemplateFault, check_chat_template, confined
 from merging.recipe_file import read_recipe_file
 
 MODELS = Path(__file__).resolve().parent.parent / "examples/family/models"
@@ -172,10 +172,11 @@ def test_templates_that_fail_are_refused_in_one_message(template, message, impat
     tokenizer = _tokenizer(impatient, monkeypatch)
     with (
         pytest.raises(InputError, match=f"^./m: the chat template fails: .*(?:{message}).* Mend the template"),
-        in_words("./m"),
+        confined("./m"),
     ):
         tokenizer.apply_chat_template(TRIAL, chat_template=template, tokenize=False)
-    assert tokenizer.apply_chat_template(TRIAL, chat_template="x", tokenize=False) == "x"
+    with confined("./m"):
+        assert tokenizer.apply_chat_template(TRIAL, chat_template="x", tokenize=False) == "x"
 
 
 @pytest.mark.parametrize(
@@ -190,19 +191,16 @@ def test_what_a_template_raises_reaches_lm_eval_as_jinjas_own_error(template, me
     from jinja2 import TemplateError
 
     tokenizer = _tokenizer(impatient, monkeypatch)
-    with pytest.raises(TemplateError, match=message):
+    with confined("./m"), pytest.raises(TemplateError, match=message):
         tokenizer.apply_chat_template(TRIAL, chat_template=template, tokenize=False)
-    with pytest.raises(InputError, match=f"^./m: the chat template fails: .*{message}"), in_words("./m"):
+    with pytest.raises(InputError, match=f"^./m: the chat template fails: .*{message}"), confined("./m"):
         tokenizer.apply_chat_template(TRIAL, chat_template=template, tokenize=False)
 
 
 def _tokenizer(strangers, monkeypatch):
-    from transformers import AutoTokenizer, processing_utils, tokenization_utils_base
+    from transformers import AutoTokenizer
 
-    for module in (tokenization_utils_base, processing_utils):
-        monkeypatch.setattr(module, "render_jinja_template", module.render_jinja_template)  # put back at the end
     monkeypatch.setattr("evaluation.chat_template.STRANGERS", strangers)
-    confine_templates()
     return AutoTokenizer.from_pretrained(MODELS / "code")
 
 
@@ -219,10 +217,27 @@ def test_chats_are_written_as_transformers_writes_them(monkeypatch, impatient):
     )  # fmt: skip
     free = AutoTokenizer.from_pretrained(MODELS / "code")
     expected = [free.apply_chat_template(chat, chat_template=template, tokenize=False, **more) for chat, more in chats]
-    confined = _tokenizer(impatient, monkeypatch)
-    assert expected == [
-        confined.apply_chat_template(chat, chat_template=template, tokenize=False, **more) for chat, more in chats
-    ]
+    tokenizer = _tokenizer(impatient, monkeypatch)
+    with confined("./m"):
+        assert expected == [
+            tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **more) for chat, more in chats
+        ]
+
+
+def test_templates_are_confined_until_the_last_block_ends():
+    """Whoever evaluates from a program of theirs finds transformers as it was."""
+    from transformers import processing_utils, tokenization_utils_base
+
+    def renderers():
+        return [vars(module)["render_jinja_template"] for module in (tokenization_utils_base, processing_utils)]
+
+    before = renderers()
+    with confined("./outer"):
+        inside = renderers()
+        with pytest.raises(InputError), confined("./m"):
+            raise InputError("x")
+        assert renderers() == inside != before
+    assert renderers() == before
 
 
 def test_a_models_template_is_tried_before_the_model_is_loaded(tmp_path, monkeypatch, impatient):
@@ -240,9 +255,9 @@ def test_a_models_template_is_tried_before_the_model_is_loaded(tmp_path, monkeyp
 
 
 def test_faults_of_templates_pass_other_errors_by():
-    with pytest.raises(TemplateFault, match=r"^./m: it"), in_words("./m"):
+    with pytest.raises(TemplateFault, match=r"^./m: it"), confined("./m"):
         raise TemplateFault("it fails.")
-    with pytest.raises(InputError, match=r"^other$"), in_words("./m"):
+    with pytest.raises(InputError, match=r"^other$"), confined("./m"):
         raise InputError("other")
 
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import merge
 import performAIM
-from tests.adapter_files import run, texts, without_prefix
+from tests.adapter_files import texts, without_prefix
 from tests.pico import make_family
+from tests.scene import call
 
 
 @pytest.mark.parametrize("short", ["base", "model", "merged"])
@@ -21,7 +22,7 @@ def test_a_prefix_that_one_of_them_lacks(tmp_path: Path, short: str):
     family = make_family(tmp_path, "gpt2", n_models=2)
     base, models = family.base, family.models
     how = ["--method", "ties", "--density", "0.5", "--report", "none"]
-    run(
+    call(
         merge,
         *how,
         "--base_model",
@@ -33,17 +34,17 @@ def test_a_prefix_that_one_of_them_lacks(tmp_path: Path, short: str):
     )
     calibration = ["--calibration_data", texts(tmp_path), "--n_samples", "8", "--block_size", "32", "--omega", "0.2"]
     names = ["--merged_model", tmp_path / "merged", "--pretrained_model_name", base]
-    run(performAIM, *names, *calibration, "--save_path", tmp_path / "relaxed")
+    call(performAIM, *names, *calibration, "--save_path", tmp_path / "relaxed")
     others = {name: tmp_path / name for name in ("merged", "relaxed")}
     if short == "base":
         base = without_prefix(base, tmp_path / "short")
     if short == "model":
         models = [without_prefix(models[0], tmp_path / "short"), models[1]]
     again = tmp_path / "again"
-    run(merge, *how, "--base_model", base, "--models_to_merge", f"{models[0]},{models[1]}", "--save_path", again)
+    call(merge, *how, "--base_model", base, "--models_to_merge", f"{models[0]},{models[1]}", "--save_path", again)
     merged = without_prefix(again, tmp_path / "short") if short == "merged" else tmp_path / "merged"
     names = ["--merged_model", merged, "--pretrained_model_name", base]
-    run(performAIM, *names, *calibration, "--save_path", tmp_path / "relaxed_again")
+    call(performAIM, *names, *calibration, "--save_path", tmp_path / "relaxed_again")
     for ours, theirs in ((again, others["merged"]), (tmp_path / "relaxed_again", others["relaxed"])):
         expected = load_file(theirs / "model.safetensors")
         found = load_file(ours / "model.safetensors")

@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.token_models import TABLES, Scene, change_json, make_model, relax
+from tests.scene import Scene
+from tests.token_models import TABLES, change_json, make_model, merging_scene, relax, tables
 
 EMBEDDING, HEAD = TABLES
 
 
 @pytest.fixture
-def scene(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Scene:
-    return Scene(tmp_path, capsys)
+def scene(tmp_path: Path) -> Scene:
+    return merging_scene(tmp_path)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
@@ -45,10 +46,10 @@ def test_a_tied_output_with_a_head_of_its_own(scene: Scene):
     base, two = (make_model(scene.folder / name, "bpe", tied=True) for name in ("base", "two"))
     one = make_model(scene.folder / "one", "bpe")
     flags = ("--method", "task_arithmetic", "--weights", "0.5,0", "--dtype", "float32")
-    said = scene.merge(base, [one, two], *flags, code=1)
+    said = scene.merge(base, [one, two], *flags, code=1).err
     assert f"{one}: {HEAD}: expected equal to {EMBEDDING}, to which {base} ties it, got other numbers." in said
     assert "Use --tie_word_embeddings no, which gives the output a head of its own." in said
-    said = scene.merge(base, [one, two], *flags, "--tie_word_embeddings", "no")
+    said = scene.merge(base, [one, two], *flags, "--tie_word_embeddings", "no").err
     assert f"note: {base}: {HEAD} is tied to {EMBEDDING} there; the output gets a head of its own." in said
     assert f"note: {two}: {HEAD} is tied to {EMBEDDING} there; that is used for it." in said
     start, other = (load_file(folder / "model.safetensors") for folder in (base, one))
@@ -74,10 +75,10 @@ def test_an_untied_base_whose_head_is_its_embedding(scene: Scene):
     base, one, two = (make_model(scene.folder / name, "bpe", tied=True) for name in ("base", "one", "two"))
     for folder in (base, one):
         store_head(folder, 1.0, tied=False)
-    said = scene.merge(base, [one, two], "--tie_word_embeddings", "yes")
+    said = scene.merge(base, [one, two], "--tie_word_embeddings", "yes").err
     assert f"note: {base}: {HEAD} is left out, as it equals {EMBEDDING}, to which the output ties it." in said
     assert f"note: {one}: {HEAD} is left out, as it equals {EMBEDDING}, to which the output ties it." in said
-    assert list(scene.tables()) == [EMBEDDING]
+    assert list(tables(scene.out)) == [EMBEDDING]
     assert scene.json("config.json")["tie_word_embeddings"] is True
     embedding, head = loaded(scene.out)
     assert torch.equal(embedding, head)
@@ -87,7 +88,7 @@ def test_an_untied_base_whose_head_is_its_embedding(scene: Scene):
 def test_heads_that_differ_cannot_be_tied(scene: Scene, whose: str):
     for name in ("base", "one"):
         store_head(make_model(scene.folder / name, "bpe", tied=True), 2.0 if name == whose else 1.0, tied=False)
-    said = scene.merge(scene.folder / "base", [scene.folder / "one"], "--tie_word_embeddings", "yes", code=1)
+    said = scene.merge(scene.folder / "base", [scene.folder / "one"], "--tie_word_embeddings", "yes", code=1).err
     assert str(scene.folder / whose) in said
     assert HEAD in said
     assert not scene.out.exists()
@@ -98,7 +99,7 @@ def test_a_base_that_says_tied_and_stores_a_head_of_its_own(scene: Scene):
     base, one = (make_model(scene.folder / name, "bpe", tied=True) for name in ("base", "one"))
     store_head(base, 2.0, tied=True)
     store_head(one, 2.0, tied=False)
-    said = scene.merge(base, [one])
+    said = scene.merge(base, [one]).err
     assert f"note: {base}: its head is not its embedding; config.json says so in the output." in said
     assert scene.json("config.json")["tie_word_embeddings"] is False
     embedding, head = loaded(scene.out)
@@ -111,7 +112,7 @@ def test_a_union_of_tied_and_untied_models(scene: Scene):
     one = make_model(scene.folder / "one", "bpe", ["<|x|>"], tied=True)
     two = make_model(scene.folder / "two", "bpe", ["<|y|>"])
     scene.merge(base, [one, two])
-    embedding, head = (scene.tables()[name] for name in TABLES)
+    embedding, head = (tables(scene.out)[name] for name in TABLES)
     assert torch.equal(head[290], embedding[290])
     assert torch.equal(head[291], -embedding[291])
     assert torch.equal(head[:290], load_file(base / "model.safetensors")[HEAD])

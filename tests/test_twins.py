@@ -18,10 +18,10 @@ from merging import randomness, report
 from merging.merge_work import merge
 from merging.methods import linear, signs, task_arithmetic, trim, widen
 from merging.recipe_flags import make_recipe
-from streaming import stream, twins
+from streaming import stream
 from streaming.output import RunOptions
 from streaming.stream import StreamOptions
-from streaming.twins import compile_all, twin, use_compiled
+from streaming.twins import TWINS, Twins, compile_all, use_compiled
 from tests.pico import make_family
 
 SIZES = (0, 1, 63, 64, 65, 4096, 10_007)
@@ -88,7 +88,7 @@ def check(function, *arguments, changes=None, **keywords):
 
 
 def test_all_twins_are_compiled_and_tested_here():
-    known = {(module, name) for module, name in twins._compiled}
+    known = TWINS.compiled.keys()
     assert known == {
         *(("streaming.kernels", name) for name in ("load", "round_to")),
         *(("merging.kernels", name) for name in ("weighted_sum", "add_to_base", "elect_and_sum", "keep_above_", "count_against", "keep_below_", "sum_products", "add_weighed", "count_signs")),
@@ -100,9 +100,7 @@ def test_all_twins_are_compiled_and_tested_here():
             for place in (stream, linear, task_arithmetic, signs, trim, randomness, widen, report, sums)
             if hasattr(place, name)
         )
-        parameters = [
-            list(inspect.signature(one).parameters.values()) for one in (plain, twins._compiled[module, name])
-        ]
+        parameters = [list(inspect.signature(one).parameters.values()) for one in (plain, TWINS.compiled[module, name])]
         assert [one.kind for one in parameters[0]] == [one.kind for one in parameters[1]]
 
 
@@ -208,6 +206,7 @@ METHODS = [
 ]  # fmt: skip
 
 
+@pytest.mark.command
 @pytest.mark.parametrize(("method", "parameters"), METHODS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_whole_merges(tmp_path, families, method, parameters, dtype):
@@ -240,7 +239,7 @@ def test_sums_of_channels(shape, first, dtype):
 
 def test_only_threads_that_ask_use_what_is_compiled(monkeypatch):
     used = []
-    monkeypatch.setitem(twins._compiled, ("streaming.kernels", "round_to"), lambda *arguments: used.append(arguments))
+    monkeypatch.setitem(TWINS.compiled, ("streaming.kernels", "round_to"), lambda *arguments: used.append(arguments))
     stream.round_to(torch.ones(3), torch.bfloat16)
     assert not used
     thread = threading.Thread(target=lambda: (use_compiled(True), stream.round_to(torch.ones(3), torch.bfloat16)))
@@ -268,23 +267,21 @@ EXAMPLES = {"first": first, "second": fail}
 def test_what_cannot_be_compiled_stays_plain(monkeypatch, tmp_path):
     (tmp_path / "broken_kernels.py").write_text(BROKEN)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(twins, "_compiled", {})
-    monkeypatch.setattr(twins, "_known", set())
-    monkeypatch.setattr(twins, "_asked_for", set())
+    twins = Twins()
 
-    @twin("broken_kernels")
+    @twins.twin("broken_kernels")
     def first() -> int:
         return 1
 
-    @twin("broken_kernels")
+    @twins.twin("broken_kernels")
     def second() -> int:
         return 1
 
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-    compile_all()
-    assert not twins._compiled
+    twins.compile_all()
+    assert not twins.compiled
     monkeypatch.delenv("NUMBA_DISABLE_JIT")
-    compile_all()
+    twins.compile_all()
     use_compiled(True)
     try:
         assert (first(), second()) == (2, 1)
@@ -292,28 +289,29 @@ def test_what_cannot_be_compiled_stays_plain(monkeypatch, tmp_path):
         use_compiled(False)
 
 
-def test_what_is_run_is_compiled_beside_it(monkeypatch):
-    monkeypatch.setattr(twins, "_compiled", {})
-    monkeypatch.setattr(twins, "_asked_for", set())
+def test_what_is_run_is_compiled_beside_it():
+    twins = Twins()
+    round_to = twins.twin("streaming.kernels")(stream.round_to.__wrapped__)
     use_compiled(True)
     try:
         with twins.compiling():
             for _ in range(2):
-                assert stream.round_to(torch.ones(3), torch.bfloat16)[1]
+                assert round_to(torch.ones(3), torch.bfloat16)[1]
             (compiler,) = (thread for thread in threading.enumerate() if thread.name == "compiler")
         compiler.join()
     finally:
         use_compiled(False)
-    assert list(twins._compiled) == [("streaming.kernels", "round_to")]
+    assert list(twins.compiled) == [("streaming.kernels", "round_to")]
 
 
 def test_without_numba(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(twins, "_compiled", {})
-    compile_all()
+    twins = Twins()
+    twins.twin("streaming.kernels")(stream.round_to.__wrapped__)
+    twins.compile_all()
     with twins.compiling():
         assert not [thread for thread in threading.enumerate() if thread.name == "compiler"]
-    assert not twins._compiled
+    assert not twins.compiled
 
 
 @pytest.mark.parametrize(("worth", "expected"), [(1, True), (10**9, False)])

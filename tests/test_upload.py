@@ -13,9 +13,10 @@ import pytest
 import merge
 import performAIM
 from checkpoints.errors import InputError, Interrupted
-from checkpoints.upload import Upload, plan_upload
+from checkpoints.upload import plan_upload
 from tests.fake_hub import FakeHub
 from tests.pico import Family, make_family
+from tests.scene import Scene, call, names
 from tests.token_models import make_model, relax
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub calls httpx2 so
@@ -34,27 +35,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield hub
 
 
-class Run:
-    """Merges of the family into `out`."""
-
-    def __init__(self, family: Family, folder: Path, capsys: pytest.CaptureFixture[str]):
-        models = ",".join(map(str, family.models))
-        self.out, self._capsys = folder / "out", capsys
-        self.flags = ["--method", "ties", "--base_model", str(family.base), "--models_to_merge", models]
-        self.flags += ["--save_path", str(self.out), "--report", "none", "--workers", "1"]
-
-    def __call__(self, *flags: str, code: int = 0) -> tuple[str, str]:
-        """stdout and stderr."""
-        self._capsys.readouterr()
-        got = merge.main([*self.flags, *flags])
-        printed = self._capsys.readouterr()
-        assert got == code, printed.err
-        return printed.out, printed.err
-
-
 @pytest.fixture
-def run(family: Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    return Run(family, tmp_path, capsys)
+def scene(family: Family, tmp_path: Path) -> Scene:
+    """Merges of the family."""
+    models = {"--base_model": family.base, "--models_to_merge": names(family.models)}
+    (tmp_path / "scene").mkdir()
+    return Scene(tmp_path / "scene", merge, {"--method": "ties", **models, "--report": "none", "--workers": 1})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -69,31 +55,31 @@ def pushed(hub: FakeHub, repo: str) -> dict[str, bytes]:
 # ------------------------------------------------------------------------------------------------------------ pushing
 
 
-def test_the_finished_folder_is_pushed_to_a_private_repo(run: Run, hub: FakeHub, tmp_path: Path):
-    out, _ = run("--push_to_hub", "merged", "--max_shard_size", "50KB", "--log_file", str(tmp_path / "log"))
+def test_the_finished_folder_is_pushed_to_a_private_repo(scene: Scene, hub: FakeHub, tmp_path: Path):
+    out = scene.run("--push_to_hub", "merged", "--max_shard_size", "50KB", "--log_file", str(tmp_path / "log")).out
     commit = hub.repos["models", "tester/merged"].branches["main"]
     assert out.splitlines()[-1] == f"pushed to {hub.endpoint}/tester/merged (private), commit {commit}"
-    assert pushed(hub, "tester/merged") == content(run.out)
+    assert pushed(hub, "tester/merged") == content(scene.out)
     assert hub.private == {"tester/merged"}
     events = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [one["commit"] for one in events if one["event"] == "pushed"] == [commit]
 
 
-def test_a_public_repo_of_an_organisation_made_elsewhere_and_empty(run: Run, hub: FakeHub):
+def test_a_public_repo_of_an_organisation_made_elsewhere_and_empty(scene: Scene, hub: FakeHub):
     from huggingface_hub import HfApi
 
     HfApi().create_repo("org/merged", private=False)
-    out, _ = run("--push_to_hub", "org/merged", "--public")
+    out = scene.run("--push_to_hub", "org/merged", "--public").out
     assert f"pushed to {hub.endpoint}/org/merged (public), commit " in out
-    assert pushed(hub, "org/merged") == content(run.out)
+    assert pushed(hub, "org/merged") == content(scene.out)
     assert not hub.private
 
 
-def test_a_model_that_was_pushed_can_be_merged(run: Run, hub: FakeHub, family: Family, tmp_path: Path):
+def test_a_model_that_was_pushed_can_be_merged(scene: Scene, hub: FakeHub, family: Family, tmp_path: Path):
     """And the card names it, which the hub checks."""
-    run("--push_to_hub", "merged")
+    scene.run("--push_to_hub", "merged")
     again = ["--method", "linear", "--base_model", str(family.base), "--models_to_merge", "tester/merged"]
-    assert merge.main([*again, "--save_path", str(tmp_path / "again"), "--push_to_hub", "again"]) == 0
+    call(merge, *again, "--save_path", str(tmp_path / "again"), "--push_to_hub", "again")
     assert b'base_model:\n- "tester/merged"\nlibrary_name' in hub.files("tester/again")["README.md"]
 
 
@@ -103,54 +89,54 @@ def test_each_checkpoint_of_a_sweep_has_a_repo_of_its_own(hub: FakeHub, tmp_path
     texts.write_text("".join(json.dumps({"text": f"hello world merging models {i}"}) + "\n" for i in range(200)))
     run = ["--merged_model", str(merged), "--pretrained_model_name", str(base), "--save_path", str(tmp_path / "out")]
     run += ["--calibration_data", str(texts), "--n_samples", "8", "--block_size", "16", "--push_to_hub", "swept"]
-    assert performAIM.main([*run, "--omegas", "0,0.5"]) == 0
+    call(performAIM, *run, "--omegas", "0,0.5")
     assert {repo for _, repo in hub.repos} == hub.private == {"tester/swept-omega_0", "tester/swept-omega_0.5"}
     for omega in ("omega_0", "omega_0.5"):
         assert pushed(hub, f"tester/swept-{omega}") == content(tmp_path / "out" / omega)
 
 
-def test_a_folder_that_is_complete_already_is_pushed(run: Run, hub: FakeHub):
-    run()
-    weights = [path for path in run.out.iterdir() if path.name not in ("README.md", "merge_recipe.json")]
+def test_a_folder_that_is_complete_already_is_pushed(scene: Scene, hub: FakeHub):
+    scene.run()
+    weights = [path for path in scene.out.iterdir() if path.name not in ("README.md", "merge_recipe.json")]
     there = {path: path.stat().st_mtime_ns for path in weights}
-    out, _ = run("--push_to_hub", "merged")
+    out = scene.run("--push_to_hub", "merged").out
     assert "is complete already" in out
     assert "pushed to " in out
     assert {path: path.stat().st_mtime_ns for path in weights} == there
-    assert pushed(hub, "tester/merged") == content(run.out)
-    assert pushed(hub, "tester/merged") == content(run.out)
+    assert pushed(hub, "tester/merged") == content(scene.out)
+    assert pushed(hub, "tester/merged") == content(scene.out)
 
 
-def test_an_earlier_result_is_replaced_on_request(run: Run, hub: FakeHub):
-    run("--push_to_hub", "merged", "--max_shard_size", "50KB")
+def test_an_earlier_result_is_replaced_on_request(scene: Scene, hub: FakeHub):
+    scene.run("--push_to_hub", "merged", "--max_shard_size", "50KB")
     assert (
-        "holds an earlier result. Choose another name, or add --overwrite." in run("--push_to_hub", "merged", code=1)[1]
+        "holds an earlier result. Choose another name, or add --overwrite."
+        in scene.run("--push_to_hub", "merged", code=1).err
     )
-    run("--push_to_hub", "merged", "--overwrite", "--lambda", "0.5")
-    assert pushed(hub, "tester/merged") == content(run.out)  # without the shards of before
+    scene.run("--push_to_hub", "merged", "--overwrite", "--lambda", "0.5")
+    assert pushed(hub, "tester/merged") == content(scene.out)  # without the shards of before
     assert ".gitattributes" in hub.files("tester/merged")
 
 
-def test_a_dry_run_says_what_would_be_pushed(run: Run, hub: FakeHub):
-    out, _ = run("--push_to_hub", "merged", "--dry_run")
+def test_a_dry_run_says_what_would_be_pushed(scene: Scene, hub: FakeHub):
+    out = scene.run("--push_to_hub", "merged", "--dry_run").out
     assert f"would push to {hub.endpoint}/tester/merged (private). Nothing was pushed.\n  model.safetensors: " in out
     assert out.endswith("/model_1: model_1 (fingerprint ...)\n")
-    plan = json.loads(run("--push_to_hub", "merged", "--public", "--dry_run", "--json")[0])
+    plan = json.loads(scene.run("--push_to_hub", "merged", "--public", "--dry_run", "--json").out)
     files, names = (plan["push_to_hub"].pop(key) for key in ("files", "names"))
     assert plan["push_to_hub"] == {"repos": ["tester/merged"], "visibility": "public"}
     assert all(name.endswith(f"/{public.removesuffix(' (fingerprint ...)')}") for name, public in names.items())
     assert not hub.repos
-    assert not run.out.exists()
-    assert "push_to_hub" not in json.loads(run("--dry_run", "--json")[0])
-    run()
-    written = {path.name: path.stat().st_size for path in run.out.iterdir()}
+    assert not scene.out.exists()
+    assert "push_to_hub" not in json.loads(scene.run("--dry_run", "--json").out)
+    scene.run()
+    written = {path.name: path.stat().st_size for path in scene.out.iterdir()}
     assert files == {name: size for name, size in written.items() if name not in ("README.md", "merge_recipe.json")}
 
 
-def test_a_dry_run_of_perform_aim(hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dry_run_of_perform_aim(hub: FakeHub, tmp_path: Path):
     base, merged = make_model(tmp_path / "base", "bpe"), make_model(tmp_path / "merged", "bpe")
     relax(base, merged, tmp_path / "out", "--push_to_hub", "one", "--save_activations", str(tmp_path / "statistics"))
-    capsys.readouterr()
     run = ["--merged_model", str(merged), "--pretrained_model_name", str(base), "--save_path", str(tmp_path / "two")]
     run += [
         "--activations",
@@ -161,81 +147,78 @@ def test_a_dry_run_of_perform_aim(hub: FakeHub, tmp_path: Path, capsys: pytest.C
         "0,0.4",
         "--dry_run",
     ]
-    assert performAIM.main(run) == 0
+    printed = call(performAIM, *run).out
     expected = f"would push to {hub.endpoint}/tester/two-omega_0, {hub.endpoint}/tester/two-omega_0.4 (private)."
-    assert expected in capsys.readouterr().out
-    assert performAIM.main([*run, "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["push_to_hub"]["repos"]) == 2
+    assert expected in printed
+    assert len(json.loads(call(performAIM, *run, "--json").out)["push_to_hub"]["repos"]) == 2
     assert {repo for _, repo in hub.repos} == {"tester/one"}
 
 
 # ------------------------------------------------------------------------------------- refused before anything is merged
 
 
-def refused(run: Run, *flags: str, code: int = 1) -> str:
-    _, message = run(*flags, code=code)
-    assert not run.out.exists()
-    return message.strip()
-
-
 @pytest.mark.parametrize("name", ["./out", "a/b/c", "", "a b", "x" * 97, "org/a--b", "https://huggingface.co/org/a"])
-def test_names_that_the_hub_cannot_have(run: Run, hub: FakeHub, name: str):
-    assert f"--push_to_hub: expected NAME or USER/NAME of letters, digits, '-', '_' and '.', got {name!r}" in refused(
-        run, "--push_to_hub", name, code=2
+def test_names_that_the_hub_cannot_have(scene: Scene, hub: FakeHub, name: str):
+    assert (
+        f"--push_to_hub: expected NAME or USER/NAME of letters, digits, '-', '_' and '.', got {name!r}"
+        in scene.refuse("--push_to_hub", name, code=2)
     )
     assert not hub.requests
 
 
-def test_public_alone(run: Run):
-    assert (
-        refused(run, "--public", code=2)
-        == "merge.py: --public: nothing is pushed. Add --push_to_hub NAME, or leave it out."
-    )
+def test_public_alone(scene: Scene):
+    assert scene.refuse("--public", code=2) == "--public: nothing is pushed. Add --push_to_hub NAME, or leave it out.\n"
 
 
-def test_tokens_that_will_not_do(run: Run, hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
+def test_tokens_that_will_not_do(scene: Scene, hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     hub.role = "read"
-    assert "merged: your token may read only. Make one that may write at " in refused(run, "--push_to_hub", "merged")
+    assert "merged: your token may read only. Make one that may write at " in scene.refuse(
+        "--push_to_hub", "merged", code=1
+    )
     hub.role = "fineGrained"
-    assert "your token may read only" in refused(run, "--push_to_hub", "merged")
+    assert "your token may read only" in scene.refuse("--push_to_hub", "merged", code=1)
     hub.scopes.append("repo.write")
     assert plan_upload("merged").repos == ("tester/merged",)
-    assert "is that of tester, who is no member of other. Push to one of: tester, org." in refused(
-        run, "--push_to_hub", "other/merged"
+    assert "is that of tester, who is no member of other. Push to one of: tester, org." in scene.refuse(
+        "--push_to_hub", "other/merged", code=1
     )
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    assert "the hub does not know your token. Log in" in refused(run, "--push_to_hub", "merged")
+    assert "the hub does not know your token. Log in" in scene.refuse("--push_to_hub", "merged", code=1)
     monkeypatch.delenv("HF_TOKEN")
-    assert "there is no token. Log in with `hf auth login`" in refused(run, "--push_to_hub", "merged")
+    assert "there is no token. Log in with `hf auth login`" in scene.refuse("--push_to_hub", "merged", code=1)
     assert not hub.repos
 
 
-def test_repos_that_hold_something_else(run: Run, hub: FakeHub, family: Family):
+def test_repos_that_hold_something_else(scene: Scene, hub: FakeHub, family: Family):
     hub.publish("tester/model", family.base)
     hub.private.add("tester/model")
-    message = refused(run, "--push_to_hub", "model", "--overwrite")
+    message = scene.refuse("--push_to_hub", "model", "--overwrite", code=1)
     assert "--push_to_hub tester/model: holds config.json, generation_config.json, model.safetensors" in message
     assert "which is no earlier result. Choose another name." in message
 
 
-def test_repos_of_another_visibility(run: Run, hub: FakeHub, family: Family):
+def test_repos_of_another_visibility(scene: Scene, hub: FakeHub, family: Family):
     hub.publish("tester/model", family.base)
-    assert "tester/model: is public on the hub. Add --public, change it at " in refused(run, "--push_to_hub", "model")
+    assert "tester/model: is public on the hub. Add --public, change it at " in scene.refuse(
+        "--push_to_hub", "model", code=1
+    )
     hub.private.add("tester/model")
-    message = refused(run, "--push_to_hub", "model", "--public")
+    message = scene.refuse("--push_to_hub", "model", "--public", code=1)
     assert "tester/model: is private on the hub. Leave --public out, change it at " in message
 
 
-def test_a_hub_that_does_not_answer(run: Run, hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_that_does_not_answer(scene: Scene, hub: FakeHub, monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import constants
 
     hub.status = 503
-    assert "--push_to_hub merged: the hub refuses with status 503" in refused(run, "--push_to_hub", "merged")
+    assert "--push_to_hub merged: the hub refuses with status 503" in scene.refuse("--push_to_hub", "merged", code=1)
     hub.close()
-    message = refused(run, "--push_to_hub", "merged")
+    message = scene.refuse("--push_to_hub", "merged", code=1)
     assert f"--push_to_hub merged: {hub.endpoint} cannot be reached (ConnectError: " in message
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE=1 forbids to ask the hub. Unset it." in refused(run, "--push_to_hub", "merged", "--dry_run")
+    assert "HF_HUB_OFFLINE=1 forbids to ask the hub. Unset it." in scene.refuse(
+        "--push_to_hub", "merged", "--dry_run", code=1
+    )
 
 
 def test_every_repo_of_a_sweep_is_looked_at(hub: FakeHub, family: Family):
@@ -247,23 +230,25 @@ def test_every_repo_of_a_sweep_is_looked_at(hub: FakeHub, family: Family):
 # ------------------------------------------------------------------------------------------------ pushing that fails
 
 
-def test_a_push_that_fails_leaves_the_folder_and_says_how_to_push(run: Run, hub: FakeHub):
+def test_a_push_that_fails_leaves_the_folder_and_says_how_to_push(scene: Scene, hub: FakeHub):
     hub.uploads_fail = True
-    _, message = run("--push_to_hub", "merged", "--quiet", code=1)
+    message = scene.run("--push_to_hub", "merged", "--quiet", code=1).err
     assert (
         "--push_to_hub tester/merged: the hub refuses with status 403: Private repository storage limit reached"
         in message
     )
-    assert f"{run.out} is complete. Push it later with:\n  hf upload tester/merged {run.out} . --private\n" in message
-    assert (run.out / "merge_recipe.json").is_file()
+    assert (
+        f"{scene.out} is complete. Push it later with:\n  hf upload tester/merged {scene.out} . --private\n" in message
+    )
+    assert (scene.out / "merge_recipe.json").is_file()
     hub.uploads_fail = False
-    run("--push_to_hub", "merged")  # the repo is there, and empty
-    assert pushed(hub, "tester/merged") == content(run.out)
+    scene.run("--push_to_hub", "merged")  # the repo is there, and empty
+    assert pushed(hub, "tester/merged") == content(scene.out)
 
 
-def test_the_command_for_later_works(run: Run, hub: FakeHub, tmp_path: Path):
+def test_the_command_for_later_works(scene: Scene, hub: FakeHub, tmp_path: Path):
     hub.uploads_fail = True
-    _, message = run("--push_to_hub", "merged", code=1)
+    message = scene.run("--push_to_hub", "merged", code=1).err
     hub.uploads_fail = False
     command = message.strip().splitlines()[-1].split()
     done = subprocess.run(
@@ -271,14 +256,16 @@ def test_the_command_for_later_works(run: Run, hub: FakeHub, tmp_path: Path):
         env=hub.environment(tmp_path / "cache", token=hub.token), capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert pushed(hub, "tester/merged") == content(run.out)
+    assert pushed(hub, "tester/merged") == content(scene.out)
 
 
 def test_an_interrupted_push(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import HfApi
+
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Upload, "_push", interrupt)
+    monkeypatch.setattr(HfApi, "upload_folder", interrupt)
     upload = plan_upload("a", ["omega_0", "omega_1"], public=True, overwrite=True)
     with pytest.raises(Interrupted) as caught:
         list(upload.push(tmp_path / "my out"))
@@ -306,14 +293,14 @@ def test_a_card_that_the_hub_does_not_take(hub: FakeHub, tmp_path: Path):
     assert str(caught.value).startswith(f"push_to_hub tester/a: {said}{tmp_path} is complete.")
 
 
-def test_nothing_that_is_pushed_names_a_folder_of_this_machine(run: Run, hub: FakeHub, family: Family):
-    run("--push_to_hub", "merged", "--public", f"--log_file={run.out.parent / 'log'}")
+def test_nothing_that_is_pushed_names_a_folder_of_this_machine(scene: Scene, hub: FakeHub, family: Family):
+    scene.run("--push_to_hub", "merged", "--public", f"--log_file={scene.out.parent / 'log'}")
     there = pushed(hub, "tester/merged")
     for name in ("README.md", "merge_recipe.json", "config.json"):
-        for folder in (family.base.parent, run.out.parent, Path.home()):
+        for folder in (family.base.parent, scene.out.parent, Path.home()):
             assert str(folder) not in there[name].decode(), name
     recipe = json.loads(there["merge_recipe.json"])
     digits = recipe["inputs"][1]["fingerprint"][:12]
     assert recipe["models"][0]["model"] == f"{family.models[0].name} (fingerprint {digits})"
     assert f"`{family.models[0].name} (fingerprint {digits})`" in there["README.md"].decode()
-    assert merge.main(["--verify", str(run.out)]) == 0
+    call(merge, "--verify", str(scene.out))

@@ -17,6 +17,7 @@ import merge
 import performAIM
 from merging import make_recipe
 from merging.remarks import remarks
+from tests.scene import call
 
 INPUTS = Path(__file__).parent / "goldens" / "inputs"
 CALIBRATION = [f"--calibration_data={INPUTS / 'calib.jsonl.gz'}", "--n_samples=8", "--block_size=64"]
@@ -28,24 +29,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A merge in three files, a sweep, a relaxed model, and a merge without digests."""
     folder = tmp_path_factory.mktemp("results")
     models = [f"--base_model={INPUTS / 'base'}", f"--models_to_merge={INPUTS / 'math'},{INPUTS / 'code'}", "--quiet"]
-    assert merge.main([*models, "--method=ties", "--max_shard_size=80kB", f"--save_path={folder / 'merged'}"]) == 0
-    assert merge.main([*models, "--method=ties", "--digest=none", f"--save_path={folder / 'undigested'}"]) == 0
+    call(merge, *models, "--method=ties", "--max_shard_size=80kB", f"--save_path={folder / 'merged'}")
+    call(merge, *models, "--method=ties", "--digest=none", f"--save_path={folder / 'undigested'}")
     sweep = ["--method=linear", "--omegas=0,0.5", *CALIBRATION, f"--save_path={folder / 'sweep'}"]
-    assert merge.main([*models, *sweep]) == 0
+    call(merge, *models, *sweep)
     relax = [
         f"--merged_model={folder / 'merged'}",
         f"--pretrained_model_name={INPUTS / 'base'}",
         *CALIBRATION,
         "--quiet",
     ]
-    assert performAIM.main([*relax, f"--save_path={folder / 'relaxed'}"]) == 0
+    call(performAIM, *relax, f"--save_path={folder / 'relaxed'}")
     return folder
 
 
 @pytest.mark.parametrize("name", ["merged", "undigested", "sweep", "relaxed"])
-def test_what_a_run_wrote_is_as_written(results, capsys, name):
-    assert merge.main([f"--verify={results / name}"]) == 0
-    said = capsys.readouterr()
+def test_what_a_run_wrote_is_as_written(results, name):
+    said = call(merge, f"--verify={results / name}")
     assert said.out.count("as written") == (2 if name == "sweep" else 1)
     assert ("no digests" in said.err) == (name == "undigested")
 
@@ -122,12 +122,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_found(results, tmp_path, capsys, name):
+def test_damage_is_found(results, tmp_path, name):
     damage, says = DAMAGE[name]
     folder = shutil.copytree(results / "merged", tmp_path / "copy")
     damage(folder)
-    assert merge.main([f"--verify={folder}"]) == 1
-    assert says in capsys.readouterr().err
+    ended = call(merge, f"--verify={folder}", code=1)
+    assert says in ended.err
 
 
 def test_every_file_of_a_result_has_its_digest(results):
@@ -140,18 +140,17 @@ def test_every_file_of_a_result_has_its_digest(results):
             assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_a_result_of_an_earlier_version_is_verified_as_far_as_its_recipe_says(results, tmp_path, capsys):
+def test_a_result_of_an_earlier_version_is_verified_as_far_as_its_recipe_says(results, tmp_path):
     folder = shutil.copytree(results / "merged", tmp_path / "copy")
     recipe = json.loads((folder / "merge_recipe.json").read_text())
     del recipe["side_files"]
     (folder / "merge_recipe.json").write_text(json.dumps(recipe))
     (folder / "README.md").write_text("# mine")
-    assert merge.main([f"--verify={folder}"]) == 0
-    said = capsys.readouterr()
+    said = call(merge, f"--verify={folder}")
     assert "as written" in said.out
     assert "has no digests of config, tokenizer and other small files" in said.err
     flip(folder)
-    assert merge.main([f"--verify={folder}"]) == 1
+    call(merge, f"--verify={folder}", code=1)
 
 
 def test_hidden_files_beside_a_result_are_not_its_own(results, tmp_path):
@@ -160,10 +159,10 @@ def test_hidden_files_beside_a_result_are_not_its_own(results, tmp_path):
     (folder / ".cache" / "huggingface").mkdir(parents=True)
     (folder / ".cache" / "huggingface" / "x").touch()
     (folder / ".gitattributes").touch()
-    assert merge.main([f"--verify={folder}"]) == 0
+    call(merge, f"--verify={folder}")
 
 
-def test_numbers_that_are_not_finite_are_found(results, tmp_path, capsys):
+def test_numbers_that_are_not_finite_are_found(results, tmp_path):
     """Without digests nothing else tells."""
     folder = shutil.copytree(results / "undigested", tmp_path / "copy")
     tensors = load_file(folder / "model.safetensors")
@@ -173,13 +172,13 @@ def test_numbers_that_are_not_finite_are_found(results, tmp_path, capsys):
     recipe = json.loads((folder / "merge_recipe.json").read_text())
     recipe["outputs"]["model.safetensors"]["bytes"] = size
     (folder / "merge_recipe.json").write_text(json.dumps(recipe))
-    assert merge.main([f"--verify={folder}"]) == 1
-    assert f"{UP}: holds a NaN or an infinity" in capsys.readouterr().err
+    ended = call(merge, f"--verify={folder}", code=1)
+    assert f"{UP}: holds a NaN or an infinity" in ended.err
 
 
-def test_a_folder_that_no_run_wrote(tmp_path, capsys):
-    assert merge.main([f"--verify={tmp_path}"]) == 1
-    assert "expected merge_recipe.json, got none" in capsys.readouterr().err
+def test_a_folder_that_no_run_wrote(tmp_path):
+    ended = call(merge, f"--verify={tmp_path}", code=1)
+    assert "expected merge_recipe.json, got none" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -209,13 +208,13 @@ def test_remarks(method, parameters, says):
         assert part in remark
 
 
-def test_remarks_are_printed_logged_and_recorded(tmp_path, capsys):
+def test_remarks_are_printed_logged_and_recorded(tmp_path):
     models = [f"--base_model={INPUTS / 'base'}", f"--models_to_merge={INPUTS / 'math'}"]
     out, log = tmp_path / "out", tmp_path / "run.jsonl"
     flags = [*models, "--method=ties", "--density=1", f"--save_path={out}", f"--log_file={log}", "--quiet"]
-    assert merge.main(flags) == 0
+    ended = call(merge, *flags)
     says = "density 1: ties drops and trims nothing."
-    assert capsys.readouterr().err == f"warning: {says}\n"
+    assert ended.err == f"warning: {says}\n"
     assert json.loads((out / "merge_recipe.json").read_text())["warnings"] == [says]
     assert [
         json.loads(line)["message"] for line in log.read_text().splitlines() if '"warning"' in line.split("warnings")[0]

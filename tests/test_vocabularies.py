@@ -13,12 +13,25 @@ import performAIM
 from alignment.layout import Layout
 from checkpoints.errors import InputError
 from checkpoints.vocabulary import MISSING, Vocabulary, match_rows, read_vocabulary
-from tests.token_models import KINDS, TABLES, Scene, change_json, make_model, relax, row_of, write_bpe, write_json
+from tests.scene import Scene, call
+from tests.token_models import (
+    KINDS,
+    TABLES,
+    change_json,
+    check_rows,
+    make_model,
+    merging_scene,
+    relax,
+    row_of,
+    tables,
+    write_bpe,
+    write_json,
+)
 
 
 @pytest.fixture
-def scene(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Scene:
-    return Scene(tmp_path, capsys)
+def scene(tmp_path: Path) -> Scene:
+    return merging_scene(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- the union
@@ -33,9 +46,9 @@ def test_every_token_of_a_union_has_its_own_row(scene: Scene, kind: str):
     known = read_vocabulary(base, "base")
     assert known is not None
     owners = {**dict.fromkeys(known.ids, "base"), "[PAD]": "one", "<|x|>": "one", "<|y|>": "two"}
-    said = scene.merge(base, [one, two], "--new_token_rows", "owner")
+    said = scene.merge(base, [one, two], "--new_token_rows", "owner").err
     size = known.size
-    tokenizer = scene.check_rows(owners.__getitem__, size + 3)
+    tokenizer = check_rows(scene.out, owners.__getitem__, size + 3)
     assert [tokenizer.convert_tokens_to_ids(token) for token in ("[PAD]", "<|x|>", "<|y|>")] == [
         size,
         size + 1,
@@ -68,7 +81,7 @@ def test_tokenizers_of_two_kinds(scene: Scene, keep: bool):
     scene.merge(base, [one])
     known = read_vocabulary(base, "base")
     assert known is not None
-    scene.check_rows(lambda token: "one" if token == "[PAD]" else "base", known.size + 1)
+    check_rows(scene.out, lambda token: "one" if token == "[PAD]" else "base", known.size + 1)
     assert (scene.out / "added_tokens.json").is_file() == keep
 
 
@@ -79,15 +92,15 @@ def test_a_new_token_is_merged_where_several_models_have_it(scene: Scene):
     flags = ("--method", "task_arithmetic", "--dtype", "float32")
     one, two = row_of("one", "[PAD]"), row_of("two", "[PAD]")
     mean = (one + two) / 2
-    said = scene.merge(base, models, *flags, "--weights", "0.25,0.5")
+    said = scene.merge(base, models, *flags, "--weights", "0.25,0.5").err
     expected = mean + 0.25 * (one - mean) + 0.5 * (two - mean)
-    assert set(scene.tables()[TABLES[0]][-1].tolist()) == {expected}
+    assert set(tables(scene.out)[TABLES[0]][-1].tolist()) == {expected}
     assert "1 filled with the mean of the owners' rows" in said
     assert scene.json("merge_recipe.json")["new_token_rows"] == "owners_mean"
     scene.merge(base, models[::-1], *flags, "--weights", "0.5,0.25")
-    assert set(scene.tables()[TABLES[0]][-1].tolist()) == {expected}
+    assert set(tables(scene.out)[TABLES[0]][-1].tolist()) == {expected}
     scene.merge(base, models, *flags, "--weights", "0.25,0.5", "--new_token_rows", "owner")
-    assert set(scene.tables()[TABLES[0]][-1].tolist()) == {one + 0.5 * (two - one)}
+    assert set(tables(scene.out)[TABLES[0]][-1].tolist()) == {one + 0.5 * (two - one)}
     assert scene.json("merge_recipe.json")["new_token_rows"] == "owner"
 
 
@@ -97,14 +110,14 @@ def test_the_mean_of_owners_where_each_token_has_others(scene: Scene):
     tokens = {"one": ["<|x|>"], "two": ["<|x|>", "<|y|>"], "three": ["<|y|>", "<|z|>"]}
     models = [make_model(scene.folder / name, "bpe", added) for name, added in tokens.items()]
     scene.merge(base, models, "--dtype", "float32")  # lambda 0: the base
-    rows = scene.tables()[TABLES[0]][-3:, 0].tolist()
+    rows = tables(scene.out)[TABLES[0]][-3:, 0].tolist()
     assert rows == [
         (row_of("one", "<|x|>") + row_of("two", "<|x|>")) / 2,
         (row_of("two", "<|y|>") + row_of("three", "<|y|>")) / 2,
         row_of("three", "<|z|>"),
     ]
     scene.merge(base, models, "--method", "task_arithmetic", "--weights", "1,0,0", "--dtype", "float32")
-    assert scene.tables()[TABLES[0]][-3:, 0].tolist() == [row_of("one", "<|x|>"), *rows[1:]]
+    assert tables(scene.out)[TABLES[0]][-3:, 0].tolist() == [row_of("one", "<|x|>"), *rows[1:]]
 
 
 def test_mean_rows(scene: Scene):
@@ -112,23 +125,23 @@ def test_mean_rows(scene: Scene):
     base = make_model(scene.folder / "base", "bpe")
     models = [make_model(scene.folder / "one", "bpe", ["[PAD]"]), make_model(scene.folder / "two", "bpe")]
     flags = ("--method", "task_arithmetic", "--weights", "0.25,0.75", "--new_token_rows", "mean", "--dtype", "float32")
-    said = scene.merge(base, models, *flags)
+    said = scene.merge(base, models, *flags).err
     assert "1 filled with the mean row" in said
     mean = {folder: load_file(folder / "model.safetensors")[TABLES[0]].float().mean(0) for folder in (base, models[1])}
     start, two = (mean[folder].bfloat16().float() for folder in (base, models[1]))
     expected = start + 0.25 * (row_of("one", "[PAD]") - start) + 0.75 * (two - start)
-    torch.testing.assert_close(scene.tables()[TABLES[0]][-1], expected)
+    torch.testing.assert_close(tables(scene.out)[TABLES[0]][-1], expected)
     assert scene.json("merge_recipe.json")["new_token_rows"] == "mean"
 
 
 def test_the_bases_own_vocabulary(scene: Scene):
     base = make_model(scene.folder / "base", "bpe", ["[BASE]"])
     one = make_model(scene.folder / "one", "bpe", ["[PAD]"], eos_token_id=[2, 290])
-    said = scene.merge(base, [one], "--tokenizer_source", "base")
+    said = scene.merge(base, [one], "--tokenizer_source", "base").err
     assert "0 added, 1 filled with the owner's row, 1 dropped" in said
     known = read_vocabulary(base, "base")
     assert known is not None
-    scene.check_rows(lambda token: "base", known.size)
+    check_rows(scene.out, lambda token: "base", known.size)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (scene.out / name).read_bytes() == (base / name).read_bytes()
 
@@ -139,12 +152,12 @@ def test_another_models_vocabulary(scene: Scene):
     one = make_model(scene.folder / "one", "bpe", ["<|image|>", "<|end|>"], eos_token_id=[2, 291], pad_token_id=291)
     (one / "chat_template.jinja").write_text("{{ messages }}")
     (base / "chat_template.jinja").write_text("base")
-    said = scene.merge(base, [one], "--tokenizer_source", str(one))
+    said = scene.merge(base, [one], "--tokenizer_source", str(one)).err
     assert (
         f"{base}: vocabulary rows are matched by token: 291 matched, 0 added, 1 filled with the owner's row, 1 dropped"
         in said
     )
-    scene.check_rows(lambda token: "one" if token == "<|end|>" else "base", 292)
+    check_rows(scene.out, lambda token: "one" if token == "<|end|>" else "base", 292)
     for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (scene.out / name).read_bytes() == (one / name).read_bytes()
     config = scene.json("config.json")
@@ -157,14 +170,14 @@ def test_ends_of_text_and_chat_template_are_united(scene: Scene):
     two = make_model(scene.folder / "two", "bpe", ["<|y|>"])
     one = make_model(scene.folder / "one", "bpe", ["<|end|>"], eos_token_id=[290, 2])
     change_json(one / "tokenizer_config.json", chat_template="{{ messages }}")
-    said = scene.merge(base, [two, one])
+    said = scene.merge(base, [two, one]).err
     assert "note: the output's text ends at any of '" in said
     assert f"note: the chat template is that of {one}." in said
     assert scene.json("config.json")["eos_token_id"] == scene.json("generation_config.json")["eos_token_id"] == [2, 291]
-    tokenizer = scene.check_rows(lambda token: {"<|end|>": "one", "<|y|>": "two"}.get(token, "base"), 292)
+    tokenizer = check_rows(scene.out, lambda token: {"<|end|>": "one", "<|y|>": "two"}.get(token, "base"), 292)
     assert tokenizer.chat_template == "{{ messages }}"
     (base / "chat_template.jinja").write_text("base")
-    assert "chat template" not in scene.merge(base, [two, one])
+    assert "chat template" not in scene.merge(base, [two, one]).err
     assert (scene.out / "chat_template.jinja").read_text() == "base"
 
 
@@ -188,23 +201,23 @@ def test_padding_to_a_multiple(scene: Scene):
     base = make_model(scene.folder / "base", "bpe")
     models = [make_model(scene.folder / name, "bpe", [token]) for name, token in (("one", "<|x|>"), ("two", "<|y|>"))]
     scene.merge(base, models, "--pad_to_multiple_of", "64")
-    scene.check_rows(lambda token: {"<|x|>": "one", "<|y|>": "two"}.get(token, "base"), 292)
-    tables = scene.tables()
+    check_rows(scene.out, lambda token: {"<|x|>": "one", "<|y|>": "two"}.get(token, "base"), 292)
+    stored = tables(scene.out)
     assert scene.json("config.json")["vocab_size"] == 320
     for name, table in load_file(base / "model.safetensors").items():
         if name in TABLES:
-            assert torch.equal(tables[name][292:], table.double().mean(0).bfloat16().expand(28, -1))
+            assert torch.equal(stored[name][292:], table.double().mean(0).bfloat16().expand(28, -1))
 
 
 def test_new_tokens_take_the_place_of_padding(scene: Scene):
     """290 tokens on 300 rows, and a model with another one there, as Qwen's fine-tunes do: still 300 rows."""
     base = make_model(scene.folder / "base", "bpe", padding=10)
     one = make_model(scene.folder / "one", "bpe", ["<|x|>"], padding=9)
-    assert "the vocabulary tables get" not in scene.merge(base, [one])
-    scene.check_rows(lambda token: "one" if token == "<|x|>" else "base", 291)
-    assert {name: len(table) for name, table in scene.tables().items()} == dict.fromkeys(TABLES, 300)
+    assert "the vocabulary tables get" not in scene.merge(base, [one]).err
+    check_rows(scene.out, lambda token: "one" if token == "<|x|>" else "base", 291)
+    assert {name: len(table) for name, table in tables(scene.out).items()} == dict.fromkeys(TABLES, 300)
     assert scene.json("config.json")["vocab_size"] == 300
-    assert set(scene.tables()[TABLES[0]][291:].flatten().tolist()) == {77.0}
+    assert set(tables(scene.out)[TABLES[0]][291:].flatten().tolist()) == {77.0}
 
 
 def test_a_token_without_a_row_is_none_of_the_models(scene: Scene):
@@ -213,11 +226,11 @@ def test_a_token_without_a_row_is_none_of_the_models(scene: Scene):
     one = make_model(scene.folder / "one", "bpe")
     write_bpe(one, ["[PAD]"])
     scene.merge(base, [one])
-    assert len(scene.tables()[TABLES[0]]) == 290
+    assert len(tables(scene.out)[TABLES[0]]) == 290
     write_bpe(base, ["[PAD]"])
     two = make_model(scene.folder / "two", "bpe", ["[PAD]"])
     scene.merge(base, [one, two])
-    scene.check_rows(lambda token: "two" if token == "[PAD]" else "base", 291)
+    check_rows(scene.out, lambda token: "two" if token == "[PAD]" else "base", 291)
 
 
 def test_padding_without_tokenizers(scene: Scene):
@@ -226,10 +239,11 @@ def test_padding_without_tokenizers(scene: Scene):
         (folder / "tokenizer.json").unlink()
     scene.merge(base, [one], "--pad_to_multiple_of", "64")
     table = load_file(base / "model.safetensors")[TABLES[1]]
-    assert torch.equal(scene.tables()[TABLES[1]][:290], table)
+    assert torch.equal(tables(scene.out)[TABLES[1]][:290], table)
     assert scene.json("config.json")["vocab_size"] == 320
-    assert "has no tokenizer" in scene.merge(
-        base, [one], "--tokenizer_source", "union", "--pad_to_multiple_of=64", code=1
+    assert (
+        "has no tokenizer"
+        in scene.merge(base, [one], "--tokenizer_source", "union", "--pad_to_multiple_of=64", code=1).err
     )
 
 
@@ -239,13 +253,13 @@ def test_padding_without_tokenizers(scene: Scene):
 def test_flags_that_do_not_fit(scene: Scene):
     base, one = (make_model(scene.folder / name, "bpe") for name in ("base", "one"))
     says = f"--tokenizer_source: expected one of base, union, {one}, got 'unoin'."
-    assert says in scene.merge(base, [one], "--tokenizer_source", "unoin", code=2)
+    assert says in scene.merge(base, [one], "--tokenizer_source", "unoin", code=2).err
     says = "--new_token_rows: unknown value 'meen'. Did you mean 'mean'?"
-    assert says in scene.merge(base, [one], "--new_token_rows", "meen", code=2)
+    assert says in scene.merge(base, [one], "--new_token_rows", "meen", code=2).err
     with pytest.raises(InputError, match="pad_to_multiple_of: expected a whole number above 0, got 0"):
         Layout(pad_to_multiple_of=0)
     says = "--tie_word_embeddings: unknown value 'maybe'."
-    assert says in scene.merge(base, [one], "--tie_word_embeddings", "maybe", code=2)
+    assert says in scene.merge(base, [one], "--tie_word_embeddings", "maybe", code=2).err
 
 
 def test_a_tokenizer_that_cannot_take_more_tokens_is_refused(scene: Scene):
@@ -256,7 +270,7 @@ def test_a_tokenizer_that_cannot_take_more_tokens_is_refused(scene: Scene):
     write_json(base / "tokenizer.json", content)
     one = make_model(scene.folder / "one", "word piece", ["[PAD]"])
     says = "its tokenizer cannot take more tokens: '[PAD]' would get the id"
-    assert says in scene.merge(base, [one], code=1)
+    assert says in scene.merge(base, [one], code=1).err
     assert not scene.out.exists()
 
 
@@ -275,7 +289,7 @@ def test_relaxing_a_model_with_more_tokens(scene: Scene):
     assert torch.equal(owner[:-1], mean[:-1])
     assert not torch.equal(owner[:-1], stored[:-1])
     flags = ["--merged_model", str(merged), "--pretrained_model_name", str(base), "--save_path", str(scene.out)]
-    assert performAIM.main([*flags, "--numerics", "reference", "--new_token_rows", "owner"]) == 2
+    call(performAIM, *flags, "--numerics", "reference", "--new_token_rows", "owner", code=2)
 
 
 def test_merging_and_relaxing_in_one_run_with_more_tokens(scene: Scene):
@@ -283,13 +297,13 @@ def test_merging_and_relaxing_in_one_run_with_more_tokens(scene: Scene):
     base = make_model(scene.folder / "base", "bpe")
     one = make_model(scene.folder / "one", "bpe", ["[PAD]"])
     scene.merge(base, [one], "--method", "task_arithmetic")
-    plain = scene.tables()[TABLES[1]]
+    plain = tables(scene.out)[TABLES[1]]
     calibration = scene.folder / "texts.jsonl"
     calibration.write_text("".join(json.dumps({"text": f"hello world {i}"}) + "\n" for i in range(99)))
     how = ["--calibration_data", str(calibration), "--n_samples", "8", "--block_size", "16"]
     for omega in ("1", "0.2"):
         scene.merge(base, [one], "--method", "task_arithmetic", "--omega", omega, *how)
-        head = scene.tables()[TABLES[1]]
+        head = tables(scene.out)[TABLES[1]]
         assert torch.equal(head, plain) == (omega == "1")
         assert torch.equal(head[-1], plain[-1])
 

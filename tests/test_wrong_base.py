@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,15 +11,22 @@ from safetensors.torch import load_file, save_file
 
 import merge
 from tests.pico import make_family
+from tests.scene import Scene
 
 ASKS = "The task vectors of all models are nearly the same and large: is BASE the base that they were fine-tuned from?"
 
 
-def merged(base: Path, models: list[Path], out: Path, *flags: str) -> list[str]:
-    """The warnings of a merge."""
-    named = ["--base_model", str(base), "--models_to_merge", ",".join(map(str, models)), "--save_path", str(out)]
-    assert merge.main(["--method", "task_arithmetic", *named, "--quiet", *flags]) == 0
-    return list(json.loads((out / "merge_recipe.json").read_text())["warnings"])
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path, merge, {"--method": "task_arithmetic"})
+
+
+def warnings(scene: Scene, base: Path, models: list[Path]) -> list[str]:
+    """What a merge warns of, quiet or not, as its recipe says it too."""
+    said = scene.merge(base, models, "--quiet").err
+    found: list[str] = scene.recipe()["warnings"]
+    assert said == "".join(f"warning: {one}\n" for one in found)
+    return found
 
 
 def moved(source: Path, target: Path, towards: Path, share: float) -> Path:
@@ -32,31 +38,29 @@ def moved(source: Path, target: Path, towards: Path, share: float) -> Path:
     return target
 
 
-def test_fine_tunes_of_another_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_fine_tunes_of_another_base(scene: Scene, tmp_path: Path):
     family = make_family(tmp_path / "family", "llama", n_models=2)
     other = make_family(tmp_path / "other", "llama", n_models=1, seed=7).base
-    found = merged(other, family.models, tmp_path / "out")
     asks = f"{ASKS.replace('BASE', str(other))} Name that one, or merge without a base (linear, slerp)."
-    assert asks in found
-    assert f"warning: {asks}" in capsys.readouterr().err  # quiet or not
-    assert not any("fine-tuned from" in one for one in merged(other, family.models[:1], tmp_path / "alone"))
-    assert not any("fine-tuned from" in one for one in merged(family.base, family.models, tmp_path / "right"))
+    assert asks in warnings(scene, other, family.models)
+    assert not any("fine-tuned from" in one for one in warnings(scene, other, family.models[:1]))
+    assert not any("fine-tuned from" in one for one in warnings(scene, family.base, family.models))
 
 
-def test_two_checkpoints_of_one_run_are_not_asked_about(tmp_path: Path):
+def test_two_checkpoints_of_one_run_are_not_asked_about(scene: Scene, tmp_path: Path):
     """Alike, and near the base, as a fine-tune is."""
     family = make_family(tmp_path / "family", "llama", n_models=1, dtype=torch.float32, delta=0.05)
     earlier = moved(family.base, tmp_path / "earlier", family.models[0], 0.8)
-    found = merged(family.base, [earlier, family.models[0]], tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())["report"]["all"]
+    found = warnings(scene, family.base, [earlier, family.models[0]])
+    report = scene.recipe()["report"]["all"]
     assert min(report["cosine"].values()) > 0.99
     assert max(report["relative_norm"].values()) < 0.1
     assert not any("fine-tuned from" in one for one in found)
 
 
-def test_models_that_share_little_are_not_asked_about_however_large(tmp_path: Path):
+def test_models_that_share_little_are_not_asked_about_however_large(scene: Scene, tmp_path: Path):
     family = make_family(tmp_path / "family", "llama", n_models=2, dtype=torch.float32, delta=0.5)
-    found = merged(family.base, family.models, tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())["report"]["all"]
+    found = warnings(scene, family.base, family.models)
+    report = scene.recipe()["report"]["all"]
     assert min(report["relative_norm"].values()) > 0.1
     assert not any("fine-tuned from" in one for one in found)

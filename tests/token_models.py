@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch import Tensor
 import merge
 import performAIM
 from checkpoints.vocabulary import read_vocabulary
+from tests.scene import Scene, call
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 WORDS = ["hello", "world", "merging", "models", "tokens", "the", "quick", "brown", "fox"]
@@ -143,51 +142,40 @@ def make_model(
     return folder
 
 
-class Scene:
-    """A folder of models, and merges of them."""
+def merging_scene(folder: Path) -> Scene:
+    """A folder of models, which are merged to the base, unless a method is given."""
+    method = {"--method": "task_arithmetic", "--lambda": 0}
+    return Scene(folder, merge, lambda given: {"--report": "none", **({} if "--method" in given else method)})
 
-    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]):
-        self.folder, self.out, self._capsys = folder, folder / "out", capsys
 
-    def merge(self, base: Path, models: Sequence[Path], *flags: str, code: int = 0) -> str:
-        """Merge; stderr."""
-        shutil.rmtree(self.out, ignore_errors=True)
-        names = ",".join(map(str, models))
-        given = ["--base_model", str(base), "--models_to_merge", names, "--save_path", str(self.out), *flags]
-        self._capsys.readouterr()
-        method = [] if "--method" in flags else ["--method", "task_arithmetic", "--lambda", "0"]
-        assert merge.main([*method, "--report", "none", *given]) == code, self._capsys.readouterr().err
-        return self._capsys.readouterr().err
+def tables(folder: Path) -> dict[str, Tensor]:
+    """The embedding and the head of a model, by name."""
+    tensors = load_file(folder / "model.safetensors")
+    return {name: tensors[name] for name in TABLES if name in tensors}
 
-    def tables(self) -> dict[str, Tensor]:
-        tensors = load_file(self.out / "model.safetensors")
-        return {name: tensors[name] for name in TABLES if name in tensors}
 
-    def json(self, name: str) -> Any:
-        return json.loads((self.out / name).read_text())
+def check_rows(folder: Path, owner_of: Callable[[str], str], count: int) -> Any:
+    """Every token of a model, asked of transformers, has the row of its owner; the tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def check_rows(self, owner_of: Callable[[str], str], count: int) -> Any:
-        """Every token of the output, asked of transformers, has the row of its owner; the tokenizer."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.out)
-        tokens = tokenizer.get_vocab()
-        assert len(tokens) == len(tokenizer) == count
-        assert tokens == read_vocabulary(self.out, "out").ids  # type: ignore[union-attr]
-        embedding, head = (self.tables()[name] for name in TABLES)
-        assert embedding.shape == head.shape
-        for token, index in tokens.items():
-            assert set(embedding[index].tolist()) == {row_of(owner_of(token), token)}, token
-            assert set(head[index].tolist()) == {-row_of(owner_of(token), token)}, token
-        model = AutoModelForCausalLM.from_pretrained(self.out)
-        assert model.config.vocab_size == len(embedding)
-        return tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer.get_vocab()
+    assert len(tokens) == len(tokenizer) == count
+    assert tokens == read_vocabulary(folder, "out").ids  # type: ignore[union-attr]
+    embedding, head = (tables(folder)[name] for name in TABLES)
+    assert embedding.shape == head.shape
+    for token, index in tokens.items():
+        assert set(embedding[index].tolist()) == {row_of(owner_of(token), token)}, token
+        assert set(head[index].tolist()) == {-row_of(owner_of(token), token)}, token
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.vocab_size == len(embedding)
+    return tokenizer
 
 
 def relax(base: Path, merged: Path, out: Path, *flags: str) -> dict[str, Tensor]:
     texts = out.parent / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"hello world merging models {i}"}) + "\n" for i in range(200)))
-    named = ["--merged_model", str(merged), "--pretrained_model_name", str(base), "--save_path", str(out)]
-    how = ["--calibration_data", str(texts), "--n_samples", "8", "--block_size", "16", "--omega", "0"]
-    assert performAIM.main([*named, *how, "--quiet", *flags]) == 0
+    named = ["--merged_model", merged, "--pretrained_model_name", base, "--save_path", out]
+    how = ["--calibration_data", texts, "--n_samples", "8", "--block_size", "16", "--omega", "0"]
+    call(performAIM, *named, *how, "--quiet", *flags)
     return load_file(out / "model.safetensors")

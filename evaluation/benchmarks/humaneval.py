@@ -68,7 +68,8 @@ def judged(row: Row, source: str) -> Program:
     from evaluation.sandbox import Program
 
     test = f"{preamble(row['prompt'])}\n{row['test']}\ncheck({row['entry_point']})\n"
-    return Program(source, test, names=(row["entry_point"],))
+    reference = str(row["prompt"]) + str(row["canonical_solution"])
+    return Program(source, test, names=(row["entry_point"],), reference=reference)
 
 
 def program(row: Row, response: Response, settings: Settings) -> str:

@@ -87,7 +87,7 @@ def judged(row: Row, source: str) -> Program:
     from evaluation.sandbox import Program
 
     test = "\n".join([row["test_setup_code"], *row["test_list"]]) + "\n"
-    return Program(source, test, names=names_taken(row["code"], test))
+    return Program(source, test, names=names_taken(row["code"], test), reference=row["code"])
 
 
 def question(row: Row) -> str:

@@ -24,10 +24,10 @@ def python() -> str:
 
 def numpy_folders() -> list[str]:
     """numpy's package, and the folder of libraries that its wheels come with; empty where it is not installed."""
-    found = importlib.util.find_spec("numpy")
-    if found is None or not found.origin:
+    spec = importlib.util.find_spec("numpy")
+    if spec is None or not spec.origin:
         return []
-    package = os.path.dirname(os.path.realpath(found.origin))
+    package = os.path.dirname(os.path.realpath(spec.origin))
     return [folder for folder in (package, package + ".libs") if os.path.isdir(folder)]
 
 
@@ -73,7 +73,7 @@ def no_room(scratch: str, layers: tuple[str, ...], memory_bytes: int) -> Setting
     """
     shown, _ = system()
     packages = numpy_folders()
-    hidden = [folder for folder in (*shown, *packages) if not _open_to_all(folder)]
+    hidden = [folder for folder in (*shown, *packages) if not open_to_all(folder)]
     site = Path(tempfile.mkdtemp(dir=scratch))
     site.chmod(0o755)
     for folder in packages:
@@ -86,7 +86,7 @@ def no_room(scratch: str, layers: tuple[str, ...], memory_bytes: int) -> Setting
     return Settings(layers, memory_bytes, runs, readable, (str(site),), tuple(hidden))
 
 
-def _open_to_all(path: str) -> bool:
+def open_to_all(path: str) -> bool:
     """Whether any user can get to a file or folder and read it; the caller can, so this matters to root alone."""
     real = Path(path).resolve()
     return os.getuid() != 0 or (

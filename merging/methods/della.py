@@ -102,7 +102,8 @@ def row_ranks(magnitudes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Rank of each magnitude in its row, 0 for the smallest; equal ones share the mean of their ranks.
 
     Args:
-        magnitudes: `[rows, n]` float32, whole rows or pieces of them; rows: `[rows, columns]`, the whole rows, sorted.
+        magnitudes: `[rows, n]` float32, whole rows or pieces of them.
+        rows: `[rows, columns]`, the whole rows, sorted.
 
     Returns: `[rows, n]` float64.
     """

@@ -112,15 +112,16 @@ def _channel_sums(block: Block) -> tuple[Region, torch.Tensor]:
 
 
 @twin("merging.kernels")
-def sum_products(one: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
+def sum_products(left: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
     """Sums of products, in float64 and by halves: the second half of the products is added to the first, and so on.
 
     Args:
-        one, other: `[matrices, rows, columns]` float32; dim: -2, to sum over rows, or -1, over columns; neither may be empty.
+        left, other: `[matrices, rows, columns]` float32.
+        dim: -2, to sum over rows, or -1, over columns; neither may be empty.
 
     Returns: `[matrices, columns]` or `[matrices, rows]` float64.
     """
-    products = one.double() * other.double()
+    products = left.double() * other.double()
     while (count := products.shape[dim]) > 1:
         half = count // 2
         upper = products.narrow(dim, count - half, half)
@@ -136,7 +137,9 @@ def add_weighed(
     """b + sum S_i d_i, from a sum that starts at 0.
 
     Args:
-        base: `[n]` float32; task_vectors: `[matrices, rows, columns]` float32 each; scores: broadcast to them, float32.
+        base: `[n]` float32.
+        task_vectors: `[matrices, rows, columns]` float32 each.
+        scores: broadcast to them, float32.
 
     Returns: `[n]` float32.
     """

@@ -55,6 +55,23 @@ class Row:
         self.grown_bytes = max(self.grown_bytes, verdict.grown_bytes)
 
 
+def judge_each(place: Place | OwnPlace, kind: str, count: int) -> Row:
+    """Judge `count` mutants, the same each time, for a test: the smallest with a fault fails it."""
+    row = Row()
+
+    @settings(
+        max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(own_mutants(kind) if kind in OWN_KINDS else mutants(kind))
+    def judge(mutant: Any) -> None:
+        verdict = place.judge(mutant)
+        row.add(repr(mutant), verdict)
+        assert not verdict.fault, verdict.fault
+
+    judge()
+    return row
+
+
 def draw_mutants(kind: str, count: int, seed: int) -> list[Mutant | OwnMutant]:
     """`count` mutants; the same for the same seed."""
     drawn: list[Mutant | OwnMutant] = []
@@ -140,7 +157,7 @@ def warm_up() -> None:
     import merging.merge_work
     import streaming.output
 
-    assert merging.run
+    assert merging.merge_work
     assert streaming.output
     for traits in KINDS.values():
         for layout in traits.layouts:

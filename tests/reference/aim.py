@@ -76,6 +76,11 @@ class Seen:
         empty = torch.zeros(0, width, dtype=torch.float64)
         return torch.stack([of(torch.cat([empty, *self.rows.get(expert, [])])) for expert in range(experts)])
 
+    def mean(self, shape: Sequence[int]) -> Tensor:
+        """The signed mean per channel, float64; `shape` is the stored tensor's."""
+        experts = shape[0] if None not in self.rows else None
+        return self._each(lambda x: x.sum(0) / max(1, len(x)), experts, shape[self.input_dim])
+
     def statistics(self, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """mean |x| and mean x² per channel, and how many rows there were; `shape` is the stored tensor's."""
         experts, width = (shape[0] if None not in self.rows else None), shape[self.input_dim]
@@ -108,6 +113,33 @@ def relax(base: Tensor, merged: Tensor, share: Tensor, input_dim: int) -> Tensor
     """W_base + (W_merged - W_base) * share, float64; share `[in]` or `[experts, in]`, from `keep`."""
     b = base.double()
     return b + (merged.double() - b) * along(share, base.shape, input_dim)
+
+
+def direction(mean: Tensor) -> Tensor:
+    """The unit vector along a mean, float64; 0 where the mean is 0. `[in]` or `[experts, in]`."""
+    mean = mean.double()
+    length = (mean * mean).sum(-1, keepdim=True) ** 0.5
+    return mean / torch.where(length > 0, length, 1.0)
+
+
+def protect_mean(base: Tensor, merged: Tensor, mean: Tensor, omega: float, input_dim: int) -> Tensor:
+    """W_merged - (1 - omega) (D u) u^T, float64, matrix by matrix; mean `[in]` or `[experts, in]`."""
+    b, m, u = base.double(), merged.double(), direction(mean)
+    if b.dim() == 3:
+        each = [u] * len(b) if u.dim() == 1 else list(u)
+        return torch.stack([protect_mean(b[e], m[e], each[e], omega, input_dim - 1) for e in range(len(b))])
+    if input_dim == 0:
+        return protect_mean(b.T, m.T, u, omega, 1).T
+    return m - (1 - omega) * torch.outer((m - b) @ u, u)
+
+
+def shortened(base: Tensor, merged: Tensor, mean: Tensor, omega: float, input_dim: int) -> Tensor:
+    """The whole task vector, scaled to the length that `protect_mean` leaves, matrix by matrix, float64."""
+    b, m = base.double(), merged.double()
+    d, less = m - b, protect_mean(base, merged, mean, omega, input_dim) - b
+    dims = (-2, -1)
+    scale = ((less * less).sum(dims, keepdim=True) / (d * d).sum(dims, keepdim=True)) ** 0.5
+    return b + d * scale
 
 
 # The published program, whose every operation rounds

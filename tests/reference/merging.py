@@ -138,9 +138,9 @@ def widen(
         return transposed.T.contiguous()
     deltas = task_vectors(base, models)
     if base.dim() < 2:
-        score = _score([d.abs() for d in deltas], [ratio * d.abs().mean() for d in deltas], calibration)
+        score = scores_above([d.abs() for d in deltas], [ratio * d.abs().mean() for d in deltas], calibration)
     else:
-        score = _column_score(base.float().double(), [x.float().double() for x in models], ratio, calibration)
+        score = column_scores(base.float().double(), [x.float().double() for x in models], ratio, calibration)
     return base.double() + _total([s_i * d_i for s_i, d_i in zip(score, deltas, strict=True)])
 
 
@@ -248,7 +248,7 @@ def _rescaled(d: Tensor, mask: Tensor, rho: float, rescale: str | None) -> Tenso
     return kept
 
 
-def _column_score(base: Tensor, models: Sequence[Tensor], ratio: float, calibration: float) -> list[Tensor]:
+def column_scores(base: Tensor, models: Sequence[Tensor], ratio: float, calibration: float) -> list[Tensor]:
     """The mean of the scores of both differences: of column norms, and of column directions."""
     m_b = base.norm(dim=0)
     norms = [x.norm(dim=0) for x in models]
@@ -259,7 +259,7 @@ def _column_score(base: Tensor, models: Sequence[Tensor], ratio: float, calibrat
     scores = []
     for difference in (stretched, turned):
         ranks = [_rank(row) for row in difference]
-        scores.append(_score(ranks, above, calibration, divide_by=columns))
+        scores.append(scores_above(ranks, above, calibration, divide_by=columns))
     return [(of_norm + of_direction) / 2 for of_norm, of_direction in zip(*scores, strict=True)]
 
 
@@ -279,7 +279,7 @@ def _rank(difference: Tensor) -> Tensor:
     return torch.from_numpy(rank)
 
 
-def _score(
+def scores_above(
     values: Sequence[Tensor], above: Sequence[float | Tensor], calibration: float, divide_by: int = 1
 ) -> list[Tensor]:
     """Softmax over models of values / divide_by; `calibration` where a model's own value is above its threshold."""

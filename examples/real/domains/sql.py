@@ -44,7 +44,8 @@ class Schema:
 
     Attributes:
         thing, owner: names of one row of each.
-        numbers, texts: columns of the things; places: columns of the owners.
+        numbers, texts: columns of the things.
+        places: columns of the owners.
     """
 
     thing: str

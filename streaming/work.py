@@ -1,0 +1,118 @@
+"""What a job writes, planned: `merging` and `aim` each make one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from checkpoints.model import Model
+from checkpoints.save_path import RECIPE_FILE
+from checkpoints.settings import Show, as_in_python
+from checkpoints.sidecars import SideFiles
+from checkpoints.writer import Shard, file_names
+from streaming.stream import Observer, PlannedTensor, bytes_read
+
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a stream noticed of the numbers.
+
+    Attributes:
+        unchanged: positions of the models whose task vectors are zero throughout; see `stream`.
+        non_finite: tensor -> elements of it that are NaN or infinite, in all outputs together, where that was allowed.
+    """
+
+    unchanged: frozenset[int]
+    non_finite: Mapping[str, int]
+
+    def non_finite_warnings(self) -> list[str]:
+        """Which tensors hold what is not finite, for people: a line for each."""
+        return [f"{name}: {n:,} elements that are NaN or infinite were written." for name, n in self.non_finite.items()]
+
+
+@dataclass(kw_only=True)
+class Work(ABC):
+    """What a job writes, planned.
+
+    Attributes:
+        verb: what is done, for progress bars: `merging`.
+        inputs: every opened model, the base (or what stands in for it) first.
+        tensors: every output tensor with its sources.
+        shards: the files that they go into.
+        files: config, tokenizer and the rest.
+        out_dtype: `auto`, or the dtype asked for.
+        decides: what decides the output's bytes beside inputs, files and options, for JSON.
+        recipe: keys of merge_recipe.json that say what is done.
+        record: keys of merge_recipe.json that come after a step's.
+        card: the beginning of the model card.
+        notes: what a user should know.
+        warnings: what a user should look at.
+    """
+
+    verb: str
+    inputs: Sequence[Model]
+    tensors: Sequence[PlannedTensor]
+    shards: list[Shard]
+    files: SideFiles
+    out_dtype: str
+    decides: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    card: str
+    record: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def base(self) -> Model:
+        """The base, or the model that stands in for it: gives what is no number."""
+        return self.inputs[0]
+
+    @property
+    def bytes_to_read(self) -> int:
+        """Bytes of every input tensor that may be needed, each counted once."""
+        return bytes_read(self.tensors)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of one output's tensors."""
+        return bytes_written(self.tensors)
+
+    @property
+    def file_names(self) -> list[str]:
+        """Every file of one checkpoint."""
+        return [*file_names(self.shards), *self.files.names, CARD_FILE, RECIPE_FILE]
+
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        """The files whose bytes are known before they are written -> bytes: all but index, card and recipe."""
+        sizes = {shard.file_name: shard.size for shard in self.shards}
+        return sizes | {name: len(self.files.read(name)) for name in self.files.names}
+
+    @abstractmethod
+    def as_json(self) -> dict[str, Any]:
+        """The plan for programs."""
+
+    @abstractmethod
+    def as_text(self, show: Show = as_in_python) -> str:
+        """The plan for people."""
+
+    def start(self) -> Observer | None:
+        """What looks at the blocks of a run that begins; None looks at none."""
+        return None
+
+    def warnings_of(self, findings: Findings) -> list[str]:
+        """What a user should look at, now that the numbers are known."""
+        return findings.non_finite_warnings()
+
+    def closing_record(self, observer: Observer | None) -> dict[str, Any]:
+        """The last keys of merge_recipe.json."""
+        return {}
+
+
+def bytes_written(tensors: Sequence[PlannedTensor]) -> int:
+    """Bytes of output tensors."""
+    return sum(tensor.spec.numel * tensor.dtype.itemsize for tensor in tensors)
