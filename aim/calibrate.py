@@ -7,6 +7,7 @@ from collections.abc import Callable
 from aim.activations import Activations
 from aim.calibration_run import CalibrationOptions, CalibrationRun, Numerics
 from aim.calibration_text import CalibrationData, TokenBlocks, make_blocks
+from aim.enough import first_check
 from aim.passes import fits, layerwise, whole
 from aim.targets import Selection, select_like_the_reference, select_targets
 from aim.unfinished import UnfinishedCalibration
@@ -126,6 +127,12 @@ def calibrate(
     check_block_size(base, data.block_size)
     selection, _ = select(base, options.numerics)
     blocks = blocks or read_blocks(base, data)
+    first = first_check(data.block_size) * data.block_size
+    if options.stops_at and blocks.tokens.numel() < first:
+        note(
+            f"{blocks.tokens.numel():,} tokens of text, fewer than the {first:,} after which both halves are first compared: "
+            "all of it is used"
+        )
     with quiet_transformers():
         calibrating = CalibrationRun(base, selection, options, data, blocks, unfinished, progress, note)
         return (whole if fits(base, options) else layerwise)(calibrating)
