@@ -7,6 +7,7 @@ from collections.abc import Callable
 from aim.activations import Activations
 from aim.calibration_run import CalibrationOptions, CalibrationRun, Numerics
 from aim.calibration_text import CalibrationData, TokenBlocks, make_blocks
+from aim.enough import first_check
 from aim.passes import fits, layerwise, whole
 from aim.targets import Selection, select_like_the_reference, select_targets
 from aim.unfinished import UnfinishedCalibration
@@ -80,6 +81,10 @@ def read_blocks(base: Model, data: CalibrationData, *, quiet: bool = False) -> T
             tokenizer = AutoTokenizer.from_pretrained(
                 base.tokenizer_folder, local_files_only=True, trust_remote_code=base.trust_remote_code
             )
+            if len(tokenizer) <= len(
+                set(tokenizer.all_special_ids)
+            ):  # what transformers makes for some classes without files
+                raise ValueError("it has no tokens")
         except Exception as error:  # a tokenizer's own code fails in every way there is
             reason = first_line(error) if base.vocabulary_digest else "there is none"
             raise InputError(
@@ -122,6 +127,12 @@ def calibrate(
     check_block_size(base, data.block_size)
     selection, _ = select(base, options.numerics)
     blocks = blocks or read_blocks(base, data)
+    first = first_check(data.block_size) * data.block_size
+    if options.stops_at and blocks.tokens.numel() < first:
+        note(
+            f"{blocks.tokens.numel():,} tokens of text, fewer than the {first:,} after which both halves are first compared: "
+            "all of it is used"
+        )
     with quiet_transformers():
         calibrating = CalibrationRun(base, selection, options, data, blocks, unfinished, progress, note)
         return (whole if fits(base, options) else layerwise)(calibrating)

@@ -126,7 +126,12 @@ class CalibrationRun:
             head = getattr(model.get_output_embeddings(), "weight", None)
         except (NotImplementedError, AttributeError):
             head = None
-        return (ReferenceWatcher if self.is_reference else Watcher)(model, self.selection.targets, head=head)
+        kind = ReferenceWatcher if self.is_reference else Watcher
+        return kind(model, self.selection.targets, head=head, compiled=self.is_long(model))
+
+    def is_long(self, model: Any) -> bool:
+        """Whether the work is worth some seconds of getting ready: timing settings, importing compiled loops."""
+        return is_worth_timing(model, self.blocks.tokens.numel())
 
     def enough(self, watcher: Watcher) -> Enough:
         """What says when the text is enough."""
@@ -162,7 +167,7 @@ class CalibrationRun:
         if kept:
             return dataclasses.replace(Choice(**kept), threads=min(kept["threads"], start.threads))
         found = start
-        if is_worth_timing(model, tokens.numel()) and tokens.device.type != "meta":
+        if self.is_long(model) and tokens.device.type != "meta":
             dtype = self.options.dtype is None and in_float32
             found, rates = choose(model, tokens, start, dtype=dtype, batch=self.options.batch_size is None)
             if rates:

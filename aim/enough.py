@@ -17,6 +17,11 @@ FIRST_CHECK = 2048
 HALF = "half."
 
 
+def first_check(block_size: int) -> int:
+    """Blocks after which is first looked, an even number."""
+    return 2 * max(1, -(-FIRST_CHECK // (2 * block_size)))
+
+
 class Enough:
     """Looks at a watcher's sums after 2,048 tokens, 4,096 and so on: whether both halves say the same.
 
@@ -36,7 +41,7 @@ class Enough:
         self._watcher = watcher
         self._tolerance = tolerance
         self._blocks = blocks
-        first = 2 * max(1, -(-FIRST_CHECK // (2 * block_size)))
+        first = first_check(block_size)
         self.checks = [first]
         while 2 * self.checks[-1] <= blocks:
             self.checks.append(2 * self.checks[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +13,7 @@ from aim.activations import Activations
 from aim.calibration_run import CalibrationOptions, CalibrationRun
 from aim.enough import Enough
 from checkpoints.model import Model
+from checkpoints.process import give_back_freed_memory
 from checkpoints.source import FLOAT_DTYPES
 from forward.layers import find_layers
 from forward.layerwise import Layerwise
@@ -22,6 +23,7 @@ from forward.shelf import Shelf
 from forward.skeleton import RowReader, build_skeleton
 from forward.tuning import apply, threads
 from forward.whole import run_batches
+from streaming.twins import compiling
 
 FIRST_TOKENS_AT_ONCE = 512
 SHARE = 0.9
@@ -66,7 +68,11 @@ def whole(this: CalibrationRun, offload: Path | None = None) -> Activations:
     this.progress(0)  # loaded
     done = this.unfinished.restore(enough) if this.unfinished else 0
     this.progress(tokens[:done].numel())
-    with threads(choice.threads), out_of_memory("calibration", this.advice(choice)), watcher.watching():
+    with ExitStack() as stack:
+        stack.enter_context(compiling() if this.is_long(model) else nullcontext())
+        stack.enter_context(threads(choice.threads))
+        stack.enter_context(out_of_memory("calibration", this.advice(choice)))
+        stack.enter_context(watcher.watching())
         for batch in run_batches(model, tokens, enough.batches(done, choice.batch_size), watcher, this.fails):
             this.progress(batch.numel())
             if done == 0:
@@ -138,6 +144,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
     a layer before the next is read."""
     options = this.options
     dtype = "bfloat16" if this.is_reference else options.dtype or "auto"
+    give_back_freed_memory()
     model = _skeleton(this, auto_dtype(this.base) if dtype == "auto" else FLOAT_DTYPES[dtype])
     stack_of_layers = find_layers(model)
     if not stack_of_layers:
@@ -158,6 +165,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
     watcher = this.watcher(model)
     enough = this.enough(watcher)
     with ExitStack() as stack:
+        stack.enter_context(compiling() if this.is_long(model) else nullcontext())
         stack.enter_context(threads(choice.threads))
         stack.enter_context(out_of_memory("calibration", this.advice(choice)))
         waiting = Path(stack.enter_context(TemporaryDirectory(prefix="calibration_")))
@@ -176,6 +184,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
             through = _Through(this, layers, enough, begin, part.numel())
             batches = part.split(choice.batch_size)
             if hidden and layers.restore(batches, hidden):
+                this.note(f"going on at layer {(layers.at or 0) + 1} of {len(layers.layers)}")
                 layers.go_on(through)
             elif hidden:
                 this.note("what an earlier run kept cannot be gone on with at its layer: begun again")

@@ -20,8 +20,15 @@ class ReferenceWatcher(Watcher):
     Source: the AIM authors' program, commit e7eccd5.
     """
 
-    def __init__(self, model: torch.nn.Module, targets: Mapping[str, Target], *, head: torch.Tensor | None = None):
-        super().__init__(model, targets, head=head)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        targets: Mapping[str, Target],
+        *,
+        head: torch.Tensor | None = None,
+        compiled: bool = False,
+    ):
+        super().__init__(model, targets, head=head, compiled=compiled)
         self._means: dict[str, torch.Tensor] = {}
 
     def observe(self, use: Use, x: torch.Tensor) -> None:

@@ -106,12 +106,14 @@ def make_work(
 
     Raises: Refusals: everything that does not fit.
     """
+    # What keeps everything else from being looked at.
     problems = Problems()
     for model in (base, merged):
         problems.extend(check_plain(model))
     if out_dtype not in OUT_DTYPES:
         problems.add(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
     problems.raise_if_any()
+    # The base under the merged model's names, and files, configs and selection that fit.
     alignment = align(merged, [base], layout or layout_of(how.numerics), advice=ITS_BASE)
     check_configs((merged, base), alignment.layout.allow_config_difference, problems, is_base=False)
     choose_tokenizer_files(alignment.files, alignment.layout, (merged, base), alignment.problems)
@@ -121,20 +123,23 @@ def make_work(
         warnings = select(base, how.numerics)[1]
     problems.raise_if_any()
     notes = problems.notes
+    # Every tensor of the merged model, as it will be written.
     if base.folders == merged.folders:
         notes.append(f"{merged.label}: is the base itself, so that relaxing changes nothing.")
     if how.numerics == "reference" and out_dtype == "auto":
         out_dtype = "bfloat16"  # what the published program writes, whatever the merge is stored in
     tensors = tuple(_plan_tensor(alignment, name, out_dtype) for name in alignment.dtypes)
     infos = {tensor.spec.name: TensorInfo(tensor.dtype, tensor.spec.shape) for tensor in tensors}
-    check_output(alignment.files, {name: info.shape for name, info in infos.items()}, merged, problems)
+    modules = merged.weights.modules.tensors
+    own = {name: info.shape for name, info in infos.items() if name not in modules}
+    check_output(alignment.files, own, merged, problems)
     problems.raise_if_any()
     written = {"merged_model": merged.label, "base_model": base.label, "out_dtype": out_dtype}
     return Relaxed(
         verb="relaxing",
         inputs=(base, merged),
         tensors=tensors,
-        shards=plan_shards(infos, options.max_shard_bytes),
+        shards=plan_shards(infos, options.max_shard_bytes, modules.keys()),
         files=alignment.files,
         out_dtype=out_dtype,
         decides={**written, **alignment.layout.as_json()},

@@ -22,7 +22,6 @@ from aim.calibrate import (
 )
 from aim.calibration_text import TokenBlocks, is_local
 from aim.choices import Calibration, Kept, Relaxing
-from aim.enough import FIRST_CHECK
 from aim.summary import format_summaries
 from aim.targets import Selection
 from aim.transforms import Relaxations, check_activations, group_kept, make_relaxations, names_of, outputs_of, why_kept
@@ -259,7 +258,7 @@ def calibrated(activations: Activations, seconds: float, *, run: int) -> str:
     told = activations.calibration
     difference = told["difference"]
     if difference is None:
-        enough = f"; too few to see whether s has settled, which takes {FIRST_CHECK:,}" if told["tolerance"] else ""
+        enough = ""
     elif difference < told["tolerance"]:
         enough = f"; enough, as s of both halves differs by {difference:.3f} at most in a kind of layer"
     else:

@@ -81,6 +81,7 @@ def select_targets(base: Model) -> Selection:
     targets: dict[str, Target] = {}
     input_dims: dict[str, int] = {}
     skipped: dict[str, str] = {}
+    skipped |= dict.fromkeys(base.weights.modules.tensors, "outside of the model, which calibration runs")
     for name, info in tensors.items():
         placement = architecture.placements.get(name)
         if placement is None:

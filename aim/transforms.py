@@ -178,7 +178,7 @@ def make_relaxations(
     importance = {
         name: importance_of(activations, name, how.scaling)
         for name in selection.targets
-        if name in activations.statistics
+        if name in activations.statistics and (outputs is None or name in outputs)
     }
     if outputs is None:
         outputs = dict.fromkeys([*selection.targets, *selection.skipped], "")

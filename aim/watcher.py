@@ -7,22 +7,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from aim.activations import ChannelStatistics, Means, stack_statistics
+from aim.sums import KEPT, PEAK, PEAK_AT, UNKNOWN, Sums
 from checkpoints.errors import InputError
 from checkpoints.settings import setting
 from forward.parts import Use
 from forward.watch import Watch
+from streaming.twins import use_compiled
 
-SUMMED_AT_ONCE = 32
-"""Rows that are added up in float32, before their sum goes to float64."""
-ELEMENTS_AT_ONCE = 1 << 18
-"""Of an input that are turned to float32 at a time: a scratch of 1 MB stays in a core's cache."""
-UNKNOWN = -1
-"""Position of a row whose token cannot be told: rows that a router has picked."""
+KEYS = ("numbers", "first_rows", "other_rows")
+"""What is kept of `Sums`."""
 OTHERS = "means."
 """How sums of other kinds begin, which `aim.reference` has."""
 NO_TOKEN = "its module saw no token"
@@ -53,101 +51,13 @@ class Target:
         return len(self.shape) == 1
 
 
-@dataclass
-class _Sums:
-    """Sums over rows.
-
-    Attributes:
-        abs, sq, signed: of |x|, x² and x, `[in]` float64, on the device of the input.
-        peak: the largest |x|, `[in]` float32; peak_at: the position of its token in its block, `[in]` int64.
-        rows: how many.
-    """
-
-    abs: torch.Tensor
-    sq: torch.Tensor
-    signed: torch.Tensor
-    peak: torch.Tensor
-    peak_at: torch.Tensor
-    rows: int
-
-    @classmethod
-    def zeros(cls, width: int, device: torch.device | None = None) -> _Sums:
-        """Of no rows."""
-        sums = torch.zeros(3, width, dtype=torch.float64, device=device)
-        at = torch.full((width,), UNKNOWN, dtype=torch.int64, device=device)
-        return cls(sums[0], sums[1], sums[2], torch.zeros(width, device=device), at, 0)
-
-    def to(self, device: torch.device) -> None:
-        """Move them: what was restored is on the CPU."""
-        if self.abs.device != device:
-            for key, value in vars(self).items():
-                setattr(self, key, value.to(device) if isinstance(value, torch.Tensor) else value)
-
-
-_scratch: dict[tuple[int, torch.device], torch.Tensor] = {}
-
-
-def channel_sums(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sums of |x|, x² and x over all dimensions but the last, `[..., in]` -> `[in]` float64 each; the largest |x|, `[in]` float32."""
-    rows = x.reshape(-1, x.shape[-1])
-    width = x.shape[-1]
-    sums = torch.zeros(3 * width, dtype=torch.float64, device=x.device)
-    peak = torch.zeros(width, device=x.device)
-    at_once = max(1, ELEMENTS_AT_ONCE // width // SUMMED_AT_ONCE) * SUMMED_AT_ONCE
-    for piece in rows.split(at_once):
-        values = _buffer(piece.shape[0], width, x.device)
-        own, absolute, square = values[:, :width], values[:, width : 2 * width], values[:, 2 * width :]
-        own.copy_(piece)
-        torch.abs(own, out=absolute)
-        torch.mul(own, own, out=square)
-        sums += _column_sums(values)
-        peak = torch.maximum(peak, absolute.amax(dim=0))
-    return sums[width : 2 * width], sums[2 * width :], sums[:width], peak
-
-
-def _buffer(rows: int, width: int, device: torch.device) -> torch.Tensor:
-    """Room for float32 numbers and two more of each, the same for every input of a width: new memory would cost more than the sums."""
-    key = (width, device)
-    if key not in _scratch or _scratch[key].shape[0] < rows:
-        _scratch[key] = torch.empty(rows, 3 * width, device=device)
-    return _scratch[key][:rows]
-
-
-def _column_sums(values: torch.Tensor) -> torch.Tensor:
-    """Sums over rows, `[rows, columns]` float32 -> `[columns]` float64.
-
-    A product with ones adds up columns faster than a sum does, but is off by 1e-6 after some hundred rows: so it adds
-    `SUMMED_AT_ONCE` rows, which lie `groups` apart, and float64 does the rest.
-    """
-    rows, columns = values.shape
-    groups = rows // SUMMED_AT_ONCE
-    if not groups:
-        return values.sum(dim=0, dtype=torch.float64)
-    whole = values[: groups * SUMMED_AT_ONCE].view(SUMMED_AT_ONCE, groups * columns)
-    partial = (values.new_ones(1, SUMMED_AT_ONCE) @ whole).view(groups, columns)
-    total = partial.sum(dim=0, dtype=torch.float64)
-    rest = rows - groups * SUMMED_AT_ONCE
-    return total + values[-rest:].sum(dim=0, dtype=torch.float64) if rest else total
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What one input adds: sums of |x|, x² and x, `[in]` float64 each; the largest |x|, `[in]` float32; rows for each token."""
-
-    sums: tuple[torch.Tensor, ...]
-    peak: torch.Tensor
-    rows: int
-    per_token: int | None = None
-
-
 @dataclass(frozen=True)
 class _Last:
     """The last input that was summed up. Holding it keeps its memory from being reused, so that identity means the same numbers."""
 
     x: torch.Tensor
     version: int
-    look: _Look
-    first: _Look | None
+    sums: Sums
 
     def is_of(self, x: torch.Tensor) -> bool:
         """Whether an input is that one, or a view of the same numbers in the same order."""
@@ -170,14 +80,23 @@ class Watcher:
         model: any module tree; its forward is not changed.
         targets: checkpoint tensor -> where its input shows up.
         head: the weight of an output head whose product nobody needs.
+        compiled: use compiled loops on a CPU, as soon as `streaming.twins.compiling` has them; the numbers are the same.
 
     Attributes:
         block: `(blocks, tokens)` of the batch that runs, which says which rows are first tokens; None where nothing does.
         watch: sees the inputs.
     """
 
-    def __init__(self, model: torch.nn.Module, targets: Mapping[str, Target], *, head: torch.Tensor | None = None):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        targets: Mapping[str, Target],
+        *,
+        head: torch.Tensor | None = None,
+        compiled: bool = False,
+    ):
         self._targets = targets
+        self._compiled = compiled
         first: dict[int, str] = {}  # a parameter that several modules share goes by the first one's name
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self._names = {name: first.setdefault(id(one), name) for name, one in parameters.items()}
@@ -188,8 +107,7 @@ class Watcher:
         )
         self.watch = Watch(model, self.observe, products=products, vectors=vectors, head=head)
         self.block: tuple[int, int] | None = None
-        self._sums: dict[Use, _Sums] = {}
-        self._first: dict[Use, _Sums] = {}
+        self._sums: dict[Use, Sums] = {}
         self._blind: set[Use] = set()
         self._last: _Last | None = None
         self._only_first = False
@@ -206,13 +124,22 @@ class Watcher:
     @contextmanager
     def first_tokens(self) -> Iterator[None]:
         """Count what runs as the first tokens of all blocks that have run, for those inputs whose rows did not tell."""
-        for use in self._blind:  # an expert may have got no first token at all
-            self._first[use] = _Sums.zeros(self._sums[use].abs.numel(), self._sums[use].abs.device)
+        self._settle()
+        for use in self._blind:
+            sums = self._sums[use] = self._sums[use].part_with(use)
+            sums.totals[1] += sums.totals[0]
+            sums.other_rows += sums.first_rows
+            sums.totals[0], sums.first_rows = 0.0, 0  # an expert may have got no first token at all
         self._only_first = True
         try:
             yield
         finally:
             self._only_first = False
+            for use in self._blind:
+                sums = self._sums[use]
+                sums.totals[1] -= sums.totals[0]
+                sums.totals[1, :2].clamp_(min=0.0)
+                sums.other_rows -= sums.first_rows
             self._blind.clear()
 
     @property
@@ -222,45 +149,52 @@ class Watcher:
 
     def observe(self, use: Use, x: torch.Tensor) -> None:
         """Add an input `[..., channels]`; one that several weights share is summed once. See `forward.watch.See`."""
-        x = x.detach()
+        x = x.detach() if x.requires_grad else x
+        sums = self._sums.get(use)
+        if sums is not None and sums.width != x.shape[-1]:
+            return
         if self._only_first:
-            if use in self._blind:
-                self._add(self._first, use, _look(x), x)
+            if sums is not None and use in self._blind:
+                self._add_first_tokens(sums, x)
             return
-        if self._last is None or not self._last.is_of(x):
-            per_token, first = self._rows_per_token(x), None
-            if per_token is not None and self.block is not None:
-                first = _look_at_few(x.reshape(self.block[0], -1, x.shape[-1])[:, :per_token])
-            self._last = _Last(x, x._version, _look(x, per_token), first)
-        last = self._last
-        self._add(self._sums, use, last.look, x)
-        if last.first is None:
-            self._blind.add(use)
-        else:
-            self._add(self._first, use, last.first, x)
+        last = self._last if self._last is not None and self._last.is_of(x) else None
+        if last is not None:
+            if sums is None and last.sums.inputs == 1:
+                sums = self._sums[use] = last.sums
+                self._blind |= {use} if sums.seen.keys() & self._blind else set()
+                sums.seen[use] = 0
+            if sums is last.sums and sums.seen[use] < sums.inputs:  # it was added for another weight
+                sums.seen[use] = sums.inputs
+                return
+        if sums is None:
+            sums = self._sums[use] = Sums(x.shape[-1], x.device)
+            sums.seen[use] = 0
+        self._part(sums)
+        sums = self._sums[use]
+        self._add(sums, x, use)
+        sums.seen[use] = sums.inputs
+        if last is None:
+            self._last = _Last(x, x._version, sums)
 
-    def _add(self, to: dict[Use, _Sums], use: Use, look: _Look, x: torch.Tensor) -> None:
-        """Add what was seen of an input to the sums of a use."""
-        width = x.shape[-1]
-        if use not in to:
-            to[use] = _Sums.zeros(width, x.device)
-        sums = to[use]
-        if sums.abs.numel() != width:
-            return
-        sums.to(x.device)
-        for total, part in zip((sums.abs, sums.sq, sums.signed), look.sums, strict=True):
-            total += part
-        sums.rows += look.rows
-        larger = look.peak > sums.peak
-        if x.device.type == "cpu" and not bool(larger.any()):  # asking a GPU would make it wait
-            return
-        sums.peak = torch.where(larger, look.peak, sums.peak)
-        if look.per_token is not None and self.block is not None:
-            where = larger.nonzero().flatten()
-            rows = x.reshape(-1, width)[:, where].abs().argmax(dim=0)
-            sums.peak_at[where] = rows // look.per_token % self.block[1]
-        else:
-            sums.peak_at[larger] = UNKNOWN
+    def _add(self, sums: Sums, x: torch.Tensor, use: Use) -> None:
+        """Add an input to sums. The thread is any that the model runs in."""
+        per_token = self._rows_per_token(x)
+        blocks = self.block[0] if self.block is not None and per_token else 1
+        if not per_token:
+            self._blind.update(sums.seen)
+        use_compiled(self._compiled and x.device.type == "cpu")
+        try:
+            sums.add(x.reshape(blocks, -1, x.shape[-1]), per_token or 0)
+        finally:
+            use_compiled(False)
+
+    def _add_first_tokens(self, sums: Sums, x: torch.Tensor) -> None:
+        rows = x.numel() // x.shape[-1]
+        first = Sums(x.shape[-1], x.device)
+        first.add(x.reshape(1, rows, x.shape[-1]), rows)
+        sums.numbers = sums.numbers.to(x.device)
+        sums.totals[0] += first.totals[0]
+        sums.first_rows += rows
 
     def _rows_per_token(self, x: torch.Tensor) -> int | None:
         """Rows of an input for each token, in the order of the tokens; None where that is not so."""
@@ -273,11 +207,11 @@ class Watcher:
 
     def sums(self) -> dict[str, torch.Tensor]:
         """All that has been added up, under names that `restore` knows."""
+        self._settle()
         found: dict[str, torch.Tensor] = {}
-        for kind, sums_of in (("all", self._sums), ("first", self._first)):
-            for place, (use, sums) in enumerate(sums_of.items()):
-                name = json.dumps([place, kind, use.parameter, use.axis, use.ranges, use in self._blind])
-                found |= {f"{name}.{key}": torch.as_tensor(value) for key, value in vars(sums).items()}
+        for place, (use, sums) in enumerate(self._sums.items()):
+            name = json.dumps([place, use.parameter, use.axis, use.ranges, use in self._blind])
+            found |= {f"{name}.{key}": torch.as_tensor(getattr(sums, key)) for key in KEYS}
         return found
 
     @staticmethod
@@ -285,32 +219,44 @@ class Watcher:
         """Raise ValueError where this is not what `sums` gave, but another version or somebody else wrote it."""
         for name in {name.rpartition(".")[0] for name in tensors if not name.startswith(OTHERS)}:
             key = json.loads(name)
-            if not isinstance(key, list) or len(key) != 6 or not isinstance(key[2], str) or type(key[3]) is not int:
+            if not isinstance(key, list) or len(key) != 5 or not isinstance(key[1], str) or type(key[2]) is not int:
                 raise ValueError(f"{name}: no sums of an input")
-            parts = [tensors.get(f"{name}.{one.name}") for one in fields(_Sums)]
-            shapes = {tuple(part.shape) for part in parts[:-1] if part is not None}
-            if (
-                any(part is None for part in parts)
-                or not all(_is_range(one) for one in key[4])
-                or len(shapes) != 1
-                or len(shapes.pop()) != 1
-            ):
+            shapes = [tuple(tensors[f"{name}.{part}"].shape) for part in KEYS if f"{name}.{part}" in tensors]
+            if not all(_is_range(one) for one in key[3]) or [len(one) for one in shapes] != [2, 0, 0] or shapes[0][0] != KEPT:  # fmt: skip
                 raise ValueError(f"{name}: sums that do not fit each other")
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take what another watcher's `sums` gave."""
         for name in sorted({name.rpartition(".")[0] for name in tensors}, key=json.loads):
-            _, kind, parameter, axis, ranges, blind = json.loads(name)
+            _, parameter, axis, ranges, blind = json.loads(name)
             use = Use(parameter, axis, tuple((first, last) for first, last in ranges))
-            own = {key.name: tensors[f"{name}.{key.name}"].clone() for key in fields(_Sums)}
-            sums = _Sums(**(own | {"rows": int(own["rows"])}))  # type: ignore[arg-type]
-            (self._sums if kind == "all" else self._first)[use] = sums
+            numbers, *rows = (tensors[f"{name}.{key}"] for key in KEYS)
+            self._share(use, Sums.of(numbers.clone(), *map(int, rows)))
             self._blind |= {use} if blind else set()
+
+    def _share(self, use: Use, sums: Sums) -> None:
+        """Give a use restored sums, or those that are equal to them: most are of weights that have the same inputs."""
+        before = next(reversed(self._sums.values()), None)
+        if before is not None and before.is_equal(sums):
+            sums = before
+        sums.seen[use] = sums.inputs
+        self._sums[use] = sums
+
+    def _settle(self) -> None:
+        """Give those uses sums of their own that have not seen what others with them saw last."""
+        for sums in {id(one): one for one in self._sums.values()}.values():
+            self._part(sums)
+        self._last = None
+
+    def _part(self, sums: Sums) -> None:
+        for use in sums.lagging():
+            self._sums[use] = sums.part_with(use)
 
     def check_finite(self) -> None:
         """Raise InputError where an input held NaN or an infinity, naming the first such weight of the forward pass."""
+        self._settle()
         for use, sums in self._sums.items():  # in the order in which they were first seen
-            if not bool(sums.sq.isfinite().all()):
+            if not bool(sums.totals[:, 1].isfinite().all()):
                 where = use.parameter.removesuffix(".weight")
                 raise InputError(
                     f"{where}: its input holds NaN or an infinity, the first to do so. Use {setting('calibration.dtype', 'float32')}, or check the base model."
@@ -318,7 +264,8 @@ class Watcher:
 
     def totals(self) -> dict[Use, torch.Tensor]:
         """Sums of |x| of every input so far, `[in]` float64 on the CPU."""
-        return {use: sums.abs.cpu().clone() for use, sums in self._sums.items()}
+        self._settle()
+        return {use: sums.totals[:, 0].sum(dim=0).cpu() for use, sums in self._sums.items()}
 
     def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, int], dict[str, str]]:
         """Statistics and the input dimension of each checkpoint tensor, and for each tensor without any the reason.
@@ -352,10 +299,10 @@ class Watcher:
         if dim is None:
             return "its input channels are joined from several tensors"
         shape = self._shapes[target.parameter]
-        seen = next(self._sums[use].abs.numel() for use in uses)
+        seen = next(self._sums[use].width for use in uses)
         if target.is_vector and seen != shape[0]:
             return f"its module's input has {seen} channels, the weight {shape[0]}"
-        cells = _Cells(uses, shape, axis, self._sums, {} if self._blind & set(uses) else self._first)
+        cells = _Cells(uses, shape, axis, self._sums, knows_first=not self._blind & set(uses))
         stacked_axis, table = cells.stack()
         if len(table) == 1:
             one = table[0]
@@ -378,24 +325,12 @@ def _is_range(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
 
 
-def _look(x: torch.Tensor, per_token: int | None = None) -> _Look:
-    *sums, peak = channel_sums(x)
-    return _Look(tuple(sums), peak, x.numel() // x.shape[-1], per_token)
-
-
-def _look_at_few(x: torch.Tensor) -> _Look:
-    """The same of few rows, in fewer steps."""
-    rows = x.reshape(-1, x.shape[-1]).double()
-    absolute = rows.abs()
-    sums = (absolute.sum(dim=0), rows.square().sum(dim=0), rows.sum(dim=0))
-    return _Look(sums, absolute.amax(dim=0).float(), len(rows))
-
-
 class _Cells:
     """The uses of a parameter, put together: which of its parts have which input.
 
     Args:
-        uses: all along `axis`; shape: of the parameter; sums, first: over all rows, and over those of first tokens.
+        uses: all along `axis`; shape: of the parameter; sums: of each; knows_first: whether
+            they tell first tokens from others.
     """
 
     def __init__(
@@ -403,10 +338,11 @@ class _Cells:
         uses: Sequence[Use],
         shape: tuple[int, ...],
         axis: int,
-        sums: Mapping[Use, _Sums],
-        first: Mapping[Use, _Sums],
+        sums: Mapping[Use, Sums],
+        *,
+        knows_first: bool,
     ):
-        self._uses, self._shape, self._axis, self._sums, self._first = uses, shape, axis, sums, first
+        self._uses, self._shape, self._axis, self._sums, self._knows_first = uses, shape, axis, sums, knows_first
 
     def pooled(self) -> ChannelStatistics:
         """One for all parts: means over the inputs of all of them, each as often as it has rows of the weight."""
@@ -463,27 +399,24 @@ class _Cells:
         times = times or dict.fromkeys(uses, 1)
         common = math.gcd(*times.values())
         width = self._shape[self._axis]
-        totals, first = (torch.zeros(3, width, dtype=torch.float64) for _ in range(2))
-        rows, first_rows = (torch.zeros(width, dtype=torch.int64) for _ in range(2))
+        totals = torch.zeros(2, 3, width, dtype=torch.float64)
+        rows = torch.zeros(2, width, dtype=torch.int64)
         peak, peak_at = torch.zeros(width), torch.full((width,), UNKNOWN, dtype=torch.int64)
         for use in uses:
             here, sums = slice(*use.channels), self._sums[use]
             weight = times[use] // common
-            totals[:, here] += weight * torch.stack([sums.abs, sums.sq, sums.signed]).cpu()
-            rows[here] += weight * sums.rows
-            larger = sums.peak.cpu() > peak[here]
-            peak[here] = torch.where(larger, sums.peak.cpu(), peak[here])
-            peak_at[here] = torch.where(larger, sums.peak_at.cpu(), peak_at[here])
-            if use in self._first:
-                one = self._first[use]
-                first[:, here] += weight * torch.stack([one.abs, one.sq, one.signed]).cpu()
-                first_rows[here] += weight * one.rows
-        after_first = None
-        if uses and all(use in self._first for use in uses):
-            rest = totals - first
-            rest[:2].clamp_(min=0.0)
-            after_first = _means(rest, rows - first_rows)
-        return ChannelStatistics(**vars(_means(totals, rows)), max_abs=peak, max_at=peak_at, after_first=after_first)
+            totals[:, :, here] += weight * sums.totals.cpu()
+            rows[:, here] += weight * torch.tensor([[sums.first_rows], [sums.other_rows]])
+            highest, at = sums.numbers[PEAK].float().cpu(), sums.numbers[PEAK_AT].long().cpu()
+            larger = highest > peak[here]
+            peak[here] = torch.where(larger, highest, peak[here])
+            peak_at[here] = torch.where(larger, at, peak_at[here])
+        return ChannelStatistics(
+            **vars(_means(totals.sum(dim=0), rows.sum(dim=0))),
+            max_abs=peak,
+            max_at=peak_at,
+            after_first=_means(totals[1], rows[1]) if uses and self._knows_first else None,
+        )
 
 
 def _means(totals: torch.Tensor, rows: torch.Tensor) -> Means:

@@ -10,6 +10,7 @@ import torch
 from alignment.aligned_model import AlignedModel
 from alignment.layout import Layout
 from alignment.matching import MODELS_OF_THIS_BASE, check_shapes, match_names
+from alignment.modules import add_modules
 from alignment.stored import left_out, unties_itself
 from alignment.vocabularies import align_vocabularies
 from checkpoints.errors import InputError
@@ -17,7 +18,6 @@ from checkpoints.model import Model
 from checkpoints.problems import Problems
 from checkpoints.reader import equal_tensors
 from checkpoints.settings import setting
-from checkpoints.side_names import is_module_weights
 from checkpoints.sidecars import SideFiles, list_left_out
 from checkpoints.source import FLOAT8, TensorInfo, TensorRef
 from checkpoints.tensor_names import list_kinds
@@ -80,14 +80,14 @@ def align(
     dropped = left_out(primary, stored)
     if dropped:
         problems.note(f"{primary.label}: left out, as loading ignores or recomputes them: {list_kinds(dropped)}.")
-    own = {file.path.name for file in primary.weights.files}
+    own = {file.name for file in primary.weights.files}
     lost = [name for name in list_left_out(primary.folder) if name not in own]
     if lost:
         more = f" and {len(lost) - 8:,} more" if len(lost) > 8 else ""
         problems.note(
             f"{primary.label}: files of its folder that the output does not get: {', '.join(lost[:8])}{more}."
         )
-    _compare_modules(files, primary, others, problems)
+    _warn_of_lost_code(primary, files, problems)
     for model in (primary, *others):
         if any(info.dtype in FLOAT8 for _, parts in model.parts for file in parts for info in file.tensors.values()):
             problems.note(f"{model.label}: its float8 weights are multiplied with their scales.")
@@ -107,7 +107,8 @@ def align(
     models = [first]
     models += [match_names(first, model, _stored(model, part), head.tied, optional=optional) for model in others]
     tables = align_vocabularies(models, layout, files, problems)
-    models = tables.models
+    models = add_modules(tables.models, problems)
+    dtypes |= {name: info.plain_dtype for name, info in primary.weights.modules.tensors.items()}
     models[1:] = [check_shapes(models[0], model, tables.refused, optional) for model in models[1:]]
     # Gather what does not fit, and what was decided.
     for aligned in models:
@@ -127,16 +128,23 @@ def _other_class(first: AlignedModel, model: AlignedModel) -> str:
     return "" if any(str(problem).startswith(says) for problem in model.problems) else f"{says}. {model.advice}"
 
 
-def _compare_modules(files: SideFiles, primary: Model, others: Sequence[Model], problems: Problems) -> None:
-    """Warn where the modules behind a model (a dense layer of an embedding model, say) have other weights in other models."""
-    for name in filter(is_module_weights, files.names):
-        for model in others:
-            path = model.folder / name
-            if not path.is_file() or path.read_bytes() != files.read(name):
-                problems.warn(
-                    f"{model.label}: {name} is not that of {primary.label}: weights outside of the model are not merged, and the output has "
-                    f"those of {primary.label}."
-                )
+def _warn_of_lost_code(primary: Model, files: SideFiles, problems: Problems) -> None:
+    """Warn where config.json names Python files of the model's own that the output does not get: it would not load."""
+    named = primary.config.get("auto_map")
+    classes = [one for one in named.values() if isinstance(one, str)] if isinstance(named, dict) else []
+    modules = {one.rpartition(".")[0] for one in classes if "--" not in one}  # the others lie in another repo
+    lost = sorted(f"{module}.py" for module in modules if module and f"{module}.py" not in files)
+    if lost:
+        fetch = not primary.location.name.is_local and not primary.trust_remote_code
+        how = (
+            f"Add {setting('trust_remote_code')}, which fetches it and lets it run, if you know and trust it."
+            if fetch
+            else "Add the missing files to its folder."
+        )
+        problems.warn(
+            f"{primary.label}: config.json: expected the model's own code in {', '.join(lost)}, got no such file, and the output does not load "
+            f"without. {how}"
+        )
 
 
 def _stored(model: Model, part: Callable[[Model], Iterable[str]]) -> dict[str, TensorInfo]:

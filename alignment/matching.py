@@ -38,95 +38,145 @@ def match_names(
         tied: head -> embedding, where the user had the output tie them.
         optional: see `align`.
     """
-    label = model.label
-    problems, mismatches = Problems(), Mismatches(label, first.advice)
-    # By name.
-    wanted = first.tensors
-    own = {name: name for name in wanted if name in stored}
-    missing = [name for name in wanted if name not in stored]
-    extra = [
-        name for name in stored if name not in wanted and (name not in first.stored or _is_head(first, tied, name))
-    ]
-    assembled: dict[str, TensorRef] = {}
-    # By the parameter that both become in the first model's class, whole or in pieces.
-    if missing and extra:
-        found = _same_parameters(first, model, stored, missing)
-        whole = {name: pieces[0].name for name, pieces in found.items() if pieces[0].is_whole}
-        parts = {name: pieces for name, pieces in found.items() if name not in whole}
+    matching = _Matching(first, model, stored, tied, optional)
+    matching.match_parameters()
+    matching.settle_missing()
+    matching.settle_extra()
+    matching.settle_parts()
+    return matching.aligned()
+
+
+class _Matching:
+    """One model's tensors on their way to the output's names.
+
+    Attributes:
+        own: output tensor -> its name in the model.
+        assembled: output tensors that the model stores in pieces.
+        missing: output tensors that nothing stands for so far; extra, tensors of the model that stand for none.
+        kept: output tensors that stay as the first model has them.
+        lacking: missing tensors that have to be there; strangers, extra ones that must not.
+    """
+
+    def __init__(
+        self,
+        first: AlignedModel,
+        model: Model,
+        stored: Mapping[str, TensorInfo],
+        tied: Mapping[str, str],
+        optional: Callable[[str], bool],
+    ):
+        self.first, self.model, self.stored, self.tied, self.optional = first, model, stored, tied, optional
+        self.label = model.label
+        self.problems, self.mismatches = Problems(), Mismatches(model.label, first.advice)
+        wanted = first.tensors
+        self.own = {name: name for name in wanted if name in stored}
+        self.missing = [name for name in wanted if name not in stored]
+        self.extra = [
+            name for name in stored if name not in wanted and (name not in first.stored or _is_head(first, tied, name))
+        ]
+        self.assembled: dict[str, TensorRef] = {}
+        self.kept: list[str] = []
+        self.lacking: list[str] = []
+        self.strangers: list[str] = []
+
+    def match_parameters(self) -> None:
+        """Match what has other names by the parameter that both become in the first model's class, whole or in pieces."""
+        if not (self.missing and self.extra):
+            return
+        pieces_of = _same_parameters(self.first, self.model, self.stored, self.missing)
+        whole = {name: pieces[0].name for name, pieces in pieces_of.items() if pieces[0].is_whole}
+        parts = {name: pieces for name, pieces in pieces_of.items() if name not in whole}
         if whole:
             ours, theirs = next(iter(whole.items()))
-            problems.note(f"{label}: {len(whole)} tensors have other names there, such as {theirs} for {ours}.")
+            self.problems.note(
+                f"{self.label}: {len(whole)} tensors have other names there, such as {theirs} for {ours}."
+            )
         if parts:
             ours, pieces = next(iter(parts.items()))
-            problems.note(
-                f"{label}: {len(parts)} tensors are stored in other pieces there, such as {ours} in {pieces[0].name}."
+            self.problems.note(
+                f"{self.label}: {len(parts)} tensors are stored in other pieces there, such as {ours} in {pieces[0].name}."
             )
-        source = Assembled(model.weights, parts, {name: wanted[name].info.shape for name in parts})
-        assembled = {name: TensorRef(source, name) for name in parts}
-        own |= whole
-        used = {piece.name for pieces in found.values() for piece in pieces}
-        missing = [name for name in missing if name not in found]
-        extra = [name for name in extra if name not in used]
-    # What is still missing: a tied head, a buffer, what nothing is computed with; else it is lacking.
-    lacking, kept = [], []
-    for name in missing:
-        if optional(name):
-            continue
-        twin = _tied_to(first, model, name)
-        if twin is not None and twin in stored:
-            own[name] = twin
-            problems.note(f"{label}: {name} is tied to {twin} there; that is used for it.")
-        elif _is_buffer(first, name):
-            problems.note(f"{label}: the buffer {name} is not stored there; that of {first.label} is kept.")
-        elif name in first.model.known_architecture.unused:
-            kept.append(name)
-        else:
-            lacking.append(name)
-    # What is still extra: what nothing is computed with, a head that equals its embedding; else it is a stranger.
-    ignored = [name for name in extra if not optional(name) and name in model.known_architecture.unused]
-    if ignored:
-        problems.note(f"{label}: left out, as the model computes nothing with them: {list_kinds(ignored)}.")
-    strangers, untied = [], {}
-    for name in extra:
-        if optional(name) or name in ignored:
-            continue
-        ours = _name_of_head(first, model, name)
-        twin = (
-            tied.get(ours) or model.known_architecture.tied.get(name) or first.model.known_architecture.tied.get(ours)
-        )
-        twin = own.get(twin, twin) if twin is not None else None
-        whose = "the output" if ours in tied else first.label
-        if twin is None or twin not in stored:
-            strangers.append(name)
-        elif equal_tensors(model.weights, name, twin):
-            problems.note(f"{label}: {name} is left out, as it equals {twin}, to which {whose} ties it.")
-        else:
-            untied[name] = f"expected equal to {twin}, to which {whose} ties it, got other numbers."
-    # A model of the decoder alone keeps the first model's other parts; the other way round is refused in one message.
-    if lacking and not strangers and _lacks_a_part(first.model, model, lacking):
-        kept += lacking
-        lacking = []
-    if kept:
-        problems.note(f"{label}: not stored there, and kept as in {first.label}: {list_kinds(kept)}.")
-    for name in lacking:
-        mismatches.add_missing(name, first.label)
-    if strangers and not lacking and _lacks_a_part(model, first.model, strangers):
-        problems.add(
-            f"{label}: expected a {first.model.known_architecture.model_class} as {first.label}, got a {model.known_architecture.model_class}, "
-            f"of which other parts have no place there: {list_kinds(strangers)}. Make it the base, and {first.label} one of the models."
-        )
-        strangers = []
-    for name in strangers:
-        mismatches.add_extra(name, first.label)
-    for name, problem in untied.items():
+        shapes = {name: self.first.tensors[name].info.shape for name in parts}
+        source = Assembled(self.model.weights, parts, shapes)
+        self.assembled = {name: TensorRef(source, name) for name in parts}
+        self.own |= whole
+        used = {piece.name for pieces in pieces_of.values() for piece in pieces}
+        self.missing = [name for name in self.missing if name not in pieces_of]
+        self.extra = [name for name in self.extra if name not in used]
+
+    def settle_missing(self) -> None:
+        """Find a tied head, a buffer, or what nothing is computed with in what is still missing; the rest is lacking."""
+        for name in self.missing:
+            if self.optional(name):
+                continue
+            twin = _tied_to(self.first, self.model, name)
+            if twin is not None and twin in self.stored:
+                self.own[name] = twin
+                self.problems.note(f"{self.label}: {name} is tied to {twin} there; that is used for it.")
+            elif _is_buffer(self.first, name):
+                self.problems.note(
+                    f"{self.label}: the buffer {name} is not stored there; that of {self.first.label} is kept."
+                )
+            elif name in self.first.model.known_architecture.unused:
+                self.kept.append(name)
+            else:
+                self.lacking.append(name)
+
+    def settle_extra(self) -> None:
+        """Leave out what nothing is computed with, and a head that equals its embedding; the rest are strangers."""
+        first, model = self.first.model.known_architecture, self.model.known_architecture
+        ignored = [name for name in self.extra if not self.optional(name) and name in model.unused]
+        if ignored:
+            self.problems.note(
+                f"{self.label}: left out, as the model computes nothing with them: {list_kinds(ignored)}."
+            )
         use = setting("tie_word_embeddings", "no")
-        mismatches.add(name, f"{problem} Use {use}, which gives the output a head of its own.")
-    mismatches.report_to(problems)
-    # In the order of the output's names.
-    refs = {name: TensorRef(model.weights, there) for name, there in own.items()} | assembled
-    tensors = {name: refs[name] for name in wanted if name in refs}
-    renamed = {name: there for name, there in own.items() if name != there}
-    return AlignedModel(model, first.advice, stored, tensors, renamed, problems)
+        for name in self.extra:
+            if self.optional(name) or name in ignored:
+                continue
+            ours = _name_of_head(self.first, self.model, name)
+            twin = self.tied.get(ours) or model.tied.get(name) or first.tied.get(ours)
+            twin = self.own.get(twin, twin) if twin is not None else None
+            whose = "the output" if ours in self.tied else self.first.label
+            if twin is None or twin not in self.stored:
+                self.strangers.append(name)
+            elif equal_tensors(self.model.weights, name, twin):
+                self.problems.note(f"{self.label}: {name} is left out, as it equals {twin}, to which {whose} ties it.")
+            else:
+                self.mismatches.add(
+                    name,
+                    f"expected equal to {twin}, to which {whose} ties it, got other numbers. Use {use}, which gives the output a head of its own.",
+                )
+
+    def settle_parts(self) -> None:
+        """Keep the first model's other parts where this one is its decoder alone; refuse the other way round in one message."""
+        first, model = self.first.model, self.model
+        if self.lacking and not self.strangers and _lacks_a_part(first, model, self.lacking):
+            self.kept += self.lacking
+            self.lacking = []
+        if self.kept:
+            self.problems.note(
+                f"{self.label}: not stored there, and kept as in {first.label}: {list_kinds(self.kept)}."
+            )
+        if self.strangers and not self.lacking and _lacks_a_part(model, first, self.strangers):
+            other_way = f"Make it the base, and {first.label} one of the models."
+            self.problems.add(
+                f"{self.label}: expected a {first.known_architecture.model_class} as {first.label}, got a {model.known_architecture.model_class}, "
+                f"of which other parts have no place there: {list_kinds(self.strangers)}. {other_way if self.first.advice == MODELS_OF_THIS_BASE else self.first.advice}"
+            )
+            self.strangers = []
+
+    def aligned(self) -> AlignedModel:
+        """The model under the output's names, in their order, with everything that does not fit."""
+        for name in self.lacking:
+            self.mismatches.add_missing(name, self.first.label)
+        for name in self.strangers:
+            self.mismatches.add_extra(name, self.first.label)
+        self.mismatches.report_to(self.problems)
+        refs = {name: TensorRef(self.model.weights, there) for name, there in self.own.items()} | self.assembled
+        tensors = {name: refs[name] for name in self.first.tensors if name in refs}
+        renamed = {name: there for name, there in self.own.items() if name != there}
+        return AlignedModel(self.model, self.first.advice, self.stored, tensors, renamed, self.problems)
 
 
 def _is_head(first: AlignedModel, tied: Mapping[str, str], name: str) -> bool:

@@ -60,19 +60,22 @@ def unite_configs(
     layout: Layout,
     files: SideFiles,
     problems: Problems,
-) -> None:
+) -> bool:
     """End the output's text at every token that ends a model's; take the chat template of the first model that has one,
     unless another one was asked for.
 
     Args:
         vocabulary: gives the output's tokens; reading them takes a while, and mostly all models end alike.
+
+    Returns: whether either made files other than the first model's.
     """
+    before = len(problems.notes)
     inputs = [model.model for model in models]
     try:
         alike = len({(model.vocabulary_digest, tuple(end_ids(model.side_files()))) for model in inputs}) == 1
     except InputError as error:  # a file that nobody could read is copied as it is
         problems.note(f"where the text ends was not compared: {error}")
-        return
+        return False
     tokens = None if alike else vocabulary()
     ends = [end_tokens(model.side_files(), model.vocabulary) for model in inputs if tokens and model.vocabulary]
     if tokens and ends:
@@ -81,6 +84,7 @@ def unite_configs(
     for model in () if is_chosen else inputs[1:]:
         if take_templates(files, model.side_files()):
             problems.note(f"the chat template is that of {model.label}.")
+    return len(problems.notes) > before
 
 
 def _unite_ends(ends: Sequence[Sequence[str]], tokens: Vocabulary, files: SideFiles, problems: Problems) -> None:

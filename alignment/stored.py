@@ -33,7 +33,7 @@ def _not_plain(model: Model) -> InputError | None:
                 f"{model.label}: {name}: its weights are quantised (as GPTQ, AWQ, bitsandbytes or compressed-tensors store them), "
                 "which cannot be merged. Use the unquantised model."
             )
-    for name, info in model.weights.tensors.items():
+    for name, info in (*model.weights.tensors.items(), *model.weights.modules.tensors.items()):
         if info.dtype not in FLOAT_DTYPES.values() and (name.endswith("weight") or info.dtype.is_floating_point):
             return InputError(
                 f"{model.label}: {name}: expected one of {', '.join(FLOAT_DTYPES)}, got {dtype_name(info.dtype)}. Use the unquantised model."

@@ -53,9 +53,8 @@ def align_vocabularies(
     source = _named_source(models, layout, problems)
     new_rows: NewTokenRows = "owner" if layout.new_token_rows == "auto" else layout.new_token_rows
     if source in ("auto", "base", "union") and layout.pad_to_multiple_of is None and _are_alike(models):
-        if source in ("auto", "union"):
-            unite_configs(models, lambda: models[0].model.vocabulary, layout, files, problems)
-        return Vocabularies("base" if source == "auto" else source, new_rows, list(models))
+        united = source != "base" and unite_configs(models, lambda: models[0].model.vocabulary, layout, files, problems)
+        return Vocabularies(_decided(source, united), new_rows, list(models))
     names = table_names(models[0])
     lost = lost_table(models[0])
     if lost and not _have_equal_tokens(models):
@@ -202,7 +201,8 @@ def _match_by_token(
     if source == "union":
         count = _rows_owned(tokens, members, count)
     if source == "union" or chosen == "auto":
-        unite_configs([member.model for member in members], lambda: tokens, layout, files, problems)
+        united = unite_configs([member.model for member in members], lambda: tokens, layout, files, problems)
+        source = _decided(source, united)
     if donor is not first:
         take_tokenizer(first, donor, files)
     most = sum(member.rows + len(member.tokens.ids) for member in members)
@@ -218,6 +218,11 @@ def _match_by_token(
         set_vocabulary_size(files, first.rows, count)
         problems.note(f"the vocabulary tables get {count:,} rows, those of {first.label} have {first.rows:,}.")
     return _Matched(source, rows, by_token=True)
+
+
+def _decided(source: str, united: bool) -> str:
+    """What a recipe says afterwards, so that it makes the same files again: a union is one of ends and templates, too."""
+    return "union" if united else "base" if source == "auto" else source
 
 
 def _rows_owned(tokens: Vocabulary, members: Sequence[Tables], rows: int) -> int:

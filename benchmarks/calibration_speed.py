@@ -9,7 +9,7 @@
         --heads 32 --kv_heads 8 --vocabulary 128256 --blocks 8
 
 Without --modes: a random Llama, of 220 million parameters where no sizes are given, or the checkpoint of --model, blocks of 512
-tokens, one at a time. The bare body, without the output head whose logits nobody needs, and the watched model alternate, so that
+tokens, one or --batch_size at a time. The bare body, without the output head whose logits nobody needs, and the watched model alternate, so that
 what else the machine does falls on both; the table has the median of each.
 
 With --modes: whole calibrations of a checkpoint (--make writes a random one into files) on random tokens, each in a process of
@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aim.watcher import Target, Watcher
 from benchmarks.measured import run as run_command
 from benchmarks.synthetic import Shape, add_shape_flags, make_checkpoints, read_shape
+from streaming.twins import compile_all
 
 DEFAULT = Shape(hidden=1024, layers=12, intermediate=2816, heads=16, kv_heads=16)
 CALIBRATE = """
@@ -45,6 +46,7 @@ import torch
 from aim.calibrate import CalibrationOptions, calibrate
 from aim.calibration_text import TokenBlocks, CalibrationData
 from checkpoints.model import open_model
+from checkpoints.process import own_process
 
 model, mode, blocks, block_size, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 base = open_model(model)
@@ -53,8 +55,9 @@ rows = base.weights.tensors[base.architecture.stored_name(base.architecture.inpu
 tokens = torch.randint(rows, (blocks, block_size), generator=generator)
 started = []
 options = CalibrationOptions(dtype=dtype, batch_size=1, tolerance=0, mode=mode)
-found = calibrate(base, CalibrationData("random tokens", block_size=block_size), options, blocks=TokenBlocks(tokens, blocks, 0, 0, 0),
-                  progress=lambda count: started.append(time.perf_counter()) if not count else None)
+with own_process():  # as the commands have it
+    found = calibrate(base, CalibrationData("random tokens", block_size=block_size), options, blocks=TokenBlocks(tokens, blocks, 0, 0, 0),
+                      progress=lambda count: started.append(time.perf_counter()) if not count else None)
 seconds = time.perf_counter() - started[0]
 print(json.dumps({"tokens_s": tokens.numel() / seconds, "tensors": len(found.statistics), "silent": len(found.silent)}))
 """
@@ -93,13 +96,13 @@ def targets_of(model: Any) -> dict[str, Target]:
 
 
 def run(
-    call: Callable[[torch.Tensor], object], tokens: torch.Tensor, watching: AbstractContextManager[None]
+    call: Callable[[torch.Tensor], object], tokens: torch.Tensor, watching: AbstractContextManager[None], batch: int = 1
 ) -> tuple[float, float]:
-    """Seconds, and seconds of processor time, of a forward pass over each of the blocks `[blocks, block size]`."""
+    """Seconds, and seconds of processor time, of forward passes over the blocks `[blocks, block size]`, `batch` at a time."""
     with watching, torch.no_grad():
         _wait(tokens.device)
         started, started_cpu = time.perf_counter(), time.process_time()
-        for block in tokens.split(1):
+        for block in tokens.split(batch):
             call(block)
         _wait(tokens.device)
         return time.perf_counter() - started, time.process_time() - started_cpu
@@ -118,14 +121,15 @@ def measure(
     block_size: int,
     repeats: int,
     folder: str | None = None,
+    batch: int = 1,
 ) -> Comparison:
     """Run bare and watched in turn."""
     model = make_model(shape, getattr(torch, dtype), device, folder)
     tokens = torch.randint(model.config.vocab_size, (blocks, block_size), device=device)
-    watcher = Watcher(model, targets_of(model), head=model.get_output_embeddings().weight)
-    watcher.block = (1, block_size)
+    watcher = Watcher(model, targets_of(model), head=model.get_output_embeddings().weight, compiled=True)
 
     def watch(block: torch.Tensor) -> None:
+        watcher.block = (block.shape[0], block.shape[1])
         model(input_ids=block, use_cache=False)
 
     def body(block: torch.Tensor) -> None:
@@ -134,8 +138,8 @@ def measure(
     run(watch, tokens[:1], watcher.watching())  # what is slow only once
     bare, watched = [], []
     for _ in range(repeats):
-        bare.append(run(body, tokens, nullcontext()))
-        watched.append(run(watch, tokens, watcher.watching()))
+        bare.append(run(body, tokens, nullcontext(), batch))
+        watched.append(run(watch, tokens, watcher.watching(), batch))
     rates = [tokens.numel() / statistics.median(seconds for seconds, _ in runs) for runs in (bare, watched)]
     ratios = [
         statistics.median(one[kind] / other[kind] for one, other in zip(bare, watched, strict=True)) for kind in (0, 1)
@@ -186,6 +190,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of the forward pass (float32,bfloat16)")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of a run (8)")
     parser.add_argument("--block_size", type=int, default=512, help="tokens of a block (512)")
+    parser.add_argument("--batch_size", type=int, default=1, help="blocks of a forward pass, without --modes (1)")
     parser.add_argument("--threads", type=int, help="of torch (default: one per core)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (3)")
     parser.add_argument("--model", help="a checkpoint in place of a random model")
@@ -219,7 +224,11 @@ def main() -> None:
             print(f"| {row['mode']} | {row['dtype']} | {row['tokens_s']:,.0f} | {row['seconds']:.1f} | {row['cpu_seconds']:.1f} | {row['peak_gb']:.2f} |")  # fmt: skip
         return
     sizes = (arguments.blocks, arguments.block_size, arguments.repeats)
-    found = (measure(shape, dtype, device, *sizes, arguments.model) for dtype in arguments.dtypes.split(","))
+    found = (
+        measure(shape, dtype, device, *sizes, arguments.model, arguments.batch_size)
+        for dtype in arguments.dtypes.split(",")
+    )
+    compile_all()
     if arguments.json:
         print(json.dumps([asdict(one) for one in found]))
         return

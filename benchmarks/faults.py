@@ -307,7 +307,7 @@ def warm_up() -> None:
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "AutoConfig", "LlamaForCausalLM"):
         getattr(transformers, name)
     assert aim.step
-    assert merging.run
+    assert merging.merge_work
     assert merging.report
 
 

@@ -191,6 +191,7 @@ class AdaptedWeights:
         self.label = label
         self.folder = base.folder
         self.files: Sequence[WeightFile] = [*base.files, *adapter.files]
+        self.modules = base.modules
         self._base, self._adapter = base, adapter
         self._resized: dict[int, int] = {}  # rows of a table of the base -> rows that the adapter gives it
         self._whole: dict[str, str] = {}

@@ -289,7 +289,7 @@ def _convert(group: _Group, sources: Mapping[str, Shape], shape: Shape, config: 
     """
     if group.converter is None:
         return {group.parameter: next(iter(sources.values()))}
-    empty = {name: torch.empty(one, device="meta") for name, one in sources.items()}
+    empty = {name: torch.empty(size, device="meta") for name, size in sources.items()}
     return {name: tuple(tensor.shape) for name, tensor in _run_converter(group, empty, shape, config).items()}
 
 

@@ -42,10 +42,10 @@ def remembered(config: bytes, shapes: Mapping[str, Shape], find_out: Callable[[]
         return find_out()
     with suppress(InputError, OSError, ValueError, TypeError, KeyError, AttributeError):
         return _read(path)
-    found = find_out()
+    architecture = find_out()
     with suppress(InputError, OSError):
-        _write(path, found)
-    return found
+        _write(path, architecture)
+    return architecture
 
 
 def _path(config: bytes, shapes: Mapping[str, Shape]) -> Path | None:
@@ -55,7 +55,7 @@ def _path(config: bytes, shapes: Mapping[str, Shape]) -> Path | None:
     code = [Path(__file__).with_name(f"{name}.py") for name in ("architecture", "architecture_cache", "placements")]
     facts = [
         *(f"{name} {version(name)}" for name in ("transformers", "torch")),
-        *(hashlib.sha256(one).hexdigest() for one in (config, *(path.read_bytes() for path in code))),
+        *(hashlib.sha256(content).hexdigest() for content in (config, *(path.read_bytes() for path in code))),
         *(f"{name} {list(shape)}" for name, shape in sorted(shapes.items())),
     ]
     try:
@@ -77,33 +77,41 @@ def _read(path: Path) -> Architecture:
     for name in ("buffers", "ignored", "unplaced", "missing"):
         content[name] = tuple(content[name])
     content["placements"] = {
-        name: Placement(**{**one, "others": tuple(one["others"]), "axes": tuple(one["axes"])})
-        for name, one in content["placements"].items()
+        name: Placement(**{**entry, "others": tuple(entry["others"]), "axes": tuple(entry["axes"])})
+        for name, entry in content["placements"].items()
     }
-    found = Architecture(**content)
-    _check(found)
-    return found
+    architecture = Architecture(**content)
+    _check(architecture)
+    return architecture
 
 
-def _check(found: Architecture) -> None:
+def _check(architecture: Architecture) -> None:
     """Raise ValueError where the types are not those that the classes say: a file can have been written by anybody."""
-    names = [*found.buffers, *found.ignored, *found.unplaced, *found.missing, found.model_class]
-    for mapping in (found.tied, found.mismatched, found.placements):
+    names = [
+        *architecture.buffers,
+        *architecture.ignored,
+        *architecture.unplaced,
+        *architecture.missing,
+        architecture.model_class,
+    ]
+    for mapping in (architecture.tied, architecture.mismatched, architecture.placements):
         names += [*mapping, *(value for value in mapping.values() if not isinstance(value, Placement))]
-    names += [name for name in (found.input_embedding, found.output_head) if name is not None]
-    for one in found.placements.values():
-        names += [one.parameter, *one.others]
-        if one.kind not in get_args(Kind) or any(type(n) not in (int, type(None)) for n in (one.input_dim, one.expert)):
+    names += [name for name in (architecture.input_embedding, architecture.output_head) if name is not None]
+    for placement in architecture.placements.values():
+        names += [placement.parameter, *placement.others]
+        if placement.kind not in get_args(Kind) or any(
+            type(n) not in (int, type(None)) for n in (placement.input_dim, placement.expert)
+        ):
             raise ValueError("a placement of no known kind")
     if not all(isinstance(name, str) for name in names):
         raise ValueError("a name that is no text")
 
 
-def _write(path: Path, found: Architecture) -> None:
+def _write(path: Path, architecture: Architecture) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(found)).encode()
+    text = json.dumps(asdict(architecture)).encode()
     with Folder.open(path.parent) as folder:
         folder.replace(path.name, [hashlib.sha256(text).hexdigest().encode(), b"\n", text])
-    others = sorted(path.parent.glob("*.json"), key=lambda one: one.stat().st_mtime, reverse=True)
+    others = sorted(path.parent.glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
     for old in others[MOST_FILES:]:
         old.unlink(missing_ok=True)

@@ -100,22 +100,26 @@ def _without_comments(template: str) -> str:
 
 def templates_of(files: SideFiles) -> dict[str, str]:
     """The templates that a checkpoint holds, by name; empty where it holds none."""
-    found = {
+    templates = {
         name.removeprefix(FURTHER).removesuffix(".jinja"): files.read(name).decode(errors="replace")
         for name in files.names
         if name.startswith(FURTHER)
     }
     if FILE in files:
-        found[DEFAULT] = files.read(FILE).decode(errors="replace")
-    if found:
-        return found
+        templates[DEFAULT] = files.read(FILE).decode(errors="replace")
+    if templates:
+        return templates
     for name in (CONFIGS[0], "chat_template.json", CONFIGS[1]):
         entry = files.read_json(name).get("chat_template")
         if isinstance(entry, str):
             return {DEFAULT: entry}
         if isinstance(entry, list):
-            named = [one for one in entry if isinstance(one, dict) and {"name", "template"} <= one.keys()]
-            return {str(one["name"]): str(one["template"]) for one in named}
+            named = [
+                named_template
+                for named_template in entry
+                if isinstance(named_template, dict) and {"name", "template"} <= named_template.keys()
+            ]
+            return {str(named_template["name"]): str(named_template["template"]) for named_template in named}
     return {}
 
 

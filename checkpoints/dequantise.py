@@ -49,6 +49,7 @@ class DequantisedWeights:
     def __init__(self, inner: Checkpoint, config: Mapping[str, Any]):
         self.label, self.folder = inner.label, inner.folder
         self.files: Sequence[WeightFile] = inner.files
+        self.modules = inner.modules
         self._inner = inner
         self._scales: dict[str, tuple[str, tuple[int, ...]]] = {}
         blocks = _block_size(config)

@@ -32,9 +32,9 @@ def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
 
 def catch_interrupts() -> None:
     """End at once on a signal that would end the process anyway; one that is ignored (`nohup`) stays so."""
-    for one in SIGNALS:
-        if signal.getsignal(one) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(one, end_at_once)
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, end_at_once)
 
 
 if name.removesuffix(".py") in (*COMMANDS, *INSTALLED) and threading.current_thread() is threading.main_thread():

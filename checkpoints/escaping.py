@@ -30,7 +30,10 @@ def visible(text: str) -> str:
     """One line that no terminal obeys: what cannot be printed, marks that turn the direction of text among it, becomes an escape."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
 
 
 def terminal(text: str) -> str:
@@ -68,7 +71,7 @@ def _is_guarded(text: str) -> bool:
 
 def latex(text: str) -> str:
     """Text in a paragraph or a cell: no command, no comment, no alignment, no optional argument of the line before."""
-    return _LATEX_SIGN.sub(lambda found: _LATEX.get(found[0], "\\" + found[0]), visible(text))
+    return _LATEX_SIGN.sub(lambda match: _LATEX.get(match[0], "\\" + match[0]), visible(text))
 
 
 def latex_comment(text: str) -> str:
@@ -94,7 +97,7 @@ def markdown_inside(text: str) -> str:
 
 
 def _inline(line: str) -> str:
-    return _MARKDOWN_SIGN.sub(lambda found: "\\" + found[0], line)
+    return _MARKDOWN_SIGN.sub(lambda match: "\\" + match[0], line)
 
 
 def markdown_code(text: str) -> str:
@@ -122,12 +125,12 @@ def shell(command: Sequence[str]) -> str:
 
 def _quoted(word: str) -> str:
     signs = []
-    for one in word:
-        code = ord(one)
-        if one in "\\'":
-            signs.append("\\" + one)
-        elif one.isprintable():
-            signs.append(one)
+    for character in word:
+        code = ord(character)
+        if character in "\\'":
+            signs.append("\\" + character)
+        elif character.isprintable():
+            signs.append(character)
         elif 0xDC80 <= code <= 0xDCFF:  # a byte of a path that is no text
             signs.append(f"\\x{code - 0xDC00:02x}")
         else:

@@ -88,7 +88,7 @@ def places_in(records: Iterable[Mapping[str, Any]]) -> dict[str, Written]:
 def find_lost(folder: Folder, written: Mapping[str, Written]) -> set[str]:
     """The tensors whose bytes are not as they were written, or of which no checksum was noted. Raises ForeignFolder."""
     names = {file for places in written.values() for file, _ in places}
-    descriptors = {name: _open(folder, name) for name in sorted(names)}
+    descriptors = {name: folder.open_file(name) for name in sorted(names)}
     try:
 
         def is_whole(places: Written) -> bool:
@@ -102,15 +102,6 @@ def find_lost(folder: Folder, written: Mapping[str, Written]) -> set[str]:
         for descriptor in descriptors.values():
             if descriptor is not None:
                 os.close(descriptor)
-
-
-def _open(folder: Folder, name: str) -> int | None:
-    *parents, last = name.split("/")
-    for parent in parents:
-        if folder.look(parent) is None:
-            return None
-        folder = folder.subfolder(parent)
-    return folder.open_file(last)
 
 
 def _fits(descriptor: int | None, pieces: Sequence[int]) -> bool:

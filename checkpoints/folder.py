@@ -164,8 +164,13 @@ class Folder:
     def open_file(self, name: str, *, access: int = os.O_RDWR) -> int | None:
         """The descriptor of a file that is there, to be read and written unless `access` says otherwise; None where there is none.
 
+        `/` in its name leads to subfolders, which are not made.
+
         Raises: ForeignFolder: a link, a pipe, a file with further names or of another user; WriteError: it cannot be opened.
         """
+        first, inner, rest = name.partition("/")
+        if inner:
+            return None if self.look(first) is None else self.subfolder(first).open_file(rest, access=access)
         with self._writing(name):
             fault = self.fault(name)
             if fault is not None:
@@ -181,7 +186,13 @@ class Folder:
         return descriptor
 
     def new_file(self, name: str) -> int:
-        """The descriptor of a new file, in the place of what lay there. Raises WriteError: it cannot be made."""
+        """The descriptor of a new file, in the place of what lay there; `/` in its name leads to subfolders, which are made.
+
+        Raises: WriteError: it cannot be made; ForeignFolder: something else lies in the way.
+        """
+        first, inner, rest = name.partition("/")
+        if inner:
+            return self.subfolder(first).new_file(rest)
         with self._writing(name):
             with suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self.descriptor)
@@ -203,11 +214,7 @@ class Folder:
 
         Raises: WriteError: the disk is full or fails; ForeignFolder: something else lies in the way.
         """
-        *parents, last = name.split("/")
-        folder = self
-        for parent in parents:
-            folder = folder.subfolder(parent)
-        with folder._writing(last), _closing(folder.new_file(last)) as descriptor:
+        with self._writing(name), _closing(self.new_file(name)) as descriptor:
             _write_all(descriptor, [content])
         self.written[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
@@ -229,7 +236,9 @@ class Folder:
             os.fsync(self.descriptor)
 
     def sync(self) -> None:
-        """Flush its entries to the disk. Raises WriteError: the disk fails."""
+        """Flush its entries, and those of subfolders that are open, to the disk. Raises WriteError: the disk fails."""
+        for folder in list(self._inner.values()):  # a shard may be made meanwhile
+            folder.sync()
         with self._writing():
             os.fsync(self.descriptor)
 

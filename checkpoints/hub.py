@@ -13,7 +13,7 @@ from pathlib import Path
 
 from checkpoints.errors import InputError
 from checkpoints.hub_errors import Unreachable, few, label_of, one_line_errors, progress_bars
-from checkpoints.side_names import choose_side_files
+from checkpoints.side_names import choose_side_files, module_weights
 
 # What a copy in the cache must have of these, if the repo does: programs that only load a model fetch no more.
 NEEDED_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
@@ -85,7 +85,8 @@ def list_files(repo_id: str, revision: str | None) -> Listing:
 
 
 def choose_weights(names: Collection[str], read: Callable[[str], bytes], label: str) -> list[str]:
-    """The weight files to use, in the order in which the reader looks: safetensors before pickles, never both.
+    """The weight files to use, in the order in which the reader looks: safetensors before pickles, never both; and those of
+    modules behind the model.
 
     Args:
         names: the files of a checkpoint.
@@ -100,8 +101,9 @@ def choose_weights(names: Collection[str], read: Callable[[str], bytes], label: 
     if found is None:
         there = few(names) or "nothing"
         raise InputError(f"{label}: expected {WEIGHT_FILES[0]}, {WEIGHT_FILES[2]} or an index of shards, got {there}.")
+    modules = module_weights(names)
     if not found.endswith(".json"):
-        return [found]
+        return [found, *modules]
     try:
         shards = sorted({str(shard) for shard in json.loads(read(found))["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
@@ -109,7 +111,7 @@ def choose_weights(names: Collection[str], read: Callable[[str], bytes], label: 
     missing = [shard for shard in shards if shard not in names]
     if missing:
         raise InputError(f"{label}: {found} names files that are not there: {few(missing)}. Tell the model's author.")
-    return shards
+    return [*shards, *modules]
 
 
 def _side_files(sizes: Mapping[str, int], code: bool) -> list[str]:

@@ -298,7 +298,7 @@ def open_model(
     location = locate(own, weights=weights, **options)
     if not location.weights_here:
         headers = remote_headers(replace(own, revision=location.revision))
-        if headers and not is_adapter(location.folder, [*headers]):
+        if headers and not is_adapter(location.folder, [file for file in headers if "/" not in file]):
             files = [RemoteFile(file, str(own), header.file_bytes, header.tensors) for file, header in headers.items()]
             return _whole(name, location, Checkpoint(location.folder, str(own), files), trust_remote_code)
         location = locate(own, **options)

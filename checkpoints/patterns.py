@@ -50,10 +50,10 @@ class Pattern:
         new = [text for text in dict.fromkeys(texts) if text not in self._found]
         if new:
             try:
-                found = STRANGERS.ask("find", pattern=self._text, texts=new)
+                matching = STRANGERS.ask("find", pattern=self._text, texts=new)
             except StrangersError as said:
                 raise self._too_slow(said) from None
-            self._found.update(zip(new, found, strict=True))
+            self._found.update(zip(new, matching, strict=True))
         return [self._found[text] for text in texts]
 
     def found_in(self, text: str) -> bool:

@@ -56,18 +56,18 @@ def find_pieces(
             runs.setdefault(placement.parameter, []).append((placement.start, placement.start + count, name))
     for entries in runs.values():
         entries.sort()
-    found: dict[str, list[Piece]] = {}
+    by_name: dict[str, list[Piece]] = {}
     for name, placement in ours.items():
         key = _key(placement)
         twin = by_key[key] if key in mine and key in by_key else None
         if twin is not None:  # the same part of the same parameter; whoever merges compares the shapes
-            found[name] = [Piece(twin, 0, math.prod(their_shapes[twin]), is_whole=True)]
+            by_name[name] = [Piece(twin, 0, math.prod(their_shapes[twin]), is_whole=True)]
         elif placement.start is not None:
             stop = placement.start + math.prod(our_shapes[name])
             pieces = _cover(runs.get(placement.parameter, []), placement.start, stop)
             if pieces:
-                found[name] = pieces
-    return found
+                by_name[name] = pieces
+    return by_name
 
 
 def _key(placement: Placement) -> tuple[object, ...]:
@@ -97,16 +97,16 @@ def _cover(runs: Sequence[tuple[int, int, str]], start: int, stop: int) -> list[
 
 def text_placements(theirs: Architecture, ours: Architecture) -> dict[str, Placement]:
     """Their tensors placed in our model class: what is in their decoder in ours, their head in our head."""
-    found = {}
+    inner = {}
     head = ours.placements.get(ours.output_head or "")
     for name, placement in theirs.placements.items():
         if name == theirs.output_head:
             if head is not None:
-                found[name] = replace(placement, parameter=head.parameter)
+                inner[name] = replace(placement, parameter=head.parameter)
         elif not theirs.decoder or placement.parameter.startswith(f"{theirs.decoder}."):
             rest = placement.parameter[len(theirs.decoder) :].removeprefix(".")
-            found[name] = replace(placement, parameter=".".join(filter(None, (ours.decoder, rest))))
-    return found
+            inner[name] = replace(placement, parameter=".".join(filter(None, (ours.decoder, rest))))
+    return inner
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class Assembled:
             each = math.prod(shape[1:])
             at = {begin: piece.name for begin, piece in zip(self._begins[name], pieces, strict=False)}
             experts = [at.get(expert * each) for expert in range(shape[0])]
-            return tuple(Origin(one) for one in experts if one is not None) if None not in experts else ()
+            return tuple(Origin(origin) for origin in experts if origin is not None) if None not in experts else ()
         packed = self._inner.tensors[pieces[0].name]
         if len(pieces) != 1 or len(packed.shape) != 3:
             return ()

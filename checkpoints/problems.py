@@ -65,7 +65,7 @@ class Problems:
 
     def warn(self, text: str) -> None:
         """Add a line that stops nothing and that nobody should miss."""
-        self.warnings.append(text)
+        self.warnings.append(Remark(text))
 
     def note(self, text: str) -> None:
         """Add a line that stops nothing."""

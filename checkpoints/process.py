@@ -30,6 +30,7 @@ SWITCH_S = 0.0002
 """Seconds between turns of Python's threads while something is compiled."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 16 << 20
+LARGE_BYTES = 1 << 20
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 """Threads that have nothing to do sleep. By default they spin, and where other programs want the same cores a forward pass of
 two threads, which wait for each other thousands of times, becomes slower than that of one."""
@@ -97,14 +98,25 @@ def end(code: int) -> NoReturn:
 
 def keep_freed_memory() -> None:
     """Make glibc keep the memory of freed blocks: handing it back costs a page fault for each page of the next one."""
+    _set_malloc(KEPT_BYTES, KEPT_BYTES)
+
+
+def give_back_freed_memory() -> None:
+    """Make glibc hand large blocks back as soon as they are freed. Left to itself it keeps blocks of up to 32 MB, among which
+    there is no room for the next large one: a layer's weights and activations took half as much again as they are."""
+    _set_malloc(LARGE_BYTES, LARGE_BYTES)
+
+
+def _set_malloc(mapped_from: int, kept: int) -> None:
+    """Have blocks from a size on mapped one by one, and as much free memory kept at the heap's end."""
     if not is_ours():
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library, which has its own ways
         return
-    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-    mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+    mallopt(M_MMAP_THRESHOLD, mapped_from)
+    mallopt(M_TRIM_THRESHOLD, kept)
 
 
 @contextmanager

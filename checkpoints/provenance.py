@@ -49,7 +49,7 @@ def _describe_part(location: Location, files: Sequence[WeightFile], digest: Dige
     return {
         "folder": str(location.folder),
         **({"revision": location.revision} if location.revision else {}),
-        "files": {file.path.name: _describe_file(file, location.hub_sha256, digest) for file in files},
+        "files": {file.name: _describe_file(file, location.hub_sha256, digest) for file in files},
     }
 
 
@@ -74,8 +74,8 @@ def _describe_file(file: WeightFile, hub_sha256: Mapping[str, str], digest: Dige
         "bytes": file.size,
         "tensors_sha256": hashlib.sha256(json.dumps(tensors).encode()).hexdigest(),
     }
-    if file.path.name in hub_sha256:
-        entry["sha256"] = hub_sha256[file.path.name]
+    if file.name in hub_sha256:
+        entry["sha256"] = hub_sha256[file.name]
     else:
         entry["mtime_ns"] = file.mtime_ns
     if digest == "full":

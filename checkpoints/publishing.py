@@ -87,9 +87,9 @@ class PublicNames:
         self._known = re.compile("|".join(rf"(?<![\w./~-]){re.escape(path)}(?![\w/-])" for path in paths) or r"(?!)")
 
     def _add(self, entry: Mapping[str, Any]) -> None:
-        adapters = [one for one in entry.get("adapters") or () if isinstance(one, dict)]
+        adapters = [adapter for adapter in entry.get("adapters") or () if isinstance(adapter, dict)]
         public = public_name(
-            entry["model"], [one.get("revision") for one in (entry, *adapters)], entry.get("fingerprint")
+            entry["model"], [adapter.get("revision") for adapter in (entry, *adapters)], entry.get("fingerprint")
         )
         self.names[entry["model"]] = public
         for part in (entry, *adapters):
@@ -109,17 +109,17 @@ class PublicNames:
                 if key not in PRIVATE_KEYS
             }
         if isinstance(content, list):
-            return [self.of_recipe(one) for one in content]
+            return [self.of_recipe(entry) for entry in content]
         return self.of_text(content) if isinstance(content, str) else content
 
     def of_text(self, text: str) -> str:
         """A text in which paths are replaced: those of inputs by their public names, others by their last part."""
         if text in self.names:
             return self.names[text]
-        known = self._known.sub(lambda found: self.names[found[0]], text)
+        known = self._known.sub(lambda match: self.names[match[0]], text)
         if known.startswith(("/", "~/")) and not re.search(r"[:,]\s|\n", known):  # one path, which may hold spaces
             return Path(known).name or known
-        return _PATH.sub(lambda found: found[0].rstrip("/").rpartition("/")[2] or found[0], known)
+        return _PATH.sub(lambda match: match[0].rstrip("/").rpartition("/")[2] or match[0], known)
 
     def of_command(self, words: Sequence[Any]) -> list[str]:
         """A command with public names of its models and the last part of every other path."""
@@ -128,12 +128,12 @@ class PublicNames:
     def _of_word(self, word: str) -> str:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         parts = []
-        for one in value.split(","):
-            name, colon, weight = one.rpartition(":")
+        for part in value.split(","):
+            name, colon, weight = part.rpartition(":")
             if colon and re.fullmatch(r"[-+.\deE]+", weight) and name in self.names:
                 parts.append(f"{self.names[name]}:{weight}")
             else:
-                parts.append(self.of_text(one))
+                parts.append(self.of_text(part))
         return f"{flag}{equals}{','.join(parts)}"
 
 

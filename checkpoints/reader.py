@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from checkpoints.errors import InputError, cannot_open
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.safetensors_format import StoredTensor, pread_exactly, read_header
+from checkpoints.sidecars import SideFiles, list_module_weights
 from checkpoints.source import READ_ELEMENTS, Source, TensorInfo, TensorRef
-
-if TYPE_CHECKING:
-    from checkpoints.sidecars import SideFiles
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -75,7 +72,7 @@ def is_adapter(folder: Path, files: Sequence[str]) -> bool:
 
 
 def open_checkpoint(folder: Path, label: str, names: Sequence[str] = WEIGHT_FILES) -> Checkpoint:
-    """Open a folder's weights; reads headers only.
+    """Open a folder's weights, and of a whole model those of the modules behind it; reads headers only.
 
     Args:
         folder: a checkpoint as `save_pretrained` or the hub lays it out.
@@ -88,10 +85,14 @@ def open_checkpoint(folder: Path, label: str, names: Sequence[str] = WEIGHT_FILE
     files: list[WeightFile] = []
     try:
         for path in paths:
-            files.append(_open_file(path, label))
+            files.append(_open_file(path, label, path.name))
+        if names is WEIGHT_FILES:
+            files += [_open_file(folder / name, label, name) for name in list_module_weights(folder)]
         checkpoint = Checkpoint(folder, label, files)
         if weight_map is not None:
-            _check_index(weight_map, {name: file.path.name for file in files for name in file.tensors}, label)
+            _check_index(
+                weight_map, {name: file.name for file in files if not file.prefix for name in file.tensors}, label
+            )
         if not checkpoint.tensors:
             raise InputError(
                 f"{label}: expected tensors, got none in {_names(paths) or 'its index'}. Download it again."
@@ -125,27 +126,38 @@ class Checkpoint:
         label: how messages name it.
         files: its weight files, open.
 
+    Attributes:
+        modules: the weights of modules behind the model, by folder and name (`2_Dense/linear.weight`), mostly none.
+
     Raises: InputError: two files hold a tensor of one name; a name that is none.
     """
 
     def __init__(self, folder: Path, label: str, files: Sequence[WeightFile]):
         self.folder = folder
         self.label = label
-        self.files: Sequence[WeightFile] = sorted(files, key=lambda file: file.path.name)
+        self.files: Sequence[WeightFile] = sorted(files, key=lambda file: file.name)
         self._owner: dict[str, WeightFile] = {}
         for file in self.files:
-            for name in file.tensors:
-                if not name.isprintable() or len(name) > LONGEST_NAME:
+            for own in file.tensors:
+                if not own.isprintable() or len(own) > LONGEST_NAME:
                     raise InputError(
-                        f"{label}: {file.path.name}: expected names of tensors, got {name!r:.100}. The file is damaged; download it again."
+                        f"{label}: {file.name}: expected names of tensors, got {own!r:.100}. The file is damaged; download it again."
                     )
+                name = file.prefix + own
                 if name in self._owner:
-                    other = self._owner[name].path.name
+                    other = self._owner[name].name
                     raise InputError(
-                        f"{label}: the tensor {name} is in {other} and in {file.path.name}. Remove one of them."
+                        f"{label}: the tensor {name} is in {other} and in {file.name}. Remove one of them."
                     )
                 self._owner[name] = file
-        self.tensors: Mapping[str, TensorInfo] = {name: self._owner[name].tensors[name] for name in sorted(self._owner)}
+        infos = {name: self._info(name) for name in sorted(self._owner)}
+        outside = {name for name, file in self._owner.items() if file.prefix}
+        self.tensors: Mapping[str, TensorInfo] = {name: one for name, one in infos.items() if name not in outside}
+        self.modules: Source = _Part(self, {name: one for name, one in infos.items() if name in outside})
+
+    def _info(self, name: str) -> TensorInfo:
+        file = self._owner[name]
+        return file.tensors[name.removeprefix(file.prefix)]
 
     @property
     def is_here(self) -> bool:
@@ -153,8 +165,9 @@ class Checkpoint:
         return not any(isinstance(file, RemoteFile) for file in self.files)
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
-        """See `Source.read`."""
-        return self._owner[name].read(name, start, stop, buffer)
+        """See `Source.read`; of the modules' tensors too."""
+        file = self._owner[name]
+        return file.read(name.removeprefix(file.prefix), start, stop, buffer)
 
     def adjust(self, files: SideFiles) -> None:
         """See `Weights`: they are what its files hold."""
@@ -170,12 +183,35 @@ class Checkpoint:
             file.close()
 
 
-class WeightFile:
-    """One open weight file, and what it looked like when it was opened."""
+class _Part:
+    """Some tensors of a checkpoint as a source of their own."""
 
-    def __init__(self, path: Path, label: str, status: os.stat_result | None = None):
+    def __init__(self, whole: Checkpoint, tensors: Mapping[str, TensorInfo]):
+        self.label, self.tensors, self._whole = whole.label, tensors, whole
+
+    @property
+    def is_here(self) -> bool:
+        """See `Checkpoint`."""
+        return self._whole.is_here
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`."""
+        return self._whole.read(name, start, stop, buffer)
+
+
+class WeightFile:
+    """One open weight file, and what it looked like when it was opened.
+
+    Attributes:
+        name: relative to the checkpoint's folder, `2_Dense/model.safetensors` say.
+        prefix: what tensors of a file in a subfolder are called by: the subfolder and `/`; empty for the model's own.
+    """
+
+    def __init__(self, path: Path, label: str, name: str, status: os.stat_result | None = None):
         self.path = path
-        self.where = f"{label}: {path.name}"
+        self.name = name
+        self.prefix = name[: name.rfind("/") + 1]
+        self.where = f"{label}: {name}"
         self.tensors: Mapping[str, TensorInfo] = {}
         self.size = status.st_size if status else 0
         self.mtime_ns = status.st_mtime_ns if status else 0
@@ -199,9 +235,9 @@ class WeightFile:
 class SafetensorsFile(WeightFile):
     """Reads with `pread`: half the time of mmap, and the pages stay out of the process's memory."""
 
-    def __init__(self, path: Path, label: str):
-        super().__init__(path, label, path.stat())
-        self._stored: dict[str, StoredTensor] = read_header(path, label)
+    def __init__(self, path: Path, label: str, name: str):
+        super().__init__(path, label, name, path.stat())
+        self._stored: dict[str, StoredTensor] = read_header(path, label, name)
         self.tensors = {name: stored.info for name, stored in self._stored.items()}
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
@@ -223,10 +259,10 @@ class SafetensorsFile(WeightFile):
 class PickleFile(WeightFile):
     """`pytorch_model.bin`; see `pickle_format`."""
 
-    def __init__(self, path: Path, label: str):
+    def __init__(self, path: Path, label: str, name: str):
         from checkpoints.pickle_format import load_pickle
 
-        super().__init__(path, label, path.stat())
+        super().__init__(path, label, name, path.stat())
         self._loaded = load_pickle(path, self.where)
         self.tensors = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._loaded.items()}
 
@@ -249,21 +285,21 @@ class RemoteFile(WeightFile):
     """A file on the hub of which only the header was read. What a plan asks of it can be told; its numbers cannot."""
 
     def __init__(self, name: str, label: str, size: int, stored: Mapping[str, StoredTensor]):
-        super().__init__(Path(name), label)
+        super().__init__(Path(name), label, name)
         self.size = size
         self.tensors = {key: place.info for key, place in stored.items()}
 
 
-def _open_file(path: Path, label: str) -> WeightFile:
+def _open_file(path: Path, label: str, name: str) -> WeightFile:
     try:
         with path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise InputError(
-                    f"{label}: {path.name}: expected weights, got the pointer that git puts in their place. Run `git lfs pull` in its folder."
+                    f"{label}: {name}: expected weights, got the pointer that git puts in their place. Run `git lfs pull` in its folder."
                 )
-        return SafetensorsFile(path, label) if path.suffix == ".safetensors" else PickleFile(path, label)
+        return (SafetensorsFile if path.suffix == ".safetensors" else PickleFile)(path, label, name)
     except OSError as error:
-        raise cannot_open(f"{label}: {path.name}", error) from error
+        raise cannot_open(f"{label}: {name}", error) from error
 
 
 def read_tensor(source: Source, name: str) -> torch.Tensor:

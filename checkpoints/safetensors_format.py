@@ -38,12 +38,13 @@ class StoredTensor:
     """Bytes from the start of the file to the tensor's first byte."""
 
 
-def read_header(path: Path, label: str) -> dict[str, StoredTensor]:
+def read_header(path: Path, label: str, name: str = "") -> dict[str, StoredTensor]:
     """Read and check the header of one safetensors file.
 
     Args:
         path: the file.
         label: the model it belongs to, for messages.
+        name: of the file there, its last name where none is given.
 
     Returns: every tensor in it and where its bytes lie.
 
@@ -51,7 +52,7 @@ def read_header(path: Path, label: str) -> dict[str, StoredTensor]:
         InputError: not a safetensors file; truncated; an unknown dtype; tensors that overlap, leave a gap or do not
             fill their range; a header that claims more than the file holds, or that other readers would read otherwise.
     """
-    where = f"{label}: {path.name}"
+    where = f"{label}: {name or path.name}"
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(LENGTH_BYTES)

@@ -6,7 +6,7 @@ By their names alone, so that the files of a folder and those of a repo on the h
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -46,6 +46,8 @@ WEIGHTS = (
     *("*.zip", "*.tar", "*.tar.*", "*.tgz", "*.gz", "*.7z", "*.data-*-of-*"),
 )  # fmt: skip
 """Weights in any format, and archives. A folder that holds some is a model of its own."""
+MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""What the weights of a module behind a model are called, in the order in which they are looked for."""
 MODEL_WEIGHTS = (
     "model*.safetensors",
     "pytorch_model*.bin",
@@ -109,9 +111,19 @@ def is_module(folder: str) -> bool:
     return re.fullmatch(r"\d{1,3}_[A-Za-z]\w{0,60}", folder) is not None
 
 
-def is_module_weights(name: str) -> bool:
-    """Whether a copied file holds weights of a module behind the model."""
-    return is_module(name.split("/")[0]) and matches(name, WEIGHTS)
+def module_weights(names: Iterable[str]) -> list[str]:
+    """The files with the weights of modules behind a model, one for each folder: safetensors before a pickle, never both.
+
+    Args:
+        names: relative names of a checkpoint's files.
+    """
+    chosen: dict[str, str] = {}
+    for wanted in MODULE_WEIGHTS:
+        for name in sorted(names):
+            folder, _, last = name.rpartition("/")
+            if last == wanted and is_module(name.split("/")[0]):
+                chosen.setdefault(folder, name)
+    return sorted(chosen.values())
 
 
 def choose_side_files(sizes: Mapping[str, int]) -> SideNames:
@@ -127,11 +139,12 @@ def choose_side_files(sizes: Mapping[str, int]) -> SideNames:
     known, others, left_out = [], [], []
     for name in plain:
         top = name.split("/")[0] if "/" in name else ""
-        if name.lower() in OURS or matches(name, MODEL_WEIGHTS):
+        last = name.rpartition("/")[2]
+        if name.lower() in OURS or matches(name, MODEL_WEIGHTS) or (is_module(top) and last in MODULE_WEIGHTS):
             continue
         if (
             sizes[name] > LARGEST
-            or (not top and matches(name, WEIGHTS))
+            or ((not top or is_module(top)) and matches(name, WEIGHTS))
             or matches(name, TRAINING)
             or top in with_weights
             or (top and matches(top, FOLDERS))

@@ -14,7 +14,7 @@ from typing import Any
 from checkpoints.errors import InputError, cannot_open
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.folder import Folder
-from checkpoints.side_names import KNOWN_FILES, SideNames, choose_side_files, matches
+from checkpoints.side_names import KNOWN_FILES, SideNames, choose_side_files, matches, module_weights
 
 MOST_SEEN = 10_000
 """Files of a folder that are looked at."""
@@ -36,6 +36,11 @@ def list_side_files(folder: Path) -> list[Path]:
 def list_left_out(folder: Path) -> list[str]:
     """Relative names of the files that no output gets, although they are no weights of the model; see `choose_side_files`."""
     return list(_choose(folder).left_out)
+
+
+def list_module_weights(folder: Path) -> list[str]:
+    """Relative names of the files with the weights of modules behind the model; see `module_weights`."""
+    return module_weights(list(_sizes(folder)))
 
 
 def _choose(folder: Path) -> SideNames:

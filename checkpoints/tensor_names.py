@@ -20,7 +20,12 @@ def list_kinds(names: Iterable[str], most: int = 8) -> str:
     return ", ".join([*listed[:most], *more] if more else listed)
 
 
+def is_called_embedding(tensor: str) -> bool:
+    """Whether a tensor is called as embeddings are, where no class tells which they are."""
+    return re.search(r"embed|(^|\.)w[tp]e\.", tensor, re.IGNORECASE) is not None
+
+
 def layer_of(tensor: str) -> tuple[str, int] | None:
     """The stack that a tensor belongs to and its number there: (`model.layers.`, 3); None outside of a stack."""
-    found = re.match(r"(.*?\.|)(\d+)\.", tensor)
-    return (found[1], int(found[2])) if found else None
+    match = re.match(r"(.*?\.|)(\d+)\.", tensor)
+    return (match[1], int(match[2])) if match else None

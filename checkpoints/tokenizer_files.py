@@ -58,7 +58,10 @@ def add_tokens(files: SideFiles, known: Vocabulary, tokens: Iterable[NewToken]) 
         decoder = {str(known.ids[token]): {"content": token, **treatment} for token, treatment in known.added.items()}
         if "added_tokens_decoder" not in config:  # where it is, transformers reads no other list of tokens
             config |= _named_tokens(files)
-        decoder |= {**config.get("added_tokens_decoder", {}), **{str(index): one for index, one in entries.items()}}
+        decoder |= {
+            **config.get("added_tokens_decoder", {}),
+            **{str(index): described for index, described in entries.items()},
+        }
         files.write_json("tokenizer_config.json", {**config, "added_tokens_decoder": decoder})
     if has_slow or "added_tokens.json" in files:
         listed = {**files.read_json("added_tokens.json"), **{token.token: token.id for token in tokens}}
@@ -95,8 +98,8 @@ def check_tokens(files: SideFiles, expected: Vocabulary, *, trust_remote_code: b
 
                 ids: Mapping[str, int] = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
             else:
-                found = read_vocabulary(Path(folder), files.label, trust_remote_code=trust_remote_code)
-                ids = found.ids if found else {}
+                vocabulary = read_vocabulary(Path(folder), files.label, trust_remote_code=trust_remote_code)
+                ids = vocabulary.ids if vocabulary else {}
             tokens = (*expected.ids, *ids)
             wrong = next((token for token in tokens if ids.get(token) != expected.ids.get(token)), None)
             reason = (
@@ -142,11 +145,11 @@ def renumber_tokens(files: SideFiles, new_ids: Mapping[int, int]) -> None:
 
     def follow(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return {inner: follow(inner, one) for inner, one in value.items()}
+            return {inner: follow(inner, old) for inner, old in value.items()}
         if not ID_KEY.search(key):
             return value
         if isinstance(value, list):
-            return [new_ids[one] for one in value if one in new_ids]
+            return [new_ids[old] for old in value if old in new_ids]
         return new_ids.get(value) if type(value) is int else value
 
     for name in CONFIGS:

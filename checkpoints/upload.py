@@ -155,15 +155,15 @@ def plan_upload(name: str, folders: Sequence[str] = ("",), *, public: bool = Fal
     from huggingface_hub import constants
 
     names = [f"{name}-{folder}" if folder else name for folder in folders]
-    for one in names:
-        _check_name(one)
+    for repo in names:
+        _check_name(repo)
     if constants.is_offline_mode():
         raise InputError(f"{setting('push_to_hub', name)}: HF_HUB_OFFLINE=1 forbids to ask the hub. Unset it. {LATER}")
     with _in_words(name):
         user = _ask_who()
     owner = name.split("/")[0] if "/" in name else user["name"]
     _check_owner(name, owner, user)
-    repos = tuple(one if "/" in one else f"{owner}/{one}" for one in names)
+    repos = tuple(repo if "/" in repo else f"{owner}/{repo}" for repo in names)
     upload = Upload(repos, tuple(folders), public, overwrite)
     upload.check()
     return upload
@@ -203,12 +203,14 @@ def _ask_who() -> dict[str, Any]:
 def _check_owner(name: str, owner: str, user: dict[str, Any]) -> None:
     """Raise InputError where the token says that it may not write to the owner's repos; what it does not say, pushing will."""
     token = (user.get("auth") or {}).get("accessToken") or {}
-    scopes = [scope for one in (token.get("fineGrained") or {}).get("scoped") or () for scope in one["permissions"]]
+    scopes = [
+        scope for scoped in (token.get("fineGrained") or {}).get("scoped") or () for scope in scoped["permissions"]
+    ]
     if token.get("role") == "read" or (token.get("role") == "fineGrained" and not any(map(WRITES.fullmatch, scopes))):
         raise InputError(
             f"{setting('push_to_hub', name)}: your token may read only. Make one that may write at {_url('settings/tokens')}, and give it to `hf auth login`."
         )
-    owners = [user["name"], *(one["name"] for one in user.get("orgs") or ())]
+    owners = [user["name"], *(scoped["name"] for scoped in user.get("orgs") or ())]
     if owner.lower() not in map(str.lower, owners):
         raise InputError(
             f"{setting('push_to_hub', name)}: your token is that of {user['name']}, who is no member of {owner}. Push to one of: {', '.join(owners)}."

@@ -135,23 +135,23 @@ def _add_tokens(ids: dict[str, int], size: int, added: Iterable[Mapping[str, Any
 
 def _added_beside(folder: Path, label: str) -> dict[str, tuple[int, dict[str, bool]]]:
     """Added tokens that stand in tokenizer_config.json or added_tokens.json: token -> id, treatment."""
-    found: dict[str, tuple[int, dict[str, bool]]] = {}
+    added: dict[str, tuple[int, dict[str, bool]]] = {}
     name, plain_name = ADDED_FILES
     try:
         if (folder / name).is_file():
             decoder = read_json(folder / name, label).get("added_tokens_decoder", {})
-            found |= {token["content"]: (int(index), treatment_of(token)) for index, token in decoder.items()}
+            added |= {token["content"]: (int(index), treatment_of(token)) for index, token in decoder.items()}
         name = plain_name
         if (folder / name).is_file():
             plain = read_json(folder / name, label)
-            found |= {token: (index, dict(PLAIN)) for token, index in plain.items() if token not in found}
-        if not _are_ids({token: index for token, (index, _) in found.items()}):
+            added |= {token: (index, dict(PLAIN)) for token, index in plain.items() if token not in added}
+        if not _are_ids({token: index for token, (index, _) in added.items()}):
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"{label}: {name}: expected added tokens with whole numbers as ids, got something else. Download it again."
         ) from None
-    return found
+    return added
 
 
 def treatment_of(token: Mapping[str, Any]) -> dict[str, bool]:
@@ -209,12 +209,12 @@ def match_rows(out_tokens: Vocabulary, out_rows: int, tokens: Vocabulary, rows: 
 
     Returns: `[out_rows]` int64; `MISSING` where the model has no such row.
     """
-    found = torch.full((out_rows,), MISSING, dtype=torch.int64)
+    matched = torch.full((out_rows,), MISSING, dtype=torch.int64)
     ours = torch.tensor(list(out_tokens.ids.values()), dtype=torch.int64)
     theirs = torch.tensor([tokens.ids.get(token, MISSING) for token in out_tokens.ids], dtype=torch.int64)
     both = (ours < out_rows) & (theirs != MISSING) & (theirs < rows)
-    found[ours[both]] = theirs[both]
+    matched[ours[both]] = theirs[both]
     padding = min(out_rows - out_tokens.size, rows - tokens.size)
     if padding > 0:
-        found[out_tokens.size : out_tokens.size + padding] = torch.arange(tokens.size, tokens.size + padding)
-    return found
+        matched[out_tokens.size : out_tokens.size + padding] = torch.arange(tokens.size, tokens.size + padding)
+    return matched

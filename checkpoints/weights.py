@@ -12,10 +12,15 @@ from checkpoints.source import Source
 
 
 class Weights(Source, Protocol):
-    """The tensors of a model, and the files they come from."""
+    """The tensors of a model, and the files they come from.
+
+    Attributes:
+        modules: what is stored beside them, of modules behind the model; see `Checkpoint`.
+    """
 
     folder: Path
     files: Sequence[WeightFile]
+    modules: Source
 
     @property
     def is_here(self) -> bool:

@@ -104,17 +104,17 @@ class WorkFolder:
 
     def _make_private(self, work: Folder) -> None:
         """See that nobody else can write to the work folder; say so where the file system cannot tell."""
-        found = os.fstat(work.descriptor)
-        mode = stat.S_IMODE(found.st_mode)
-        if found.st_uid == os.geteuid() and not mode & 0o022:
+        status = os.fstat(work.descriptor)
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid == os.geteuid() and not mode & 0o022:
             if mode & 0o077:
                 with suppress(PermissionError):  # a file system without modes
                     os.fchmod(work.descriptor, mode & ~0o077)
             return
         tells_users, tells_modes = _what_is_told(work)
-        if found.st_uid != os.geteuid() and tells_users:
+        if status.st_uid != os.geteuid() and tells_users:
             raise ForeignFolder(
-                f"{self.path}: belongs to another user (number {found.st_uid}), who could change what is written there. "
+                f"{self.path}: belongs to another user (number {status.st_uid}), who could change what is written there. "
                 f"Remove it, or choose another {setting('save_path')}."
             )
         if mode & 0o022 and tells_modes:
@@ -278,8 +278,8 @@ def _what_is_told(folder: Folder) -> tuple[bool, bool]:
     probe = f".partial-{secrets.token_hex(16)}"
     descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=folder.descriptor)
     try:
-        found = os.fstat(descriptor)
-        return found.st_uid == os.geteuid(), stat.S_IMODE(found.st_mode) == 0o600
+        status = os.fstat(descriptor)
+        return status.st_uid == os.geteuid(), stat.S_IMODE(status.st_mode) == 0o600
     finally:
         os.close(descriptor)
         os.unlink(probe, dir_fd=folder.descriptor)
@@ -308,8 +308,8 @@ def _read_object(folder: Folder, name: str) -> dict[str, Any] | None:
     """A JSON object of ours; None where there is none that can be read. Raises ForeignFolder: a link, a pipe and the like."""
     content = folder.read(name)
     with suppress(ValueError, RecursionError):
-        found = json.loads(content or b"")
-        return found if isinstance(found, dict) else None
+        parsed = json.loads(content or b"")
+        return parsed if isinstance(parsed, dict) else None
     return None
 
 
@@ -354,24 +354,24 @@ def lock(work: Folder) -> bool:
 
 def _has_records(state: Folder) -> bool:
     """Whether a journal has anything to go on with."""
-    found = state.look(JOURNAL)
-    return found is not None and found.st_size > 0
+    status = state.look(JOURNAL)
+    return status is not None and status.st_size > 0
 
 
-def _differences(one: Any, other: Any, path: str = "") -> list[str]:
+def _differences(earlier: Any, other: Any, path: str = "") -> list[str]:
     """Where two identities differ, as `recipe.parameters.lambda (0.5 there, 1.0 here)`."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        keys = dict.fromkeys([*one, *other])
+    if isinstance(earlier, dict) and isinstance(other, dict):
+        keys = dict.fromkeys([*earlier, *other])
         return [
             line
             for key in keys
-            if one.get(key) != other.get(key)
-            for line in _differences(one.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+            if earlier.get(key) != other.get(key)
+            for line in _differences(earlier.get(key), other.get(key), f"{path}.{key}" if path else str(key))
         ]
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        pairs = enumerate(zip(one, other, strict=True))
+    if isinstance(earlier, list) and isinstance(other, list) and len(earlier) == len(other):
+        pairs = enumerate(zip(earlier, other, strict=True))
         return [line for at, (a, b) in pairs if a != b for line in _differences(a, b, f"{path}[{at}]")]
-    texts = [json.dumps(value) for value in (one, other)]
+    texts = [json.dumps(value) for value in (earlier, other)]
     return [f"{path} ({texts[0]} there, {texts[1]} here)" if max(map(len, texts)) < 80 else path]
 
 

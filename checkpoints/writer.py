@@ -21,6 +21,7 @@ from checkpoints.source import TensorInfo
 
 CHUNK_BYTES = 64 << 20
 READ_BACK_BYTES = 1 << 20
+ONE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ChunkDigests = Mapping[str, Mapping[str, str]]
 """File name -> number of a chunk, as text -> its sha256 in hexadecimal."""
@@ -33,46 +34,74 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file to be: its name, first bytes, and where each tensor goes."""
+    """One file to be: its name, first bytes, and where each tensor goes.
+
+    Attributes:
+        file_name: relative to the checkpoint's folder.
+        offsets, nbytes: of each tensor in it.
+        size: of the whole file.
+    """
 
     file_name: str
     header: bytes
     offsets: Mapping[str, int]
     nbytes: Mapping[str, int]
     size: int
-    """Bytes of the whole file."""
+
+    @property
+    def is_of_module(self) -> bool:
+        """Whether it holds the weights of a module behind the model: no index lists it."""
+        return "/" in self.file_name
 
 
-def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int) -> list[Shard]:
+def plan_shards(tensors: Mapping[str, TensorInfo], max_shard_bytes: int, modules: Collection[str] = ()) -> list[Shard]:
     """Share tensors out among files, in natural order of their names, as transformers names the files.
 
     Args:
         tensors: every tensor of the checkpoint.
         max_shard_bytes: a file's tensors add up to no more, unless a single one does.
+        modules: those of modules behind the model, which lie in one file each, in the folder that their names begin with.
     """
     groups: list[dict[str, TensorInfo]] = [{}]
     filled = 0
-    for name in sorted(tensors, key=natural_key):
+    for name in sorted(tensors.keys() - set(modules), key=natural_key):
         info = tensors[name]
         if groups[-1] and filled + info.nbytes > max_shard_bytes:
             groups.append({})
             filled = 0
         groups[-1][name] = info
         filled += info.nbytes
-    shards = []
-    for number, group in enumerate(groups, 1):
-        file_name = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        # Larger dtypes first: a float32 tensor behind an odd number of bfloat16 elements could not be mapped.
-        ordered = dict(sorted(group.items(), key=lambda item: -item[1].dtype.itemsize))
-        header, offsets = build_header(ordered)
-        nbytes = {name: info.nbytes for name, info in group.items()}
-        shards.append(Shard(file_name, header, offsets, nbytes, len(header) + sum(nbytes.values())))
-    return shards
+    shards = [
+        _lay_out(
+            ONE_FILE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors", group, prefix=""
+        )
+        for number, group in enumerate(groups, 1)
+    ]
+    folders: dict[str, dict[str, TensorInfo]] = {}
+    for name in sorted(set(modules) & tensors.keys(), key=natural_key):
+        folders.setdefault(name[: name.rindex("/") + 1], {})[name] = tensors[name]
+    return shards + [_lay_out(f"{folder}{ONE_FILE}", group, prefix=folder) for folder, group in folders.items()]
+
+
+def _lay_out(file_name: str, group: Mapping[str, TensorInfo], *, prefix: str) -> Shard:
+    """A file with these tensors, which it calls by their names without `prefix`."""
+    # Larger dtypes first: a float32 tensor behind an odd number of bfloat16 elements could not be mapped.
+    ordered = sorted(group.items(), key=lambda item: -item[1].dtype.itemsize)
+    header, offsets = build_header({name.removeprefix(prefix): info for name, info in ordered})
+    nbytes = {name: info.nbytes for name, info in group.items()}
+    placed = {prefix + name: offset for name, offset in offsets.items()}
+    return Shard(file_name, header, placed, nbytes, len(header) + sum(nbytes.values()))
+
+
+def _indexed(shards: Sequence[Shard]) -> list[Shard]:
+    """The files that an index lists: those of a model in several."""
+    own = [shard for shard in shards if not shard.is_of_module]
+    return own if len(own) > 1 else []
 
 
 def file_names(shards: Sequence[Shard]) -> list[str]:
     """What `CheckpointWriter` writes."""
-    return [*(shard.file_name for shard in shards), *([INDEX_FILE] if len(shards) > 1 else [])]
+    return [*(shard.file_name for shard in shards), *([INDEX_FILE] if _indexed(shards) else [])]
 
 
 class CheckpointWriter:
@@ -136,9 +165,10 @@ class CheckpointWriter:
         """Flush every shard to the disk, write the index, and return `bytes` and `sha256_64MiB` (None untaken) per file."""
         for file in self._files:
             file.close()
-        if len(self.shards) > 1:
-            weight_map = {name: shard.file_name for shard in self.shards for name in shard.offsets}
-            total = sum(shard.size - len(shard.header) for shard in self.shards)
+        indexed = _indexed(self.shards)
+        if indexed:
+            weight_map = {name: shard.file_name for shard in indexed for name in shard.offsets}
+            total = sum(shard.size - len(shard.header) for shard in indexed)
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             self.folder.write(INDEX_FILE, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
         return {file.shard.file_name: file.summary() for file in self._files}

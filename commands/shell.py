@@ -305,15 +305,15 @@ def carry_out(job: Job, upload: Upload | None, arguments: argparse.Namespace) ->
     if arguments.dry_run:
         show_plan(job, upload, as_json=arguments.json)
         return
-    options, told = job.options, console(job.options)
-    result = job.run(told)
+    options, speech = job.options, console(job.options)
+    result = job.run(speech)
     if result.was_complete:
         print(result.message)
     else:
-        tell(result, told)
+        tell(result, speech)
     for pushed in upload.push(job.save_path, quiet=options.quiet) if upload else ():
         options.log("pushed", url=pushed.url, commit=pushed.commit)
-        told.say(f"pushed to {pushed.url} ({pushed.visibility}), commit {pushed.commit}")
+        speech.say(f"pushed to {pushed.url} ({pushed.visibility}), commit {pushed.commit}")
     if result.was_complete and not upload:
         options.log("end", result=result.message)
 

@@ -64,8 +64,8 @@ def load_data(benchmark: Benchmark, folder: Path | None) -> Data:
         if plain is not None:
             return _read_plain(benchmark, folder, plain)
         root, revision = folder / benchmark.dataset.repo, _recorded_revision(folder, benchmark.dataset.repo)
-        found = {split: find_split(root, pattern) for split, pattern in benchmark.dataset.splits.items()}
-        absent = [pattern for split, pattern in benchmark.dataset.splits.items() if not found[split]]
+        splits = {split: find_split(root, pattern) for split, pattern in benchmark.dataset.splits.items()}
+        absent = [pattern for split, pattern in benchmark.dataset.splits.items() if not splits[split]]
         if absent:
             wanted = f"{benchmark.files[0]} or {benchmark.dataset.repo}/{absent[0]}"
             raise Missing(benchmark.name, f"expected {wanted} in {folder}, got neither.")
@@ -74,10 +74,10 @@ def load_data(benchmark: Benchmark, folder: Path | None) -> Data:
         from evaluation.fetch import hub_snapshot
 
         root, revision = hub_snapshot(benchmark)
-        found = {split: find_split(root, pattern) for split, pattern in benchmark.dataset.splits.items()}
+        splits = {split: find_split(root, pattern) for split, pattern in benchmark.dataset.splits.items()}
         origin = "hub"
-    tests, files = _read(benchmark, found["test"])
-    fewshots, more = _read(benchmark, found["validation"]) if "validation" in found else ([], [])
+    tests, files = _read(benchmark, splits["test"])
+    fewshots, more = _read(benchmark, splits["validation"]) if "validation" in splits else ([], [])
     return Data(tests, fewshots, files + more, origin, revision, complete=True)
 
 

@@ -108,10 +108,10 @@ def _fetch_punkt(folder: Path | None) -> str:
 
 def _read_revisions(folder: Path) -> dict[str, str]:
     try:
-        found = json.loads((folder / REVISIONS_FILE).read_bytes())
+        revisions = json.loads((folder / REVISIONS_FILE).read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return revisions if isinstance(revisions, dict) else {}
 
 
 def _write(path: Path, text: str) -> None:

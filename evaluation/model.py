@@ -75,8 +75,8 @@ class Model:
         if self.options.dtype != "auto":
             return self.options.dtype
         inner = self.lm.model
-        found = inner.dtype if self.backend == "hf" else inner.llm_engine.model_config.dtype
-        return str(found).removeprefix("torch.")
+        dtype = inner.dtype if self.backend == "hf" else inner.llm_engine.model_config.dtype
+        return str(dtype).removeprefix("torch.")
 
     def limits(self, rooms: Sequence[int]) -> list[int]:
         """How many new tokens each row of a batch gets, of those that it has room for: transformers knows one limit for all."""

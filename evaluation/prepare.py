@@ -144,12 +144,12 @@ def _given_responses(request: Request) -> dict[str, list[Response]]:
                 f"{setting('responses', path)}: exists. Choose another file, or add {setting('resume')}."
             )
         return {}
-    found = read_responses(path, request.benchmarks or None)
-    empty = [name for name, responses in found.items() if not responses]
-    if empty or not found:
+    by_benchmark = read_responses(path, request.benchmarks or None)
+    empty = [name for name, responses in by_benchmark.items() if not responses]
+    if empty or not by_benchmark:
         what = f"responses of {', '.join(empty)}" if empty else "responses"
         raise InputError(f"{path}: expected {what}, got none.")
-    return {name: responses[: request.limit] for name, responses in found.items()}
+    return {name: responses[: request.limit] for name, responses in by_benchmark.items()}
 
 
 def _prepare_data(prepared: Prepared, benchmark: Benchmark) -> None:

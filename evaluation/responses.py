@@ -29,12 +29,12 @@ def read_responses(path: Path, benchmarks: Collection[str] | None) -> dict[str, 
     Returns: responses of each benchmark, in the order of the file; an empty list where a benchmark asked for has none.
     Raises: InputError: a line is not of the format, named by its number.
     """
-    found: dict[str, list[Response]] = {name: [] for name in benchmarks or ()}
+    responses: dict[str, list[Response]] = {name: [] for name in benchmarks or ()}
     for number, line in read_json_lines(path):
         name, response = _read_line(f"{path}: line {number}", line)
         if benchmarks is None or name in benchmarks:
-            found.setdefault(name, []).append(response)
-    return found
+            responses.setdefault(name, []).append(response)
+    return responses
 
 
 def check_indices(path: Path, name: str, responses: Sequence[Response], rows: int) -> None:

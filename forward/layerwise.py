@@ -19,6 +19,7 @@ from torch import nn
 
 from checkpoints.errors import InputError
 from checkpoints.model import Model
+from checkpoints.settings import setting
 from forward.layers import find_layers
 from forward.shelf import Shelf
 from forward.skeleton import RowReader, Weights
@@ -55,6 +56,7 @@ class Layerwise:
     ):
         self.layers = find_layers(model)
         self.weights = Weights(base, model, device)
+        self._base = base
         self._model, self._device, self._watch, self._counts, self._shelf = model, device, watch, counts, shelf
         self._fails = fails
         self._steps = Steps(model, [layer for _, layer in self.layers], self._around)
@@ -154,7 +156,10 @@ class Layerwise:
 
     def _check_place(self) -> None:
         if len({run.at for run in self._steps.runs}) > 1:
-            raise self._fails(ValueError("its layers take another way for each text"))
+            raise InputError(
+                f"{self._base.label}: expected its layers to be called in the same order for every text, got another for each, "
+                f"so that it cannot be run layer by layer. Use {setting('calibration.mode', 'whole')}."
+            )
 
     def _counting(self, tokens: torch.Tensor) -> AbstractContextManager[None]:
         return _Counting(self._counts, tokens, self._fails)
@@ -168,8 +173,12 @@ class Layerwise:
         """The tensors that the batches stand before their layer with, under names that `restore` knows."""
         found = {"calls": torch.tensor(self.calls), "form": torch.tensor(self._steps.form or 0)}
         for position, run in enumerate(self._steps.runs):
+            if self._shelf:
+                self._shelf.take(run)
             for number, tensor in enumerate(tensors_in((run.args, run.kwargs))):
-                found[f"{position}.{number}"] = tensor.detach()
+                found[f"{position}.{number}"] = tensor.detach().cpu()
+            if self._shelf:
+                self._shelf.put(run)
         return found
 
     def restore(self, batches: Sequence[torch.Tensor], tensors: dict[str, torch.Tensor]) -> bool:

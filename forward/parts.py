@@ -58,6 +58,7 @@ class Part:
         self._dims = sorted((dim for dim in dims if dim.size > 1), key=lambda dim: -dim.stride)
         self._start = start
         self._offset = offset
+        self._uses: dict[tuple[object, ...], Use | None] = {}
 
     @classmethod
     def whole(cls, name: str, parameter: torch.Tensor) -> Part:
@@ -123,6 +124,12 @@ class Part:
 
         Returns: None where the contracted dimension is no run of one axis of the parameter.
         """
+        key = (view.shape, view.stride(), view.storage_offset(), contracted, index)
+        if key not in self._uses:  # the same few views again and again
+            self._uses[key] = self._find_use(view, contracted, index)
+        return self._uses[key]
+
+    def _find_use(self, view: torch.Tensor, contracted: int, index: int | None) -> Use | None:
         place = self.place(view)
         if place is None:
             return None

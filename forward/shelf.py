@@ -1,4 +1,4 @@
-"""Keep hidden states that wait for their next layer: in memory while there is room, else on disk."""
+"""Keep hidden states that wait for their next layer: in the machine's memory while there is room, else on disk; never on a GPU."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Shelf:
         self._room_bytes = room_bytes
         self._folder = folder
         self._used_bytes = 0
-        self._away: dict[int, list[tuple[torch.UntypedStorage, int, Path]]] = {}
+        self._away: dict[int, list[tuple[torch.UntypedStorage, int, Path | torch.Tensor]]] = {}
 
     @property
     def is_in_memory(self) -> bool:
         """Whether nothing is on disk."""
-        return not any(self._away.values())
+        return not any(isinstance(place, Path) for away in self._away.values() for _, _, place in away)
 
     def check_room(self, run: Run, runs: int) -> None:
         """Raise InputError where so many runs as this one fit neither in memory nor on disk."""
@@ -49,29 +49,43 @@ class Shelf:
 
     def put(self, run: Run) -> None:
         """Put away what a run that waits holds, as far as there is no room in memory."""
-        away: list[tuple[torch.UntypedStorage, int, Path]] = []
+        away: list[tuple[torch.UntypedStorage, int, Path | torch.Tensor]] = []
         for storage in _large(run):
             size = storage.nbytes()
+            place: Path | torch.Tensor
             if self._used_bytes + size <= self._room_bytes or self._folder is None:
                 self._used_bytes += size
-                continue
-            path = self._folder / f"hidden-{id(run)}-{len(away)}"
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                _bytes_of(storage).clone().cpu().numpy().tofile(path)  # a copy: what NumPy looks at keeps its size
-            except OSError as error:
-                raise WriteError(path, error) from error
+                if not is_elsewhere(storage):
+                    continue
+                place = _bytes_of(storage).to("cpu", copy=True)
+            else:
+                place = self._folder / f"hidden-{id(run)}-{len(away)}"
+                try:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    _bytes_of(storage).clone().cpu().numpy().tofile(place)  # a copy: what NumPy looks at keeps its size
+                except OSError as error:
+                    raise WriteError(place, error) from error
             storage.resize_(0)  # the tensors stay, their numbers go
-            away.append((storage, size, path))
+            away.append((storage, size, place))
         self._away[id(run)] = away
 
     def take(self, run: Run) -> None:
         """Bring back what a run holds."""
-        for storage, size, path in self._away.pop(id(run), []):
+        on_disk = 0
+        for storage, size, place in self._away.pop(id(run), []):
             storage.resize_(size)
-            _bytes_of(storage).copy_(torch.from_file(str(path), size=size, dtype=torch.uint8))
-            path.unlink()
-        self._used_bytes = max(0, self._used_bytes - sum(storage.nbytes() for storage in _large(run)))
+            if isinstance(place, Path):
+                _bytes_of(storage).copy_(torch.from_file(str(place), size=size, dtype=torch.uint8))
+                place.unlink()
+                on_disk += size
+            else:
+                _bytes_of(storage).copy_(place)
+        self._used_bytes = max(0, self._used_bytes + on_disk - sum(storage.nbytes() for storage in _large(run)))
+
+
+def is_elsewhere(storage: torch.UntypedStorage) -> bool:
+    """Whether it is not in the machine's memory, but on a GPU, which has room for one batch alone."""
+    return storage.device.type != "cpu"
 
 
 def _large(run: Run) -> list[torch.UntypedStorage]:

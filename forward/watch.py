@@ -7,6 +7,7 @@ One-dimensional weights (norms) take part in no product; theirs is the input of 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Protocol
 
@@ -85,6 +86,7 @@ class Watch:
         self._head = head
         self._parts: dict[int, Part] = {}
         self._held: dict[int, StorageWeakRef] = {}
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], Use | None]] = {}
         self._moving = False
         self._handles: list[Any] = []
         self._mode: _Mode | None = None
@@ -125,6 +127,7 @@ class Watch:
     def _forget(self) -> None:
         self._parts.clear()
         self._held.clear()
+        self._known.clear()
 
     def _hold(self, tensor: torch.Tensor, part: Part) -> None:
         """Note what a storage holds. As long as the weak reference is there, no other storage has its key."""
@@ -159,6 +162,19 @@ class Watch:
         if use is not None and x.numel():
             self._see(use, x)
 
+    def _see_linear(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """The same of a linear layer, by far the most common, whose parameters are looked up by themselves."""
+        reference, use = self._known.get(id(weight), (None, None))
+        if reference is None or reference() is not weight:
+            if type(weight) is not nn.Parameter or self._moving:
+                self.see_product(x, weight, weight.ndim - 1)
+                return
+            part = self.part_of(weight)
+            use = part.use(weight, weight.ndim - 1) if part else None
+            self._known[id(weight)] = weakref.ref(weight), use
+        if use is not None and x.numel():
+            self._see(use, x)
+
     def leaves_out(self, weight: Any) -> bool:
         """Whether the product with a weight is not computed."""
         return self._head is not None and weight is self._head
@@ -167,7 +183,7 @@ class Watch:
         """Call a function of torch, and look at what it multiplies."""
         if func is nn.functional.linear:
             x, weight = args[0] if args else kwargs["input"], args[1] if len(args) > 1 else kwargs["weight"]
-            self.see_product(x, weight, weight.ndim - 1)
+            self._see_linear(x, weight)
             if self.leaves_out(weight):
                 return x.new_empty((*x.shape[:-1], 0))
         elif self._may_matter(func, args, kwargs):
@@ -246,7 +262,8 @@ def _hook(see: See, use: Use) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next((one for one in _tensors((*args, *kwargs.values())) if one.is_floating_point()), None)
         if x is not None and x.numel():
-            see(use, x)
+            with torch._C.DisableTorchFunction():  # a mode would have each of its steps looked at
+                see(use, x)
 
     return hook
 

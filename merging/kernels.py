@@ -54,25 +54,25 @@ def keep_above_(values: torch.Tensor, bits: int) -> None:
 def count_against(values: torch.Tensor, low: int, high: int) -> tuple[int, int, int, Any]:
     """See `merging.methods.trim.count_against`."""
     inside = _room(values.numel() + 1)
-    above, at_high, at_low, found = _count(bits_of(values), np.uint32(low), np.uint32(high), inside)
-    return above, at_high, at_low if low < high else 0, inside[:found].view(np.int32).copy()
+    above, at_high, at_low, inside_count = _count(bits_of(values), np.uint32(low), np.uint32(high), inside)
+    return above, at_high, at_low if low < high else 0, inside[:inside_count].view(np.int32).copy()
 
 
 def keep_below_(values: torch.Tensor, start: int, key: tuple[int, int], threshold: int, divisor: float | None) -> None:
     """See `merging.randomness.keep_below_`."""
     if threshold < 1 << 32:
-        keys = (np.uint32(one & LOW_32) for one in key)
+        keys = (np.uint32(half & LOW_32) for half in key)
         _keep_below(bits_of(values), np.uint32(start & LOW_32), *keys, np.uint32(threshold), *MULTIPLIERS)
     if divisor is not None:
         _divide_by(values.numpy(), np.float32(divisor))
 
 
-def sum_products(one: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
+def sum_products(left: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
     """See `merging.methods.widen.sum_products`."""
-    matrices, rows, columns = one.shape
+    matrices, rows, columns = left.shape
     sums = torch.empty((matrices, columns if dim == -2 else rows), dtype=torch.float64)
     fold = _fold_rows if dim == -2 else _fold_columns
-    fold(one.numpy(), other.numpy(), sums.numpy())
+    fold(left.numpy(), other.numpy(), sums.numpy())
     return sums
 
 
@@ -166,7 +166,7 @@ def _count(bits: Any, low: Any, high: Any, inside: Any) -> Any:
     above: Any = 0
     at_high: Any = 0
     at_low: Any = 0
-    found: Any = 0
+    count: Any = 0
     width = high - low - np.uint32(1) if high > low else np.uint32(0)
     for start in range(0, bits.size, COUNTED):
         part = bits[start : start + COUNTED]
@@ -181,9 +181,9 @@ def _count(bits: Any, low: Any, high: Any, inside: Any) -> Any:
         if within:
             for i in range(part.size):
                 magnitude = part[i] & MAGNITUDE_32
-                inside[found] = magnitude  # without a branch, which would be mispredicted
-                found += np.uint32(magnitude - low - np.uint32(1)) < width
-    return above, at_high, at_low, found
+                inside[count] = magnitude  # without a branch, which would be mispredicted
+                count += np.uint32(magnitude - low - np.uint32(1)) < width
+    return above, at_high, at_low, count
 
 
 @compiled
@@ -201,15 +201,15 @@ def _keep_below(
 
 
 @compiled
-def _fold_rows(one: Any, other: Any, sums: Any) -> None:
+def _fold_rows(left: Any, other: Any, sums: Any) -> None:
     """Some columns at a time, whose products the nearest cache holds."""
-    matrices, rows, columns = one.shape
+    matrices, rows, columns = left.shape
     products = np.empty((rows, COLUMNS))
     for matrix in range(matrices):
         for start in range(0, columns, COLUMNS):
             width = min(COLUMNS, columns - start)
             for row in range(rows):
-                first, second = one[matrix, row, start : start + width], other[matrix, row, start : start + width]
+                first, second = left[matrix, row, start : start + width], other[matrix, row, start : start + width]
                 line = products[row]
                 for i in range(first.size):
                     line[i] = np.float64(first[i]) * np.float64(second[i])
@@ -227,12 +227,12 @@ def _fold_rows(one: Any, other: Any, sums: Any) -> None:
 
 
 @compiled
-def _fold_columns(one: Any, other: Any, sums: Any) -> None:
-    matrices, rows, columns = one.shape
+def _fold_columns(left: Any, other: Any, sums: Any) -> None:
+    matrices, rows, columns = left.shape
     products = np.empty(columns)
     for matrix in range(matrices):
         for row in range(rows):
-            first, second = one[matrix, row], other[matrix, row]
+            first, second = left[matrix, row], other[matrix, row]
             for i in range(first.size):
                 products[i] = np.float64(first[i]) * np.float64(second[i])
             count = columns

@@ -48,12 +48,12 @@ def position(index: int, count: int) -> float:
 
 def find_layers(tensors: Iterable[str]) -> Layers:
     """The stacks of layers: where the first number in the names runs from 0 without a gap."""
-    found: dict[str, set[int]] = {}
+    layers: dict[str, set[int]] = {}
     for tensor in tensors:
         parts = _split(tensor)
         if parts:
-            found.setdefault(parts.prefix, set()).add(parts.layer)
-    return Layers({prefix: len(seen) for prefix, seen in found.items() if seen == set(range(len(seen)))})
+            layers.setdefault(parts.prefix, set()).add(parts.layer)
+    return Layers({prefix: len(seen) for prefix, seen in layers.items() if seen == set(range(len(seen)))})
 
 
 def _split(tensor: str) -> LayerName | None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,6 +23,8 @@ SAME: Any = object()
 """In a recipe file, the default is the method's."""
 REQUIRED: Any = object()
 """There is no default: a user has to say it."""
+LARGEST = 1e18
+"""Of any number: products of two are far from the largest float32."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,11 @@ class Parameter:
             fits = isinstance(value, bool) and self.is_switch
         else:
             fits = not self.is_switch and self.low <= value <= self.high and self.above < value
-            # A whole number of 400 digits is no float.
-            fits = fits and abs(value) <= sys.float_info.max and (self.kind != "whole" or value == int(value))
+            fits = fits and abs(value) <= LARGEST and (self.kind != "whole" or value == int(value))
         if not fits:
-            raise ArgumentError(f"{f'{self.key}: ' if place else ''}expected {self.expectation}, got {value}.")
+            large = isinstance(value, int | float) and LARGEST < abs(value) < math.inf
+            expected = f"{self.expectation} of at most {LARGEST:g} in size" if large else self.expectation
+            raise ArgumentError(f"{f'{self.key}: ' if place else ''}expected {expected}, got {value}.")
 
     @property
     def expectation(self) -> str:
@@ -128,13 +130,13 @@ def parameter(
 
 def shared(key: str, *, default: Any = SAME) -> Any:
     """Declare one of the parameters that mean the same in every method that has them (SHARED), with another default if given."""
-    one = SHARED[key]
-    return _field(one if default is SAME else dataclasses.replace(one, default=default))
+    parameter = SHARED[key]
+    return _field(parameter if default is SAME else dataclasses.replace(parameter, default=default))
 
 
-def _field(one: Parameter) -> Any:
-    metadata = {"parameter": one}
-    if one.kind == "rule":
+def _field(parameter: Parameter) -> Any:
+    metadata = {"parameter": parameter}
+    if parameter.kind == "rule":
         return dataclasses.field(default=None, kw_only=True, metadata=metadata)
     return dataclasses.field(metadata=metadata)
 

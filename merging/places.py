@@ -12,11 +12,12 @@ from alignment.align import Alignment, align
 from alignment.aligned_model import Mismatches, same_kind_of_number
 from alignment.layout import Layout
 from alignment.stored import left_out
-from checkpoints.errors import ArgumentError, InputError
+from checkpoints.errors import ArgumentError, InputError, UnknownClass
 from checkpoints.model import Model
 from checkpoints.problems import Problems
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import TensorRef
+from checkpoints.tensor_names import is_called_embedding, list_kinds
 from merging.layers import LayerName, Layers, find_layers, position
 from merging.recipe import ModelInput, Recipe, Slice, source_key
 
@@ -219,11 +220,20 @@ class _Stack:
         return [name for name in model.weights.tensors if stored.split(name) is None or name in names]
 
     def _used_before_layers(self, names: Sequence[str]) -> set[str]:
-        """The tensors that the model class lists before its layers, and all embeddings."""
+        """The tensors that the model class lists before its layers, and all embeddings; by their names where it is not known."""
         from checkpoints.architecture import build_meta_model  # few merges build the model's class
 
         primary = self.primary
-        built = build_meta_model(primary.folder, label=primary.label, trust_remote_code=primary.trust_remote_code)
+        try:
+            built = build_meta_model(primary.folder, label=primary.label, trust_remote_code=primary.trust_remote_code)
+        except UnknownClass:
+            before = [name for name in names if is_called_embedding(name)]
+            behind = [name for name in names if name not in before]
+            self.found.problems.note(
+                f"{primary.label}: transformers does not know its class, so names tell what comes before the layers: "
+                f"{list_kinds(before) or 'nothing'} from the first slice, {list_kinds(behind) or 'nothing'} from the last."
+            )
+            return set(before)
         order = {
             parameter: index for index, (parameter, _) in enumerate(built.named_parameters(remove_duplicate=False))
         }

@@ -11,14 +11,14 @@ import torch
 from alignment.configs import check_configs
 from alignment.output_check import check_output
 from alignment.stored import check_plain
-from checkpoints.errors import ArgumentError
+from checkpoints.errors import ArgumentError, UnknownClass
 from checkpoints.model import Model
 from checkpoints.patterns import pattern
 from checkpoints.problems import Problems
 from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, dtype_name
-from checkpoints.tensor_names import kind_of, list_kinds
+from checkpoints.tensor_names import is_called_embedding, kind_of, list_kinds
 from checkpoints.writer import Shard, plan_shards
 from merging.parameters import text_of
 from merging.places import Place, find_places
@@ -200,17 +200,19 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
             f"{primary.label}: float64, in which nothing is computed, is written as float32: {list_kinds(wide)}."
         )
     # Each tensor with its method; then whether the whole of it would load.
-    embeddings = _embeddings(recipe, primary)
+    embeddings = _embeddings(recipe, primary, problems)
     by_name: dict[str, PlannedTensor] = {}
     for place in found.places:
         with problems.collect():
             by_name[place.name] = _plan_tensor(recipe, place, place.name in embeddings)
     problems.raise_if_any()
     infos = {name: TensorInfo(tensor.dtype, tensor.spec.shape) for name, tensor in by_name.items()}
-    check_output(found.files, {name: info.shape for name, info in infos.items()}, primary, problems)
+    modules = primary.weights.modules.tensors
+    own = {name: info.shape for name, info in infos.items() if name not in modules}
+    check_output(found.files, own, primary, problems)
     problems.raise_if_any()
     # Files, and what to say.
-    shards = plan_shards(infos, max_shard_bytes)
+    shards = plan_shards(infos, max_shard_bytes, modules.keys())
     ordered = tuple(by_name[name] for shard in shards for name in shard.offsets)
     labels = tuple(models[source_key(source.name)].label for source in recipe.models)
     where = [location.note for model in opened for location, _ in model.parts if location.note]
@@ -220,11 +222,19 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     )
 
 
-def _embeddings(recipe: Recipe, base: Model) -> set[str]:
-    """The tensors that an `nn.Embedding` holds, where the method treats them differently."""
+def _embeddings(recipe: Recipe, base: Model, problems: Problems) -> set[str]:
+    """The tensors that an `nn.Embedding` holds, where the method treats them differently; by their names where the class is not known."""
     if not recipe.method_class.needs_embeddings:
         return set()
-    return {name for name, placement in base.architecture.placements.items() if placement.kind == "embedding"}
+    try:
+        return {name for name, placement in base.architecture.placements.items() if placement.kind == "embedding"}
+    except UnknownClass:
+        named = [name for name in base.weights.tensors if is_called_embedding(name)]
+        problems.note(
+            f"{base.label}: transformers does not know its class, so names tell what {recipe.merge_method} takes for embeddings: "
+            f"{list_kinds(named) or 'nothing'}."
+        )
+        return set(named)
 
 
 def _plan_tensor(recipe: Recipe, place: Place, is_embedding: bool) -> PlannedTensor:

@@ -88,7 +88,7 @@ class Recipe:
     out_dtype: str = "auto"
     exclude: str | None = None
     only: str | None = None
-    layout: Layout = field(default_factory=lambda: Layout(tokenizer_source="base"))
+    layout: Layout = field(default_factory=Layout)
     aim: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
     places: Mapping[str, str] = field(default_factory=dict, compare=False)

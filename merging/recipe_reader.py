@@ -448,7 +448,7 @@ class Reader:
         agreed = {key: self.agree(key, said.get(key), flags.get(key)) for key in {*said, *flags}}
         try:
             with named_by(self.places(content, {"layout": flags})):
-                return Layout(**{"tokenizer_source": "base", **{k: v for k, v in agreed.items() if v is not None}})
+                return Layout(**{key: value for key, value in agreed.items() if value is not None})
         except InputError as error:
             self.problems.add(error)
             return Layout()

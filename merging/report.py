@@ -44,13 +44,13 @@ class DeltaReport:
     def observe(self, block: Block, sampled: Sequence[slice]) -> list[list[float]]:
         """Look at a block before the method overwrites it; pass the result on to `record`."""
         assert block.base is not None
-        found = []
+        sums = []
         for part in sampled:
             base = block.base[part]
             vectors = torch.stack(
                 [v[part] for v in block.task_vectors] or [w[part] - base for w in block.weights]
             )  # [models, n]
-            found.append(
+            sums.append(
                 [
                     base.numel(),
                     *count_signs(vectors),
@@ -58,7 +58,7 @@ class DeltaReport:
                     *(vectors @ vectors.T).double().flatten().tolist(),
                 ]
             )
-        return found
+        return sums
 
     def record(self, block: Block, merged: torch.Tensor, sampled: Sequence[slice], seen: list[list[float]]) -> None:
         """Add a block, now that it is merged: `merged` is `[region.numel]` float32, `seen` what `observe` returned."""

@@ -60,12 +60,12 @@ def read_data(path: Path, where: str) -> Any:
 
 
 def _without_twins(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    mapping: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found:
+        if key in mapping:
             raise ArgumentError(f"{where}: '{key}' is given twice in one place. Give it once.")
-        found[key] = value
-    return found
+        mapping[key] = value
+    return mapping
 
 
 def _read_yaml(text: str, where: str) -> Any:

@@ -98,11 +98,11 @@ def resample(
     """
     if not verdicts or not len(verdicts[0].rows):
         raise ValueError(f"{benchmark}: expected verdicts on at least one item")
-    if any(not np.array_equal(one.rows, verdicts[0].rows) for one in verdicts):
+    if any(not np.array_equal(verdict.rows, verdicts[0].rows) for verdict in verdicts):
         raise ValueError(f"{benchmark}: expected verdicts of all models on the same items in the same order")
     items = len(verdicts[0].rows)
-    earned = np.stack([one.earned for one in verdicts], axis=1)  # [items, models, parts]
-    possible = np.stack([one.possible for one in verdicts], axis=1)
+    earned = np.stack([verdict.earned for verdict in verdicts], axis=1)  # [items, models, parts]
+    possible = np.stack([verdict.possible for verdict in verdicts], axis=1)
     generator = np.random.default_rng([seed, zlib.crc32(benchmark.encode())])
     scores = np.empty((resamples, len(verdicts)))
     for start in range(0, resamples, max(1, CHUNK // items)):

@@ -76,7 +76,7 @@ def _row(
     plain = None
     if aim is not None:
         row = replace(row, aim=aim.control or "yes", omega=aim.omega, aim_settings=labels.aim(merge, aim))
-        plain = next((one for one in entries if _is_plain(one, merge)), None)
+        plain = next((member for member in entries if _is_plain(member, merge)), None)
         if plain is None:
             remarks.append(f"{row.label}: no results of the same merge without AIM, so no change.")
         else:
@@ -86,7 +86,7 @@ def _row(
     except NoPopulation as error:
         remarks.append(f"{row.label}: no HV gain: {error}.")
         return row
-    named = tuple(labels.model(one.model) for one in population)
+    named = tuple(labels.model(member.model) for member in population)
     row = replace(row, population=named, hv_gain=gains.of(entry, population))
     if plain is None:
         return row
@@ -193,8 +193,8 @@ class _Gains:
     def _gain(self, entry: Entry, population: Sequence[Entry]) -> tuple[float, Floats | None]:
         everyone = (entry, *population)
         if everyone not in self._known:
-            scores = np.array([[one.scores[name].value for name in self._benchmarks] for one in everyone])
-            drawn = [draw for one in everyone if (draw := self._draws[one]) is not None]
+            scores = np.array([[member.scores[name].value for name in self._benchmarks] for member in everyone])
+            drawn = [draw for member in everyone if (draw := self._draws[member]) is not None]
             sure = len(drawn) == len(everyone)
             gains = hv_gains(np.stack(drawn[1:], axis=1), drawn[0]) if sure else None
             self._known[everyone] = hv_gain(scores[1:], scores[0]), gains
@@ -219,17 +219,17 @@ def _recognise_merges(entries: Sequence[Entry]) -> list[Entry]:
 def _check_twice(entries: Sequence[Entry]) -> None:
     """Raise Refusals where two entries are of one model, or of the same merge made twice."""
     problems = Problems(
-        InputError(f"{one.source} and {two.source}: are results of the same model. Leave one of them out.")
-        for one, two in combinations(entries, 2)
-        if _same(one, two)
+        InputError(f"{first.source} and {two.source}: are results of the same model. Leave one of them out.")
+        for first, two in combinations(entries, 2)
+        if _same(first, two)
     )
     problems.raise_if_any()
 
 
-def _same(one: Entry, two: Entry) -> bool:
-    if one.merge is None or two.merge is None:
-        return one.merge is two.merge and one.model.likeness(two.model) > 1
-    return one.merge.key == two.merge.key and one.aim == two.aim
+def _same(first: Entry, two: Entry) -> bool:
+    if first.merge is None or two.merge is None:
+        return first.merge is two.merge and first.model.likeness(two.model) > 1
+    return first.merge.key == two.merge.key and first.aim == two.aim
 
 
 def _is_plain(entry: Entry, merge: Merge) -> bool:

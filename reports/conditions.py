@@ -27,11 +27,11 @@ def check_items(entries: Sequence[Entry], benchmarks: Sequence[str]) -> None:
 
 
 def _same_items(first: Entry, other: Entry, name: str) -> bool:
-    one, two = first.conditions[name], other.conditions[name]
+    mine, two = first.conditions[name], other.conditions[name]
     rows = [entry.scores[name].verdicts for entry in (first, other)]
     if rows[0] is not None and rows[1] is not None and rows[0].rows.tolist() != rows[1].rows.tolist():
         return False
-    return one.items == two.items or (one.prompts is not None and one.prompts == two.prompts)
+    return mine.items == two.items or (mine.prompts is not None and mine.prompts == two.prompts)
 
 
 def _items(conditions: Conditions) -> str:
@@ -40,24 +40,26 @@ def _items(conditions: Conditions) -> str:
 
 def differences(entries: Sequence[Entry], benchmarks: Sequence[str]) -> list[str]:
     """What differs in how the files were made, one line for each difference, with the benchmarks it concerns."""
-    found: dict[str, list[str]] = {}
+    different: dict[str, list[str]] = {}
     for name in benchmarks:
         known = [entry for entry in entries if name in entry.conditions]
-        told = False
-        for key in dict.fromkeys(one for entry in known for one in entry.conditions[name].settings):
+        said = False
+        for key in dict.fromkeys(
+            name_of_setting for entry in known for name_of_setting in entry.conditions[name].settings
+        ):
             values: dict[str, list[str]] = {}
             for entry in known:
                 values.setdefault(entry.conditions[name].settings.get(key, "not known"), []).append(entry.source)
             if len(values) > 1:
-                told = True
+                said = True
                 where = "; ".join(f"{value} in {_list(sources)}" for value, sources in values.items())
-                found.setdefault(f"{key} differs: {where}", []).append(name)
+                different.setdefault(f"{key} differs: {where}", []).append(name)
         prompts = {entry.conditions[name].prompts for entry in known} - {None}
-        if len(prompts) > 1 and not told:
-            found.setdefault("the prompts differ", []).append(name)
+        if len(prompts) > 1 and not said:
+            different.setdefault("the prompts differ", []).append(name)
     return [
         f"{', '.join(names)}: {what}. What differs between these scores is not the models alone."
-        for what, names in found.items()
+        for what, names in different.items()
     ]
 
 
@@ -65,13 +67,11 @@ def partial(entries: Sequence[Entry], benchmarks: Sequence[str]) -> list[str]:
     """A line where benchmarks were answered in part."""
     parts: dict[str, list[str]] = {}
     for name in benchmarks:
-        found = {
-            _items(e.conditions[name]): None for e in entries if name in e.conditions and e.conditions[name].partial
-        }
-        for items in found:
+        cut = {_items(e.conditions[name]): None for e in entries if name in e.conditions and e.conditions[name].partial}
+        for items in cut:
             parts.setdefault(items, []).append(name)
-    told = "; ".join(f"{items} of {', '.join(names)}" for items, names in parts.items())
-    return [f"partial: {told}. These are no full scores."] if told else []
+    text = "; ".join(f"{items} of {', '.join(names)}" for items, names in parts.items())
+    return [f"partial: {text}. These are no full scores."] if text else []
 
 
 def _list(sources: Iterable[str]) -> str:

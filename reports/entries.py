@@ -146,9 +146,9 @@ def find(wanted: ModelId, entries: Sequence[Entry]) -> Entry | None:
     """
     likeness = [wanted.likeness(entry.model) for entry in entries]
     best = max(likeness, default=0)
-    found = [entry for entry, like in zip(entries, likeness, strict=True) if like == best and best]
-    if len(found) > 1:
+    likest = [entry for entry, like in zip(entries, likeness, strict=True) if like == best and best]
+    if len(likest) > 1:
         raise InputError(
-            f"{wanted.name}: expected the results of one model, got {', '.join(entry.source for entry in found)}, which fit equally well. Leave all but one out."
+            f"{wanted.name}: expected the results of one model, got {', '.join(entry.source for entry in likest)}, which fit equally well. Leave all but one out."
         )
-    return found[0] if found else None
+    return likest[0] if likest else None

@@ -159,6 +159,7 @@ def _reach(estimates: Sequence[Estimate], scale: float = 1.0) -> np.ndarray[Any,
 
 def _omega_figures(table: Table) -> list[tuple[str, Figure]]:
     """A panel for each set of models, a line for each method; the merge without AIM stands at omega 1, which it equals."""
+    # Points of every line: the relaxed merges, and the merge without AIM.
     lines: dict[tuple[str, str, str, str], list[tuple[float, Estimate]]] = {}
     for row in table.rows:
         if row.hv_gain is not None and row.aim != "no" and _is_number(row.omega):
@@ -173,6 +174,7 @@ def _omega_figures(table: Table) -> list[tuple[str, Figure]]:
         lines[models, method, aim, settings] += [(1.0, gain) for gain in plain]
     if not any(len({omega for omega, _ in points}) > 2 for (_, _, aim, _), points in lines.items() if aim == "yes"):
         return []
+    # A panel for each set of models.
     groups = list(dict.fromkeys(models for models, *_ in lines))
     colours = _colours(row.method for row in table.rows if row.method)
     figure, panels = subplots(len(groups), columns=2, size=(5.2, 3.6), sharex=True)
@@ -288,6 +290,7 @@ def _pareto_figure(rows: Sequence[Row], first: str, second: str) -> Figure:
     figure.set_layout_engine("none")
     axes.set(title="Pareto front", xlabel=f"{first} (%)", ylabel=f"{second} (%)")
     axes.grid(alpha=0.3)
+    # All models, then the front as steps through those on it.
     for row, (x, y) in zip(rows, points, strict=True):
         axes.plot(x, y, **_marker(row, colours))
     axes.margins(0.08)
@@ -296,6 +299,7 @@ def _pareto_figure(rows: Sequence[Row], first: str, second: str) -> Figure:
     front = front[np.argsort(points[front, 0], kind="stable")]
     xs, ys = points[front].T
     axes.plot([axes.get_xlim()[0], *xs, xs[-1]], [ys[0], *ys, axes.get_ylim()[0]], drawstyle="steps-pre", color="black", linewidth=0.8, linestyle="--", zorder=1)  # fmt: skip
+    # Names beside what is on the front or no merge; in the key, what colours, markers and numbers mean.
     numbers = {int(index): number for number, index in enumerate(front, 1)}
     _label(figure, axes, points, {
         index: " ".join(filter(None, (str(numbers.get(index, "")), "" if row.method else row.models)))
@@ -366,5 +370,5 @@ def _around(width: float, height: float) -> Iterable[tuple[float, float]]:
         yield from ((reach, -height / 2), (-reach - width, -height / 2))
 
 
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _overlap(first: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return first[0] < other[2] and other[0] < first[2] and first[1] < other[3] and other[1] < first[3]

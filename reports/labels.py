@@ -46,8 +46,8 @@ class Labels:
             if entry.merge is not None
             and (entry.merge.method, self.models(entry.merge.models)) == (merge.method, self.models(merge.models))
         }
-        told = _told(merge.settings, list(alike.values()))
-        return f"{merge.method} ({told})" if told else merge.method
+        different = _told(merge.settings, list(alike.values()))
+        return f"{merge.method} ({different})" if different else merge.method
 
     def aim(self, merge: Merge, aim: Aim) -> str:
         """The settings in which relaxations of a merge with the same omega differ; mostly nothing."""

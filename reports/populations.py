@@ -53,11 +53,11 @@ def _merged(entry: Entry, entries: Sequence[Entry]) -> Population:
         raise NoPopulation("how it was merged is not recorded. Name the models as the population")
     singles = [other for other in entries if other.merge is None]
     merges = [other for other in entries if other.merge is not None and other is not entry]
-    found = [find(model, singles) or find(model, merges) for model in entry.merge.models]
-    missing = [model.name for model, one in zip(entry.merge.models, found, strict=True) if one is None]
+    entries_of = [find(model, singles) or find(model, merges) for model in entry.merge.models]
+    missing = [model.name for model, match in zip(entry.merge.models, entries_of, strict=True) if match is None]
     if missing:
         raise NoPopulation(f"there are no results of {', '.join(missing)}. Give them, or name others as the population")
-    return tuple(one for one in found if one is not None)
+    return tuple(match for match in entries_of if match is not None)
 
 
 def _in_column(entry: Entry, column: str, entries: Sequence[Entry], labels: Labels) -> Population:
@@ -77,9 +77,9 @@ def _names(entry: Entry, labels: Labels) -> tuple[str, ...]:
 def _named(name: str, entries: Sequence[Entry], labels: Labels) -> Entry:
     """The one entry of a name, a single model before merges. Raises InputError: none, or several."""
     fitting = [entry for entry in entries if name in _names(entry, labels)]
-    found = [entry for entry in fitting if entry.merge is None] or fitting
-    if not found:
-        raise InputError(unknown("model", name, {one for entry in entries for one in _names(entry, labels)}))
-    if len(found) > 1:
-        raise InputError(f"'{name}' is the name of {', '.join(entry.source for entry in found)}. Use a longer name.")
-    return found[0]
+    single = [entry for entry in fitting if entry.merge is None] or fitting
+    if not single:
+        raise InputError(unknown("model", name, {known for entry in entries for known in _names(entry, labels)}))
+    if len(single) > 1:
+        raise InputError(f"'{name}' is the name of {', '.join(entry.source for entry in single)}. Use a longer name.")
+    return single[0]

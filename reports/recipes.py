@@ -35,9 +35,9 @@ def read_recipe(recipe: Mapping[str, Any]) -> tuple[Merge, Aim | None]:
         return Merge(UNKNOWN_METHOD, (merged,), {}, checkpoint_key(merged)), aim
     merge, earlier = read_recipe(recipe["merged_recipe"])
     if earlier is not None:  # relaxed twice: the merge without it is the one that was relaxed once
-        told = {"relaxed before": " ".join(filter(None, (earlier.control, f"omega {earlier.omega}")))}
+        before = {"relaxed before": " ".join(filter(None, (earlier.control, f"omega {earlier.omega}")))}
         key = f"{merge.key} {_canonical(recipe['merged_recipe']['aim'])}"
-        merge = Merge(merge.method, merge.models, {**merge.settings, **told}, key)
+        merge = Merge(merge.method, merge.models, {**merge.settings, **before}, key)
     return merge, aim
 
 
@@ -91,9 +91,9 @@ def _aim(recipe: Mapping[str, Any], command: str) -> Aim:
 def _renamed(value: Any, keys: Mapping[str, str]) -> Any:
     """A recipe with models under their keys, whatever a user called them."""
     if isinstance(value, dict):
-        return {name: _renamed(one, keys) for name, one in value.items()}
+        return {name: _renamed(entry, keys) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_renamed(one, keys) for one in value]
+        return [_renamed(entry, keys) for entry in value]
     return keys.get(value, value) if isinstance(value, str) else value
 
 

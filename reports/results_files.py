@@ -161,15 +161,15 @@ def read_samples(path: Path) -> dict[str, Verdicts]:
 
     A sample's `score` is its share in the benchmark's; of IFEval, `checks.strict` says which instructions were followed.
     """
-    found: dict[str, list[tuple[int, list[float], list[float]]]] = {}
+    samples: dict[str, list[tuple[int, list[float], list[float]]]] = {}
     try:
         with path.open(encoding="utf-8") as file:
             for line in file:
                 sample = json.loads(line)
-                found.setdefault(str(sample["benchmark"]), []).append((_count(sample["index"]), *_verdict(sample)))
+                samples.setdefault(str(sample["benchmark"]), []).append((_count(sample["index"]), *_verdict(sample)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}
-    return {name: verdicts for name, items in found.items() if (verdicts := _stack(items)) is not None}
+    return {name: verdicts for name, items in samples.items() if (verdicts := _stack(items)) is not None}
 
 
 def _verdict(sample: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -179,7 +179,7 @@ def _verdict(sample: Mapping[str, Any]) -> tuple[list[float], list[float]]:
         if not _is_number(sample["score"]):
             raise ValueError
         return [float(sample["score"])], [1.0]
-    if not isinstance(strict, list) or not all(isinstance(one, bool) for one in strict):
+    if not isinstance(strict, list) or not all(isinstance(verdict, bool) for verdict in strict):
         raise ValueError
     return [float(all(strict)), float(sum(strict))], [1.0, float(len(strict))]
 

@@ -84,8 +84,8 @@ def _read_merge(where: str, cells: Mapping[str, str]) -> tuple[Merge | None, Aim
     merge = Merge(method, models, {}, f"{method} {'+'.join(sorted(model.name for model in models))}")
     if aim == "no":
         return merge, None
-    told = cells.get("aim_settings", "")
-    return merge, Aim(cells.get("omega", ""), "" if aim == "yes" else aim, {"settings": told} if told else {})
+    settings = cells.get("aim_settings", "")
+    return merge, Aim(cells.get("omega", ""), "" if aim == "yes" else aim, {"settings": settings} if settings else {})
 
 
 def _percent(where: str, text: str) -> float:

@@ -138,7 +138,7 @@ class PlannedTensor:
         return (
             self.method is None
             or self.method.reads_base
-            or any(one and one.applies_to(self.spec.name) for one in transforms)
+            or any(transform and transform.applies_to(self.spec.name) for transform in transforms)
         )
 
     def sources(self, transforms: Sequence[Transform | None]) -> tuple[TensorRef, ...]:
@@ -260,8 +260,10 @@ class _Stream:
     def merge_tensor(self, tensor: PlannedTensor) -> None:
         """Write one tensor to every output."""
         name, method = tensor.spec.name, tensor.method
-        transforms = [one for one in self._transforms if one and one.applies_to(name)] if method else []
-        whole_rows = bool(method and method.whole_rows) or any(one.whole_rows(name) for one in transforms)
+        transforms = (
+            [transform for transform in self._transforms if transform and transform.applies_to(name)] if method else []
+        )
+        whole_rows = bool(method and method.whole_rows) or any(transform.whole_rows(name) for transform in transforms)
         regions = list(tile(tensor.spec, max(self._options.elements, GRID_ELEMENTS if whole_rows else 1)))
         if method is None:
             work: Callable[[Region], None] = lambda region: self._copy(tensor, region)  # noqa: E731

@@ -58,7 +58,7 @@ class Tally:
         if numbers is None:
             return True
         is_row = isinstance(numbers, list) and len(numbers) == self._width
-        return is_row and all(type(one) in (int, float) and abs(one) <= sys.float_info.max for one in numbers)
+        return is_row and all(type(number) in (int, float) and abs(number) <= sys.float_info.max for number in numbers)
 
     def restore(self, tensor: str, numbers: Sequence[float] | None) -> None:
         """Take the sums of a tensor from an earlier run's `close`."""

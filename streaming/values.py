@@ -105,7 +105,7 @@ def parse_value(content: Any, parameter: Accepted) -> Value:
     entries = content if isinstance(content, list) else [content]
     if not any(isinstance(entry, dict) for entry in entries):
         return Value(((None, _parse_numbers(content, parameter)),))
-    found = []
+    parsed = []
     for entry in entries:
         if not isinstance(entry, dict) or "value" not in entry:
             raise ArgumentError("expected a number, a list of numbers, or a list of entries with filter and value.")
@@ -119,8 +119,8 @@ def parse_value(content: Any, parameter: Accepted) -> Value:
         except ArgumentError as error:
             where = "the filter '" + part + "'" if part else "the rest"
             raise ArgumentError(f"{error.marked.removesuffix('.')} for {where}.") from None
-        found.append((None if part == "*" else part, numbers))
-    return Value(tuple(found))
+        parsed.append((None if part == "*" else part, numbers))
+    return Value(tuple(parsed))
 
 
 def split_filters(text: str) -> list[tuple[str | None, str]]:
@@ -128,20 +128,20 @@ def split_filters(text: str) -> list[tuple[str | None, str]]:
 
     A comma inside a filter stays: what follows one and has no `=` is part of the next filter, unless it is a number.
     """
-    found: list[tuple[str | None, str]] = []
+    filters: list[tuple[str | None, str]] = []
     begun: list[str] = []
     parts = text.split(",")
     for at, entry in enumerate(parts):
         part, equals, number = entry.rpartition("=")
         if equals:
-            found.append((",".join([*begun, part]).strip(), number.strip()))
+            filters.append((",".join([*begun, part]).strip(), number.strip()))
             begun = []
         elif at == len(parts) - 1 or (not begun and is_number(entry)):
-            found += [(None, ",".join([*begun, entry]))]
+            filters += [(None, ",".join([*begun, entry]))]
             begun = []
         else:
             begun.append(entry)
-    return found
+    return filters
 
 
 def is_number(text: str) -> bool:
@@ -158,16 +158,16 @@ def _parse_numbers(content: Any, parameter: Accepted) -> tuple[Number, ...]:
     if parameter.kind == "word" and isinstance(content, list):
         raise ArgumentError(f"expected {parameter.expectation}, got {describe(content)}.")
     numbers = []
-    for one in content if isinstance(content, list) and content else [content]:
-        number = _number(one, parameter)
+    for part in content if isinstance(content, list) and content else [content]:
+        number = _number(part, parameter)
         if number is None:
-            raise ArgumentError(f"expected {parameter.expectation}, got {describe(one)}.")
+            raise ArgumentError(f"expected {parameter.expectation}, got {describe(part)}.")
         try:
             parameter.check(number, place=False)
         except ArgumentError:
-            if not isinstance(one, str):
+            if not isinstance(part, str):
                 raise
-            raise ArgumentError(f"expected {parameter.expectation}, got {one:.100}.") from None
+            raise ArgumentError(f"expected {parameter.expectation}, got {part:.100}.") from None
         numbers.append(number)
     return tuple(numbers)
 

@@ -18,7 +18,7 @@ from checkpoints.model import Model, open_model
 from checkpoints.problems import Problems
 from checkpoints.save_path import RECIPE_FILE, SWEEP_PREFIX
 from checkpoints.settings import setting
-from checkpoints.source import READ_ELEMENTS
+from checkpoints.source import READ_ELEMENTS, Source
 from checkpoints.tokenizer_files import end_tokens
 from checkpoints.writer import chunked_sha256
 from streaming.stream import all_finite
@@ -56,7 +56,7 @@ def results_in(folder: Path) -> list[Path]:
 
 def bytes_in(folder: Path) -> int:
     """Bytes that `verify` reads: the weight files, once for the digest and once for the numbers."""
-    return 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return 2 * sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
 def verify(
@@ -105,7 +105,7 @@ def verify(
             problems.extend(_check_shapes(model, found))
             problems.extend(_check_end(model))
             problems.extend(_check_numbers(model, workers, progress))
-            found.tensors = len(model.weights.tensors)
+            found.tensors = len(model.weights.tensors) + len(model.weights.modules.tensors)
     problems.raise_if_any()
     return found
 
@@ -119,7 +119,7 @@ def _read_files(folder: Path) -> tuple[Files, Files | None]:
     try:
         recipe = parse_json((folder / RECIPE_FILE).read_bytes())
         outputs, side_files = recipe["outputs"], recipe.get("side_files")
-        if not all(_is_entry(name, entry) and "/" not in name for name, entry in outputs.items()):
+        if not all(_is_entry(name, entry) for name, entry in outputs.items()):
             raise ValueError("its outputs are no list of files")
         if side_files is not None and not all(
             _is_entry(name, entry) and isinstance(entry["sha256"], str) for name, entry in side_files.items()
@@ -176,12 +176,11 @@ def _check_shapes(model: Model, found: Verified) -> list[str]:
     problems = [
         f"{model.label}: {name}: does not fit config.json: {why}." for name, why in architecture.mismatched.items()
     ]
+    strangers = [name for name in architecture.unplaced if name not in architecture.unused]
     problems.extend(
         [f"{model.label}: no tensor fills {name}, which config.json asks for." for name in architecture.missing]
     )
-    problems.extend(
-        [f"{model.label}: {name}: nothing in config.json's model takes it." for name in architecture.unplaced]
-    )
+    problems.extend([f"{model.label}: {name}: nothing in config.json's model takes it." for name in strangers])
     return problems
 
 
@@ -206,21 +205,21 @@ def _check_end(model: Model) -> list[str]:
 
 def _check_numbers(model: Model, workers: Workers, progress: Callable[[int], object]) -> list[str]:
     """The tensors that hold a NaN or an infinity."""
-    weights = model.weights
     pieces = [
-        (name, start, min(start + READ_ELEMENTS, info.numel))
-        for name, info in weights.tensors.items()
+        (source, name, start, min(start + READ_ELEMENTS, info.numel))
+        for source in (model.weights, model.weights.modules)
+        for name, info in source.tensors.items()
         for start in range(0, info.numel, READ_ELEMENTS)
     ]
 
-    def look(piece: tuple[str, int, int]) -> bool:
-        name, start, stop = piece
-        values = weights.read(name, start, stop, torch.empty(8 * (stop - start), dtype=torch.uint8))
+    def look(piece: tuple[Source, str, int, int]) -> bool:
+        source, name, start, stop = piece
+        values = source.read(name, start, stop, torch.empty(8 * (stop - start), dtype=torch.uint8))
         progress(values.nbytes)
         return not values.dtype.is_floating_point or all_finite(values.float())
 
     bad: dict[str, int] = {}
-    for (name, start, _), is_fine in zip(pieces, workers.map_ordered(look, pieces), strict=True):
+    for (_, name, start, _), is_fine in zip(pieces, workers.map_ordered(look, pieces), strict=True):
         if not is_fine:
             bad.setdefault(name, start)
     return [f"{model.label}: {name}: holds a NaN or an infinity." for name in bad]

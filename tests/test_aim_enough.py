@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import aim.enough
-from aim.calibrate import CalibrationOptions
-from aim.enough import Enough
+from aim.calibrate import CalibrationOptions, calibrate
+from aim.calibration_text import CalibrationData, TokenBlocks
+from aim.enough import Enough, first_check
 from aim.watcher import Target, Watcher
 from checkpoints.errors import ArgumentError
-from tests.aim_runs import calibrate_on, make_family, random_tokens
+from tests.aim_runs import calibrate_on, make_family, open_folder, random_tokens
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,18 @@ def test_calibration_stops_and_says_so(base_of: Callable[[str], Path], monkeypat
     layerwise = calibrate_on(base_of("llama"), tokens, tolerance=0.2, mode="layerwise")
     assert (layerwise.calibration["tokens"], layerwise.calibration["passes"]) == (128, 2)
     assert layerwise.calibration["difference"] == pytest.approx(stopped.calibration["difference"], abs=1e-4)
+
+
+def test_text_shorter_than_the_first_check_is_said(base_of: Callable[[str], Path]) -> None:
+    tokens = random_tokens(blocks=4, block_size=32)
+    for tolerance, count in ((None, 1), (0.0, 0)):
+        notes: list[str] = []
+        data = CalibrationData("given blocks", block_size=32)
+        options = CalibrationOptions(dtype="float32", tolerance=tolerance)
+        found = calibrate(open_folder(base_of("llama")), data, options, blocks=TokenBlocks(tokens, 4, 0, 0, 0), note=notes.append)  # fmt: skip
+        assert (found.calibration["tokens"], found.calibration["difference"]) == (128, None)
+        assert len(notes) == count
+    assert first_check(32) * 32 == 2048
 
 
 def test_an_expert_that_only_one_half_of_the_text_reaches_is_not_settled(base_of: Callable[[str], Path]) -> None:

@@ -49,6 +49,7 @@ from tests.aim_runs import (
 from tests.golden_files import assert_same_bits
 from tests.pico import Family
 from tests.reference import aim as reference
+from tests.scene import call
 
 ARCHITECTURES = ["llama", "gpt2", "mixtral", "gpt_oss"]
 """`[out, in]`, `[in, out]`, experts one by one, experts packed and stored input first."""
@@ -57,8 +58,8 @@ MEAN = ["--protect", "mean", "--dtype", "float32"]
 
 
 @dataclass(frozen=True)
-class Scene:
-    """A family, statistics of its base, and what the reference saw of every weight's input: signed mean, mean |x|, dimension."""
+class Relaxed:
+    """A family that is relaxed, statistics of its base, and what the reference saw of every weight's input: signed mean, mean |x|, dimension."""
 
     family: Family
     saved: Path
@@ -77,8 +78,8 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def scene_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scene]:
-    def make(architecture: str) -> Scene:
+def family_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Relaxed]:
+    def make(architecture: str) -> Relaxed:
         folder = tmp_path_factory.mktemp(architecture)
         family = make_family(folder, architecture, n_models=2)
         calibrate_on(family.base, text_blocks()).save(folder / "saved")
@@ -92,7 +93,7 @@ def scene_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scene]
                 if name not in embeddings(stored)
             }
 
-        return Scene(family, folder / "saved", cache(inputs))
+        return Relaxed(family, folder / "saved", cache(inputs))
 
     return cache(make)
 
@@ -100,9 +101,9 @@ def scene_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scene]
 Formula = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 
 
-def check(ours: dict[str, Tensor], scene: Scene, merged: Path, formula: Formula = reference.protect_mean) -> None:
+def check(ours: dict[str, Tensor], relaxed: Relaxed, merged: Path, formula: Formula = reference.protect_mean) -> None:
     """Raise AssertionError unless matrices are the formula's, norms relaxed by channel, and the rest the merge's bits."""
-    starts, ends, inputs = load(scene.base), load(merged), scene.inputs()
+    starts, ends, inputs = load(relaxed.base), load(merged), relaxed.inputs()
     assert set(ours) == set(ends)
     for name, end in ends.items():
         got, start = ours[name], starts[name]
@@ -265,91 +266,99 @@ def test_an_output_that_is_not_finite_stays_as_merged(dim: int) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_matrices_are_the_formulas_and_norms_are_relaxed_by_channel(
-    architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path
+    architecture: str, family_of: Callable[[str], Relaxed], tmp_path: Path
 ) -> None:
-    scene = scene_of(architecture)
-    ours = scene.perform(tmp_path / "out", "--omega", OMEGA)
-    check(ours, scene, scene.merged)
+    relaxed = family_of(architecture)
+    ours = relaxed.perform(tmp_path / "out", "--omega", OMEGA)
+    check(ours, relaxed, relaxed.merged)
     for wrong in (lambda b, m, u, o, d: reference.protect_mean(b, m, -u.roll(1, -1), o, d), reference.shortened):
         with pytest.raises(AssertionError):
-            check(ours, scene, scene.merged, wrong)
-    uniform = scene.perform(tmp_path / "uniform", "--omega", OMEGA, "--control", "uniform")
+            check(ours, relaxed, relaxed.merged, wrong)
+    uniform = relaxed.perform(tmp_path / "uniform", "--omega", OMEGA, "--control", "uniform")
     matrices = {name: one for name, one in uniform.items() if one.dim() > 1}  # norms get their mean factor
-    check({**ours, **matrices}, scene, scene.merged, reference.shortened)
+    check({**ours, **matrices}, relaxed, relaxed.merged, reference.shortened)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_omega_1_is_the_merge_and_the_base_stays_the_base(
-    architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path
+    architecture: str, family_of: Callable[[str], Relaxed], tmp_path: Path
 ) -> None:
-    scene = scene_of(architecture)
-    for name, values in scene.perform(tmp_path / "one", "--omega", "1").items():
-        assert_same_bits(values, load(scene.merged)[name].float(), where=name)
-    itself = perform(scene.base, scene.base, tmp_path / "itself", "--activations", scene.saved, *MEAN, "--omega", "0")
+    relaxed = family_of(architecture)
+    for name, values in relaxed.perform(tmp_path / "one", "--omega", "1").items():
+        assert_same_bits(values, load(relaxed.merged)[name].float(), where=name)
+    itself = perform(
+        relaxed.base, relaxed.base, tmp_path / "itself", "--activations", relaxed.saved, *MEAN, "--omega", "0"
+    )
     for name, values in itself.items():
-        assert_same_bits(values, load(scene.base)[name].float(), where=name)
+        assert_same_bits(values, load(relaxed.base)[name].float(), where=name)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("control", ["none", "uniform", "random"])
 def test_bytes_do_not_depend_on_workers_or_blocks(
-    architecture: str, control: Any, scene_of: Callable[[str], Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    control: Any,
+    family_of: Callable[[str], Relaxed],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    scene = scene_of(architecture)
+    relaxed = family_of(architecture)
     for grid in (1000, 20):  # rows of 32 and more: of the second, none fits
         for module in (stream, directions):
             monkeypatch.setattr(module, "GRID_ELEMENTS", grid)
         found = set()
         for number, (workers, elements) in enumerate([(1, None), (3, 1000), (2, 90), (1, 23)]):
             options = RunOptions(stream=StreamOptions(workers=workers, block_elements=elements), quiet=True)
-            merged, base = open_folder(scene.merged), open_folder(scene.base)
+            merged, base = open_folder(relaxed.merged), open_folder(relaxed.base)
             how = Relaxing((Omega(OMEGA),), protect="mean", control=control)
             out = tmp_path / f"{grid}-{number}"
-            relax_checkpoint(merged, base, load_activations(scene.saved), out, how, options)
+            relax_checkpoint(merged, base, load_activations(relaxed.saved), out, how, options)
             found.add(weight_bytes(out)["model.safetensors"])
         assert len(found) == 1
 
 
 def test_a_sweep_is_its_single_runs_and_reads_matrices_once_more_where_it_must(
-    scene_of: Callable[[str], Scene], tmp_path: Path
+    family_of: Callable[[str], Relaxed], tmp_path: Path
 ) -> None:
-    scene = scene_of("gpt2")
-    scene.perform(tmp_path / "sweep", "--omegas", "0,0.25,1")
+    relaxed = family_of("gpt2")
+    relaxed.perform(tmp_path / "sweep", "--omegas", "0,0.25,1")
     for omega in ("0", "0.25", "1"):
-        scene.perform(tmp_path / omega, "--omega", omega)
+        relaxed.perform(tmp_path / omega, "--omega", omega)
         assert weight_bytes(tmp_path / "sweep" / f"omega_{omega}") == weight_bytes(tmp_path / omega)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_merging_and_relaxing_in_one_run(architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of(architecture)
-    models = ",".join(map(str, scene.family.models))
+def test_merging_and_relaxing_in_one_run(
+    architecture: str, family_of: Callable[[str], Relaxed], tmp_path: Path
+) -> None:
+    relaxed = family_of(architecture)
+    models = ",".join(map(str, relaxed.family.models))
     flags = [
         "--method",
         "ties",
         "--base_model",
-        scene.base,
+        relaxed.base,
         "--models_to_merge",
         models,
         "--dtype",
         "float32",
         "--quiet",
     ]
-    saved = ["--activations", scene.saved, "--omega", OMEGA, "--protect", "mean"]
+    saved = ["--activations", relaxed.saved, "--omega", OMEGA, "--protect", "mean"]
     for out, more in (("plain", []), ("both", saved)):
-        assert merge.main([str(part) for part in (*flags, "--save_path", tmp_path / out, *more)]) == 0
-    after = perform(scene.base, tmp_path / "plain", tmp_path / "after", *saved)
+        call(merge, *flags, "--save_path", tmp_path / out, *more)
+    after = perform(relaxed.base, tmp_path / "plain", tmp_path / "after", *saved)
     both = load(tmp_path / "both")
     for name, values in after.items():
         assert_same_bits(both[name], values, where=name)
-    check(both, scene, tmp_path / "plain")
+    check(both, relaxed, tmp_path / "plain")
 
 
-def test_the_mean_input_gets_the_bases_answer(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of("llama")
-    ours = scene.perform(tmp_path / "out", "--omega", "0")
-    base, merged = load(scene.base), load(scene.merged)
-    for name, (mean, _, _) in scene.inputs().items():
+def test_the_mean_input_gets_the_bases_answer(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("llama")
+    ours = relaxed.perform(tmp_path / "out", "--omega", "0")
+    base, merged = load(relaxed.base), load(relaxed.merged)
+    for name, (mean, _, _) in relaxed.inputs().items():
         if ours[name].dim() > 1:
             left, before = ((one[name].double() - base[name].double()) @ mean for one in (ours, merged))
             assert float(left.norm()) < 1e-4 * float(before.norm()), name
@@ -358,25 +367,27 @@ def test_the_mean_input_gets_the_bases_answer(scene_of: Callable[[str], Scene], 
 # ------------------------------------------------------------------------------------------------- what is said of it
 
 
-def run(scene: Scene, out: Path, *flags: object) -> int:
-    command = ["--merged_model", scene.merged, "--pretrained_model_name", scene.base, "--save_path", out]
-    return performAIM.main([str(part) for part in (*command, "--activations", scene.saved, *MEAN, *flags)])
+def printed(of: Relaxed, out: Path, *flags: object) -> str:
+    """What performAIM.py prints of a family."""
+    command = ["--merged_model", of.merged, "--pretrained_model_name", of.base, "--save_path", out]
+    return call(performAIM, *command, "--activations", of.saved, *MEAN, *flags).out
 
 
-def test_report_recipe_and_card(
-    scene_of: Callable[[str], Scene], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scene = scene_of("llama")
-    assert run(scene, tmp_path / "out", "--omega", "self_attn=1,norm=1,0") == 0
-    said = capsys.readouterr().out
+def test_report_recipe_and_card(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("llama")
+    said = printed(relaxed, tmp_path / "out", "--omega", "self_attn=1,norm=1,0")
     header = next(line for line in said.splitlines() if line.startswith("layer"))
     assert header.endswith("|mean|²/E|x|²")
     kind = "model.layers.*.mlp.down_proj"
     energy = {
         name: float(mean.square().sum() / square)
         for name, mean, square in (
-            (name, one.mean(load(scene.base)[name].shape), float(one.statistics(load(scene.base)[name].shape)[1].sum()))
-            for name, one in reference.watch_inputs(scene.base, text_blocks()).items()
+            (
+                name,
+                one.mean(load(relaxed.base)[name].shape),
+                float(one.statistics(load(relaxed.base)[name].shape)[1].sum()),
+            )
+            for name, one in reference.watch_inputs(relaxed.base, text_blocks()).items()
             if name.endswith("down_proj.weight")
         )
     }
@@ -385,7 +396,7 @@ def test_report_recipe_and_card(
     aim = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())["aim"]
     assert aim["protect"] == "mean"
     assert aim["statistics"][f"{kind}.weight"]["mean_energy"] == pytest.approx(expected, rel=1e-3)
-    base, merged, inputs = load(scene.base), load(scene.merged), scene.inputs()
+    base, merged, inputs = load(relaxed.base), load(relaxed.merged), relaxed.inputs()
     along, total = {}, {}
     for name in (name for name in inputs if "mlp" in name or "lm_head" in name):
         change, u = merged[name].double() - base[name].double(), reference.direction(inputs[name][0])
@@ -406,32 +417,32 @@ def test_report_recipe_and_card(
     assert "arXiv:2502.02421" not in card
 
 
-def test_a_recipe_s_block_is_the_flags(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of("llama")
-    block = {"omega": OMEGA, "protect": "mean", "control": "random", "seed": 3, "statistics": str(scene.saved)}
+def test_a_recipe_s_block_is_the_flags(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("llama")
+    block = {"omega": OMEGA, "protect": "mean", "control": "random", "seed": 3, "statistics": str(relaxed.saved)}
     request = read_request(block)
-    assert request == AimRequest(Relaxing((Omega(OMEGA),), protect="mean", control="random", seed=3), scene.saved)
+    assert request == AimRequest(Relaxing((Omega(OMEGA),), protect="mean", control="random", seed=3), relaxed.saved)
     flags = ["--omega", OMEGA, "--control", "random", "--seed", "3"]
-    scene.perform(tmp_path / "out", *flags)
+    relaxed.perform(tmp_path / "out", *flags)
     recorded = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())["aim"]
-    again = read_request(recorded | {"statistics": str(scene.saved)})
+    again = read_request(recorded | {"statistics": str(relaxed.saved)})
     assert again.relaxing == request.relaxing
     command = [
         "--method",
         "linear",
         "--base_model",
-        scene.base,
+        relaxed.base,
         "--models_to_merge",
-        scene.merged,
+        relaxed.merged,
         "--dtype",
         "float32",
     ]
     recipe = tmp_path / "recipe.yml"
-    aim = ["--activations", scene.saved, "--protect", "mean", *flags, "--write_config", recipe]
-    assert merge.main([str(part) for part in (*command, *aim)]) == 0
-    assert merge.main(["--config", str(recipe), "--save_path", str(tmp_path / "merged"), "--quiet"]) == 0
+    aim = ["--activations", relaxed.saved, "--protect", "mean", *flags, "--write_config", recipe]
+    call(merge, *command, *aim)
+    call(merge, "--config", str(recipe), "--save_path", str(tmp_path / "merged"), "--quiet")
     assert weight_bytes(tmp_path / "merged") == weight_bytes(tmp_path / "out")
-    make = make_recipe("linear", str(scene.base), str(scene.merged), out_dtype="float32")
+    make = make_recipe("linear", str(relaxed.base), str(relaxed.merged), out_dtype="float32")
     from merging import merge as merge_models
 
     merge_models(make, tmp_path / "python", aim=request)
@@ -440,15 +451,14 @@ def test_a_recipe_s_block_is_the_flags(scene_of: Callable[[str], Scene], tmp_pat
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
 def test_experts_without_a_token_stay_as_merged(
-    architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    architecture: str, family_of: Callable[[str], Relaxed], tmp_path: Path
 ) -> None:
-    scene = scene_of(architecture)
-    activations = calibrate_on(scene.base, torch.tensor([[17]]))
+    relaxed = family_of(architecture)
+    activations = calibrate_on(relaxed.base, torch.tensor([[17]]))
     activations.save(tmp_path / "one")
-    few = replace(scene, saved=tmp_path / "one")
-    assert run(few, tmp_path / "out", "--omega", "0") == 0
-    said = capsys.readouterr().out
-    ours, merged = load(tmp_path / "out"), load(scene.merged)
+    few = replace(relaxed, saved=tmp_path / "one")
+    said = printed(few, tmp_path / "out", "--omega", "0")
+    ours, merged = load(tmp_path / "out"), load(relaxed.merged)
     if architecture == "mixtral":
         assert "its module saw no token" in said
         for name in activations.silent:
@@ -461,18 +471,16 @@ def test_experts_without_a_token_stay_as_merged(
     assert "2 of its 4 experts, which saw no token or have a mean input of 0" in said
 
 
-def test_a_mean_of_zero_leaves_the_tensor_as_merged(
-    scene_of: Callable[[str], Scene], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scene = scene_of("llama")
-    activations = load_activations(scene.saved)
+def test_a_mean_of_zero_leaves_the_tensor_as_merged(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("llama")
+    activations = load_activations(relaxed.saved)
     name = "model.layers.1.mlp.up_proj.weight"
     one = activations.statistics[name]
     balanced = replace(one, mean=torch.zeros_like(one.mean_abs))
     replace(activations, statistics={**activations.statistics, name: balanced}).save(tmp_path / "balanced")
-    assert run(replace(scene, saved=tmp_path / "balanced"), tmp_path / "out") == 0
-    assert "1 x model.layers.*.mlp.up_proj.weight (its mean input is 0)" in capsys.readouterr().out
-    assert_same_bits(load(tmp_path / "out")[name], load(scene.merged)[name].float())
+    said = printed(replace(relaxed, saved=tmp_path / "balanced"), tmp_path / "out")
+    assert "1 x model.layers.*.mlp.up_proj.weight (its mean input is 0)" in said
+    assert_same_bits(load(tmp_path / "out")[name], load(relaxed.merged)[name].float())
 
 
 def without_means(activations: Activations) -> Activations:
@@ -481,18 +489,20 @@ def without_means(activations: Activations) -> Activations:
     return replace(activations, statistics=old)
 
 
-def test_statistics_without_signed_means_are_refused_by_name(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of("llama")
-    without_means(load_activations(scene.saved)).save(tmp_path / "old")
-    saved = ["--activations", tmp_path / "old"]
-    said = attempt(scene.base, scene.merged, tmp_path / "out", *saved, "--protect", "mean", code=1).err
+def test_statistics_without_signed_means_are_refused_by_name(
+    family_of: Callable[[str], Relaxed], tmp_path: Path
+) -> None:
+    relaxed = family_of("llama")
+    without_means(load_activations(relaxed.saved)).save(tmp_path / "old")
+    flags = ["--activations", tmp_path / "old", "--protect", "mean"]
+    said = attempt(relaxed.base, relaxed.merged, tmp_path / "out", *flags, code=1).err
     assert f"--activations {tmp_path / 'old'}: lm_head.weight: expected the signed mean of its input" in said
     assert (
         "which --protect mean needs, got none, as in files of schema 1. Calibrate again, or use --protect channels."
         in said
     )
     assert not (tmp_path / "out").exists()
-    attempt(scene.base, scene.merged, tmp_path / "out", *saved)
+    attempt(relaxed.base, relaxed.merged, tmp_path / "out", "--activations", tmp_path / "old")
 
 
 @pytest.mark.parametrize(
@@ -510,11 +520,11 @@ def test_what_excludes_each_other(given: dict[str, Any], says: str) -> None:
     assert [str(problem) for problem in refused.value.problems] == [says]
 
 
-def test_figures_show_the_mean(scene_of: Callable[[str], Scene], tmp_path: Path) -> None:
-    scene = scene_of("llama")
+def test_figures_show_the_mean(family_of: Callable[[str], Relaxed], tmp_path: Path) -> None:
+    relaxed = family_of("llama")
     texts = write_texts(tmp_path)
     flags = ["--protect", "mean", "--figures", tmp_path / "figures", "--save_activations", tmp_path / "saved"]
-    perform(scene.base, scene.merged, tmp_path / "out", *flags, texts=texts)
+    perform(relaxed.base, relaxed.merged, tmp_path / "out", *flags, texts=texts)
     written = {path.name for path in (tmp_path / "figures").iterdir()}
     names = ("importance_layers", "importance_sorted", "mean_input", "mean_direction")
     assert written == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}

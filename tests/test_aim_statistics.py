@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import aim.calibrate
-import aim.watcher
+import aim.sums
 from aim import passes
 from aim.activations import Activations, ChannelStatistics, load_activations
 from aim.targets import Selection, select_targets
@@ -308,20 +308,20 @@ def mean_abs(rows: list[Tensor]) -> Tensor:
 def sums(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of all inputs that are summed."""
     seen = []
-    real = aim.watcher.channel_sums
+    real = aim.sums.add_rows
 
-    def counted(x: Tensor) -> tuple[Tensor, ...]:
+    def counted(x: Tensor, *others: Any) -> None:
         seen.append(x.shape)
-        return real(x)
+        real(x, *others)
 
-    monkeypatch.setattr(aim.activations, "channel_sums", counted)
+    monkeypatch.setattr(aim.sums, "add_rows", counted)
     return seen
 
 
 def test_an_input_that_modules_share_is_summed_once(sums: list[torch.Size], base_of: Callable[[str], Path]) -> None:
     x = torch.randn(2, 7, 4)
     found, silent = watch(Toy(), [x])
-    assert sums == [x.shape]
+    assert sums == [(1, 14, 4)]
     for name in ("first", "second", "third"):
         torch.testing.assert_close(found[name].mean_abs, mean_abs([x]))
         assert found[name].tokens == 14
@@ -351,6 +351,59 @@ def test_inputs_in_reused_memory_are_not_taken_for_one(sums: list[torch.Size]) -
     assert len(sums) == 2 * len(inputs)
     torch.testing.assert_close(found["first"].mean_abs, torch.full((4,), 3.0))
     torch.testing.assert_close(found["third"].mean_abs, torch.full((4,), 2.0))
+
+
+@pytest.mark.parametrize("apart", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
+def test_weights_that_share_an_input_only_sometimes(apart: tuple[int, ...]) -> None:
+    """Passes in which the third layer has the others' input, and passes (`apart`) in which it has one of its own."""
+    model = Toy()
+    inputs = [torch.randn(5, 4) * 10**number for number in range(3)]
+    own = [torch.randn(5, 4) * 10**number for number in range(3)]
+    watcher = Watcher(model, targets())
+    with watcher.watching(), torch.no_grad():
+        for number, x in enumerate(inputs):
+            model.between = lambda x, number=number: own[number] if number in apart else x  # type: ignore[misc]
+            model(x)
+    found = watcher.results()[0]
+    third = [own[number] if number in apart else x for number, x in enumerate(inputs)]
+    for name, rows in (("first", inputs), ("second", inputs), ("third", third)):
+        torch.testing.assert_close(found[name].mean_abs, mean_abs(rows))
+        torch.testing.assert_close(found[name].max_abs, torch.cat(rows).abs().amax(dim=0))
+        assert found[name].tokens == 15
+    again = Watcher(model, targets())
+    again.restore(watcher.sums())
+    with again.watching(), torch.no_grad():
+        model.between = lambda x: x
+        model(inputs[0])
+    for name, rows in (("first", inputs), ("second", inputs), ("third", third)):
+        torch.testing.assert_close(again.results()[0][name].mean_abs, mean_abs([*rows, inputs[0]]))
+
+
+def test_one_input_seen_twice_is_counted_twice() -> None:
+    model = Toy()
+    x = torch.randn(5, 4)
+    found, _ = watch(model, [x, x])
+    for name in ("first", "second", "third"):
+        assert found[name].tokens == 10
+        torch.testing.assert_close(found[name].mean_abs, mean_abs([x]))
+
+
+def test_a_massive_first_token_takes_no_digits_from_the_others() -> None:
+    """|x| of 30,000 beside 1: its square, 9e8, would leave sums of squares in float32 no digit of the rest."""
+    x = torch.ones(2, 40, 4)
+    x[:, 0] = 30000.0
+    model = Toy()
+    watcher = Watcher(model, targets())
+    watcher.block = (2, 40)
+    with watcher.watching(), torch.no_grad():
+        model(x)
+    one = watcher.results()[0]["first"]
+    assert one.after_first is not None
+    assert one.after_first.mean_sq.tolist() == [1.0] * 4
+    assert one.after_first.tokens == 78
+    assert one.mean_sq[0] == pytest.approx((9e8 * 2 + 78) / 80)
+    assert one.max_at is not None
+    assert one.max_at.tolist() == [0] * 4
 
 
 def test_inputs_are_let_go_and_hooks_removed_even_after_a_failure(sums: list[torch.Size]) -> None:

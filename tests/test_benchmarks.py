@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import measured, merge_speed, speed_report
+from benchmarks.early_stopping import CALIBRATED, difference, mean
 from benchmarks.floor import move
 from benchmarks.peer import Mergekit
 from benchmarks.speed_results import Results, Row, Setting, load, note_compared
@@ -142,6 +143,16 @@ def test_a_profile_names_functions_of_ours(tiny, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- the peer
+
+
+def test_what_stopping_changes_is_paired_by_document_and_domains_weigh_the_same():
+    """Domain a: differences .2 and .4, mean .3, variance .02; b: .1, .1, .1. Error: sqrt(.02 / 2 / 4 + 0)."""
+    ours = {"a": [1.2, 2.4], "b": [1.1, 2.1, 3.1]}
+    theirs = {"a": [1.0, 2.0], "b": [1.0, 2.0, 3.0]}
+    assert mean(theirs) == pytest.approx(1.75)
+    change, error = difference(ours, theirs)
+    assert (change, error) == (pytest.approx(0.2), pytest.approx(0.05))
+    assert CALIBRATED.search("calibrated on 16,384 tokens in 3.59 s, 9,986 tokens/s")[1] == "16,384"
 
 
 def test_mergekit_gets_our_recipe(tmp_path):

@@ -345,6 +345,27 @@ def test_chat_models_with_the_tokens_of_the_base(scene: Scene):
     call(merge, "--verify", str(scene.out))
 
 
+def test_a_recipe_file_unites_as_flags_do_and_its_record_makes_the_same_files(scene: Scene):
+    base, models = make_chats(scene)
+    scene.merge(base, models)
+    by_flags = scene.json("generation_config.json")
+    recipe = {"merge_method": "linear", "base_model": str(base), "models": [{"model": str(one)} for one in models]}
+    first, again, kept = (scene.folder / name for name in ("first", "again", "kept"))
+    write_json(scene.folder / "recipe.json", recipe)
+    write_json(scene.folder / "base.json", recipe | {"tokenizer_source": "base"})
+    for config, out in (
+        (scene.folder / "recipe.json", first),
+        (first / "merge_recipe.json", again),
+        (scene.folder / "base.json", kept),
+    ):
+        assert merge.main(["--config", str(config), "--save_path", str(out), "--quiet"]) == 0
+    for folder in (first, again):
+        assert json.loads((folder / "generation_config.json").read_text()) == by_flags
+        assert (folder / "chat_template.jinja").read_text() == CHATML
+    assert (kept / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    assert not (kept / "chat_template.jinja").exists()
+
+
 def test_a_user_who_names_the_bases_tokenizer_keeps_its_files(scene: Scene):
     base, models = make_chats(scene)
     said = scene.merge(base, models, "--tokenizer_source", "base").err

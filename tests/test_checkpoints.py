@@ -657,9 +657,9 @@ def test_side_files(tmp_path):
         "modules.json",
         "sub/config.json",
         "tekken.json",
-        "2_Dense/model.safetensors",
     ]
     left_out = [
+        "2_Dense/model.onnx",
         "checkpoint-5/config.json",
         "epoch1/config.json",
         "epoch1/model.safetensors",
@@ -672,6 +672,7 @@ def test_side_files(tmp_path):
         "pytorch_model.bin",
         "README.md",
         "merge_recipe.json",
+        "2_Dense/model.safetensors",
         ".env",
         ".git/config",
     ]

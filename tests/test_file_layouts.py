@@ -138,6 +138,9 @@ def test_relaxing_with_experts_in_another_layout(experts: Path, tmp_path: Path):
     assert same(by_expert(tmp_path, ("w1", "w3", "w2"), renamed(whole)), renamed(plain))
     expert = next(name for name in plain if ".experts.1." in name)
     assert not torch.equal(plain[expert], load(experts / "one")[expert])
+    # What is said of it counts the output's tensors, not the base's.
+    told = json.loads((tmp_path / "packed_merge" / "merge_recipe.json").read_bytes())["aim"]
+    assert told["relaxed"] + sum(one["count"] for one in told["kept"]) == len(whole)
 
 
 # ------------------------------------------------------------------------- a decoder inside a model that reads images
@@ -222,6 +225,11 @@ def test_a_model_that_reads_images_into_a_text_base_is_refused_with_a_reason(tmp
     assert f"Make it the base, and {models[0]} one of the models." in said
     assert "Give models fine-tuned from this base" not in said
     assert "problems:" not in said
+    argv = ["--pretrained_model_name", seeing, "--merged_model", models[0], "--save_path", tmp_path / "aim"]
+    said = call(performAIM, *argv, "--calibration_data", write_texts(tmp_path), code=1).err
+    assert "of which other parts have no place there: multi_modal_projector." in said
+    assert "Name the base that the merged model was made from." in said
+    assert "Make it the base" not in said
 
 
 def test_a_head_beside_one_that_the_base_ties(tmp_path: Path):
@@ -278,6 +286,7 @@ def test_tensors_that_nothing_is_computed_with_come_from_the_base(tmp_path: Path
     assert all(torch.equal(kept[name], one) for name, one in unused.items())
     said = notes(tmp_path / "kept")
     assert said.count(f"{models[0]}: not stored there, and kept as in {with_draft}: ") == 1
+    call(merge, "--verify", tmp_path / "kept")
     drafting = rewrite(shutil.copytree(models[0], tmp_path / "drafting"), lambda tensors: tensors | unused)
     assert same(add(base, [drafting, models[1]], tmp_path / "left_out"), plain)
     said = notes(tmp_path / "left_out")

@@ -78,6 +78,29 @@ def test_hidden_states_that_do_not_fit_wait_on_disk(
     assert SMALL_BYTES > 64
 
 
+def test_hidden_states_of_a_gpu_wait_in_the_machines_memory(
+    base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU that is taken for another device: what waits has no numbers there, and comes back."""
+    monkeypatch.setattr("forward.shelf.SMALL_BYTES", 64)
+    monkeypatch.setattr("forward.shelf.is_elsewhere", lambda storage: True)
+    emptied: list[bool] = []
+    put = Shelf.put
+
+    def looked_at(self: Shelf, run: Any) -> None:
+        put(self, run)
+        emptied.append(
+            all(storage.nbytes() == 0 for storage, _, _ in self._away[id(run)]) and bool(self._away[id(run)])
+        )
+        assert self.is_in_memory
+
+    monkeypatch.setattr(Shelf, "put", looked_at)
+    whole = calibrate_on(base_of("gemma3"), TOKENS, mode="whole")
+    check_equal(calibrate_on(base_of("gemma3"), TOKENS, mode="layerwise"), whole, 1e-6)
+    assert emptied
+    assert all(emptied)
+
+
 def test_no_room_for_hidden_states_is_said_before_a_layer_is_read(
     base_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

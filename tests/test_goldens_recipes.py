@@ -31,6 +31,11 @@ SMALL = 100
 """Elements below which mergekit's breadcrumbs of gamma 0.01 lose a task vector, and ours do not."""
 
 
+def config_of(of: Golden) -> dict[str, Any]:
+    """Its own config, as this program says it."""
+    return {"tokenizer_source": "base", **of.config} if of.name in CUT else of.config
+
+
 def merge_golden(
     of: Golden, config: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *flags: str
 ) -> dict[str, Tensor]:
@@ -47,6 +52,10 @@ def write(config: dict[str, Any], path: Path) -> Path:
 
 # mergekit sums the models of a union in the order of a Python set; one element differs for it by one step of bfloat16.
 OTHER_ORDER = {("pad_union_ta_f32", "model.embed_tokens.weight"): (136, 40)}
+
+
+# mergekit 0.1.4 cuts tables to the base's rows; a file that says nothing of tokenizers keeps the tokens that models add here.
+CUT = {name for name in golden_names() if name.startswith("pad_") and "tokenizer" not in golden(name).config}
 
 
 def unclear(of: Golden, name: str, merged: Tensor) -> Tensor | None:
@@ -73,7 +82,7 @@ def unclear(of: Golden, name: str, merged: Tensor) -> Tensor | None:
 @pytest.mark.parametrize("name", FIXED)
 def test_a_golden_comes_out_of_its_own_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     of = golden(name)
-    merged = merge_golden(of, write(of.config, tmp_path / "recipe.yml"), tmp_path / "out", monkeypatch)
+    merged = merge_golden(of, write(config_of(of), tmp_path / "recipe.yml"), tmp_path / "out", monkeypatch)
     assert sorted(merged) == sorted(of.hashes)
     near = far = differ = total = 0.0
     for tensor, (_, dtype, shape) in of.hashes.items():
@@ -109,7 +118,7 @@ def test_a_golden_comes_out_of_its_own_config(name: str, tmp_path: Path, monkeyp
 def test_a_random_golden_from_its_own_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Other draws, so statistics alone: as much is kept, and the merge is as far from the base."""
     of = golden(name)
-    config = write(of.config, tmp_path / "recipe.yml")
+    config = write(config_of(of), tmp_path / "recipe.yml")
     merged = merge_golden(of, config, tmp_path / "out", monkeypatch, "--seed", str(of.seed))
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == _again(of, tmp_path, monkeypatch)
     base = of.load_inputs()["base"]

@@ -312,7 +312,9 @@ def test_a_calibration_layer_by_layer_goes_on_at_its_layer(place, monkeypatch, c
         monkeypatch.setattr(Layerwise, "restore", lambda self, batches, tensors: False)
     assert main(argv) == 0
     assert advanced == ([1] if fits else [0, 1])  # of two layers
-    assert ("begun again" in capsys.readouterr().err) is not fits
+    err = capsys.readouterr().err
+    assert ("begun again" in err) is not fits
+    assert ("going on at layer 2 of 2" in err) is fits
     assert content(Path("out")) == expected
 
 

@@ -7,8 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 import merge
 from tests.fake_hub import FakeHub
@@ -80,28 +78,6 @@ def test_code_of_a_model_with_its_helpers_loads(scene: Scene, family: Family):
     scene.run("--trust_remote_code", "--quiet")
     loaded = AutoModelForCausalLM.from_pretrained(scene.out, trust_remote_code=True)
     assert type(loaded).__name__ == "SmallForCausalLM"
-
-
-def test_modules_behind_a_model(scene: Scene, family: Family):
-    """Pooling and a dense layer come along; other weights of the dense layer in a model are warned of, as they are not merged."""
-    for folder in (family.base, *family.models):
-        for part in ("1_Pooling", "2_Dense"):
-            (folder / part).mkdir()
-            (folder / part / "config.json").write_text("{}")
-        (folder / "modules.json").write_text("[]")
-        save_file({"linear.weight": torch.eye(4)}, folder / "2_Dense" / "model.safetensors")
-    assert "warning: " not in scene.run("--save_path", scene.folder / "same").err.replace("weights that sum", "")
-    dense = family.models[1] / "2_Dense" / "model.safetensors"
-    save_file({"linear.weight": torch.ones(4, 4)}, dense)
-    said = scene.run().err
-    assert (
-        f"warning: {family.models[1]}: 2_Dense/model.safetensors is not that of {family.base}: weights outside of the model are not merged"
-        in said
-    )
-    for name in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json"):
-        assert (scene.out / name).is_file()
-    assert torch.equal(load_file(scene.out / "2_Dense" / "model.safetensors")["linear.weight"], torch.eye(4))
-    call(merge, "--verify", scene.out)
 
 
 def test_the_same_files_come_from_the_hub(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from aim import sums
 from merging import randomness, report
 from merging.merge_work import merge
 from merging.methods import linear, signs, task_arithmetic, trim, widen
@@ -91,11 +92,12 @@ def test_all_twins_are_compiled_and_tested_here():
     assert known == {
         *(("streaming.kernels", name) for name in ("load", "round_to")),
         *(("merging.kernels", name) for name in ("weighted_sum", "add_to_base", "elect_and_sum", "keep_above_", "count_against", "keep_below_", "sum_products", "add_weighed", "count_signs")),
+        ("aim.kernels", "add_rows"),
     }  # fmt: skip
     for module, name in known:
         plain = next(
             getattr(place, name)
-            for place in (stream, linear, task_arithmetic, signs, trim, randomness, widen, report)
+            for place in (stream, linear, task_arithmetic, signs, trim, randomness, widen, report, sums)
             if hasattr(place, name)
         )
         parameters = [list(inspect.signature(one).parameters.values()) for one in (plain, TWINS.compiled[module, name])]
@@ -217,6 +219,22 @@ def test_whole_merges(tmp_path, families, method, parameters, dtype):
         merge(recipe, tmp_path / f"out{use}", options)
         written.append((tmp_path / f"out{use}" / "model.safetensors").read_bytes())
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "first"),
+    [((1, 1, 1), 1), ((1, 1, 5), 0), ((3, 33, 65), 1), ((2, 97, 1030), 4), ((1, 64, 24), 64), ((2, 300, 2051), 0)],
+)
+def test_sums_of_channels(shape, first, dtype):
+    """One block after the other, with the largest |x| in several rows at once, and earlier than in what is there."""
+    for scale in (1.0, 1e-3):
+        x = (numbers(math.prod(shape), 3).clamp(-1e4, 1e4) * scale).view(shape).to(dtype)
+        x[..., -1, :] = x[..., 0, :]
+        before = torch.rand(sums.KEPT, shape[-1], dtype=torch.float64)
+        check(sums.add_rows, x, first, before, torch.empty_like(before).zero_(), changes=3)
+    strided = x.transpose(0, 1).contiguous().transpose(0, 1)
+    check(sums.add_rows, strided, first, before, torch.zeros_like(before), changes=3)
 
 
 def test_only_threads_that_ask_use_what_is_compiled(monkeypatch):

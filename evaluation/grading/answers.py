@@ -53,9 +53,9 @@ def extract_answer(response: str, style: Style) -> Answer:
     boxed = minerva[1] if minerva else last_boxed(response)
     if boxed is not None:
         return _from_latex(boxed.strip(), style)
-    for found in (_after_heading(response), _after_announcement(response)):
-        if found:
-            return _from_text(found, style)
+    for announced in (_after_heading(response), _after_announcement(response)):
+        if announced:
+            return _from_text(announced, style)
     if style == "number":
         number = last_number(response)
         return Answer(number, (number,)) if number else Answer(None)
@@ -93,8 +93,8 @@ def _after_heading(response: str) -> str:
 
 
 def _after_announcement(response: str) -> str:
-    _, found, rest = response.rpartition("he answer is")
-    if not found:
+    _, announcement, rest = response.rpartition("he answer is")
+    if not announcement:
         matches = list(_ANSWER_LINE.finditer(response))
         if not matches:
             return ""
@@ -116,14 +116,14 @@ def _from_latex(inside: str, style: Style) -> Answer:
     return Answer(inside, _with_number((f"${bare}$",), bare, style))
 
 
-def _from_text(found: str, style: Style) -> Answer:
+def _from_text(text: str, style: Style) -> Answer:
     """An answer that may be words, plain numbers, LaTeX, or LaTeX in dollars."""
-    if re.search(r"(?<!\\)\$.*(?<!\\)\$|\\\(|\\\[", found) or _WORDS.search(found):
-        forms: tuple[str, ...] = (found,)
+    if re.search(r"(?<!\\)\$.*(?<!\\)\$|\\\(|\\\[", text) or _WORDS.search(text):
+        forms: tuple[str, ...] = (text,)
     else:
-        bare = re.sub(r"(?<!\\)\$", "", found)
-        forms = (f"${bare}$", found)
-    return Answer(found, _with_number(forms, found, style))
+        bare = re.sub(r"(?<!\\)\$", "", text)
+        forms = (f"${bare}$", text)
+    return Answer(text, _with_number(forms, text, style))
 
 
 def _with_number(forms: tuple[str, ...], text: str, style: Style) -> tuple[str, ...]:

@@ -80,8 +80,8 @@ class Program:
 
     def run(self, source: str, names: list[str]) -> dict[str, Any]:
         """Run the source, and give those of the names that it has. Raises: BaseException: as the program did."""
-        found: dict[str, Any] = self._ask(RUN, [source, names])[0]
-        return {name: found[name] for name in names if name in found}
+        taken: dict[str, Any] = self._ask(RUN, [source, names])[0]
+        return {name: taken[name] for name in names if name in taken}
 
     def do(self, operation: str, *arguments: Any) -> Any:
         """The result of one of program.OPERATIONS. Raises: BaseException: as the program did."""

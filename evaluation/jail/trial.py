@@ -80,18 +80,18 @@ def problem(start: Callable[[], Jail], memory_bytes: int) -> str | None:
         known = {"MARKER": str(marker), "PORT": listener.getsockname()[1], "OUTSIDE": os.getpid()}
         header = "".join(f"{name} = {value!r}\n" for name, value in {**known, "MEMORY": memory_bytes}.items())
         try:
-            found = _try(start, header + ATTEMPTS)
+            complaint = _try(start, header + ATTEMPTS)
         except (JailError, OSError) as error:
-            found = str(error)
+            complaint = str(error)
         try:
             listener.accept()[0].close()
-            found = "the trial reached a listener outside"
+            complaint = "the trial reached a listener outside"
         except BlockingIOError:
             pass
     if not marker.exists() or marker.read_text() != CONTENT:
-        found = "the trial changed a file outside"
+        complaint = "the trial changed a file outside"
     shutil.rmtree(folder, ignore_errors=True)
-    return found
+    return complaint
 
 
 def _try(start: Callable[[], Jail], attempts: str) -> str | None:

@@ -94,8 +94,8 @@ def update(old: Any, new: Any) -> Any:
     return old
 
 
-def _same(one: Any, other: Any) -> bool:
-    return one is other
+def _same(value: Any, other: Any) -> bool:
+    return value is other
 
 
 def _items(name: str, base: Any) -> Callable[[Any, Callable[[Any], Any]], Any]:

@@ -24,10 +24,10 @@ def python() -> str:
 
 def numpy_folders() -> list[str]:
     """numpy's package, and the folder of libraries that its wheels come with; empty where it is not installed."""
-    found = importlib.util.find_spec("numpy")
-    if found is None or not found.origin:
+    spec = importlib.util.find_spec("numpy")
+    if spec is None or not spec.origin:
         return []
-    package = os.path.dirname(os.path.realpath(found.origin))
+    package = os.path.dirname(os.path.realpath(spec.origin))
     return [folder for folder in (package, package + ".libs") if os.path.isdir(folder)]
 
 

@@ -33,7 +33,7 @@ def measure_gram(
             flat = stack.flatten(1)
             return block.region, (flat @ flat.T)[:, :, None, None, None].cpu()
         dim = -1 if shape[-1] == 1 else -2
-        pairs = [(one * stack).sum(dim=dim, keepdim=True) for one in stack]  # each [v, matrices, rows, columns]
+        pairs = [(vector * stack).sum(dim=dim, keepdim=True) for vector in stack]  # each [v, matrices, rows, columns]
         return block.region, torch.stack(pairs).cpu()
 
     for region, partial in scan(products):

@@ -45,8 +45,8 @@ def load(name: str) -> type[Method]:
     problems = lacks(cls)
     if problems:
         raise ArgumentError(f"{where}: {' '.join(problems)} See docs/adding-a-method.md.")
-    found: type[Method] = cls
-    return found
+    method_class: type[Method] = cls
+    return method_class
 
 
 def source_digest(name: str) -> str:

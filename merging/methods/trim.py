@@ -154,9 +154,9 @@ def measure_largest(tensor: TensorSpec, scan: Scan, kept: Sequence[int]) -> tupl
     while samples:
         tallies = _count(scan, grid, {model: sample.bracket(widening) for model, sample in samples.items()})
         for model, tally in tallies.items():
-            found = _locate(tally, kept[model])
-            if found is not None:
-                trims[model] = _finish(scan, grid, model, *found, tally)
+            located = _locate(tally, kept[model])
+            if located is not None:
+                trims[model] = _finish(scan, grid, model, *located, tally)
                 del samples[model]
         widening *= 4
     return tuple(trim for trim in trims if trim is not None)
@@ -208,14 +208,14 @@ def _take_samples(
         return {model: magnitude_bits(block.task_vectors[model]).cpu().numpy() for model in densities}
 
     # Filled as the pieces come: many small arrays kept until the end would hold on to the memory around them.
-    found = {model: np.empty(sum(piece.numel for piece in pieces), dtype=np.int32) for model in densities}
+    samples = {model: np.empty(sum(piece.numel for piece in pieces), dtype=np.int32) for model in densities}
     position = 0
     for piece, magnitudes in zip(pieces, scan(look, pieces), strict=True):
         for model, values in magnitudes.items():
-            found[model][position : position + piece.numel] = values
+            samples[model][position : position + piece.numel] = values
         position += piece.numel
     return {
-        model: _Sample(found.pop(model).reshape(count, -1), density, kept[model], exact=exact)
+        model: _Sample(samples.pop(model).reshape(count, -1), density, kept[model], exact=exact)
         for model, density in densities.items()
     }
 
@@ -231,8 +231,8 @@ def _count(scan: Scan, grid: Sequence[Region], brackets: dict[int, _Bracket]) ->
 
     tallies = {model: _Tally(bracket) for model, bracket in brackets.items()}
     for partial in scan(count, grid):
-        for model, one in partial.items():
-            tallies[model].add(one)
+        for model, tally in partial.items():
+            tallies[model].add(tally)
     return tallies
 
 

@@ -112,16 +112,16 @@ def _channel_sums(block: Block) -> tuple[Region, torch.Tensor]:
 
 
 @twin("merging.kernels")
-def sum_products(one: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
+def sum_products(left: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
     """Sums of products, in float64 and by halves: the second half of the products is added to the first, and so on.
 
     Args:
-        one, other: `[matrices, rows, columns]` float32.
+        left, other: `[matrices, rows, columns]` float32.
         dim: -2, to sum over rows, or -1, over columns; neither may be empty.
 
     Returns: `[matrices, columns]` or `[matrices, rows]` float64.
     """
-    products = one.double() * other.double()
+    products = left.double() * other.double()
     while (count := products.shape[dim]) > 1:
         half = count // 2
         upper = products.narrow(dim, count - half, half)

@@ -36,11 +36,14 @@ def parse(content: bytes) -> Tree:
 
 
 def places(tree: Tree) -> list[tuple[Any, Any]]:
-    """(container, key or index) of everything in a tree."""
+    """(container, key or index) of everything in a tree, which may hold itself: each container once."""
     found: list[tuple[Any, Any]] = []
-    waiting = [tree]
+    waiting, seen = [tree], set()
     while waiting:
         node = waiting.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
         pairs = list(node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ())
         found += [(node, key) for key, _ in pairs]
         waiting += [value for _, value in pairs]
