@@ -52,4 +52,5 @@ def equal_strengths(total: torch.Tensor) -> torch.Tensor:
     squares.clamp_(min=0.0)
     inverse = torch.where(squares > LEAST_SHARE * squares[..., -1:], squares.rsqrt(), 0.0)
     inverse *= squares.sqrt().mean(dim=-1, keepdim=True)
-    return total @ (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+    found: torch.Tensor = total @ (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+    return found
