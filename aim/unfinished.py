@@ -85,7 +85,8 @@ class UnfinishedCalibration:
         """Keep the sums within a pass that goes through the layers, now and then. Raises WriteError: the disk is full or fails.
 
         Args:
-            hidden: gives what the next layer is called with; blocks: in the sums of all layers, from earlier passes.
+            hidden: gives what the next layer is called with.
+            blocks: in the sums of all layers, from earlier passes.
         """
         started = time.monotonic()
         if started - self._kept < self._wait_s:
@@ -130,7 +131,7 @@ class UnfinishedCalibration:
                 continue
             try:
                 sums, metadata = unpack_tensors(content, LABEL)
-                Enough.check_sums({name: one for name, one in sums.items() if not name.startswith(HIDDEN)})
+                Enough.check_sums({name: tensor for name, tensor in sums.items() if not name.startswith(HIDDEN)})
             except (InputError, ValueError):
                 continue
             if metadata.get("blocks") == str(blocks):

@@ -102,29 +102,29 @@ class Moments:
                 width if use.parameter in self._diagonal else (width, width), dtype=torch.float64, device=x.device
             )
             self._sums[use] = _Sum([], zeros, zeros)
-        found = self._sums[use]
-        found.waiting.append(self._last)
-        if sum(len(one.rest) for one in found.waiting) >= ROWS_AT_ONCE:
+        sums = self._sums[use]
+        sums.waiting.append(self._last)
+        if sum(len(one.rest) for one in sums.waiting) >= ROWS_AT_ONCE:
             self._add_up(use)
 
     def _add_up(self, use: Use) -> None:
         """Put what waits of a use into its sums."""
-        found = self._sums[use]
-        if not found.waiting:
+        sums = self._sums[use]
+        if not sums.waiting:
             return
-        key = (use.parameter in self._diagonal, tuple(map(id, found.waiting)))
+        key = (use.parameter in self._diagonal, tuple(map(id, sums.waiting)))
         if key not in self._multiplied:
-            rest, first = (torch.cat(rows).double() for rows in zip(*((one.rest, one.first) for one in found.waiting), strict=True))  # fmt: skip
+            rest, first = (torch.cat(rows).double() for rows in zip(*((one.rest, one.first) for one in sums.waiting), strict=True))  # fmt: skip
             made = [rows.square().sum(dim=0) if key[0] else rows.T @ rows for rows in (rest, first)]
             self._multiplied = {
-                key: (found.waiting, made[0], made[1])
+                key: (sums.waiting, made[0], made[1])
             }  # the last alone: uses of one input come together
         _, rest, first = self._multiplied[key]
-        is_new = not found.tokens and not found.firsts
-        found.rest, found.first = (rest, first) if is_new else (found.rest + rest, found.first + first)
-        found.tokens += sum(len(one.rest) for one in found.waiting)
-        found.firsts += sum(len(one.first) for one in found.waiting)
-        found.waiting = []
+        is_new = not sums.tokens and not sums.firsts
+        sums.rest, sums.first = (rest, first) if is_new else (sums.rest + rest, sums.first + first)
+        sums.tokens += sum(len(one.rest) for one in sums.waiting)
+        sums.firsts += sum(len(one.first) for one in sums.waiting)
+        sums.waiting = []
 
     def _is_in_order(self, x: torch.Tensor) -> bool:
         """Whether the rows of an input are those of the tokens, in their order."""
@@ -144,7 +144,8 @@ class Moments:
         its channels.
 
         Args:
-            placement: of the tensor; shape: its own.
+            placement: of the tensor.
+            shape: its own.
         """
         if placement.input_dim is None or placement.input_dim not in placement.axes:
             return None
@@ -164,7 +165,8 @@ class Moments:
         # A router's rows do not tell which of them are first tokens, whatever they were for one document.
         experts = [placement.expert] if placement.expert is not None else list(range(shape[0]))
         each = [
-            self._joined([self._sums[use] for use in uses if _has(use, one)], self._sums[uses[0]]) for one in experts
+            self._joined([self._sums[use] for use in uses if _has(use, expert)], self._sums[uses[0]])
+            for expert in experts
         ]
         return InputMoments(torch.stack(each), torch.zeros_like(torch.stack(each))) if placement.expert is None else (
             InputMoments(each[0], torch.zeros_like(each[0]))
@@ -172,12 +174,12 @@ class Moments:
 
     def _mean(self, sums: Sequence[_Sum]) -> InputMoments:
         """Means of several sums together."""
-        whole = [one.rest for one in sums]
+        whole = [moments.rest for moments in sums]
         key = tuple(map(id, whole))
         if key not in self._means:
-            tokens, firsts = sum(one.tokens for one in sums), sum(one.firsts for one in sums)
+            tokens, firsts = sum(moments.tokens for moments in sums), sum(moments.firsts for moments in sums)
             rest = torch.stack(whole).sum(dim=0) / max(1, tokens)
-            first = torch.stack([one.first for one in sums]).sum(dim=0) / max(1, firsts)
+            first = torch.stack([moments.first for moments in sums]).sum(dim=0) / max(1, firsts)
             self._means[key] = (whole, InputMoments(rest, first))  # as long as they are there, no other has their id
         return self._means[key][1]
 
@@ -186,8 +188,8 @@ class Moments:
         """The mean over all tokens of several sums together; zeros, shaped like those of another, of none."""
         if not sums:
             return torch.zeros_like(like.rest)
-        total = torch.stack([one.rest + one.first for one in sums]).sum(dim=0)
-        return total / max(1, sum(one.tokens + one.firsts for one in sums))
+        total = torch.stack([moments.rest + moments.first for moments in sums]).sum(dim=0)
+        return total / max(1, sum(moments.tokens + moments.firsts for moments in sums))
 
 
 def _has(use: Use, expert: int) -> bool:
@@ -198,7 +200,8 @@ class MomentsPass:
     """Runs all models layer by layer, and gives the tensors of each layer with their moments, ready to be merged.
 
     Args:
-        models: fine-tuned ones, in the order of the tensors' inputs, and the base behind them where its inputs count; texts: of each,
+        models: fine-tuned ones, in the order of the tensors' inputs, and the base behind them where its inputs count.
+        texts: of each,
             its own.
         device: where they run.
         has_base: whether the last model is the base.
@@ -215,9 +218,9 @@ class MomentsPass:
         Returns: how many tensors get moments.
         """
         problems = Problems()
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         with problems.collect(), quiet_transformers():
-            found = self._layers_of(tensors, self._skeleton(self._models[0]))
+            counts = self._layers_of(tensors, self._skeleton(self._models[0]))
         for model in self._models:
             if model.architecture.missing:
                 problems.add(
@@ -226,7 +229,7 @@ class MomentsPass:
         tokens = sum(text.tokens for text in self._texts[: len(self._texts) - self._has_base])
         for tensor in tensors:
             placements = self._placements(tensor)
-            if tensor.spec.name not in found or placements is None or placements[0].input_dim is None:
+            if tensor.spec.name not in counts or placements is None or placements[0].input_dim is None:
                 continue
             method, width = tensor.method, tensor.spec.shape[placements[0].input_dim]
             assert isinstance(method, RegMean)
@@ -237,7 +240,7 @@ class MomentsPass:
                 )
                 break
         problems.raise_if_any()
-        return len(found)
+        return len(counts)
 
     def parts(self, todo: Sequence[PlannedTensor], stage: Stage) -> Generator[Sequence[PlannedTensor]]:
         """First what needs no moments, then layer after layer; see `streaming.work.Work.parts`.
@@ -252,16 +255,16 @@ class MomentsPass:
             yield [tensor for tensor in todo if tensor.spec.name not in layer_of]
             if not layer_of:
                 return
-            sinks = [Moments(one) for one in self._diagonal(todo)]
+            sinks = [Moments(diagonal) for diagonal in self._diagonal(todo)]
             running = [
-                stack.enter_context(self._layerwise(stack, *one))
-                for one in zip(self._models, skeletons, sinks, strict=True)
+                stack.enter_context(self._layerwise(stack, *diagonal))
+                for diagonal in zip(self._models, skeletons, sinks, strict=True)
             ]
             wanted = set(layer_of.values())
             texts, kept = [text.documents_on(self._device) for text in self._texts], KeptHidden(stage)
             if not kept.restore(running, texts, min(wanted)):
-                for one, text in zip(running, texts, strict=True):
-                    one.start(text)
+                for diagonal, text in zip(running, texts, strict=True):
+                    diagonal.start(text)
             for sink in sinks:
                 sink.is_open = running[0].at in wanted
             for layer in in_step(running):
@@ -286,7 +289,11 @@ class MomentsPass:
 
     def _layerwise(self, stack: ExitStack, model: Model, skeleton: Any, sink: Moments) -> Layerwise:
         """A model that is watched while it runs; closed with the stack."""
-        parameters = {one.parameter for one in model.architecture.placements.values() if one.input_dim is not None}
+        parameters = {
+            placement.parameter
+            for placement in model.architecture.placements.values()
+            if placement.input_dim is not None
+        }
         watch = stack.enter_context(Watch(skeleton, sink.see, products=parameters))
 
         def fails(error: Exception) -> Exception:
@@ -307,7 +314,7 @@ class MomentsPass:
             if tensor.spec.is_vector or placements is None:
                 continue
             inside = [index for index, (name, _) in enumerate(layers) if placements[0].parameter.startswith(f"{name}.")]
-            if inside and all(one.input_dim is not None for one in placements):
+            if inside and all(placement.input_dim is not None for placement in placements):
                 found[tensor.spec.name] = inside[0]
         return found
 
@@ -315,14 +322,14 @@ class MomentsPass:
         """Where every model's tensor ends up in its model; None where one is not merged or not stored as the output has it."""
         if not isinstance(tensor.method, RegMean):
             return None
-        found = []
+        placements = []
         refs = (*tensor.inputs, *([tensor.base] if self._has_base else []))
         for model, ref in zip(self._models, refs, strict=True):
             placement = model.architecture.placements.get(ref.name) if ref.source is model.weights else None
             if placement is None:
                 return None
-            found.append(placement)
-        return found
+            placements.append(placement)
+        return placements
 
     def _diagonal(self, todo: Sequence[PlannedTensor]) -> list[set[str]]:
         """The parameters of each model of whose inputs nothing but x^2 is asked for."""
@@ -341,14 +348,16 @@ class MomentsPass:
         shape = tensor.spec.shape
         moments = [sink.of(placement, shape) for sink, placement in zip(sinks, placements, strict=True)]
         if tensor.method.moments == "diagonal":  # of a part of a parameter, say, of which another part needs all
-            moments = [one and one.diagonal(placements[0].kind == "experts" and len(shape) > 2) for one in moments]
-        seen = [one for one in moments[: len(tensor.inputs)] if one is not None]
+            moments = [
+                moment and moment.diagonal(placements[0].kind == "experts" and len(shape) > 2) for moment in moments
+            ]
+        seen = [moment for moment in moments[: len(tensor.inputs)] if moment is not None]
         if not seen:
             return tensor
         empty = replace(seen[0], rest=torch.zeros_like(seen[0].rest), first=torch.zeros_like(seen[0].first))
         input_dim = placements[0].input_dim
         assert input_dim is not None
-        known = [empty if one is None else one for one in moments]
+        known = [empty if moment is None else moment for moment in moments]
         key = (*map(id, known), tensor.method, input_dim == len(shape) - 1)
         if key not in made:
             own, base = known[: len(tensor.inputs)], known[-1] if self._has_base else None

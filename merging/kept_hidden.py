@@ -38,12 +38,13 @@ class KeptHidden:
         """Keep them, now and then. Raises WriteError: the disk is full or fails.
 
         Args:
-            layer: that all models stand before; running: the models.
+            layer: that all models stand before.
+            running: the models.
         """
         started = time.monotonic()
-        if started - self._kept < self._wait_s or not all(one.can_be_kept for one in running):
+        if started - self._kept < self._wait_s or not all(tensor.can_be_kept for tensor in running):
             return
-        tensors = {f"{at}.{name}": one for at, model in enumerate(running) for name, one in model.state().items()}
+        tensors = {f"{at}.{name}": tensor for at, model in enumerate(running) for name, tensor in model.state().items()}
         earlier, self._file = self._file, f"hidden-{len(self._stage.journal.records)}.safetensors"
         keep(self._stage, self._file, pack_tensors(tensors, {KEY: str(layer)}), {KEY: layer})
         if earlier:
@@ -55,7 +56,8 @@ class KeptHidden:
         """Have all models stand where an earlier run kept them, if that is no further than the layer `first`, which is wanted.
 
         Args:
-            running: models that have not begun; texts: of each, what it is run on.
+            running: models that have not begun.
+            texts: of each, what it is run on.
 
         Returns: whether that could be done; else none has begun.
         """
@@ -79,8 +81,8 @@ class KeptHidden:
     def _stand(
         running: Sequence[Layerwise], texts: Sequence[Sequence[torch.Tensor]], tensors: dict[str, torch.Tensor]
     ) -> bool:
-        for at, (one, text) in enumerate(zip(running, texts, strict=True)):
+        for at, (layers, text) in enumerate(zip(running, texts, strict=True)):
             own = {name.removeprefix(f"{at}."): tensor for name, tensor in tensors.items() if name.startswith(f"{at}.")}
-            if not one.restore(text, own):
+            if not layers.restore(text, own):
                 return False
         return True

@@ -77,16 +77,18 @@ class Merge(Work):
     def warnings_of(self, findings: Findings) -> list[str]:
         """Models that equal the base, a base that is hardly theirs, and numbers that are not finite."""
         equal = sorted(self._compared_equal | findings.unchanged) if self.plan.has_deltas else []
-        found = [f"{self.plan.models[index]} equals the base: its task vector is zero throughout." for index in equal]
+        warnings = [
+            f"{self.plan.models[index]} equals the base: its task vector is zero throughout." for index in equal
+        ]
         if equal and len(equal) == len(self.plan.models):
-            found.append("All models equal the base, and so does the output.")
+            warnings.append("All models equal the base, and so does the output.")
         matrices = {tensor.spec.name for tensor in self.plan.tensors if not tensor.spec.is_vector}
         if self._report is not None and self._report.suspects_base(matrices):
-            found.append(
+            warnings.append(
                 f"The task vectors of all models are nearly the same and large: is {self.inputs[0].label} the base that they were fine-tuned "
                 "from? Name that one, or merge without a base (linear, slerp)."
             )
-        return [*found, *findings.non_finite_warnings()]
+        return [*warnings, *findings.non_finite_warnings()]
 
     def closing_record(self, observer: Observer | None) -> dict[str, Any]:
         """The merge report."""
@@ -103,8 +105,8 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
     assert plan is not None
     moments, data = None, {}
     if plan.recipe.method_class.needs_data:
-        moments, texts, told = _prepare_moments(plan, opened, options)
-        plan.notes += told
+        moments, texts, moment_notes = _prepare_moments(plan, opened, options)
+        plan.notes += moment_notes
         data = {"data": texts}
     name = plan.recipe.merge_method
     code = {"method_source": source_digest(name)} if is_outside(name) else {}
@@ -155,17 +157,17 @@ def _prepare_moments(
     models = [model for model, _ in asked]
     moments = MomentsPass(models, texts, options.stream.device, has_base=has_base)
     count = moments.check(plan.tensors)
-    told = [
-        f"{one['model']}: runs on {one['documents']} documents of {'all tasks' if has_base and at == len(models) - 1 else 'its own task'}, {one['tokens']} tokens."
-        for at, one in enumerate(texts_as_json(models, texts))
+    lines = [
+        f"{entry['model']}: runs on {entry['documents']} documents of {'all tasks' if has_base and at == len(models) - 1 else 'its own task'}, {entry['tokens']} tokens."
+        for at, entry in enumerate(texts_as_json(models, texts))
     ]
     rest = sum(tensor.method is not None for tensor in plan.tensors) - count
-    told.append(
+    lines.append(
         Remark(
             f"{recipe.merge_method}: {count} matrices are merged by the moments of their inputs, {rest} other tensors by {setting('rest_lambda')}."
         )
     )
-    return moments, texts_as_json(models, texts), told
+    return moments, texts_as_json(models, texts), lines
 
 
 def _card_head(recipe: Recipe, opened: Sequence[Model]) -> str:

@@ -38,18 +38,18 @@ class ModelText:
     @property
     def tokens(self) -> int:
         """How many in all."""
-        return sum(one.numel() for one in self.documents)
+        return sum(document.numel() for document in self.documents)
 
     def documents_on(self, device: torch.device) -> list[torch.Tensor]:
         """The documents, on a device."""
-        return [one.to(device) for one in self.documents]
+        return [document.to(device) for document in self.documents]
 
     def digest(self) -> str:
         """sha256 of the token ids."""
-        found = hashlib.sha256()
-        for one in self.documents:
-            found.update(one.numpy().tobytes() + b"|")
-        return found.hexdigest()
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(document.numpy().tobytes() + b"|")
+        return digest.hexdigest()
 
 
 def read_model_text(model: Model, source: str, tokens: int) -> ModelText:

@@ -48,7 +48,7 @@ def make_recipe(
     """
     cls = get_method(method)
     method = canonical(method)
-    declared = {key: one for key, (one, _) in cls.parameters().items()}
+    declared = {key: parameter for key, (parameter, _) in cls.parameters().items()}
     problems = Problems()
     given = {key: value for key, value in (parameters or {}).items() if value is not None}
     # Models, with weights inline or none.
@@ -70,7 +70,10 @@ def make_recipe(
             problems.add(ArgumentError(f"{setting('models')}: {error.marked}"))
     # Parameters: those that the method has, a value for each or for all models.
     _check_used(cls, method, given, seed, problems)
-    values = {key: _read_values(one, method, given.get(key), len(names), problems) for key, one in declared.items()}
+    values = {
+        key: _read_values(parameter, method, given.get(key), len(names), problems)
+        for key, parameter in declared.items()
+    }
     _check_values(cls, values, problems)
     texts = _split_texts(model_data, cls, method, len(names), problems)
     # What does not depend on the method.
@@ -85,7 +88,7 @@ def make_recipe(
     problems.raise_if_any()
     assert base is not None
     # All is well: a model's own parameters go to it, the others to the recipe.
-    own = {key for key, one in declared.items() if one.per_model}
+    own = {key for key, parameter in declared.items() if parameter.per_model}
     sources = tuple(
         ModelInput(name, {key: Value.constant(values[key][index]) for key in values if key in own}, data=text)
         for index, (name, text) in enumerate(zip(names, texts, strict=True))
@@ -196,21 +199,21 @@ def _is_number(text: str) -> bool:
 def _check_values(cls: type[Method], values: Mapping[str, Any], problems: Problems) -> None:
     """Ranges, and what the values forbid each other."""
     fields = cls.parameters()
-    found: list[ArgumentError] = []
+    faults: list[ArgumentError] = []
     if any(value is REQUIRED for value in values.values()):
         return  # said already
-    for key, (one, _) in fields.items():
+    for key, (parameter, _) in fields.items():
         try:
-            for number in values[key] if one.per_model else (values[key],):
-                one.check(number)
+            for number in values[key] if parameter.per_model else (values[key],):
+                parameter.check(number)
         except ArgumentError as error:
-            found.append(error)
-    if not found:
+            faults.append(error)
+    if not faults:
         try:
             cls(**{field: values[key] for key, (_, field) in fields.items()})
         except ArgumentError as error:
-            found.append(error)
-    for problem in found:  # a method names its parameter by the recipe's key
+            faults.append(error)
+    for problem in faults:  # a method names its parameter by the recipe's key
         key, colon, rest = problem.marked.partition(":")
         problems.add(ArgumentError(setting(key) + colon + rest if key in fields else problem.marked))
 

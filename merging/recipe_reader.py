@@ -129,16 +129,16 @@ class Reader:
         """Setting -> where the file gives it, of those that nothing beside the file gives."""
         names = {"merge_method": "method", "dtype": "out_dtype", "tokenizer": "tokenizer_source"}
         beside = {**flags, **flags["layout"]}
-        found = {}
+        places = {}
         for key, value in content.items():
             name = names.get(key, key)
             if value is not None and beside.get(name) is None:
-                found[name] = f"{self.where}: {key}"
+                places[name] = f"{self.where}: {key}"
         shared = content.get("parameters")
-        found["model_data"] = f"{self.where}: models: data"
+        places["model_data"] = f"{self.where}: models: data"
         for key in shared if isinstance(shared, dict) else ():
-            found[str(key)] = f"{self.where}: parameters.{key}"
-        return found
+            places[str(key)] = f"{self.where}: parameters.{key}"
+        return places
 
     def check_keys(self, place: str, content: Mapping[Any, Any], known: Iterable[str]) -> None:
         """Refuse keys that mean nothing, naming the nearest that does."""
@@ -199,11 +199,11 @@ class Reader:
     def with_defaults(self, recipe: Recipe, cls: type[Method]) -> Recipe | None:
         """The recipe with every default written out, so that it means the same wherever it is read."""
         shared, slices = dict(recipe.parameters), list(recipe.slices)
-        for key, (one, _) in cls.parameters().items():
-            default = one.default_in_files
+        for key, (parameter, _) in cls.parameters().items():
+            default = parameter.default_in_files
             if key in shared or default is None:
                 continue
-            if one.per_model and default is not REQUIRED:
+            if parameter.per_model and default is not REQUIRED:
                 slices = [
                     replace(
                         part,
@@ -253,7 +253,7 @@ class Reader:
             ]
             known = [source for source in sources if source is not None]
             return (self.make_slice("models", known, {}, cls, base),) if len(known) == len(sources) and known else ()
-        found = []
+        parts = []
         for place, entry in self.entries("slices", slices):
             if not isinstance(entry, dict):
                 self.refuse(place, f"expected the key sources, got {describe(entry)}.")
@@ -265,8 +265,8 @@ class Reader:
             own = self.read_values(f"{place}.parameters", entry.get("parameters"), shared=True)
             known = [source for source in sources if source is not None]
             if known and len(known) == len(sources):
-                found.append(self.make_slice(place, known, own, cls, base))
-        return tuple(found)
+                parts.append(self.make_slice(place, known, own, cls, base))
+        return tuple(parts)
 
     def entries(self, place: str, content: Any) -> list[tuple[str, Any]]:
         """A list's entries with their places."""
@@ -385,7 +385,7 @@ class Reader:
             return {}
         used = get_method(self.method).parameters() if self.method else {}
         known = {*parameters_by_key(), *used, "int8_mask"}
-        found: dict[str, Value] = {}
+        values: dict[str, Value] = {}
         for key, content_of_key in content.items():
             if key == "int8_mask":
                 self.note(INT8_MASK)
@@ -401,10 +401,10 @@ class Reader:
                 self.note(f"{place}.{key} has no effect: it holds for all models. Write it under parameters.")
             else:
                 try:
-                    found[key] = parse_value(content_of_key, used[key][0])
+                    values[key] = parse_value(content_of_key, used[key][0])
                 except ArgumentError as error:
                     self.refuse(f"{place}.{key}", error.marked)
-        return found
+        return values
 
     # ------------------------------------------------------------------------------------------------- the other keys
 
@@ -488,7 +488,8 @@ class Reader:
         for key, allowed in choices.items():
             if key in further and further[key] not in allowed:
                 self.refuse(
-                    key, f"expected {' or '.join(str(one).lower() for one in allowed)}, got {describe(further[key])}."
+                    key,
+                    f"expected {' or '.join(str(value).lower() for value in allowed)}, got {describe(further[key])}.",
                 )
         # Whose tokenizer: a word, or a model.
         if source is None or source in ("base", "union", "auto"):

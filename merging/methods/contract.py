@@ -44,10 +44,10 @@ class Method(ABC):
     """And at most."""
 
     def __post_init__(self) -> None:
-        for one, field in self.parameters().values():
+        for parameter, field in self.parameters().values():
             value = getattr(self, field)
-            for number in value if one.per_model else (value,):
-                one.check(number)
+            for number in value if parameter.per_model else (value,):
+                parameter.check(number)
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """Reduce one tensor to the statistics that `combine` needs; None where it needs none."""
@@ -68,7 +68,7 @@ class Method(ABC):
     def parameters(cls) -> dict[str, tuple[Parameter, str]]:
         """Recipe key -> the parameter, and the name of the field that holds it; a tuple where each model has a value."""
         declared = ((field.metadata["parameter"], field.name) for field in dataclasses.fields(cls) if field.metadata)
-        return {one.key: (one, name) for one, name in declared}
+        return {parameter.key: (parameter, name) for parameter, name in declared}
 
     @classmethod
     def without_base(cls) -> type[Method] | None:

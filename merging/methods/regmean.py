@@ -120,12 +120,15 @@ class RegMean(Method):
         """What merges a matrix of which the moments of every model's input are known.
 
         Args:
-            moments: of each model; base: of the base, where its weight is above 0; input_dim: the matrix's dimension that runs over the input channels; where: its name, for messages.
+            moments: of each model.
+            base: of the base, where its weight is above 0.
+            input_dim: the matrix's dimension that runs over the input channels.
+            where: its name, for messages.
 
         Raises: InputError: moments that are not finite, or that cannot be inverted.
         """
         everyone = [*moments, *([base] if base else [])]
-        grams = torch.stack([one.rest + self.first_token_weight * one.first for one in everyone])
+        grams = torch.stack([moments_of.rest + self.first_token_weight * moments_of.first for moments_of in everyone])
         if not bool(grams.isfinite().all()):
             raise InputError(f"{where}: the second moments of its input hold NaN or an infinity. Check the models.")
         if self.moments == "full" and self.gram_scale < 1.0:
@@ -135,20 +138,21 @@ class RegMean(Method):
         grams = grams[: len(moments)]
         if self.moments == "diagonal":
             return Projected(channel_shares(grams, self.ridge, pull), input_dim, self.lambda_, is_diagonal=True)
-        found = projections(grams, self.ridge, pull)
-        if found is None:
+        projected = projections(grams, self.ridge, pull)
+        if projected is None:
             raise InputError(
                 f"{where}: the second moments of its input cannot be inverted: the text is too short for {grams.shape[-1]} channels. "
                 f"Give more text, or a {setting('ridge')} above 0."
             )
-        return Projected(found, input_dim, self.lambda_)
+        return Projected(projected, input_dim, self.lambda_)
 
 
 def projections(grams: torch.Tensor, ridge: float, pull: torch.Tensor) -> torch.Tensor | None:
     """P_i = (G_i + r m / N I) (sum G + pull + r m I)^-1, so that D = sum d_i P_i; without a pull they sum to I.
 
     Args:
-        grams: G_i, `[models, ..., in, in]` float64; pull: `[..., in, in]`, the base's, weighted.
+        grams: G_i, `[models, ..., in, in]` float64.
+        pull: `[..., in, in]`, the base's, weighted.
         ridge: r >= 0, in units of m, the mean diagonal of the sum.
 
     Returns: `[models, ..., in, in]` float64: I / N where all moments are 0; None where the sum is singular.
@@ -162,15 +166,16 @@ def projections(grams: torch.Tensor, ridge: float, pull: torch.Tensor) -> torch.
     factor, failed = torch.linalg.cholesky_ex(total + prior + torch.where(silent, 0.0, pull))
     if bool(failed.any()):
         return None
-    found = torch.cholesky_solve(grams + prior / models, factor.expand(grams.shape)).mT  # all of them are symmetric
-    return found if bool(found.isfinite().all()) else None
+    solved = torch.cholesky_solve(grams + prior / models, factor.expand(grams.shape)).mT  # all of them are symmetric
+    return solved if bool(solved.isfinite().all()) else None
 
 
 def channel_shares(squares: torch.Tensor, ridge: float, pull: torch.Tensor) -> torch.Tensor:
     """What is left of `projections` where all moments are diagonal, of which these are the diagonals: (g_i + r m / N) / (sum g + pull + r m).
 
     Args:
-        squares: g_i, `[models, ..., in]` float64; ridge, pull: see `projections`.
+        squares: g_i, `[models, ..., in]` float64.
+        ridge, pull: see `projections`.
 
     Returns: the same shape: 1 / N for a channel that is 0 in all models, without a ridge.
     """
@@ -221,7 +226,7 @@ class Projected:
         else:
             region = block.region
             ranges = (region.matrix_range, region.row_range, region.column_range)
-            merged = statistics[tuple(slice(*one) for one in ranges)].to(block.base.device)
+            merged = statistics[tuple(slice(*bounds) for bounds in ranges)].to(block.base.device)
         return (block.region.as_stack(block.base).double() + self.lambda_ * merged).float().reshape(-1)
 
     def _answer(self, block: Block) -> torch.Tensor:
