@@ -201,10 +201,11 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
         )
     # Each tensor with its method; then whether the whole of it would load.
     embeddings = _embeddings(recipe, primary, problems)
+    head = primary.known_architecture.output_head if recipe.method_class.needs_embeddings else None
     by_name: dict[str, PlannedTensor] = {}
     for place in places.places:
         with problems.collect():
-            by_name[place.name] = _plan_tensor(recipe, place, place.name in embeddings)
+            by_name[place.name] = _plan_tensor(recipe, place, place.name in embeddings, place.name == head)
     problems.raise_if_any()
     infos = {name: TensorInfo(tensor.dtype, tensor.spec.shape) for name, tensor in by_name.items()}
     modules = primary.weights.modules.tensors
@@ -237,9 +238,9 @@ def _embeddings(recipe: Recipe, base: Model, problems: Problems) -> set[str]:
         return set(named)
 
 
-def _plan_tensor(recipe: Recipe, place: Place, is_embedding: bool) -> PlannedTensor:
+def _plan_tensor(recipe: Recipe, place: Place, is_embedding: bool, is_head: bool) -> PlannedTensor:
     dtype = place.dtype
-    spec = TensorSpec(place.name, place.reference.info.shape, is_embedding)
+    spec = TensorSpec(place.name, place.reference.info.shape, is_embedding, is_head)
     inputs = tuple(ref for ref in place.inputs if ref is not None)
     note = ""
     if not dtype.is_floating_point:

@@ -29,6 +29,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     is_embedding: bool = False
     """Whether an `nn.Embedding` holds it: a row, not a column, belongs to one channel."""
+    is_head: bool = False
+    """Whether it is the matrix that makes the logits, stored by itself."""
 
     @property
     def numel(self) -> int:
