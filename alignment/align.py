@@ -15,6 +15,7 @@ from alignment.stored import left_out, unties_itself
 from alignment.vocabularies import align_vocabularies
 from checkpoints.errors import InputError
 from checkpoints.model import Model
+from checkpoints.mxfp4 import holds_mxfp4
 from checkpoints.problems import Problems
 from checkpoints.reader import equal_tensors
 from checkpoints.settings import setting
@@ -91,6 +92,10 @@ def align(
     for model in (primary, *others):
         if any(info.dtype in FLOAT8 for _, parts in model.parts for file in parts for info in file.tensors.values()):
             problems.note(f"{model.label}: its float8 weights are multiplied with their scales.")
+        if any(holds_mxfp4(file.tensors) for _, parts in model.parts for file in parts):
+            problems.note(
+                f"{model.label}: its MXFP4 weights are decoded to bfloat16, as loading without kernels for them does."
+            )
     tensors = {name: TensorRef(primary.weights, name) for name in stored if name not in dropped}
     if layout.tie_word_embeddings is None and unties_itself(primary, stored, dropped):
         set_tied(files, False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from checkpoints.architecture_cache import remembered
 from checkpoints.errors import InputError, UnknownClass
 from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
+from checkpoints.mxfp4 import Mxfp4Weights, holds_mxfp4
 from checkpoints.pieces import Piece, find_pieces, text_placements
 from checkpoints.problems import Problems
 from checkpoints.reader import (
@@ -308,10 +309,12 @@ def open_model(
 
 
 def _whole(name: ModelName, location: Location, checkpoint: Checkpoint, trust_remote_code: bool) -> Model:
-    """A whole model, its float8 weights multiplied out. Raises InputError: it was named as an adapter; scales do not fit."""
+    """A whole model, its float8 and MXFP4 weights as numbers. Raises InputError: it was named as an adapter; scales do not fit."""
     try:
         if name.base is not None:
             raise InputError(f"{name}: expected an adapter after the '+', got a whole model. Give it by itself.")
+        if holds_mxfp4(checkpoint.tensors):
+            return Model(location, Mxfp4Weights(checkpoint), trust_remote_code)
         if not any(info.dtype in FLOAT8 for info in checkpoint.tensors.values()):
             return Model(location, checkpoint, trust_remote_code)
         from checkpoints.dequantise import DequantisedWeights
