@@ -76,6 +76,10 @@ def align(
     """
     problems = Problems()
     files = primary.side_files()
+    if primary.is_file:
+        problems.note(
+            f"{primary.label}: is a file of tensors, merged by their names: the output has no config.json and no tokenizer."
+        )
     # The first model's tensors that take part, and what is left out.
     stored = _stored(primary, part)
     dropped = left_out(primary, stored)

@@ -63,6 +63,8 @@ class DecodedWeights(ABC):
 
     def adjust(self, files: SideFiles) -> None:
         """See `Weights`: what it is read as is not quantised."""
+        if "config.json" not in files:  # of a file by itself
+            return
         config = files.read_json("config.json")
         files.write_json("config.json", {key: value for key, value in config.items() if key not in CONFIG_KEYS})
 
