@@ -14,6 +14,7 @@ from alignment.modules import add_modules
 from alignment.stored import left_out, unties_itself
 from alignment.vocabularies import align_vocabularies
 from checkpoints.errors import InputError
+from checkpoints.gguf_files import gguf_note
 from checkpoints.model import Model
 from checkpoints.mxfp4 import holds_mxfp4
 from checkpoints.problems import Problems
@@ -96,6 +97,8 @@ def align(
     for model in (primary, *others):
         if any(info.dtype in FLOAT8 for _, parts in model.parts for file in parts for info in file.tensors.values()):
             problems.note(f"{model.label}: its float8 weights are multiplied with their scales.")
+        if model.location.name.is_gguf:
+            problems.note(gguf_note(model.location))
         if any(holds_mxfp4(file.tensors) for _, parts in model.parts for file in parts):
             problems.note(
                 f"{model.label}: its MXFP4 weights are decoded to bfloat16, as loading without kernels for them does."

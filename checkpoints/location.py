@@ -50,6 +50,11 @@ class ModelName:
         return self.is_local and self.path.suffix == ".safetensors" and self.path.is_file()
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether the name means a GGUF file."""
+        return self.is_local and self.path.suffix.lower() == ".gguf" and self.path.is_file()
+
+    @property
     def is_local(self) -> bool:
         """Whether the name means a folder: something of that name exists, or it is written as only a path is."""
         return self.revision is None and (os.path.lexists(self.path) or _looks_like_path(self.path_or_id))

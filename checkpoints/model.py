@@ -300,7 +300,7 @@ def open_model(
     """Find a model and open its weights; reads headers only. Of an adapter, its base too.
 
     Args:
-        name: a folder, a safetensors file or a hub name, as text or parsed; an adapter, by itself or as `BASE+ADAPTER`.
+        name: a folder, a safetensors or GGUF file or a hub name, as text or parsed; an adapter, by itself or as `BASE+ADAPTER`.
         weights: download the weights of a hub model; without, its headers are read over the network and its numbers cannot
             be (`weights.is_here` is False). A model that stores pickles, which have no headers, is downloaded in any case,
             and so is an adapter.
@@ -311,6 +311,11 @@ def open_model(
     own = replace(name, base=None)
     if own.is_tensor_file:
         return _whole(name, Location(own, own.path.resolve()), open_tensor_file(own.path, str(own)), trust_remote_code)
+    if own.is_gguf:
+        from checkpoints.gguf_files import convert_gguf
+
+        location = convert_gguf(own)
+        return _whole(name, location, open_checkpoint(location.folder, str(own)), trust_remote_code)
     options = {"quiet": quiet, "trust_remote_code": trust_remote_code}
     location = locate(own, weights=weights, **options)
     if not location.weights_here:
