@@ -8,10 +8,12 @@ made again is, for a run that goes on, the same input.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
 from collections import Counter
+from contextlib import nullcontext, redirect_stderr
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,8 +26,11 @@ _PLAIN = {"F32": "float32", "F16": "float16"}
 """What a file stores as plain numbers -> the dtype of its checkpoint; all others are quantised or bfloat16, and become bfloat16."""
 
 
-def convert_gguf(name: ModelName) -> Location:
+def convert_gguf(name: ModelName, *, quiet: bool = False) -> Location:
     """The checkpoint of a GGUF file, made where it is not there yet; reads the whole model into memory.
+
+    Args:
+        quiet: no progress bars of transformers.
 
     Raises: InputError: the package gguf is not installed; transformers cannot read the file; the cache cannot be written to.
     """
@@ -44,7 +49,8 @@ def convert_gguf(name: ModelName) -> Location:
                 f"{name}: expected a folder for its checkpoint, got {error}. Point XDG_CACHE_HOME to one."
             ) from error
         try:
-            _convert(file, partial)
+            with redirect_stderr(io.StringIO()) if quiet else nullcontext():  # one of the bars knows no other way
+                _convert(file, partial)
             time = file.stat().st_mtime_ns
             for path in partial.iterdir():
                 os.utime(path, ns=(time, time))
@@ -92,9 +98,8 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     dtype, has_tokenizer = _look_into(file)
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
     try:
         model: Any
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -116,8 +121,6 @@ def _convert(file: Path, folder: Path) -> None:
             tokenizer.save_pretrained(folder)
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _look_into(file: Path) -> tuple[str, bool]:

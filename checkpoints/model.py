@@ -314,7 +314,7 @@ def open_model(
     if own.is_gguf:
         from checkpoints.gguf_files import convert_gguf
 
-        location = convert_gguf(own)
+        location = convert_gguf(own, quiet=quiet)
         return _whole(name, location, open_checkpoint(location.folder, str(own)), trust_remote_code)
     options = {"quiet": quiet, "trust_remote_code": trust_remote_code}
     location = locate(own, weights=weights, **options)
