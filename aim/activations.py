@@ -44,7 +44,8 @@ class ChannelStatistics(Means):
     """What the input of one weight looked like over the calibration text.
 
     Attributes:
-        max_abs: the same shape as `mean_abs`, the largest |x|; max_at: the same shape int64, the position of its token in its
+        max_abs: the same shape as `mean_abs`, the largest |x|.
+        max_at: the same shape int64, the position of its token in its
             block, -1 where that cannot be told. None in statistics that did not keep them.
         after_first: means over all rows but those of the first token of each block, which takes massive activations on itself.
     """
@@ -55,9 +56,9 @@ class ChannelStatistics(Means):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that is there, under the keys of the statistics file."""
-        found = {key: value for key, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        kept = {key: value for key, value in vars(self).items() if isinstance(value, torch.Tensor)}
         after = vars(self.after_first) if self.after_first else {}
-        return found | {AFTER_FIRST + key: value for key, value in after.items() if value is not None}
+        return kept | {AFTER_FIRST + key: value for key, value in after.items() if value is not None}
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> ChannelStatistics:
@@ -76,18 +77,25 @@ class ChannelStatistics(Means):
 
 def stack_statistics(ones: Sequence[ChannelStatistics]) -> ChannelStatistics:
     """Of experts `[in]` each to those of all, `[experts, in]`. What an expert that saw no token lacks is 0 there."""
-    whole = [one.tensors() for one in ones]
-    keys = {key for one, tensors in zip(ones, whole, strict=True) if bool(one.tokens) for key in tensors}
-    keys -= {key for one, tensors in zip(ones, whole, strict=True) if bool(one.tokens) for key in keys - tensors.keys()}
+    whole = [statistics.tensors() for statistics in ones]
+    keys = {key for statistics, tensors in zip(ones, whole, strict=True) if bool(statistics.tokens) for key in tensors}
+    keys -= {
+        key
+        for statistics, tensors in zip(ones, whole, strict=True)
+        if bool(statistics.tokens)
+        for key in keys - tensors.keys()
+    }
     empty = {key: torch.zeros_like(ones[0].tokens if key.endswith("tokens") else ones[0].mean_abs) for key in keys}
-    return ChannelStatistics.of({key: torch.stack([one.get(key, empty[key]) for one in whole]) for key in sorted(keys)})
+    return ChannelStatistics.of(
+        {key: torch.stack([statistics.get(key, empty[key]) for statistics in whole]) for key in sorted(keys)}
+    )
 
 
 def _without_gaps(experts: Sequence[ChannelStatistics | None]) -> list[ChannelStatistics]:
     """Those of several experts; zero for one that has none, as it saw no token."""
-    some = next(one for one in experts if one is not None)
+    some = next(expert for expert in experts if expert is not None)
     none = ChannelStatistics.of({key: torch.zeros_like(value) for key, value in some.tensors().items()})
-    return [none if one is None else one for one in experts]
+    return [none if expert is None else expert for expert in experts]
 
 
 @dataclass(frozen=True)
@@ -111,26 +119,26 @@ class Activations:
 
     def digest(self) -> str:
         """sha256 of all numbers, with their names."""
-        found = hashlib.sha256()
-        for name, one in sorted(self.statistics.items()):
-            for key, value in one.tensors().items():
-                found.update(f"{name}.{key}\0".encode())
-                found.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
-        return found.hexdigest()
+        digest = hashlib.sha256()
+        for name, statistics in sorted(self.statistics.items()):
+            for key, value in statistics.tensors().items():
+                digest.update(f"{name}.{key}\0".encode())
+                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def renamed(self, origins: Mapping[str, Sequence[Origin]]) -> Activations:
         """The same for output tensors that are other ones in the base's files; see `Selection.renamed`."""
-        used = {one.name for parts in origins.values() for one in parts}
-        statistics = {name: one for name, one in self.statistics.items() if name not in used}
+        used = {origin.name for parts in origins.values() for origin in parts}
+        statistics = {name: origin for name, origin in self.statistics.items() if name not in used}
         silent = {name: why for name, why in self.silent.items() if name not in used}
         dims = {name: dim for name, dim in self.input_dims.items() if name not in used}
         for name, parts in origins.items():
             first = parts[0]
-            known = [self.statistics.get(one.name) for one in parts]
+            known = [self.statistics.get(origin.name) for origin in parts]
             if first.name in self.input_dims:
                 packed = int(len(parts) > 1) - int(first.expert is not None)
                 dims[name] = self.input_dims[first.name] + packed
-            if all(one is None for one in known):
+            if all(origin is None for origin in known):
                 silent[name] = self.silent.get(first.name, "no statistics")
             elif len(parts) == 1:
                 assert known[0] is not None
@@ -198,21 +206,21 @@ def _as_activations(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, 
         activations = Activations(statistics, metadata["base"], calibration, silent, dims)
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{where}: is damaged: {error}. Take the statistics again.") from None
-    for name, one in statistics.items():
-        if not _is_plausible(one):
+    for name, channels in statistics.items():
+        if not _is_plausible(channels):
             raise InputError(f"{where}: {name}: expected finite means >= 0 in float32. Take the statistics again.")
     return activations
 
 
-def _is_plausible(one: ChannelStatistics) -> bool:
-    tensors = one.tensors()
+def _is_plausible(statistics: ChannelStatistics) -> bool:
+    tensors = statistics.tensors()
     return (
         all(
-            value.isfinite().all() and value.dtype == torch.float32 and value.shape == one.mean_abs.shape
+            value.isfinite().all() and value.dtype == torch.float32 and value.shape == statistics.mean_abs.shape
             for key, value in tensors.items()
             if not key.endswith(("tokens", "max_at"))
         )
         and all(bool((value >= 0).all()) for key, value in tensors.items() if key.endswith(("_abs", "_sq", "tokens")))
-        and one.mean_abs.ndim in (1, 2)
-        and bool(one.mean_abs.any())
+        and statistics.mean_abs.ndim in (1, 2)
+        and bool(statistics.mean_abs.any())
     )

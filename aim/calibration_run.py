@@ -155,7 +155,8 @@ class CalibrationRun:
         """How to run the model: as an earlier run of the same calibration did, else as the options say, else what is fastest.
 
         Args:
-            model: loaded, or a skeleton whose first layer is; tokens: on the device of the pass; in_float32: whether there is
+            model: loaded, or a skeleton whose first layer is.
+            tokens: on the device of the pass; in_float32: whether there is
                 memory for that.
         """
         start = Choice(
@@ -166,17 +167,17 @@ class CalibrationRun:
         kept = self.unfinished.choice if self.unfinished else None
         if kept:
             return dataclasses.replace(Choice(**kept), threads=min(kept["threads"], start.threads))
-        found = start
+        choice = start
         if self.is_long(model) and tokens.device.type != "meta":
             dtype = self.options.dtype is None and in_float32
-            found, rates = choose(model, tokens, start, dtype=dtype, batch=self.options.batch_size is None)
+            choice, rates = choose(model, tokens, start, dtype=dtype, batch=self.options.batch_size is None)
             if rates:
-                times = rates[str(found)] / max(rates[str(start)], 1e-9)
-                than = f", {times:.1f} times as fast as {start}" if found != start else ""
-                self.note(f"runs in {found}{than} (by its first layer)")
+                times = rates[str(choice)] / max(rates[str(start)], 1e-9)
+                than = f", {times:.1f} times as fast as {start}" if choice != start else ""
+                self.note(f"runs in {choice}{than} (by its first layer)")
         if self.unfinished:
-            self.unfinished.choose(found.as_json())
-        return found
+            self.unfinished.choose(choice.as_json())
+        return choice
 
     def finish(
         self, watcher: Watcher, enough: Enough, choice: Choice, blocks: int, attention: str, more: Mapping[str, Any]

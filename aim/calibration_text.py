@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from checkpoints.errors import ArgumentError, InputError, first_line
 from checkpoints.settings import setting
+from checkpoints.text_files import READERS, read_rows
 
 PUBLISHED_DATASET = "mit-han-lab/pile-val-backup::validation"
-ENCODING = "utf-8-sig"  # UTF-8, and the byte order mark that some editors begin it with
 
 
 @dataclass(frozen=True)
@@ -151,7 +147,7 @@ def open_texts(data: CalibrationData, *, quiet: bool = False) -> Sequence[Any]:
     """The rows of a data source, each a string or a mapping with the text field. Raises InputError where there are none."""
     path = Path(data.source).expanduser()
     if path.is_file():
-        rows: Sequence[Any] = _read_file(path)
+        rows: Sequence[Any] = read_rows(path)
     elif path.is_dir():
         rows = _load_saved(path, data)
     elif is_local(data.source):
@@ -169,76 +165,6 @@ def is_local(source: str) -> bool:
     """Whether a source means a file or folder, there or not, and no hub dataset."""
     path = Path(source).expanduser()
     return path.exists() or source.startswith((".", "/", "~")) or path.suffix in (*READERS, ".gz")
-
-
-def _read_file(path: Path) -> list[Any]:
-    """Rows of a local file, by its suffix; .gz of any of them."""
-    inner = path.with_suffix("") if path.suffix == ".gz" else path
-    if inner.suffix not in READERS:
-        raise InputError(
-            f"{path}: expected {', '.join(READERS)}, or .gz of one, got '{inner.suffix}'. Rename or convert the file."
-        )
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return READERS[inner.suffix](cast(IO[bytes], file), path)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(
-            f"{path}: cannot be read as {inner.suffix}: {first_line(error)}. Make or download it again."
-        ) from error
-
-
-def _read_lines(file: IO[bytes], path: Path) -> list[Any]:
-    return [line for line in io.TextIOWrapper(file, ENCODING) if line.strip()]
-
-
-def _read_jsonl(file: IO[bytes], path: Path) -> list[Any]:
-    rows = []
-    for number, line in enumerate(io.TextIOWrapper(file, ENCODING), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{path}: line {number}: expected JSON, got {error}. Mend or remove the line."
-                ) from None
-    return rows
-
-
-def _read_json(file: IO[bytes], path: Path) -> list[Any]:
-    try:
-        content = json.load(io.TextIOWrapper(file, ENCODING))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON, got {error}.") from None
-    if isinstance(content, dict):  # {"data": [...]}, or columns {"text": [...]}
-        lists = {key: value for key, value in content.items() if isinstance(value, list)}
-        if len(lists) == 1 and lists and isinstance(next(iter(next(iter(lists.values()))), None), dict):
-            return next(iter(lists.values()))
-        if lists and len({len(column) for column in lists.values()}) == 1:
-            return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
-    if not isinstance(content, list):
-        raise InputError(f"{path}: expected a list of texts or of objects, got {type(content).__name__}.")
-    return content
-
-
-def _read_parquet(file: IO[bytes], path: Path) -> list[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[Any] = pyarrow.parquet.read_table(pyarrow.BufferReader(file.read())).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise InputError(
-            f"{path}: cannot be read as parquet: {first_line(error)}. Make or download it again."
-        ) from None
-    return rows
-
-
-READERS: dict[str, Callable[[IO[bytes], Path], list[Any]]] = {
-    ".txt": _read_lines,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
 
 
 def _load_saved(path: Path, data: CalibrationData) -> Sequence[Any]:

@@ -25,7 +25,8 @@ class Relaxing:
     """How merged weights are relaxed.
 
     Attributes:
-        omegas: one checkpoint for each; sweep: in folders of their own, `omega_0.2`, even where there is only one.
+        omegas: one checkpoint for each.
+        sweep: in folders of their own, `omega_0.2`, even where there is only one.
         protect: `channels`: the base's weights of busy input channels, as published; `mean`: its answer to the mean input.
         scaling: of s: identity, sqrt or square.
         control: none, or one of the controls that know nothing of the base's inputs.
@@ -93,7 +94,8 @@ class Calibration:
     """Statistics that are taken in the run.
 
     Attributes:
-        data: the text that the base is run on; options: how it is run.
+        data: the text that the base is run on.
+        options: how it is run.
     """
 
     data: CalibrationData = field(default_factory=CalibrationData)

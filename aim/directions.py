@@ -67,11 +67,11 @@ class MeanDirection:
         def look(block: Block) -> tuple[Region, torch.Tensor, torch.Tensor]:
             assert block.base is not None
             change = block.region.as_stack(block.weights[0] - block.base)
-            found = answers(*self._oriented(block.region, change))
-            return block.region, found.cpu(), _squares(change).cpu()
+            looked = answers(*self._oriented(block.region, change))
+            return block.region, looked.cpu(), _squares(change).cpu()
 
-        for region, found, square in scan(look):
-            along[slice(*region.matrix_range), self._outputs(region)] += found
+        for region, looked, square in scan(look):
+            along[slice(*region.matrix_range), self._outputs(region)] += looked
             squares[slice(*region.matrix_range)] += square
         return Answers(along.to(self.u.device), squares.to(self.u.device))
 

@@ -29,8 +29,10 @@ class Enough:
     that saw tokens in one half only has s = 0 in the other.
 
     Args:
-        watcher: of the pass; tolerance: 0 never has enough.
-        block_size: tokens of a block; blocks: how many there are.
+        watcher: of the pass.
+        tolerance: 0 never has enough.
+        block_size: tokens of a block.
+        blocks: how many there are.
 
     Attributes:
         checks: numbers of blocks after which is looked.
@@ -53,7 +55,7 @@ class Enough:
     def batches(self, begin: int, size: int) -> Iterator[slice]:
         """Which blocks to run, from `begin` on, so that a batch ends wherever is looked."""
         while begin < self._blocks:
-            stop = min([begin + size, self._blocks, *(one for one in self._stops if one > begin)])
+            stop = min([begin + size, self._blocks, *(at for at in self._stops if at > begin)])
             yield slice(begin, stop)
             begin = stop
 

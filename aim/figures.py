@@ -102,7 +102,7 @@ def _draw_sorted(importance: Mapping[str, torch.Tensor], folder: Path, title: st
     figure, axes = pyplot.subplots(figsize=(8, 5))
     curves: dict[bytes, tuple[list[str], torch.Tensor]] = {}
     for kind, tensors in sorted(_by_kind(importance).items()):
-        s = torch.cat([one.flatten() for one in tensors.values()]).sort(descending=True).values
+        s = torch.cat([tensor.flatten() for tensor in tensors.values()]).sort(descending=True).values
         # Layers that share an input (q, k and v) share a curve.
         curves.setdefault(s.numpy().tobytes(), ([], s))[0].append(_short(kind))
     colours = pyplot.get_cmap("tab20")(np.linspace(0, 1, max(len(curves), 2)))
@@ -130,20 +130,21 @@ def _draw_layers(
     """Heat map: a number of each kind in each layer; tensors outside the layers are left out.
 
     Args:
-        values: tensor -> its number, >= 0; name: of the files.
+        values: tensor -> its number, >= 0.
+        name: of the files.
     """
     from matplotlib import pyplot
 
     kinds = sorted({kind_of(tensor) for tensor in values if "*" in kind_of(tensor)})
     if not kinds:
         return []
-    found: dict[tuple[int, int], list[float]] = {}
+    by_layer: dict[tuple[int, int], list[float]] = {}
     for tensor, value in values.items():
         if "*" in kind_of(tensor):
-            found.setdefault((kinds.index(kind_of(tensor)), _layer_of(tensor)), []).append(value)
-    layers = 1 + max(layer for _, layer in found)
+            by_layer.setdefault((kinds.index(kind_of(tensor)), _layer_of(tensor)), []).append(value)
+    layers = 1 + max(layer for _, layer in by_layer)
     means = np.full((len(kinds), layers), np.nan)
-    for place, numbers in found.items():
+    for place, numbers in by_layer.items():
         means[place] = np.mean(numbers)
     figure, axes = pyplot.subplots(figsize=(max(4.0, 0.35 * layers + 3), 0.4 * len(kinds) + 1.5))
     image = axes.imshow(means, aspect="auto", cmap="viridis", vmin=0, vmax=max(0.1, float(np.nanmax(means))))
@@ -158,5 +159,5 @@ def _draw_layers(
 
 def _layer_of(name: str) -> int:
     """The first number in a tensor's name."""
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else 0
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else 0

@@ -141,7 +141,8 @@ def protect_mean(base: torch.Tensor, merged: torch.Tensor, mean: torch.Tensor, o
         out = merged - (1 - omega) (D u) u^T,   D = merged - base,   u = mean / |mean|
 
     Args:
-        base: `[out, in]` float32, the pretrained weight; merged: `[out, in]` float32.
+        base: `[out, in]` float32, the pretrained weight.
+        merged: `[out, in]` float32.
         mean: `[in]`, the signed mean of the weight's input in the base; 0 throughout takes nothing back.
         omega: in [0, 1]; 1 returns `merged` exactly; 0 gives the mean input the base's answer, to rounding.
 
@@ -163,7 +164,8 @@ def answers(change: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """D u, `[..., out]` float64; 0 for an output whose task vector is not finite, so that it stays as merged.
 
     Args:
-        change: `[..., out, in]` float32, D; u: `[..., in]` float64.
+        change: `[..., out, in]` float32, D.
+        u: `[..., in]` float64.
     """
     # By elements and not as a product of matrices, whose sums depend on how many rows there are.
     return (change.double() * u[..., None, :]).sum(dim=-1).nan_to_num(0.0, 0.0, 0.0)

@@ -105,8 +105,8 @@ def _load(this: CalibrationRun, dtype: str, offload: Path | None) -> Any:
 
 
 def _first_tokens(tokens: torch.Tensor, blocks: int) -> tuple[torch.Tensor, ...]:
-    found: tuple[torch.Tensor, ...] = tokens[:blocks, :1].split(FIRST_TOKENS_AT_ONCE)
-    return found
+    batches: tuple[torch.Tensor, ...] = tokens[:blocks, :1].split(FIRST_TOKENS_AT_ONCE)
+    return batches
 
 
 class _Through:

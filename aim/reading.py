@@ -78,10 +78,10 @@ def _number(name: str, content: Any) -> float:
 
 def _size(name: str, content: Any) -> int:
     """A number of bytes, or the text of one with its unit."""
-    found = re.fullmatch(r"(\d{1,15})(B|KB|MB|GB|TB)?", str(content).upper())
-    if isinstance(content, bool) or found is None:
+    match = re.fullmatch(r"(\d{1,15})(B|KB|MB|GB|TB)?", str(content).upper())
+    if isinstance(content, bool) or match is None:
         raise ArgumentError(f"{setting(name)}: expected a size such as 500MB or 8GB, got {describe(content)}.")
-    size: int = int(found[1]) * 1000 ** ("B", "KB", "MB", "GB", "TB").index(found[2] or "B")
+    size: int = int(match[1]) * 1000 ** ("B", "KB", "MB", "GB", "TB").index(match[2] or "B")
     return size
 
 

@@ -51,6 +51,10 @@ class ReferenceWatcher(Watcher):
 
     def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, int], dict[str, str]]:
         """See `Watcher.results`."""
-        found, dims, silent = super().results()
-        means = {name: self._means[self._names[self._targets[name].parameter]] for name in found}
-        return {name: replace(one, mean_abs=means[name].float().cpu()) for name, one in found.items()}, dims, silent
+        statistics, dims, silent = super().results()
+        means = {name: self._means[self._names[self._targets[name].parameter]] for name in statistics}
+        return (
+            {name: replace(channels, mean_abs=means[name].float().cpu()) for name, channels in statistics.items()},
+            dims,
+            silent,
+        )

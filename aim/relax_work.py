@@ -99,7 +99,8 @@ def make_work(
 
     Args:
         base, merged: opened. The output has the merged model's tensors, dtypes, tokenizer and side files.
-        options: how to run; how: omegas and numerics.
+        options: how to run.
+        how: omegas and numerics.
         out_dtype: `auto` keeps each tensor's dtype in the merged model; under `reference` it means bfloat16.
         layout: `new_token_rows` decides on a token that the base lacks: `owner` leaves it as merged, `mean` takes the mean of
             the base's rows for the base's; the rest on head and tokenizer files. The vocabulary is the merged model's.
@@ -232,7 +233,9 @@ def perform_aim(
     Args:
         merged, base: folders or names on the hub.
         save_path: the folder to be; it appears complete or not at all.
-        request: what to relax how far; options: how to run; out_dtype: see `make_work`.
+        request: what to relax how far.
+        options: how to run.
+        out_dtype: see `make_work`.
 
     Returns: what was done; `was_complete` where the folder holds this very output already.
 
@@ -259,7 +262,8 @@ def relax_checkpoint(
         merged, base: from `checkpoints.model.open_model`; they are closed when it has run.
         activations: from `calibrate` or `load_activations`, of this base.
         save_path: the folder to be; it appears complete or not at all.
-        how: omegas, scaling, control; options, out_dtype: see `make_work`.
+        how: omegas, scaling, control.
+        options, out_dtype: see `make_work`.
 
     Returns: what was done; `was_complete` where the folder holds this very output already.
 

@@ -45,7 +45,8 @@ class Pull(Protocol):
         """Pull a region back.
 
         Args:
-            base, merged: `[matrices, rows, columns]` float32, neither overwritten; statistics: what `measure` gave.
+            base, merged: `[matrices, rows, columns]` float32, neither overwritten.
+            statistics: what `measure` gave.
 
         Returns: the region, of the same shape; what it adds to |D u|^2 and |D|^2 (0 where there is no direction u).
         """
@@ -104,7 +105,7 @@ class Relaxation:
     """
 
     def __init__(self, pulls: Mapping[str, Pull], device: torch.device):
-        self._pulls = {name: one.to(device) for name, one in pulls.items()}
+        self._pulls = {name: pull.to(device) for name, pull in pulls.items()}
         self.tally = Tally(4, _describe)
 
     @property
@@ -140,16 +141,16 @@ class Relaxation:
 
     def mean_changes(self) -> dict[str, float]:
         """Mean |relaxed - merged| per kind of layer, over the blocks that were looked at (one in 16), to 4 digits."""
-        sums = {kind: one[:2] for kind, one in self.tally.by_kind().items()}
+        sums = {kind: numbers[:2] for kind, numbers in self.tally.by_kind().items()}
         return {kind: float(f"{change / elements:.4g}") for kind, (change, elements) in sums.items() if elements}
 
     def energies(self) -> dict[str, tuple[float, float]]:
         """|D u|^2 and |D|^2 of each tensor that has a direction u and a task vector."""
-        return {name: (one[2], one[3]) for name, one in self.tally.by_tensor().items() if one[3]}
+        return {name: (numbers[2], numbers[3]) for name, numbers in self.tally.by_tensor().items() if numbers[3]}
 
     def along_mean(self) -> dict[str, float]:
         """|D u|^2 / |D|^2 per kind of layer, to 4 digits: the share of the task vectors that lies along u."""
-        sums = {kind: one[2:] for kind, one in self.tally.by_kind().items()}
+        sums = {kind: numbers[2:] for kind, numbers in self.tally.by_kind().items()}
         return {kind: float(f"{along / total:.4g}") for kind, (along, total) in sums.items() if total}
 
 
@@ -164,8 +165,10 @@ def make_pulls(activations: Activations, selection: Selection, how: Relaxing, om
     """How every tensor that has statistics, and whose omega is below 1, is pulled back; norms by channel, whatever is protected.
 
     Args:
-        activations: of the base; selection: what the base offers to be relaxed.
-        how: what is protected, and the controls; omega: of all tensors.
+        activations: of the base.
+        selection: what the base offers to be relaxed.
+        how: what is protected, and the controls.
+        omega: of all tensors.
     """
     pulls: dict[str, Pull] = {}
     dims = {**selection.input_dims, **activations.input_dims}
@@ -186,15 +189,15 @@ def make_pulls(activations: Activations, selection: Selection, how: Relaxing, om
     return pulls
 
 
-def mean_energy_of(one: ChannelStatistics) -> float | None:
+def mean_energy_of(statistics: ChannelStatistics) -> float | None:
     """|mean|^2 / E|x|^2, the share of an input's squared length that is the square of its mean: the mean over experts that saw tokens.
 
     Returns: None where the signed mean was not kept, or no token was seen.
     """
-    mean = one.mean
+    mean = statistics.mean
     if mean is None:
         return None
-    whole = one.mean_sq.double().reshape(-1, mean.shape[-1]).sum(dim=-1)
+    whole = statistics.mean_sq.double().reshape(-1, mean.shape[-1]).sum(dim=-1)
     own = mean.double().reshape(-1, mean.shape[-1]).square().sum(dim=-1)
     seen = whole > 0
     return float((own[seen] / whole[seen]).mean()) if bool(seen.any()) else None

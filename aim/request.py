@@ -65,7 +65,9 @@ class AimRequest:
         """What carries it out; see `streaming.job.Request`.
 
         Args:
-            save_path: of the output; options: of the run; dry_run: fetch no texts.
+            save_path: of the output.
+            options: of the run.
+            dry_run: fetch no texts.
 
         Raises: Refusals: files to be kept that could not be written.
         """

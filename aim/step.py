@@ -130,7 +130,8 @@ class AimStep:
         """What would be done, known without running the base, as JSON.
 
         Args:
-            base: that was checked; tensors: what would be written.
+            base: that was checked.
+            tensors: what would be written.
         """
         selection, warnings = select(base, self.how.numerics)
         selection = selection.renamed(names_of(tensors))
@@ -182,7 +183,9 @@ class AimStep:
         """Statistics and transforms, with a summary for the user.
 
         Args:
-            base: that was checked; tensors: what will be written; stage: where the calibration is kept.
+            base: that was checked.
+            tensors: what will be written.
+            stage: where the calibration is kept.
 
         Raises: InputError: see `calibrate` and `make_relaxations`.
         """
@@ -199,26 +202,26 @@ class AimStep:
         if keep:
             activations.save(keep)
             console.say(f"{keep}: statistics of {len(activations.statistics)} tensors")
-        found = make_relaxations(
+        relaxations = make_relaxations(
             base, activations, self.how,
             device=self._options.stream.device, outputs=outputs_of(tensors), names=names_of(tensors), source=self._source,
         )  # fmt: skip
-        for warning in found.warnings:
+        for warning in relaxations.warnings:
             console.warn(shown(warning, console.show))
         console.say("")
-        console.say(format_summaries(found.summaries, means=self.how.protect == "mean"))
+        console.say(format_summaries(relaxations.summaries, means=self.how.protect == "mean"))
         if figures:
             from aim.figures import draw_importance, draw_mean_direction, draw_mean_input
 
             title = title_of(base, activations)
-            drawn = draw_importance(found.importance, figures, title=title)
+            drawn = draw_importance(relaxations.importance, figures, title=title)
             if self.how.protect == "mean":
-                drawn += draw_mean_input(found.mean_energy, figures, title=title)
-                found.draw = functools.partial(draw_mean_direction, folder=figures, title=title)
+                drawn += draw_mean_input(relaxations.mean_energy, figures, title=title)
+                relaxations.draw = functools.partial(draw_mean_direction, folder=figures, title=title)
             for path in drawn:
                 console.say(f"{path}: written")
         console.say("")
-        return found
+        return relaxations
 
     def _calibrate(self, base: Model, console: Console, unfinished: UnfinishedCalibration) -> Activations:
         data = self._calibration.data
@@ -255,15 +258,15 @@ class AimStep:
 
 def calibrated(activations: Activations, seconds: float, *, run: int) -> str:
     """How much text was run and why no more, and how fast; `run`: tokens of this run."""
-    told = activations.calibration
-    difference = told["difference"]
+    calibration = activations.calibration
+    difference = calibration["difference"]
     if difference is None:
         enough = ""
-    elif difference < told["tolerance"]:
+    elif difference < calibration["tolerance"]:
         enough = f"; enough, as s of both halves differs by {difference:.3f} at most in a kind of layer"
     else:
         enough = f"; s of both halves differed by {difference:.3f} in a kind of layer"
-    return f"calibrated on {told['tokens']:,} tokens in {seconds:.2f} s, {run / seconds:,.0f} tokens/s, in {told['dtype']}{enough}"
+    return f"calibrated on {calibration['tokens']:,} tokens in {seconds:.2f} s, {run / seconds:,.0f} tokens/s, in {calibration['dtype']}{enough}"
 
 
 def title_of(base: Model, activations: Activations) -> str:

@@ -69,8 +69,8 @@ def summarise(
         for kind in (kind_of(name), "all"):
             shares.setdefault(kind, []).append(share)
     return {
-        kind: replace(one, mean_energy=sum(shares[kind]) / len(shares[kind]) if kind in shares else None)
-        for kind, one in summaries.items()
+        kind: replace(summary, mean_energy=sum(shares[kind]) / len(shares[kind]) if kind in shares else None)
+        for kind, summary in summaries.items()
     }
 
 
@@ -81,18 +81,18 @@ def _summarise_kind(tensors: Sequence[torch.Tensor], *, name_outliers: bool = Tr
     times = [
         (s / s.median(dim=-1, keepdim=True).values).nan_to_num(0.0, posinf=float("inf")).amax(dim=0) for s in tensors
     ]
-    found: dict[int, Outlier] = {}
+    outliers: dict[int, Outlier] = {}
     for ratio in times if name_outliers else ():
         for channel in (ratio >= OUTLIER).nonzero().flatten().tolist():
-            one = found.get(channel, Outlier(channel, 0, 0.0))
-            found[channel] = Outlier(channel, one.tensors + 1, max(one.times, float(ratio[channel])))
+            outlier = outliers.get(channel, Outlier(channel, 0, 0.0))
+            outliers[channel] = Outlier(channel, outlier.tensors + 1, max(outlier.times, float(ratio[channel])))
     return KindSummary(
         len(tensors),
         values.double().mean().item(),
         values.median().item(),
         (values > 0.5).double().mean().item(),
         max(float(ratio.max()) for ratio in times),
-        tuple(sorted(found.values(), key=lambda one: (-one.tensors, -one.times))),
+        tuple(sorted(outliers.values(), key=lambda outlier: (-outlier.tensors, -outlier.times))),
     )
 
 
@@ -100,22 +100,22 @@ def as_json(summaries: Mapping[str, KindSummary]) -> dict[str, Any]:
     """The summaries for merge_recipe.json, numbers to 4 digits; of the outlier channels those that are named to people."""
     return {
         kind: {
-            "tensors": one.tensors,
-            "mean_s": digits(one.mean),
-            "median_s": digits(one.median),
-            "share_above_half": digits(one.active),
-            "largest_against_median": digits(one.outlier),
-            "mean_energy": None if one.mean_energy is None else digits(one.mean_energy),
+            "tensors": summary.tensors,
+            "mean_s": digits(summary.mean),
+            "median_s": digits(summary.median),
+            "share_above_half": digits(summary.active),
+            "largest_against_median": digits(summary.outlier),
+            "mean_energy": None if summary.mean_energy is None else digits(summary.mean_energy),
             "outlier_channels": [
                 {
                     "channel": outlier.channel,
                     "tensors": outlier.tensors,
                     "largest_against_median": digits(outlier.times),
                 }
-                for outlier in one.outliers[:NAMED]
+                for outlier in summary.outliers[:NAMED]
             ],
         }
-        for kind, one in summaries.items()
+        for kind, summary in summaries.items()
     }
 
 
@@ -131,10 +131,15 @@ def format_summaries(summaries: Mapping[str, KindSummary], *, means: bool = Fals
         means: show how much of the inputs is their mean, too.
     """
     rows = [("layer", "tensors", "mean s", "median s", "s > 0.5", "largest/median", *([MEAN_ENERGY] if means else []))]
-    for kind, one in summaries.items():
-        numbers = [f"{one.mean:.3f}", f"{one.median:.3f}", f"{100 * one.active:.1f} %", f"{one.outlier:.1f}"]
-        numbers += ["-" if one.mean_energy is None else f"{one.mean_energy:.3f}"] if means else []
-        rows.append((kind.removesuffix(".weight"), str(one.tensors), *numbers))
+    for kind, summary in summaries.items():
+        numbers = [
+            f"{summary.mean:.3f}",
+            f"{summary.median:.3f}",
+            f"{100 * summary.active:.1f} %",
+            f"{summary.outlier:.1f}",
+        ]
+        numbers += ["-" if summary.mean_energy is None else f"{summary.mean_energy:.3f}"] if means else []
+        rows.append((kind.removesuffix(".weight"), str(summary.tensors), *numbers))
     lines = ["Channel importance s = mean |x| of an input channel / the largest of its tensor:", *align(rows)]
     return "\n".join([*lines, *_format_outliers(summaries)])
 
@@ -142,14 +147,14 @@ def format_summaries(summaries: Mapping[str, KindSummary], *, means: bool = Fals
 def _format_outliers(summaries: Mapping[str, KindSummary]) -> list[str]:
     """Lines that name outlier channels; kinds that share an input (q, k and v) share a line."""
     by_text: dict[str, list[str]] = {}
-    for kind, one in summaries.items():
-        if one.outliers:
+    for kind, summary in summaries.items():
+        if summary.outliers:
             named = [
                 f"{outlier.channel} ({outlier.times:.0f} times the median"
-                + (f", in {outlier.tensors} of {one.tensors} tensors)" if one.tensors > 1 else ")")
-                for outlier in one.outliers[:NAMED]
+                + (f", in {outlier.tensors} of {summary.tensors} tensors)" if summary.tensors > 1 else ")")
+                for outlier in summary.outliers[:NAMED]
             ]
-            more = len(one.outliers) - NAMED
+            more = len(summary.outliers) - NAMED
             by_text.setdefault(", ".join(named) + (f" and {more} more" if more > 0 else ""), []).append(
                 kind.removesuffix(".weight")
             )

@@ -25,7 +25,8 @@ class Sums:
     that they saw it too.
 
     Args:
-        width: channels; device: of the inputs.
+        width: channels.
+        device: of the inputs.
 
     Attributes:
         numbers: `[8, in]` float64, see `KEPT`; the place of the largest is its token's position in its block, the first of several.

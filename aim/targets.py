@@ -46,7 +46,7 @@ class Selection:
             origins: output tensor -> what it is there.
         """
         targets, dims, skipped = dict(self.targets), dict(self.input_dims), dict(self.skipped)
-        for name in {one.name for parts in origins.values() for one in parts}:
+        for name in {origin.name for parts in origins.values() for origin in parts}:
             targets.pop(name, None)
             dims.pop(name, None)
             skipped.pop(name, None)

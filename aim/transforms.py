@@ -69,7 +69,7 @@ class Relaxations:
         """Lines for people, when the weights are written: mean |change| per kind of layer; for each omega how many tensors
         were relaxed, how many copied and why."""
         changes = [transform.mean_changes() for transform in self.transforms]
-        along = next((found for transform in self.transforms if (found := transform.along_mean())), {})
+        along = next((shares for transform in self.transforms if (shares := transform.along_mean())), {})
         counts = [Counter(kind_of(name) for name in reach.tensors) for reach in self.reaches]
         kinds: Counter[str] = functools.reduce(operator.or_, counts)
         columns = [f"omega {reach.omega}" for reach in self.reaches] if len(self.reaches) > 1 else ["mean |change|"]
@@ -85,16 +85,20 @@ class Relaxations:
             kept = f"{mean_s}{_kept(reach, transform)}" if reach.tensors else "as merged"
             lines.append(f"{reach.label}: {len(reach.tensors)} tensors relaxed, {len(names)} copied; {kept}")
         # An omega of 1 for all says enough in its line above; the others of a sweep copy the same.
-        told = next((names for reach, names in zip(self.reaches, copied, strict=True) if reach.tensors), self.kept)
-        lines += ["copied as merged:"] if told else []
-        lines += [f"  {count:5d} x {kind} ({shown(why, show)})" for (kind, why), count in group_kept(told).items()]
+        shown_kept = next(
+            (names for reach, names in zip(self.reaches, copied, strict=True) if reach.tensors), self.kept
+        )
+        lines += ["copied as merged:"] if shown_kept else []
+        lines += [
+            f"  {count:5d} x {kind} ({shown(why, show)})" for (kind, why), count in group_kept(shown_kept).items()
+        ]
         relaxed = {name for reach in self.reaches for name in reach.tensors}
         partly = {name: why for name, why in self.kept.items() if name in relaxed}
         lines += [
             f"relaxed but for {shown(why, show)}: {count} x {kind}" for (kind, why), count in group_kept(partly).items()
         ]
         if self.draw is not None:
-            energies = next((one for transform in self.transforms if (one := transform.energies())), {})
+            energies = next((energy for transform in self.transforms if (energy := transform.energies())), {})
             drawn = self.draw({name: part / whole for name, (part, whole) in energies.items()})
             lines += [f"{path}: written" for path in drawn]
         return "\n".join(lines)
@@ -165,8 +169,10 @@ def make_relaxations(
 
     Args:
         base: the model that the statistics are of.
-        activations: from `calibrate` or a file; source: how messages name them.
-        how: omegas and the rest; device: where blocks will be.
+        activations: from `calibrate` or a file.
+        source: how messages name them.
+        how: omegas and the rest.
+        device: where blocks will be.
         outputs: output tensor -> why it is copied instead of merged, empty for most; None for the base's tensors.
         names: see `names_of`.
 
@@ -187,62 +193,63 @@ def make_relaxations(
     kept = {**why_kept(selection, outputs, activations), **idle_experts(importance)}
     if how.protect == "mean":
         kept |= without_mean(activations, selection)
-    found = Relaxations([], summarise(importance, mean_energy), kept, importance, mean_energy, warnings=warnings)
+    relaxations = Relaxations([], summarise(importance, mean_energy), kept, importance, mean_energy, warnings=warnings)
     for omega, folder in zip(how.omegas, how.folders, strict=True):
         pulls = make_pulls(activations, selection, how, omega)
-        pulls = {name: one for name, one in pulls.items() if outputs.get(name) == ""}
+        pulls = {name: pull for name, pull in pulls.items() if outputs.get(name) == ""}
         stored = base.weights.tensors
         weights = {name: _numel((names or {}).get(name, (Origin(name),)), stored) for name in pulls}
-        found.transforms.append(Relaxation(pulls, device))
+        relaxations.transforms.append(Relaxation(pulls, device))
         label = f"omega {omega}{_words(how)}"
         share_kept = _share_kept(pulls, weights) if how.protect == "channels" else None
-        found.reaches.append(Reach(omega, label, tuple(pulls), share_kept))
-        found.variants.append(
+        relaxations.reaches.append(Reach(omega, label, tuple(pulls), share_kept))
+        relaxations.variants.append(
             Variant(
                 folder=folder,
-                transform=found.transforms[-1],
-                details=_details(activations, how, len(found.reaches) - 1, found),
-                card=_card(how, activations, found.reaches[-1], found),
+                transform=relaxations.transforms[-1],
+                details=_details(activations, how, len(relaxations.reaches) - 1, relaxations),
+                card=_card(how, activations, relaxations.reaches[-1], relaxations),
             )
         )
-    return found
+    return relaxations
 
 
 def _words(how: Relaxing) -> str:
     """What is unusual of it, for people."""
     words = ["mean input"] if how.protect == "mean" else []
     words += [f"{how.control} control"] if how.control != "none" else []
-    return "".join(f", {one}" for one in words)
+    return "".join(f", {word}" for word in words)
 
 
 def _share_kept(pulls: Mapping[str, Pull], weights: Mapping[str, int]) -> float:
     """The mean factor over all weights of the tensors."""
-    factors = {name: one.values for name, one in pulls.items() if isinstance(one, ChannelFactors)}
+    factors = {name: pull.values for name, pull in pulls.items() if isinstance(pull, ChannelFactors)}
     share = sum(float(values.double().mean()) * weights[name] for name, values in factors.items())
     return share / sum(weights.values()) if pulls else 1.0
 
 
 def _numel(origins: Sequence[Origin], stored: Mapping[str, TensorInfo]) -> int:
     """Elements of the tensor that is made of them."""
-    infos = [(stored[one.name], one.expert) for one in origins]
+    infos = [(stored[origin.name], origin.expert) for origin in origins]
     return sum(info.numel if expert is None else info.numel // info.shape[0] for info, expert in infos)
 
 
 def outputs_of(tensors: Sequence[PlannedTensor]) -> dict[str, str]:
     """Planned tensor -> why it is copied instead of merged, empty for those that are merged."""
-    return {one.spec.name: "" if one.method is not None else one.note or "copied" for one in tensors}
+    return {tensor.spec.name: "" if tensor.method is not None else tensor.note or "copied" for tensor in tensors}
 
 
 def names_of(tensors: Sequence[PlannedTensor]) -> Origins:
     """The output's tensor -> what it is in the base's files, where that is no tensor of its name."""
-    return {one.spec.name: one.origins for one in tensors if one.origins}
+    return {tensor.spec.name: tensor.origins for tensor in tensors if tensor.origins}
 
 
 def why_kept(selection: Selection, outputs: Mapping[str, str], activations: Activations | None) -> dict[str, str]:
     """Output tensor that stays as merged, whatever the omega -> why.
 
     Args:
-        selection: what the base offers; outputs: see `make_relaxations`.
+        selection: what the base offers.
+        outputs: see `make_relaxations`.
         activations: its statistics; None before they are taken.
     """
     kept = {}
@@ -268,7 +275,7 @@ def idle_experts(importance: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 def without_mean(activations: Activations, selection: Selection) -> dict[str, str]:
     """Matrix whose mean input is 0, in all of its experts or in some -> why it, or which part of it, stays as merged."""
-    found = {}
+    lacking = {}
     for name in selection.targets:
         mean = activations.statistics[name].mean if name in activations.statistics else None
         if mean is None or selection.targets[name].is_vector:
@@ -276,18 +283,20 @@ def without_mean(activations: Activations, selection: Selection) -> dict[str, st
         rows = mean.reshape(-1, mean.shape[-1])
         zero = int((~rows.any(dim=-1)).sum())
         if zero == len(rows):
-            found[name] = "its mean input is 0"
+            lacking[name] = "its mean input is 0"
         elif zero:
-            found[name] = f"{zero} of its {len(rows)} experts, which saw no token or have a mean input of 0"
-    return found
+            lacking[name] = f"{zero} of its {len(rows)} experts, which saw no token or have a mean input of 0"
+    return lacking
 
 
-def _details(activations: Activations, how: Relaxing, index: int, found: Relaxations) -> Callable[[], dict[str, Any]]:
+def _details(
+    activations: Activations, how: Relaxing, index: int, relaxations: Relaxations
+) -> Callable[[], dict[str, Any]]:
     """The `aim:` block of merge_recipe.json, complete once the weights are written."""
 
     def details() -> dict[str, Any]:
-        reach = found.reaches[index]
-        kept = {**found.kept, **found.copied(reach)}
+        reach = relaxations.reaches[index]
+        kept = {**relaxations.kept, **relaxations.copied(reach)}
         return {
             "aim": {
                 "omega": reach.omega.as_json(),
@@ -298,13 +307,13 @@ def _details(activations: Activations, how: Relaxing, index: int, found: Relaxat
                 "numerics": how.numerics,
                 "calibration": dict(sorted(activations.calibration.items())),
                 "base_fingerprint": activations.base,
-                "statistics": as_json(found.summaries),
+                "statistics": as_json(relaxations.summaries),
                 "relaxed": len(reach.tensors),
-                **_kept_as_json(reach, found.transforms[index]),
+                **_kept_as_json(reach, relaxations.transforms[index]),
                 "kept": [
                     {"tensors": kind, "count": count, "why": why} for (kind, why), count in group_kept(kept).items()
                 ],
-                "mean_change": found.transforms[index].mean_changes(),
+                "mean_change": relaxations.transforms[index].mean_changes(),
             }
         }
 
@@ -318,13 +327,13 @@ def _kept_as_json(reach: Reach, transform: Relaxation) -> dict[str, Any]:
     return {"energy_kept": digits(energy_kept(reach.omega, transform)), "along_mean": transform.along_mean()}
 
 
-def _card(how: Relaxing, activations: Activations, reach: Reach, found: Relaxations) -> str:
+def _card(how: Relaxing, activations: Activations, reach: Reach, relaxations: Relaxations) -> str:
     calibration = activations.calibration
     dataset = str(calibration.get("source"))
     control = (
         "" if how.control == "none" else f" This is the `{how.control}` control, which knows nothing of the channels."
     )
-    mean_s = f", mean s {found.summaries['all'].mean:.3f}" if found.summaries else ""
+    mean_s = f", mean s {relaxations.summaries['all'].mean:.3f}" if relaxations.summaries else ""
     text = (
         f"from {markdown_inside(str(calibration.get('blocks')))} blocks of "
         f"{markdown_inside(str(calibration.get('block_size')))} tokens of {markdown_code(dataset)}.{control} {len(reach.tensors)} tensors were relaxed{mean_s}."

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import xxhash
 
 from aim.activations import Activations, unpack_activations
 from aim.enough import Enough
 from checkpoints.errors import InputError
-from checkpoints.folder import Folder
 from checkpoints.safetensors_format import pack_tensors, unpack_tensors
 from checkpoints.staging import Stage
 from forward.tuning import is_choice
 from streaming import commits
+from streaming.kept import content_of, keep
 
 KEEP_EVERY = 5
 """In units of the time between commits of tensors: each time all sums are written, not only new ones."""
@@ -86,14 +85,15 @@ class UnfinishedCalibration:
         """Keep the sums within a pass that goes through the layers, now and then. Raises WriteError: the disk is full or fails.
 
         Args:
-            hidden: gives what the next layer is called with; blocks: in the sums of all layers, from earlier passes.
+            hidden: gives what the next layer is called with.
+            blocks: in the sums of all layers, from earlier passes.
         """
         started = time.monotonic()
         if started - self._kept < self._wait_s:
             return
         tensors = enough.sums() | {HIDDEN + name: tensor for name, tensor in hidden().items()}
         earlier, self._file = self._file, f"layer-{len(self._stage.journal.records)}.safetensors"
-        self._write(self._file, pack_tensors(tensors, {"blocks": str(blocks)}), {"layer": blocks})
+        keep(self._stage, self._file, pack_tensors(tensors, {"blocks": str(blocks)}), {"layer": blocks})
         if earlier:
             self._stage.state.remove(earlier)
         self._kept = time.monotonic()
@@ -103,25 +103,18 @@ class UnfinishedCalibration:
         """Keep the sums over the first `blocks` blocks, now and then. Raises WriteError: the disk is full or fails."""
         if time.monotonic() - self._kept >= KEEP_EVERY * commits.COMMIT_S:
             earlier, self._file = self._file, f"calibration-{blocks}.safetensors"
-            self._write(self._file, pack_tensors(enough.sums(), {"blocks": str(blocks)}), {"blocks": blocks})
+            keep(self._stage, self._file, pack_tensors(enough.sums(), {"blocks": str(blocks)}), {"blocks": blocks})
             if earlier and earlier != self._file:  # until now the journal may have spoken of it alone
                 self._stage.state.remove(earlier)
             self._kept = time.monotonic()
 
     def finish(self, activations: Activations) -> None:
         """Keep the statistics. Raises WriteError: the disk is full or fails."""
-        self._write(WHOLE, activations.pack(), {"calibrated": True})
-
-    def _write(self, name: str, pieces: Sequence[bytes | memoryview], record: Mapping[str, Any]) -> None:
-        hasher = xxhash.xxh3_64()
-        for piece in pieces:
-            hasher.update(piece)
-        self._stage.state.replace(name, pieces)
-        self._stage.journal.append({**record, "file": name, "xxh3": hasher.intdigest()})
+        keep(self._stage, WHOLE, activations.pack(), {"calibrated": True})
 
     def _find_statistics(self) -> Activations | None:
         for record in reversed(self._stage.journal.records):
-            content = _content(self._stage.state, record, WHOLE) if "calibrated" in record else None
+            content = content_of(self._stage.state, record, WHOLE) if "calibrated" in record else None
             if content is not None:
                 try:
                     return unpack_activations(content, LABEL)
@@ -133,12 +126,12 @@ class UnfinishedCalibration:
         """File, blocks and sums of the last record that fits."""
         for blocks, record in self._with_blocks():
             name = str(record.get("file"))
-            content = _content(self._stage.state, record, name) if FILE.fullmatch(name) else None
+            content = content_of(self._stage.state, record, name) if FILE.fullmatch(name) else None
             if content is None:
                 continue
             try:
                 sums, metadata = unpack_tensors(content, LABEL)
-                Enough.check_sums({name: one for name, one in sums.items() if not name.startswith(HIDDEN)})
+                Enough.check_sums({name: tensor for name, tensor in sums.items() if not name.startswith(HIDDEN)})
             except (InputError, ValueError):
                 continue
             if metadata.get("blocks") == str(blocks):
@@ -151,9 +144,3 @@ class UnfinishedCalibration:
             blocks = record.get("blocks", record.get("layer"))
             if type(blocks) is int and 0 <= blocks < 1 << 62:
                 yield blocks, record
-
-
-def _content(state: Folder, record: Mapping[str, Any], name: str) -> bytes | None:
-    """The file that a record speaks of; None where it is another, missing, or without a checksum."""
-    content = state.read(name) if record.get("file") == name else None
-    return content if content is not None and xxhash.xxh3_64_intdigest(content) == record.get("xxh3") else None

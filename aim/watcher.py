@@ -329,7 +329,10 @@ class _Cells:
     """The uses of a parameter, put together: which of its parts have which input.
 
     Args:
-        uses: all along `axis`; shape: of the parameter; sums: of each; knows_first: whether
+        uses: all along `axis`.
+        shape: of the parameter.
+        sums: of each.
+        knows_first: whether
             they tell first tokens from others.
     """
 

@@ -133,7 +133,7 @@ def align(
 
 def _other_class(first: AlignedModel, model: AlignedModel) -> str:
     """That a model which does not fit is of another family, which is why; empty where it is of the same."""
-    ours, theirs = (str((one.model.config.get("architectures") or [""])[0]) for one in (first, model))
+    ours, theirs = (str((aligned.model.config.get("architectures") or [""])[0]) for aligned in (first, model))
     if not ours or not theirs or ours == theirs:
         return ""
     says = f"{model.label}: expected a {ours} as {first.label}, got a {theirs}"
@@ -143,8 +143,8 @@ def _other_class(first: AlignedModel, model: AlignedModel) -> str:
 def _warn_of_lost_code(primary: Model, files: SideFiles, problems: Problems) -> None:
     """Warn where config.json names Python files of the model's own that the output does not get: it would not load."""
     named = primary.config.get("auto_map")
-    classes = [one for one in named.values() if isinstance(one, str)] if isinstance(named, dict) else []
-    modules = {one.rpartition(".")[0] for one in classes if "--" not in one}  # the others lie in another repo
+    classes = [name for name in named.values() if isinstance(name, str)] if isinstance(named, dict) else []
+    modules = {name.rpartition(".")[0] for name in classes if "--" not in name}  # the others lie in another repo
     lost = sorted(f"{module}.py" for module in modules if module and f"{module}.py" not in files)
     if lost:
         fetch = not primary.location.name.is_local and not primary.trust_remote_code

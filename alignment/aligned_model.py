@@ -92,6 +92,6 @@ class AlignedModel:
         return replace(self, tensors={**self.tensors, **tensors})
 
 
-def same_kind_of_number(one: TensorInfo, other: TensorInfo) -> bool:
+def same_kind_of_number(first: TensorInfo, other: TensorInfo) -> bool:
     """Whether both hold floating-point numbers, or neither."""
-    return one.dtype.is_floating_point == other.dtype.is_floating_point
+    return first.dtype.is_floating_point == other.dtype.is_floating_point

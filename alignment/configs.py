@@ -60,11 +60,11 @@ def check_configs(models: Sequence[Model], allowed: str | None, problems: Proble
         return
     first, *others = models
     free = {key.strip() for key in (allowed or "").split(",") if key.strip()}
-    differences = {model.label: found for model in others if (found := _differences(first, model))}
-    for label, found in differences.items():
+    differences = {model.label: different for model in others if (different := _differences(first, model))}
+    for label, different in differences.items():
         heads: dict[str, str] = {}
         serious = []
-        for key, (ours, theirs) in found.items():
+        for key, (ours, theirs) in different.items():
             said = f"{key} {_text(theirs)} ({_text(ours)} in {first.label})"
             if key in free or key.rpartition(".")[2] in free:
                 problems.note(
@@ -107,7 +107,7 @@ def _suspect_base(
         for key in each[0]
         if not _LENGTHS.search(key)
         and not {key, key.rpartition(".")[2]} & free
-        and all(key in found and found[key][1] == each[0][key][1] for found in each)
+        and all(key in different and different[key][1] == each[0][key][1] for different in each)
     ]
     if shared:
         agree = ", ".join(f"{key} {_text(each[0][key][1])}" for key in shared)
@@ -123,8 +123,8 @@ def _note_lengths(
 ) -> None:
     """Note the longest window that a model offers, where the output's is shorter."""
     longest: dict[str, tuple[int, str]] = {}
-    for label, found in differences.items():
-        for key, (ours, theirs) in found.items():
+    for label, different in differences.items():
+        for key, (ours, theirs) in different.items():
             if _LENGTHS.search(key) and isinstance(theirs, int) and isinstance(ours, int):
                 longest[key] = max(longest.get(key, (ours, models[0].label)), (theirs, label), key=lambda one: one[0])
     for key, (length, label) in longest.items():

@@ -188,13 +188,13 @@ def _same_parameters(
     first: AlignedModel, model: Model, stored: Mapping[str, TensorInfo], missing: Sequence[str]
 ) -> dict[str, list[Piece]]:
     """Output tensor -> what it consists of in the model's files, found by the parameters that both become."""
-    found = first.model.find_pieces({name: info.shape for name, info in stored.items()}, model)
+    pieces_of = first.model.find_pieces({name: info.shape for name, info in stored.items()}, model)
     ours, theirs = first.model.known_architecture.output_head, model.known_architecture.output_head
     if (
         ours is not None and theirs is not None and theirs in stored
     ):  # a head that the first model ties is in none of its files
-        found.setdefault(ours, [Piece(theirs, 0, stored[theirs].numel, is_whole=True)])
-    return {name: found[name] for name in missing if name in found}
+        pieces_of.setdefault(ours, [Piece(theirs, 0, stored[theirs].numel, is_whole=True)])
+    return {name: pieces_of[name] for name in missing if name in pieces_of}
 
 
 def _name_of_head(first: AlignedModel, model: Model, name: str) -> str:

@@ -24,7 +24,7 @@ def add_modules(models: Sequence[AlignedModel], problems: Problems) -> list[Alig
     ours = {name: TensorRef(first.model.weights.modules, name) for name in wanted}
     folders = sorted({_folder(name) for name in wanted})
     changed = {folder for model in models[1:] for folder in _folders(model)}
-    found = [first.with_tensors(ours)] if ours else [first]
+    aligned = [first.with_tensors(ours)] if ours else [first]
     for model in models[1:]:
         theirs = model.model.weights.modules
         mismatches = Mismatches(model.label, model.advice)
@@ -47,8 +47,8 @@ def add_modules(models: Sequence[AlignedModel], problems: Problems) -> list[Alig
         if more:
             problems.note(f"{model.label}: {', '.join(more)} is left out, as {first.label} has none.")
         mismatches.report_to(model.problems)
-        found.append(model.with_tensors({name: refs[name] for name in wanted if name in refs}))
-    return found
+        aligned.append(model.with_tensors({name: refs[name] for name in wanted if name in refs}))
+    return aligned
 
 
 def _folders(model: AlignedModel) -> set[str]:

@@ -34,14 +34,14 @@ def check_output(files: SideFiles, shapes: Mapping[str, Shape], first: Model, pr
     is_alike = same_config and all(theirs.get(name) == shape for name, shape in shapes.items())
     try:
         before = first.architecture
-        found = before if is_alike else _describe(files, shapes, first)
+        architecture = before if is_alike else _describe(files, shapes, first)
     except InputError as error:
         problems.note(f"whether the output loads by its config.json was not looked at: {error}")
         return
     _warn_of(first, before, problems)
-    lacking = [name for name in found.missing if name not in before.missing]
-    over = [name for name in found.unplaced if name not in before.unplaced and name not in found.unused]
-    wrong = {name: why for name, why in found.mismatched.items() if name not in before.mismatched}
+    lacking = [name for name in architecture.missing if name not in before.missing]
+    over = [name for name in architecture.unplaced if name not in before.unplaced and name not in architecture.unused]
+    wrong = {name: why for name, why in architecture.mismatched.items() if name not in before.mismatched}
     parts = _say(lacking, over, wrong)
     if parts:
         problems.add(

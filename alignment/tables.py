@@ -65,7 +65,7 @@ class Tables:
 def find_tables(models: Sequence[AlignedModel]) -> list[Tables]:
     """The vocabulary tables of all models that have any; names are those of the first model's."""
     names = table_names(models[0])
-    found = [Tables(one, {name: one.tensors[name] for name in names if name in one.tensors}) for one in models]
+    found = [Tables(model, {name: model.tensors[name] for name in names if name in model.tensors}) for model in models]
     return [tables for tables in found if tables.tables]
 
 

@@ -92,7 +92,7 @@ def align_vocabularies(
     _describe_rows(members, matched, new_rows, problems)
     changed = put_into_rows(members, matched.rows, new_rows)
     having = [member.model for member in members]
-    aligned = [next((new for old, new in zip(having, changed, strict=True) if old is one), one) for one in models]
+    aligned = [next((new for old, new in zip(having, changed, strict=True) if old is model), model) for model in models]
     return Vocabularies(matched.source, new_rows, aligned)
 
 

@@ -40,7 +40,10 @@ class Case:
     """What is merged, and on what it is scored.
 
     Attributes:
-        base: a folder; models: as merge.py takes them; texts: for calibration; documents: by domain, as token ids.
+        base: a folder.
+        models: as merge.py takes them.
+        texts: for calibration.
+        documents: by domain, as token ids.
     """
 
     base: Path

@@ -451,13 +451,13 @@ def _multiplies_input(module: nn.Module, leaf: str) -> bool:
     """
     weight = module.get_parameter(leaf)
     tokens = torch.empty(2, weight.shape[1], device="meta")
-    found = []
+    products = []
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is nn.functional.linear and args[1].shape == weight.shape:
                 storages = [tensor.untyped_storage()._cdata for tensor in (*args[:2], tokens, weight)]
-                found.append(storages[:2] == storages[2:])
+                products.append(storages[:2] == storages[2:])
             return func(*args, **(kwargs or {}))
 
     try:
@@ -465,7 +465,7 @@ def _multiplies_input(module: nn.Module, leaf: str) -> bool:
             module(tokens)
     except Exception:  # it wants other inputs, or data; what it did before that still counts
         pass
-    return any(found)
+    return any(products)
 
 
 def _resolve_ties(

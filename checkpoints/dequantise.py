@@ -170,8 +170,8 @@ def _fit(shape: Sequence[int], scale: Sequence[int], blocks: tuple[int, int] | N
 
 def _block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns that share a scale, where a config says so, wherever it does."""
-    found = re.search(r'"(?:weight_block_size|block_structure)": \[(\d+), (\d+)\]', json.dumps(config))
-    return (int(found[1]), int(found[2])) if found else None
+    match = re.search(r'"(?:weight_block_size|block_structure)": \[(\d+), (\d+)\]', json.dumps(config))
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _plain_dtype(config: Mapping[str, Any]) -> torch.dtype:

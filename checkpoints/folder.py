@@ -98,8 +98,8 @@ class Folder:
 
     def fault(self, name: str) -> str | None:
         """Why what lies under a name is not taken, in a few words; None for a plain file or a folder of our own."""
-        found = self.look(name)
-        return None if found is None else self._fault_of(found, folder=stat.S_ISDIR(found.st_mode))
+        status = self.look(name)
+        return None if status is None else self._fault_of(status, folder=stat.S_ISDIR(status.st_mode))
 
     def strangers(self, known: Collection[str] | None) -> list[str]:
         """What is in it and its subfolders and must not be touched: `NAME (why)`, sorted.
@@ -121,24 +121,24 @@ class Folder:
             elif self._is_folder(name):
                 yield from self.subfolder(name)._strangers(f"{whole}/", allowed)
 
-    def _fault_of(self, found: os.stat_result, *, folder: bool = False) -> str | None:
-        if found.st_uid not in (os.geteuid(), os.fstat(self.descriptor).st_uid):
+    def _fault_of(self, status: os.stat_result, *, folder: bool = False) -> str | None:
+        if status.st_uid not in (os.geteuid(), os.fstat(self.descriptor).st_uid):
             return "belongs to another user"
         if folder:
-            return None if stat.S_ISDIR(found.st_mode) else "no folder"
-        if not stat.S_ISREG(found.st_mode):
+            return None if stat.S_ISDIR(status.st_mode) else "no folder"
+        if not stat.S_ISREG(status.st_mode):
             kinds = {
                 stat.S_ISLNK: "a link",
                 stat.S_ISFIFO: "a pipe",
                 stat.S_ISDIR: "a folder",
                 stat.S_ISSOCK: "a socket",
             }
-            return next((what for test, what in kinds.items() if test(found.st_mode)), "a device")
-        return "a file with further names (hard links)" if found.st_nlink != 1 else None
+            return next((what for test, what in kinds.items() if test(status.st_mode)), "a device")
+        return "a file with further names (hard links)" if status.st_nlink != 1 else None
 
     def _is_folder(self, name: str) -> bool:
-        found = self.look(name)
-        return found is not None and stat.S_ISDIR(found.st_mode)
+        status = self.look(name)
+        return status is not None and stat.S_ISDIR(status.st_mode)
 
     def _refuse(self, name: str, fault: str) -> ForeignFolder:
         return ForeignFolder(f"{self / name}: expected a plain file of our own, got: {fault}. Remove it and run again.")
@@ -254,10 +254,10 @@ class Folder:
     def remove(self, name: str) -> None:
         """Remove a file, a link itself, or a folder with what is in it; nothing where nothing is. Raises WriteError."""
         with self._writing(name):
-            found = self.look(name)
-            if found is None:
+            status = self.look(name)
+            if status is None:
                 return
-            if stat.S_ISDIR(found.st_mode):
+            if stat.S_ISDIR(status.st_mode):
                 self.subfolder(name).clear()
                 self._inner.pop(name).close()
                 os.rmdir(name, dir_fd=self.descriptor)

@@ -97,20 +97,20 @@ def choose_weights(names: Collection[str], read: Callable[[str], bytes], label: 
     """
     from checkpoints.reader import ADAPTER_FILES, WEIGHT_FILES
 
-    found = next((name for name in (*WEIGHT_FILES, *ADAPTER_FILES) if name in names), None)
-    if found is None:
+    chosen = next((name for name in (*WEIGHT_FILES, *ADAPTER_FILES) if name in names), None)
+    if chosen is None:
         there = few(names) or "nothing"
         raise InputError(f"{label}: expected {WEIGHT_FILES[0]}, {WEIGHT_FILES[2]} or an index of shards, got {there}.")
     modules = module_weights(names)
-    if not found.endswith(".json"):
-        return [found, *modules]
+    if not chosen.endswith(".json"):
+        return [chosen, *modules]
     try:
-        shards = sorted({str(shard) for shard in json.loads(read(found))["weight_map"].values()})
+        shards = sorted({str(shard) for shard in json.loads(read(chosen))["weight_map"].values()})
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise InputError(f"{label}: {found}: expected a JSON object with a weight_map, got something else.") from None
+        raise InputError(f"{label}: {chosen}: expected a JSON object with a weight_map, got something else.") from None
     missing = [shard for shard in shards if shard not in names]
     if missing:
-        raise InputError(f"{label}: {found} names files that are not there: {few(missing)}. Tell the model's author.")
+        raise InputError(f"{label}: {chosen} names files that are not there: {few(missing)}. Tell the model's author.")
     return [*shards, *modules]
 
 

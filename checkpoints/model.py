@@ -129,7 +129,7 @@ class Model:
         if self.is_file:
             raise UnknownClass(
                 f"{self.label}: expected a folder with config.json, got a file of tensors, of which nothing says how its model computes. Give the "
-                "folder of the model, or merge by names alone: without AIM, slices, and settings of head or vocabulary."
+                "folder of the model, or merge by names alone: without AIM, methods that run models, slices, and settings of head or vocabulary."
             )
         shapes = {name: info.shape for name, info in self.weights.tensors.items()}
         config = self.folder / "config.json"
@@ -161,8 +161,8 @@ class Model:
 
         Returns: nothing for a name that has no place, or where transformers does not know the class.
         """
-        found = self.find_pieces(shapes)
-        return {pieces[0].name: name for name, pieces in found.items() if len(pieces) == 1 and pieces[0].is_whole}
+        pieces_of = self.find_pieces(shapes)
+        return {pieces[0].name: name for name, pieces in pieces_of.items() if len(pieces) == 1 and pieces[0].is_whole}
 
     def find_pieces(self, shapes: Mapping[str, tuple[int, ...]], other: Model | None = None) -> dict[str, list[Piece]]:
         """What this model's tensors consist of, in the files of another: found by the parameters that both become.
@@ -180,13 +180,15 @@ class Model:
         ours = {name: info.shape for name, info in self.weights.tensors.items()}
         try:
             mine = self.architecture
-            found = find_pieces(mine.placements, ours, self._describe(shapes).placements, shapes)
+            pieces_of = find_pieces(mine.placements, ours, self._describe(shapes).placements, shapes)
         except InputError:
             return {}
-        if other is not None and len(found) < len(mine.placements):
+        if other is not None and len(pieces_of) < len(mine.placements):
             with suppress(InputError):
-                found = find_pieces(mine.placements, ours, text_placements(other.architecture, mine), shapes) | found
-        return found
+                pieces_of = (
+                    find_pieces(mine.placements, ours, text_placements(other.architecture, mine), shapes) | pieces_of
+                )
+        return pieces_of
 
     @cached_property
     def licence(self) -> str | None:

@@ -168,8 +168,8 @@ class Checkpoint:
                 self._owner[name] = file
         infos = {name: self._info(name) for name in sorted(self._owner)}
         outside = {name for name, file in self._owner.items() if file.prefix}
-        self.tensors: Mapping[str, TensorInfo] = {name: one for name, one in infos.items() if name not in outside}
-        self.modules: Source = _Part(self, {name: one for name, one in infos.items() if name in outside})
+        self.tensors: Mapping[str, TensorInfo] = {name: info for name, info in infos.items() if name not in outside}
+        self.modules: Source = _Part(self, {name: info for name, info in infos.items() if name in outside})
 
     def _info(self, name: str) -> TensorInfo:
         file = self._owner[name]
@@ -340,7 +340,7 @@ def same_values(first: TensorRef, second: TensorRef) -> bool:
     buffers = [torch.empty(READ_ELEMENTS * 8, dtype=torch.uint8) for _ in range(2)]
     for start in range(0, first.info.numel, READ_ELEMENTS):
         stop = min(start + READ_ELEMENTS, first.info.numel)
-        one, other = (ref.read(start, stop, buffer) for ref, buffer in zip((first, second), buffers, strict=True))
-        if not torch.equal(one.double(), other.double()):
+        values, other = (ref.read(start, stop, buffer) for ref, buffer in zip((first, second), buffers, strict=True))
+        if not torch.equal(values.double(), other.double()):
             return False
     return True

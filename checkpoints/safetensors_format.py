@@ -95,11 +95,11 @@ def parse_header(raw: bytes, file_size: int, where: str) -> dict[str, StoredTens
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of two entries with one name, readers choose differently."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         count = Counter(name for name, _ in pairs)
         raise ValueError(f"the name {count.most_common(1)[0][0]!r:.100} twice")
-    return found
+    return entries
 
 
 def _no_constant(text: str) -> Any:

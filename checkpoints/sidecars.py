@@ -64,9 +64,9 @@ def _choose(folder: Path) -> SideNames:
 
 def _sizes(folder: Path) -> dict[str, int]:
     """Relative name -> bytes of every plain file, hidden ones and linked folders left out, at most `MOST_SEEN` of them."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     waiting = [] if folder.is_file() else [""]  # nothing belongs to tensors in a file by itself
-    while waiting and len(found) < MOST_SEEN:
+    while waiting and len(sizes) < MOST_SEEN:
         parent = waiting.pop()
         try:
             with os.scandir(folder / parent) as listed:
@@ -78,8 +78,8 @@ def _sizes(folder: Path) -> dict[str, int]:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(f"{parent}{entry.name}/")
                 elif entry.is_file():
-                    found[f"{parent}{entry.name}"] = entry.stat().st_size
-    return found
+                    sizes[f"{parent}{entry.name}"] = entry.stat().st_size
+    return sizes
 
 
 class SideFiles:
@@ -102,7 +102,9 @@ class SideFiles:
     @property
     def nbytes(self) -> int:
         """Bytes that they, a model card and a recipe take, rounded up generously."""
-        sizes = (len(one) if isinstance(one, bytes) else one.stat().st_size for one in self._content.values())
+        sizes = (
+            len(content) if isinstance(content, bytes) else content.stat().st_size for content in self._content.values()
+        )
         return sum(sizes) + (1 << 20)
 
     def read(self, name: str) -> bytes:
@@ -142,13 +144,13 @@ class SideFiles:
 
     def drop(self, patterns: tuple[str, ...]) -> None:
         """Leave the files of these patterns out."""
-        self._content = {name: one for name, one in self._content.items() if not matches(name, patterns)}
+        self._content = {name: content for name, content in self._content.items() if not matches(name, patterns)}
 
     def take(self, folder: Path, patterns: tuple[str, ...]) -> None:
         """Take the files of these patterns from another folder, in place of all that there are."""
         self.drop(patterns)
-        found = (path for path in list_side_files(folder) if matches(path.as_posix(), patterns))
-        self._content |= {path.as_posix(): folder / path for path in found}
+        paths = (path for path in list_side_files(folder) if matches(path.as_posix(), patterns))
+        self._content |= {path.as_posix(): folder / path for path in paths}
 
     def digest(self) -> str:
         """Equal where the names and the bytes of all are, which are read now: what changes in a folder later is not seen."""

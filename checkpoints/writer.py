@@ -157,9 +157,9 @@ class CheckpointWriter:
 
         Returns: the digests of the chunks that have become complete since the last time.
         """
-        found = {file.shard.file_name: file.sync() for file in self._files}
+        synced = {file.shard.file_name: file.sync() for file in self._files}
         self.folder.sync()
-        return {name: digests for name, digests in found.items() if digests}
+        return {name: digests for name, digests in synced.items() if digests}
 
     def close(self) -> dict[str, dict[str, int | str]]:
         """Flush every shard to the disk, write the index, and return `bytes` and `sha256_64MiB` (None untaken) per file."""

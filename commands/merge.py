@@ -54,6 +54,7 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
     )
     what.add_argument("--base_model", metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name, NAME@REVISION, a .safetensors or .gguf file; gives config, tokenizer and vocabulary")  # fmt: skip
     what.add_argument("--models_to_merge", metavar="A,B,C", help="folders, hub names, NAME@REVISION, .safetensors or .gguf files; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
+    what.add_argument("--model_data", metavar="A,B,C", help=f"{', '.join(name for name, entry in METHODS.items() if entry.needs_data)}: text of each model's own task, in the order of the models: .jsonl, .json, .txt or .parquet files (or .gz) of texts, or of prompt and answer")  # fmt: skip
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
@@ -81,7 +82,7 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
         "--report", default="sample", metavar="WHAT", help="sample (one block in 16; default), full or none"
     )
     # Last, so that a method's key that is a flag already is refused as the method's slip.
-    more = [(name, one) for name in outside for one, _ in get_method(name).parameters().values()]
+    more = [(name, parameter) for name in outside for parameter, _ in get_method(name).parameters().values()]
     keys = parameters_by_key(more)
     for key, users in keys.items():
         add_parameter(how, key, users)
@@ -95,13 +96,13 @@ def add_parameter(group: argparse._ArgumentGroup, key: str, users: Sequence[tupl
     Raises: ArgumentError: a method outside of this program has a key that is another flag already.
     """
     said: dict[str, dict[str, list[str]]] = {}
-    for name, one in users:
-        said.setdefault(one.help, {}).setdefault(default_text(one), []).append(name)
+    for name, parameter in users:
+        said.setdefault(parameter.help, {}).setdefault(default_text(parameter), []).append(name)
     text = "; ".join(
         f"{clause}: " + "; ".join(f"{', '.join(names)} ({default})" for default, names in defaults.items())
         for clause, defaults in said.items()
     )
-    kinds = {one.is_switch for _, one in users}
+    kinds = {parameter.is_switch for _, parameter in users}
     form: dict[str, Any] = {"action": argparse.BooleanOptionalAction} if kinds == {True} else {"metavar": "V"}
     try:
         if len(kinds) != 1:
@@ -116,12 +117,12 @@ def add_parameter(group: argparse._ArgumentGroup, key: str, users: Sequence[tupl
         ) from error
 
 
-def default_text(one: Parameter) -> str:
+def default_text(parameter: Parameter) -> str:
     """What a parameter is where nothing is given, for `--help`."""
-    if one.default is REQUIRED:
+    if parameter.default is REQUIRED:
         return "required"
     words = {True: "yes", False: "no", None: "as the method does"}
-    return f"default {words[one.default] if one.is_switch else one.default}"
+    return f"default {words[parameter.default] if parameter.is_switch else parameter.default}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,10 +148,10 @@ def outside_methods(argv: Sequence[str]) -> list[str]:
     """
     named = [argument.partition("=")[2] for argument in argv if argument.startswith("--method=")]
     named += [value for flag, value in pairwise(argv) if flag == "--method"]
-    found = list(filter(is_outside, named))[-1:]
-    if found or ("--trust_remote_code" in argv and any(argument.startswith("--config") for argument in argv)):
+    outside = list(filter(is_outside, named))[-1:]
+    if outside or ("--trust_remote_code" in argv and any(argument.startswith("--config") for argument in argv)):
         sys.path.append(os.getcwd())
-    return found
+    return outside
 
 
 def check_required(parser: shell.Parser, arguments: argparse.Namespace) -> None:
@@ -265,6 +266,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             exclude=arguments.exclude,
             only=arguments.only,
             layout=layout,
+            model_data=arguments.model_data,
         )
     problems.raise_if_any()
     assert recipe is not None
@@ -291,7 +293,7 @@ def read_config(arguments: argparse.Namespace) -> Recipe:
     from merging.recipe_file import read_recipe_file
 
     problems = Problems()
-    for name in ("method", "base_model", "models", *arguments.parameter_keys):
+    for name in ("method", "base_model", "models", "model_data", *arguments.parameter_keys):
         if vars(arguments)[shell.FLAGS.get(name, name)] is not None:
             problems.add(
                 ArgumentError(
@@ -351,15 +353,15 @@ def verify(arguments: argparse.Namespace) -> None:
     folder = shell.parse_save_path(arguments.verify)
     for result in results_in(folder):
         with shell.progress_bar("verifying", bytes_in(result), quiet=arguments.quiet) as advance:
-            found = verify(result, trust_remote_code=arguments.trust_remote_code, progress=advance)
-        for note in found.notes:
+            verified = verify(result, trust_remote_code=arguments.trust_remote_code, progress=advance)
+        for note in verified.notes:
             say(f"note: {result}: {note}")
-        if found.undigested:
+        if verified.undigested:
             say(f"note: {result}: the run took no digests, so that only sizes were compared.")
         if not arguments.quiet:
-            size = shell.gigabytes(found.bytes)
-            files = f"{found.files - found.side_files} weight file(s), {found.side_files} other file(s)"
-            print(f"{result}: as written: {files}, {found.tensors} tensors, {size}, all finite.")
+            size = shell.gigabytes(verified.bytes)
+            files = f"{verified.files - verified.side_files} weight file(s), {verified.side_files} other file(s)"
+            print(f"{result}: as written: {files}, {verified.tensors} tensors, {size}, all finite.")
 
 
 def read_report(arguments: argparse.Namespace) -> Literal["none", "sample", "full"]:

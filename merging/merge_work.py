@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import ArgumentError, InputError, named_by
 from checkpoints.escaping import markdown, markdown_code, markdown_code_cell
 from checkpoints.model import Model, open_and_plan
 from checkpoints.problems import Problems
 from checkpoints.reader import same_values
-from checkpoints.settings import Show, as_in_python, setting
+from checkpoints.settings import Remark, Show, as_in_python, setting
+from checkpoints.staging import Stage
 from merging.methods import is_outside
 from merging.methods.outside import source_digest
 from merging.parameters import text_of
@@ -23,8 +24,11 @@ from merging.report import DeltaReport
 from streaming.console import Console, bar_of
 from streaming.job import Job, Request, Result, Step, plan_job
 from streaming.output import RunOptions
-from streaming.stream import Observer
+from streaming.stream import Observer, PlannedTensor
 from streaming.work import Findings, Work
+
+if TYPE_CHECKING:
+    from merging.input_moments import MomentsPass
 
 
 @dataclass(kw_only=True)
@@ -34,10 +38,12 @@ class Merge(Work):
     Attributes:
         plan: what is merged with what.
         detail: how much the merge report looks at.
+        moments: runs the models for what the method needs of their inputs; None for most methods.
     """
 
     plan: Plan
     detail: str
+    moments: MomentsPass | None = None
     _report: DeltaReport | None = field(default=None, init=False)
 
     def as_json(self) -> dict[str, Any]:
@@ -47,6 +53,10 @@ class Merge(Work):
     def as_text(self, show: Show = as_in_python) -> str:
         """The plan for people."""
         return self.plan.as_text(show)
+
+    def parts(self, todo: Sequence[PlannedTensor], stage: Stage) -> Generator[Sequence[PlannedTensor]]:
+        """See `Work.parts`: layer by layer where the method needs its inputs' moments."""
+        return super().parts(todo, stage) if self.moments is None else self.moments.parts(todo, stage)
 
     def start(self) -> Observer | None:
         """The merge report, where there are task vectors to look at."""
@@ -67,16 +77,18 @@ class Merge(Work):
     def warnings_of(self, findings: Findings) -> list[str]:
         """Models that equal the base, a base that is hardly theirs, and numbers that are not finite."""
         equal = sorted(self._compared_equal | findings.unchanged) if self.plan.has_deltas else []
-        found = [f"{self.plan.models[index]} equals the base: its task vector is zero throughout." for index in equal]
+        warnings = [
+            f"{self.plan.models[index]} equals the base: its task vector is zero throughout." for index in equal
+        ]
         if equal and len(equal) == len(self.plan.models):
-            found.append("All models equal the base, and so does the output.")
+            warnings.append("All models equal the base, and so does the output.")
         matrices = {tensor.spec.name for tensor in self.plan.tensors if not tensor.spec.is_vector}
         if self._report is not None and self._report.suspects_base(matrices):
-            found.append(
+            warnings.append(
                 f"The task vectors of all models are nearly the same and large: is {self.inputs[0].label} the base that they were fine-tuned "
                 "from? Name that one, or merge without a base (linear, slerp)."
             )
-        return [*found, *findings.non_finite_warnings()]
+        return [*warnings, *findings.non_finite_warnings()]
 
     def closing_record(self, observer: Observer | None) -> dict[str, Any]:
         """The merge report."""
@@ -91,6 +103,11 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         plan = make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes)
     problems.raise_if_any()
     assert plan is not None
+    moments, data = None, {}
+    if plan.recipe.method_class.needs_data:
+        moments, texts, moment_notes = _prepare_moments(plan, opened, options)
+        plan.notes += moment_notes
+        data = {"data": texts}
     name = plan.recipe.merge_method
     code = {"method_source": source_digest(name)} if is_outside(name) else {}
     return Merge(
@@ -100,14 +117,57 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         shards=plan.shards,
         files=plan.files,
         out_dtype=plan.recipe.out_dtype,
-        decides={**plan.recipe.as_json(), **code},
+        decides={**plan.recipe.as_json(), **code, **data},
         recipe=plan.recipe.as_json(),
         card=f"{_card_head(plan.recipe, opened)}\n\n{card_text(plan.recipe)}",
         notes=plan.notes,
         warnings=plan.warnings,
         plan=plan,
         detail=options.report,
+        moments=moments,
     )
+
+
+def _prepare_moments(
+    plan: Plan, opened: Sequence[Model], options: RunOptions
+) -> tuple[MomentsPass, list[dict[str, Any]], list[str]]:
+    """What runs the models, what on, and what to say of it. Raises Refusals: texts that cannot be read or are too short, models that cannot be run."""
+    from merging.input_moments import MomentsPass, texts_as_json
+    from merging.model_texts import ModelText, read_model_text
+
+    recipe, problems = plan.recipe, Problems()
+    by_key = {source_key(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
+    models = [by_key[source_key(source.name)] for source in recipe.models]
+    if plan.is_stacked:
+        raise ArgumentError(
+            f"{setting('models')}: {recipe.merge_method} merges whole models, which it runs. Name no layers."
+        )
+    chosen = recipe.parameters["data_tokens"]
+    if not chosen.is_constant:
+        raise ArgumentError(f"{setting('data_tokens')}: expected one number for all tensors, got several.")
+    tokens, has_base = int(chosen.at("", 0.0)), recipe.uses("base_weight")
+    sources = [source.data or "" for source in recipe.models]
+    asked = [(model, [source]) for model, source in zip(models, sources, strict=True)]
+    asked += [(opened[0], sources)] if has_base else []
+    texts: list[ModelText] = []
+    for model, files in asked:
+        with problems.collect():
+            texts.append(ModelText.joined([read_model_text(model, file, tokens) for file in files]))
+    problems.raise_if_any()
+    models = [model for model, _ in asked]
+    moments = MomentsPass(models, texts, options.stream.device, has_base=has_base)
+    count = moments.check(plan.tensors)
+    lines = [
+        f"{entry['model']}: runs on {entry['documents']} documents of {'all tasks' if has_base and at == len(models) - 1 else 'its own task'}, {entry['tokens']} tokens."
+        for at, entry in enumerate(texts_as_json(models, texts))
+    ]
+    rest = sum(tensor.method is not None for tensor in plan.tensors) - count
+    lines.append(
+        Remark(
+            f"{recipe.merge_method}: {count} matrices are merged by the moments of their inputs, {rest} other tensors by {setting('rest_lambda')}."
+        )
+    )
+    return moments, texts_as_json(models, texts), lines
 
 
 def _card_head(recipe: Recipe, opened: Sequence[Model]) -> str:

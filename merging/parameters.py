@@ -35,7 +35,7 @@ class Parameter:
         key: its name in recipe files, and the setting that messages mention.
         help: what it does, a clause for lists of settings, with its unit where it has one; it may mention other settings.
         default: its value where nothing is given; REQUIRED where something must be; None for the own rule of a `rule`.
-        kind: number; whole: a whole number; switch: yes or no; rule: yes, no, or None for what the method itself does.
+        kind: number; whole: a whole number; switch: yes or no; rule: yes, no, or None for what the method itself does; word: one of `words`.
         per_model: one value for each model; a flag takes one for all too.
         low, high: the closed range of a number.
         above: an open lower bound.
@@ -47,12 +47,13 @@ class Parameter:
     key: str
     help: str
     default: Any
-    kind: Literal["number", "whole", "switch", "rule"] = "number"
+    kind: Literal["number", "whole", "switch", "rule", "word"] = "number"
     per_model: bool = False
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
     in_files: Any = SAME
+    words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         try:
@@ -76,7 +77,9 @@ class Parameter:
         """Raise ArgumentError where one value is outside the range, or of another kind; `place`: it names the key."""
         if value is None and self.kind == "rule":
             return
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if self.kind == "word":
+            fits = value in self.words
+        elif isinstance(value, bool) or not isinstance(value, int | float):
             fits = isinstance(value, bool) and self.is_switch
         else:
             fits = not self.is_switch and self.low <= value <= self.high and self.above < value
@@ -91,6 +94,8 @@ class Parameter:
         """What a value must be, for messages."""
         if self.is_switch:
             return "true or false"
+        if self.kind == "word":
+            return " or ".join(self.words)
         noun = "whole number" if self.kind == "whole" else "number"
         if self.above > -math.inf:
             return f"a {noun} above {self.above:g}"
@@ -106,12 +111,13 @@ def parameter(
     help: str,
     *,
     default: Any,
-    kind: Literal["number", "whole", "switch", "rule"] = "number",
+    kind: Literal["number", "whole", "switch", "rule", "word"] = "number",
     per_model: bool = False,
     low: float = -math.inf,
     high: float = math.inf,
     above: float = -math.inf,
     in_files: Any = SAME,
+    words: tuple[str, ...] = (),
 ) -> Any:
     """Declare a parameter: a field of a method's class, which holds a tuple where each model has its own value.
 
@@ -119,7 +125,7 @@ def parameter(
 
     Args: see `Parameter`.
     """
-    return _field(Parameter(key, help, default, kind, per_model, low, high, above, in_files))
+    return _field(Parameter(key, help, default, kind, per_model, low, high, above, in_files, words))
 
 
 def shared(key: str, *, default: Any = SAME) -> Any:

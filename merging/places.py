@@ -99,7 +99,7 @@ def _whole_ranges(model: Model) -> set[tuple[int, int]]:
 
 
 def _place_whole_models(recipe: Recipe, models: Mapping[Any, Model], primary: Model) -> Places:
-    sources = [models[source_key(one.name)] for one in recipe.models]
+    sources = [models[source_key(source.name)] for source in recipe.models]
     alignment = _align(recipe, sources, primary)
     aligned = [alignment.of(model) for model in sources]
     names = list(alignment.dtypes)

@@ -73,7 +73,7 @@ class Plan:
 
     def groups(self) -> list[dict[str, Any]]:
         """What happens to each kind of tensor: action, how many, elements, dtype, and why one is copied."""
-        found: dict[tuple[str, str, str, str], list[int]] = {}
+        groups: dict[tuple[str, str, str, str], list[int]] = {}
         for tensor in self.tensors:
             action = (
                 "merge"
@@ -81,12 +81,12 @@ class Plan:
                 else f"copy from {'base' if self.recipe.base_model else tensor.base.source.label}"
             )
             key = (kind_of(tensor.spec.name), action, dtype_name(tensor.dtype), tensor.note)
-            count = found.setdefault(key, [0, 0])
+            count = groups.setdefault(key, [0, 0])
             count[0] += 1
             count[1] += tensor.spec.numel
         return [
             {"tensors": kind, "action": action, "count": count, "elements": elements, "dtype": dtype, "why": why}
-            for (kind, action, dtype, why), (count, elements) in found.items()
+            for (kind, action, dtype, why), (count, elements) in groups.items()
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -178,23 +178,23 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     # Which tensors of which model go where; configs; tokenizer files that a user chose.
     primary = opened[0]
     models = {source_key(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
-    found = find_places(recipe, models, primary)
-    problems.take(found.problems)
-    recipe = replace(recipe, layout=found.layout)
+    places = find_places(recipe, models, primary)
+    problems.take(places.problems)
+    recipe = replace(recipe, layout=places.layout)
     check_configs(opened, recipe.layout.allow_config_difference, problems, is_base=recipe.base_model is not None)
     if recipe.layout.copy_tokenizer_from is not None or recipe.layout.chat_template is not None:
         from alignment.tokenizer_choice import choose_tokenizer_files
 
-        choose_tokenizer_files(found.files, recipe.layout, opened, problems)
+        choose_tokenizer_files(places.files, recipe.layout, opened, problems)
     # Filters by name must find something.
-    names = [place.name for place in found.places]
+    names = [place.name for place in places.places]
     for key, expression in (("exclude", recipe.exclude), ("only", recipe.only)):
         with problems.collect():
             if expression and names and not any(pattern(setting(key), expression).find(names)):
                 looked = f"{setting(key)}: {expression!r} is found in no tensor's name"
                 raise ArgumentError(f"{looked}. Names look like {names[0]}.")
     problems.raise_if_any()
-    wide = [place.name for place in found.places if place.dtype == torch.float64]
+    wide = [place.name for place in places.places if place.dtype == torch.float64]
     if wide and recipe.out_dtype == "auto":
         problems.note(
             f"{primary.label}: float64, in which nothing is computed, is written as float32: {list_kinds(wide)}."
@@ -202,14 +202,14 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     # Each tensor with its method; then whether the whole of it would load.
     embeddings = _embeddings(recipe, primary, problems)
     by_name: dict[str, PlannedTensor] = {}
-    for place in found.places:
+    for place in places.places:
         with problems.collect():
             by_name[place.name] = _plan_tensor(recipe, place, place.name in embeddings)
     problems.raise_if_any()
     infos = {name: TensorInfo(tensor.dtype, tensor.spec.shape) for name, tensor in by_name.items()}
     modules = primary.weights.modules.tensors
     own = {name: info.shape for name, info in infos.items() if name not in modules}
-    check_output(found.files, own, primary, problems)
+    check_output(places.files, own, primary, problems)
     problems.raise_if_any()
     # Files, and what to say.
     shards = plan_shards(infos, max_shard_bytes, modules.keys())
@@ -218,7 +218,7 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     where = [location.note for model in opened for location, _ in model.parts if location.note]
     notes = [*recipe.notes, *where, *problems.notes]
     return Plan(
-        recipe, labels, ordered, shards, found.files, notes, [*problems.warnings, *remarks(recipe)], found.is_stacked
+        recipe, labels, ordered, shards, places.files, notes, [*problems.warnings, *remarks(recipe)], places.is_stacked
     )
 
 

@@ -32,11 +32,13 @@ class ModelInput:
 
     Attributes:
         layers: the first of its layers that take part, and the one after the last; None for all.
+        data: a file of text of its own task, for methods that need that.
     """
 
     name: ModelName
     parameters: Values = field(default_factory=dict)
     layers: tuple[int, int] | None = None
+    data: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,20 @@ class Recipe:
     def inputs(self) -> tuple[ModelName, ...]:
         """Every model once: the base, or what stands in for it, then the others in order."""
         names = [self.base_model] if self.base_model else []
-        names += [source.name for one in self.slices for source in one.sources]
+        names += [source.name for part in self.slices for source in part.sources]
         by_key: dict[Any, ModelName] = {}
         for name in names:
             by_key.setdefault(source_key(name), name)
         return tuple(by_key.values())
+
+    def uses(self, key: str) -> bool:
+        """Whether a parameter that holds for all models is anything but 0 somewhere."""
+        values = [
+            parameters[key]
+            for parameters in (self.parameters, *(part.parameters for part in self.slices))
+            if key in parameters
+        ]
+        return any(number != 0 for value in values for _, numbers in value.entries for number in numbers)
 
     @property
     def method_class(self) -> type[Method]:
@@ -137,17 +148,17 @@ class Recipe:
         here = self.slices[part]
         cls = get_method("passthrough") if here.as_is else self.method_class
         values: dict[str, Any] = {}
-        for key, (one, attribute) in cls.parameters().items():
+        for key, (parameter, attribute) in cls.parameters().items():
             if here.as_is:
                 values[attribute] = (1.0,)
-            elif one.per_model:
+            elif parameter.per_model:
                 chains = [(source.parameters, here.parameters, self.parameters) for source in here.sources]
                 called = names or [tensor] * len(chains)
-                found = (resolve(key, chain, name, t) for chain, name in zip(chains, called, strict=True))
-                values[attribute] = tuple(_or_default(one, number, tensor) for number in found)
+                numbers = (resolve(key, chain, name, t) for chain, name in zip(chains, called, strict=True))
+                values[attribute] = tuple(_or_default(parameter, number, tensor) for number in numbers)
             else:
                 number = resolve(key, (here.parameters, self.parameters), tensor, t)
-                values[attribute] = _or_default(one, number, tensor)
+                values[attribute] = _or_default(parameter, number, tensor)
         if cls.draws:
             values["seed"] = self.seed
         return cls(**values)
@@ -159,10 +170,15 @@ class Recipe:
             "base_model": str(self.base_model) if self.base_model else None,
         }
         if self.is_sliced:
-            content["slices"] = [self._slice_as_json(one) for one in self.slices]
+            content["slices"] = [self._slice_as_json(part) for part in self.slices]
         else:
             content["models"] = [
-                {"model": str(one.name), "parameters": _values_as_json(one.parameters)} for one in self.models
+                {
+                    "model": str(part.name),
+                    **({"data": part.data} if part.data is not None else {}),
+                    "parameters": _values_as_json(part.parameters),
+                }
+                for part in self.models
             ]
         return {
             **content,
@@ -174,17 +190,17 @@ class Recipe:
             "seed": self.seed,
         }
 
-    def _slice_as_json(self, one: Slice) -> dict[str, Any]:
-        base = [ModelInput(self.base_model, {}, one.base_layers)] if one.base_listed and self.base_model else []
+    def _slice_as_json(self, part: Slice) -> dict[str, Any]:
+        base = [ModelInput(self.base_model, {}, part.base_layers)] if part.base_listed and self.base_model else []
         sources = [
             {
                 "model": str(source.name),
                 "layer_range": list(source.layers or ()),
                 "parameters": _values_as_json(source.parameters),
             }
-            for source in (*base, *one.sources)
+            for source in (*base, *part.sources)
         ]
-        return {"sources": sources, "parameters": _values_as_json(one.parameters)}
+        return {"sources": sources, "parameters": _values_as_json(part.parameters)}
 
 
 def _values_as_json(values: Values) -> dict[str, Any]:
@@ -194,21 +210,21 @@ def _values_as_json(values: Values) -> dict[str, Any]:
 def resolve(key: str, chain: Iterable[Values], tensor: str, t: float) -> Any:
     """The first that any of the mappings says of a tensor; NOTHING where none does."""
     for values in chain:
-        found = values[key].at(tensor, t) if key in values else NOTHING
-        if found is not NOTHING:
-            return found
+        number = values[key].at(tensor, t) if key in values else NOTHING
+        if number is not NOTHING:
+            return number
     return NOTHING
 
 
-def _or_default(one: Parameter, number: Any, tensor: str) -> Any:
+def _or_default(parameter: Parameter, number: Any, tensor: str) -> Any:
     """A value that was found, else the default. Raises ArgumentError where there is none."""
     if number is not NOTHING:
         return number
-    if one.default_in_files is REQUIRED:
+    if parameter.default_in_files is REQUIRED:
         raise ArgumentError(
-            f"{setting(one.key)}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
+            f"{setting(parameter.key)}: says nothing of {tensor}, as no filter is in its name. Add an entry without a filter at the end."
         )
-    return one.default_in_files
+    return parameter.default_in_files
 
 
 def source_key(name: ModelName) -> Any:
@@ -220,12 +236,12 @@ def source_key(name: ModelName) -> Any:
 def class_of(method: str, has_base: bool) -> type[Method]:
     """The class of a method, with a base or without. Raises ArgumentError where there is no such method, or it needs one."""
     cls = get_method(method)
-    found = cls if has_base else cls.without_base()
-    if found is None:
+    method_class = cls if has_base else cls.without_base()
+    if method_class is None:
         raise ArgumentError(
             f"base_model: {canonical(method)} needs one. Name the model that the others were fine-tuned from."
         )
-    return found
+    return method_class
 
 
 def check_count(cls: type[Method], method: str, count: int) -> None:
@@ -247,10 +263,10 @@ def check_expression(where: str, expression: str | None, problems: Problems) -> 
 def twice(names: Iterable[ModelName]) -> list[ModelName]:
     """The names of models that were named before, whichever way they are written: a slip."""
     seen: set[Any] = set()
-    found = []
+    repeated = []
     for name in names:
         key = source_key(name)
         if key in seen:
-            found.append(name)
+            repeated.append(name)
         seen.add(key)
-    return found
+    return repeated

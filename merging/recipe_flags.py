@@ -29,6 +29,7 @@ def make_recipe(
     exclude: str | None = None,
     only: str | None = None,
     layout: Layout | None = None,
+    model_data: str | None = None,
 ) -> Recipe:
     """Make a recipe from what a user typed; everything wrong is said at once.
 
@@ -41,12 +42,13 @@ def make_recipe(
         seed: None for the default, 0 where the method draws.
         out_dtype, exclude, only: see `Recipe`.
         layout: see `Recipe`; None for the default, the union of the vocabularies where a model adds tokens.
+        model_data: comma-separated files of text, of each model's own task, for methods that need them.
 
     Raises: Refusals (an InputError): every problem; exit code 2.
     """
     cls = get_method(method)
     method = canonical(method)
-    declared = {key: one for key, (one, _) in cls.parameters().items()}
+    declared = {key: parameter for key, (parameter, _) in cls.parameters().items()}
     problems = Problems()
     given = {key: value for key, value in (parameters or {}).items() if value is not None}
     # Models, with weights inline or none.
@@ -68,8 +70,12 @@ def make_recipe(
             problems.add(ArgumentError(f"{setting('models')}: {error.marked}"))
     # Parameters: those that the method has, a value for each or for all models.
     _check_used(cls, method, given, seed, problems)
-    values = {key: _read_values(one, method, given.get(key), len(names), problems) for key, one in declared.items()}
+    values = {
+        key: _read_values(parameter, method, given.get(key), len(names), problems)
+        for key, parameter in declared.items()
+    }
     _check_values(cls, values, problems)
+    texts = _split_texts(model_data, cls, method, len(names), problems)
     # What does not depend on the method.
     if out_dtype not in OUT_DTYPES:
         problems.add(ArgumentError(f"{setting('out_dtype')}: {unknown('dtype', out_dtype, OUT_DTYPES)}"))
@@ -82,10 +88,10 @@ def make_recipe(
     problems.raise_if_any()
     assert base is not None
     # All is well: a model's own parameters go to it, the others to the recipe.
-    own = {key for key, one in declared.items() if one.per_model}
+    own = {key for key, parameter in declared.items() if parameter.per_model}
     sources = tuple(
-        ModelInput(name, {key: Value.constant(values[key][index]) for key in values if key in own})
-        for index, name in enumerate(names)
+        ModelInput(name, {key: Value.constant(values[key][index]) for key in values if key in own}, data=text)
+        for index, (name, text) in enumerate(zip(names, texts, strict=True))
     )
     shared = {key: Value.constant(value) for key, value in values.items() if key not in own and value is not None}
     return Recipe(
@@ -141,6 +147,33 @@ def _split_models(text: str, problems: Problems) -> tuple[list[ModelName], list[
     return names, weights
 
 
+def _split_texts(text: str | None, cls: type[Method], method: str, models: int, problems: Problems) -> list[str | None]:
+    """The file of text of each model, None for a method that needs none."""
+    name = setting("model_data")
+    if text is None and not cls.needs_data:
+        return [None] * models
+    if text is None:
+        problems.add(
+            ArgumentError(
+                f"{name}: {method} needs text of each model's own task, one file for each. Add {setting('model_data', 'A.jsonl,B.jsonl')}."
+            )
+        )
+        return [None] * models
+    if not cls.needs_data:
+        problems.add(ArgumentError(f"{name}: {method} does not use it. Leave it out."))
+        return [None] * models
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) != models or not all(parts):
+        got = len([part for part in parts if part])
+        problems.add(
+            ArgumentError(
+                f"{name}: expected a file for each of the {models} models, in their order, got {got}: {text}."
+            )
+        )
+        return [None] * models
+    return list(parts)
+
+
 def _check_used(cls: type[Method], method: str, given: Mapping[str, Any], seed: int | None, problems: Problems) -> None:
     """A flag that the method does not use is an error, never ignored."""
     used = cls.parameters()
@@ -166,21 +199,21 @@ def _is_number(text: str) -> bool:
 def _check_values(cls: type[Method], values: Mapping[str, Any], problems: Problems) -> None:
     """Ranges, and what the values forbid each other."""
     fields = cls.parameters()
-    found: list[ArgumentError] = []
+    faults: list[ArgumentError] = []
     if any(value is REQUIRED for value in values.values()):
         return  # said already
-    for key, (one, _) in fields.items():
+    for key, (parameter, _) in fields.items():
         try:
-            for number in values[key] if one.per_model else (values[key],):
-                one.check(number)
+            for number in values[key] if parameter.per_model else (values[key],):
+                parameter.check(number)
         except ArgumentError as error:
-            found.append(error)
-    if not found:
+            faults.append(error)
+    if not faults:
         try:
             cls(**{field: values[key] for key, (_, field) in fields.items()})
         except ArgumentError as error:
-            found.append(error)
-    for problem in found:  # a method names its parameter by the recipe's key
+            faults.append(error)
+    for problem in faults:  # a method names its parameter by the recipe's key
         key, colon, rest = problem.marked.partition(":")
         problems.add(ArgumentError(setting(key) + colon + rest if key in fields else problem.marked))
 
@@ -198,7 +231,7 @@ def _read_values(parameter: Parameter, method: str, text: Any, models: int, prob
     fallback = (default,) * models if parameter.per_model and default is not REQUIRED else default
     if text is None:
         return fallback
-    if parameter.is_switch:
+    if parameter.is_switch or parameter.kind == "word":
         return text
     try:
         numbers = [_read_number(parameter, part) for part in str(text).split(",")]

@@ -129,15 +129,16 @@ class Reader:
         """Setting -> where the file gives it, of those that nothing beside the file gives."""
         names = {"merge_method": "method", "dtype": "out_dtype", "tokenizer": "tokenizer_source"}
         beside = {**flags, **flags["layout"]}
-        found = {}
+        places = {}
         for key, value in content.items():
             name = names.get(key, key)
             if value is not None and beside.get(name) is None:
-                found[name] = f"{self.where}: {key}"
+                places[name] = f"{self.where}: {key}"
         shared = content.get("parameters")
+        places["model_data"] = f"{self.where}: models: data"
         for key in shared if isinstance(shared, dict) else ():
-            found[str(key)] = f"{self.where}: parameters.{key}"
-        return found
+            places[str(key)] = f"{self.where}: parameters.{key}"
+        return places
 
     def check_keys(self, place: str, content: Mapping[Any, Any], known: Iterable[str]) -> None:
         """Refuse keys that mean nothing, naming the nearest that does."""
@@ -198,11 +199,11 @@ class Reader:
     def with_defaults(self, recipe: Recipe, cls: type[Method]) -> Recipe | None:
         """The recipe with every default written out, so that it means the same wherever it is read."""
         shared, slices = dict(recipe.parameters), list(recipe.slices)
-        for key, (one, _) in cls.parameters().items():
-            default = one.default_in_files
+        for key, (parameter, _) in cls.parameters().items():
+            default = parameter.default_in_files
             if key in shared or default is None:
                 continue
-            if one.per_model and default is not REQUIRED:
+            if parameter.per_model and default is not REQUIRED:
                 slices = [
                     replace(
                         part,
@@ -247,12 +248,12 @@ class Reader:
             return ()
         if models is not None:
             sources = [
-                self.read_source(place, entry, ("model", "parameters"))
+                self.read_source(place, entry, ("model", "parameters", "data"), cls)
                 for place, entry in self.entries("models", models)
             ]
             known = [source for source in sources if source is not None]
             return (self.make_slice("models", known, {}, cls, base),) if len(known) == len(sources) and known else ()
-        found = []
+        parts = []
         for place, entry in self.entries("slices", slices):
             if not isinstance(entry, dict):
                 self.refuse(place, f"expected the key sources, got {describe(entry)}.")
@@ -264,8 +265,8 @@ class Reader:
             own = self.read_values(f"{place}.parameters", entry.get("parameters"), shared=True)
             known = [source for source in sources if source is not None]
             if known and len(known) == len(sources):
-                found.append(self.make_slice(place, known, own, cls, base))
-        return tuple(found)
+                parts.append(self.make_slice(place, known, own, cls, base))
+        return tuple(parts)
 
     def entries(self, place: str, content: Any) -> list[tuple[str, Any]]:
         """A list's entries with their places."""
@@ -274,8 +275,10 @@ class Reader:
             return []
         return [(f"{place}[{index}]", entry) for index, entry in enumerate(content)]
 
-    def read_source(self, place: str, entry: Any, keys: Sequence[str]) -> ModelInput | None:
-        """One model with its parameters, and its layers in a slice."""
+    def read_source(
+        self, place: str, entry: Any, keys: Sequence[str], cls: type[Method] | None = None
+    ) -> ModelInput | None:
+        """One model with its parameters, its layers in a slice, and its text where the method `cls` needs it."""
         if not isinstance(entry, dict) or "model" not in entry:
             self.refuse(
                 place,
@@ -288,7 +291,11 @@ class Reader:
         layers = None
         if "layer_range" in keys:
             layers = self.read_layers(f"{place}.layer_range", entry.get("layer_range"))
-        return None if name is None else ModelInput(name, parameters, layers)
+        data = self.read_text(f"{place}.data", entry.get("data"))
+        if data is not None and cls is not None and not cls.needs_data:
+            self.note(f"{place}.data has no effect: {self.method} does not use it.")
+            data = None
+        return None if name is None else ModelInput(name, parameters, layers, data)
 
     def read_layers(self, place: str, content: Any) -> tuple[int, int] | None:
         """`[first, one after the last]`."""
@@ -352,6 +359,15 @@ class Reader:
                 self.refuse(
                     place, f"expected {base} among the sources, to know which of its layers belong here. Add it."
                 )
+        if cls.needs_data:
+            if is_sliced:
+                self.refuse(place, f"{self.method} merges whole models, which it runs. Name them under models.")
+            for source in sources:
+                if source.data is None and not is_sliced:
+                    self.refuse(
+                        place,
+                        f"{source.name}: {self.method} needs text of the model's own task. Add the key data, a file.",
+                    )
         try:
             check_count(cls, self.method, len(sources))
         except ArgumentError as error:
@@ -369,7 +385,7 @@ class Reader:
             return {}
         used = get_method(self.method).parameters() if self.method else {}
         known = {*parameters_by_key(), *used, "int8_mask"}
-        found: dict[str, Value] = {}
+        values: dict[str, Value] = {}
         for key, content_of_key in content.items():
             if key == "int8_mask":
                 self.note(INT8_MASK)
@@ -385,10 +401,10 @@ class Reader:
                 self.note(f"{place}.{key} has no effect: it holds for all models. Write it under parameters.")
             else:
                 try:
-                    found[key] = parse_value(content_of_key, used[key][0])
+                    values[key] = parse_value(content_of_key, used[key][0])
                 except ArgumentError as error:
                     self.refuse(f"{place}.{key}", error.marked)
-        return found
+        return values
 
     # ------------------------------------------------------------------------------------------------- the other keys
 
@@ -472,7 +488,8 @@ class Reader:
         for key, allowed in choices.items():
             if key in further and further[key] not in allowed:
                 self.refuse(
-                    key, f"expected {' or '.join(str(one).lower() for one in allowed)}, got {describe(further[key])}."
+                    key,
+                    f"expected {' or '.join(str(value).lower() for value in allowed)}, got {describe(further[key])}.",
                 )
         # Whose tokenizer: a word, or a model.
         if source is None or source in ("base", "union", "auto"):

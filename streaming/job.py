@@ -189,7 +189,7 @@ class Job:
             todo = unfinished(work.tensors, stage)
             if len(todo) < len(work.tensors):
                 console.note(f"going on: {len(work.tensors) - len(todo)} of {len(work.tensors)} tensors are there")
-            moved = bytes_read(todo, [one.transform for one in variants]) + bytes_written(todo) * len(variants)
+            moved = bytes_read(todo, [each.transform for each in variants]) + bytes_written(todo) * len(variants)
             with console.bar(work.verb, moved, "B") as advance:
                 written = write_checkpoints(work, variants, stage, self.options, observer, advance)
             for variant, outputs in zip(variants, written.outputs, strict=True):
@@ -229,9 +229,9 @@ class Job:
     def _as_it_was(self, message: str) -> Result:
         """The result that an earlier run left."""
         recorded = json.loads((self.save_path / self.folders[0] / RECIPE_FILE).read_bytes())
-        found = [text for text in recorded.get("warnings", ()) if text not in self.work.warnings]
+        warnings = [text for text in recorded.get("warnings", ()) if text not in self.work.warnings]
         nothing = Written(0, 0, 0.0, 0, Findings(frozenset(), {}))
-        return Result(self.save_path, self.work, recorded.get("report"), found, nothing, True, message)
+        return Result(self.save_path, self.work, recorded.get("report"), warnings, nothing, True, message)
 
 
 def plan_job(

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -127,7 +128,7 @@ def write_checkpoints(
     started = time.monotonic()
     transforms = [variant.transform for variant in variants]
     non_finite = count_non_finite()
-    tallies = [non_finite, *(one.tally for one in (observer, *transforms) if one is not None)]
+    tallies = [non_finite, *(each.tally for each in (observer, *transforms) if each is not None)]
     # What an earlier run finished is not streamed again; its sums go into the tallies.
     usable = _usable(stage.finished, tallies, work.shards, variants)
     todo = [tensor for tensor in work.tensors if tensor.spec.name not in usable]
@@ -138,12 +139,12 @@ def write_checkpoints(
     def finish(name: str, changed: set[int], seconds: float) -> None:
         notes = [tally.close(name) for tally in tallies]
         commits.add(name, notes, changed)
-        seen = [found for tally, numbers in zip(tallies, notes, strict=True) if (found := tally.describe(numbers))]
+        seen = [note for tally, numbers in zip(tallies, notes, strict=True) if (note := tally.describe(numbers))]
         options.log("tensor", name=name, seconds=round(seconds, 6), seen=seen)
 
     # One writer for each variant, on the files that are there.
     writers: dict[str, CheckpointWriter] = {}
-    places = {one.folder: stage.work.subfolder(one.folder) if one.folder else stage.work for one in variants}
+    places = {each.folder: stage.work.subfolder(each.folder) if each.folder else stage.work for each in variants}
     try:
         for number, (name, folder) in enumerate(places.items()):
             digest = options.digest != "none"
@@ -152,17 +153,19 @@ def write_checkpoints(
         stage.work.sync()
         outputs = [Output(*pair) for pair in zip(writers.values(), transforms, strict=True)]
         # Stream into all of them, committing meanwhile and once more at the end.
-        with Commits(stage.journal, writers) as commits:
-            changed = stream(
-                todo,
-                outputs,
-                options=options.stream,
-                observer=observer,
-                progress=progress,
-                finished=finish,
-                changed=stage.finished.changed,
-                non_finite=non_finite,
-            )
+        changed = set(stage.finished.changed)
+        with Commits(stage.journal, writers) as commits, closing(work.parts(todo, stage)) as coming:
+            for part in coming:
+                changed |= stream(
+                    part,
+                    outputs,
+                    options=options.stream,
+                    observer=observer,
+                    progress=progress,
+                    finished=finish,
+                    changed=changed,
+                    non_finite=non_finite,
+                )
         digests = [writer.close() for writer in writers.values()]
     finally:
         for writer in writers.values():
@@ -192,8 +195,10 @@ def _usable(
         shard, begin, count = place[name]
         written = finished.written[name]
         files = [f"{variant.folder}/{shard.file_name}" if variant.folder else shard.file_name for variant in variants]
-        pieces = [one for _, one in written]
-        return [file for file, _ in written] == files and all(_cover(one, begin, count) for one in pieces)
+        pieces = [pieces_of_file for _, pieces_of_file in written]
+        return [file for file, _ in written] == files and all(
+            _cover(pieces_of_file, begin, count) for pieces_of_file in pieces
+        )
 
     def is_noted(notes: Sequence[Any]) -> bool:
         return len(notes) == len(tallies) and all(map(Tally.accepts, tallies, notes))

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from checkpoints.errors import ArgumentError, unknown
 
-Number = float | int | bool
+Number = float | int | bool | str
+"""One value of a parameter; a word where it takes one of several."""
 
 NOTHING: Any = object()
 """What a value says of a tensor that no filter matches."""
@@ -18,7 +19,7 @@ class Accepted(Protocol):
 
     @property
     def kind(self) -> str:
-        """`number`, `whole`, `switch` (yes or no) or `rule` (yes, no, or what the method itself does)."""
+        """`number`, `whole`, `switch` (yes or no), `rule` (yes, no, or what the method itself does) or `word` (one of several)."""
 
     @property
     def is_switch(self) -> bool:
@@ -67,7 +68,8 @@ class Value:
                 if isinstance(numbers[first], bool) or len(numbers) == 1:
                     return numbers[first]
                 share = position - first
-                return (1 - share) * numbers[first] + share * numbers[min(first + 1, len(numbers) - 1)]
+                low, high = float(numbers[first]), float(numbers[min(first + 1, len(numbers) - 1)])
+                return (1 - share) * low + share * high
         return NOTHING
 
     def filter_of(self, tensor: str) -> str | None:
@@ -153,6 +155,8 @@ def is_number(text: str) -> bool:
 
 def _parse_numbers(content: Any, parameter: Accepted) -> tuple[Number, ...]:
     """One number, or several over the layers."""
+    if parameter.kind == "word" and isinstance(content, list):
+        raise ArgumentError(f"expected {parameter.expectation}, got {describe(content)}.")
     numbers = []
     for part in content if isinstance(content, list) and content else [content]:
         number = _number(part, parameter)
@@ -170,6 +174,8 @@ def _parse_numbers(content: Any, parameter: Accepted) -> tuple[Number, ...]:
 
 def _number(content: Any, parameter: Accepted) -> Number | None:
     """A scalar of a file as a number: YAML reads 1e-5 as text, and mergekit's name of its rule for rescale is l1."""
+    if parameter.kind == "word":
+        return content if isinstance(content, str) else None
     if isinstance(content, str):
         if parameter.kind == "rule" and content == "l1":
             return True

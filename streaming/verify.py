@@ -46,12 +46,12 @@ class Verified:
 
 def results_in(folder: Path) -> list[Path]:
     """The checkpoints of a run: the folder itself, or those of a sweep in it. Raises InputError where no run wrote it."""
-    found = [folder] if (folder / RECIPE_FILE).is_file() else sorted(folder.glob(f"{SWEEP_PREFIX}*/{RECIPE_FILE}"))
-    if not found:
+    recipes = [folder] if (folder / RECIPE_FILE).is_file() else sorted(folder.glob(f"{SWEEP_PREFIX}*/{RECIPE_FILE}"))
+    if not recipes:
         raise InputError(
             f"{setting('verify', folder)}: expected {RECIPE_FILE}, got none. Name a folder that merge.py or performAIM.py wrote."
         )
-    return [path if path.is_dir() else path.parent for path in found]
+    return [path if path.is_dir() else path.parent for path in recipes]
 
 
 def bytes_in(folder: Path) -> int:
@@ -71,14 +71,14 @@ def verify(
 
     Raises: Refusals: everything that is wrong; InputError: the recipe cannot be read.
     """
-    found = Verified()
+    verified = Verified()
     problems = Problems()
     outputs, side_files = _read_files(folder)
     with closing(Workers()) as workers:
         present = {name: entry for name, entry in outputs.items() if _has_size(folder / name, entry, problems)}
         problems.extend(_check_side_files(folder, side_files))
         if side_files is None:
-            found.notes.append(
+            verified.notes.append(
                 f"{folder / RECIPE_FILE}: has no digests of config, tokenizer and other small files; an earlier version wrote it, and only "
                 "weights were looked at."
             )
@@ -93,21 +93,24 @@ def verify(
         for name, digest in zip(present, digests, strict=True):
             expected = present[name].get("sha256_64MiB")
             if expected is None:
-                found.undigested.append(name)
+                verified.undigested.append(name)
             elif digest != expected:
                 problems.add(f"{folder / name}: its bytes are not those that the run wrote.")
         problems.raise_if_any()
-        found.side_files = len(side_files or ())
-        found.files, found.bytes = len(outputs) + found.side_files, sum(entry["bytes"] for entry in outputs.values())
+        verified.side_files = len(side_files or ())
+        verified.files, verified.bytes = (
+            len(outputs) + verified.side_files,
+            sum(entry["bytes"] for entry in outputs.values()),
+        )
         # The model as anybody would load it.
         model = open_model(str(folder), trust_remote_code=trust_remote_code)
         with closing(model.weights):
-            problems.extend(_check_shapes(model, found))
+            problems.extend(_check_shapes(model, verified))
             problems.extend(_check_end(model))
             problems.extend(_check_numbers(model, workers, progress))
-            found.tensors = len(model.weights.tensors) + len(model.weights.modules.tensors)
+            verified.tensors = len(model.weights.tensors) + len(model.weights.modules.tensors)
     problems.raise_if_any()
-    return found
+    return verified
 
 
 Files = Mapping[str, Mapping[str, Any]]
@@ -166,12 +169,12 @@ def _digest(path: Path, entry: Mapping[str, Any], progress: Callable[[int], obje
     return digest
 
 
-def _check_shapes(model: Model, found: Verified) -> list[str]:
+def _check_shapes(model: Model, verified: Verified) -> list[str]:
     """What does not fit config.json; a note where its architecture is not known."""
     try:
         architecture = model.architecture
     except InputError as error:
-        found.notes.append(f"shapes were not compared with config.json: {error}")
+        verified.notes.append(f"shapes were not compared with config.json: {error}")
         return []
     problems = [
         f"{model.label}: {name}: does not fit config.json: {why}." for name, why in architecture.mismatched.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from checkpoints.model import Model
 from checkpoints.save_path import RECIPE_FILE
 from checkpoints.settings import Show, as_in_python
 from checkpoints.sidecars import SideFiles
+from checkpoints.staging import Stage
 from checkpoints.writer import Shard, file_names
 from streaming.stream import Observer, PlannedTensor, bytes_read
 
@@ -99,6 +100,16 @@ class Work(ABC):
     @abstractmethod
     def as_text(self, show: Show = as_in_python) -> str:
         """The plan for people."""
+
+    def parts(self, todo: Sequence[PlannedTensor], stage: Stage) -> Generator[Sequence[PlannedTensor]]:
+        """The tensors to be written, in parts of which one is streamed before the next is asked for: so a work can find out between
+        them what the next ones need, and forget it again. Raises InputError.
+
+        Args:
+            todo: those that no earlier run finished; each has to come once, as it is or with another method.
+            stage: where a work keeps what it has for a run that goes on.
+        """
+        yield todo
 
     def start(self) -> Observer | None:
         """What looks at the blocks of a run that begins; None looks at none."""

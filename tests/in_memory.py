@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from merging.methods import get_method
+from merging.methods import METHODS, get_method
 from merging.methods.contract import Method
 from merging.parameters import REQUIRED
 from streaming import blocks
@@ -90,6 +90,10 @@ def patch_grid(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
         for constant in ("GRID_ELEMENTS", "BLOCK_ELEMENTS", "READ_ELEMENTS"):
             if name.split(".")[0] in ("checkpoints", "merging", "streaming") and hasattr(module, constant):
                 monkeypatch.setattr(module, constant, elements)
+
+
+WITHOUT_DATA = [name for name, entry in METHODS.items() if not entry.needs_data]
+"""The methods that merge without text of each model."""
 
 
 def argument_names(cls: type[Method]) -> dict[str, str]:

@@ -31,6 +31,7 @@ from streaming.stream import StreamOptions
 from tests import golden_files
 from tests.golden_files import assert_same_bits, load_tensors
 from tests.in_memory import (
+    WITHOUT_DATA,
     assert_rounds_to,
     expect,
     fitting,
@@ -152,7 +153,7 @@ IN_DEPTH = ("llama", "qwen3", "mixtral")
 MERGES = [
     (architecture, method)
     for architecture in MERGE_ARCHITECTURES
-    for method in (METHODS if architecture in IN_DEPTH else ("ties", "widen"))
+    for method in (WITHOUT_DATA if architecture in IN_DEPTH else ("ties", "widen"))
 ]
 
 
@@ -185,7 +186,7 @@ def test_a_merge_is_the_reference_loads_and_generates(pico, tmp_path: Path, arch
         assert (out / name).read_bytes() == (family.base / name).read_bytes()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_the_comparison_sees_a_wrong_reference(pico, tmp_path: Path, method: str):
     """A turned sign; models in each other's places."""
     family = pico("llama")
@@ -225,7 +226,7 @@ def test_the_comparison_sees_one_changed_element_another_seed_and_a_missing_tens
 
 
 @pytest.mark.command
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_a_single_model_is_itself_and_lambda_zero_is_the_base(pico, tmp_path: Path, method: str):
     single = REFERENCES[method].single
     if get_method(method).min_models > 1 or single is None:
@@ -303,7 +304,7 @@ def write_family(
 
 
 @pytest.mark.command
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_blocks_and_workers_change_no_byte(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch):
     """With a grid of 256 elements, so that tensors have many measured blocks too."""
     patch_grid(monkeypatch, 256)
@@ -397,7 +398,7 @@ SHAPES = st.lists(st.one_of(st.integers(0, 9), st.integers(0, 70)), max_size=3).
 
 
 ANY_MERGE = given(
-    method=st.sampled_from(list(METHODS)),
+    method=st.sampled_from(WITHOUT_DATA),
     shapes=st.lists(SHAPES, min_size=1, max_size=4),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4),
     shards=st.integers(1, 3),
@@ -498,7 +499,7 @@ def run_hundred_blocks(out: Path, method: str, family: Family, monkeypatch: pyte
 
 
 @pytest.mark.command
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_no_read_and_no_combine_exceeds_the_block(
     tmp_path: Path, hundred_blocks: Family, method: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -729,7 +730,7 @@ def leaves_nothing(folder: Path) -> bool:
     return not (folder / "out").exists() and not (folder / "out.partial").exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 @pytest.mark.parametrize("where", ["base", "model_1"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_number_that_is_none_names_tensor_and_model(tmp_path: Path, method: str, where: str, value: float):
@@ -770,7 +771,7 @@ def test_a_merge_too_large_for_its_dtype_is_refused(tmp_path: Path, dtype: torch
 
 
 @pytest.mark.command
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_a_model_equal_to_the_base_is_a_warning(tmp_path: Path, method: str):
     family = write_family(tmp_path, {"a.weight": (20, 30), "b.weight": (40,)})
     same = fitting(method, family.models[:2])[-1]
@@ -869,7 +870,7 @@ def test_a_base_with_the_longest_vocabulary_keeps_it(tmp_path: Path):
 
 
 @pytest.mark.command
-@pytest.mark.parametrize(("method", "block_elements"), [*((method, 1 << 17) for method in METHODS), ("ties", 50)])
+@pytest.mark.parametrize(("method", "block_elements"), [*((method, 1 << 17) for method in WITHOUT_DATA), ("ties", 50)])
 def test_a_permuted_vocabulary_changes_no_byte(tmp_path: Path, method: str, block_elements: int):
     """Ids shuffled, rows shuffled with them: the tokens are the same, and so is the merge."""
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ from checkpoints.provenance import fingerprint
 from checkpoints.reader import open_checkpoint
 from merging.methods import METHODS, get_method
 from tests.fake_hub import FakeHub
-from tests.in_memory import fitting, required_flags
+from tests.in_memory import WITHOUT_DATA, fitting, required_flags
 from tests.pico import Family, make_family, write_checkpoint
 from tests.scene import Ended, Scene
 
@@ -301,7 +301,7 @@ def test_recipe_file(run):
     assert [entry["model"] for entry in content["inputs"]] == ["in/base", "in/math", "in/code"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_the_seed_is_always_there(run, method):
     run(f"--method={method}")
     assert recipe()["seed"] == (0 if get_method(method).draws else None)
@@ -425,7 +425,7 @@ def test_notes_and_warnings(run, models, tmp_path):
     assert ended == (0, "", f"warning: {warning}\n")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_every_method_warns_of_a_model_that_equals_the_base(run, models, tmp_path, method):
     shutil.copytree(models / "base", tmp_path / "copy")
     models = fitting(method, ["copy", "in/math"])
@@ -572,7 +572,7 @@ def test_what_makes_a_difference(run, first, second):
     assert not same_bytes("one", "two")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_DATA)
 def test_methods_in_any_case(run, method):
     for folder, spelling in (("lower", method), ("upper", method.upper()), ("title", method.title())):
         run(f"--save_path={folder}", f"--method={spelling}")

@@ -65,6 +65,8 @@ def rows_of(cls_parameters: dict[str, Parameter], draws: bool) -> list[tuple[str
         default = (
             words[one.default]
             if one.is_switch
+            else one.default
+            if one.kind == "word"
             else f"{one.default:.10f}".rstrip("0")
             if one.default is not REQUIRED
             else "required"
@@ -76,6 +78,8 @@ def rows_of(cls_parameters: dict[str, Parameter], draws: bool) -> list[tuple[str
 
 def range_text(one: Parameter) -> str:
     """The range in the words of the cards; empty where the words are the card's own."""
+    if one.kind == "word":
+        return " or ".join(one.words)
     if one.is_switch or (one.low, one.high) == (0.0, 0.5):
         return ""
     noun = "a whole number, " if one.kind == "whole" else ""

@@ -24,6 +24,7 @@ from checkpoints.work_folder import STATE
 from checkpoints.writer import CheckpointWriter
 from forward.layerwise import Layerwise
 from merging import make_recipe
+from merging.kept_hidden import KeptHidden
 from merging.merge_work import prepare
 from streaming import commits
 from streaming.output import RunOptions
@@ -40,6 +41,7 @@ RUNS = {
     "no digests": (merge.main, ["--method=linear", "--digest=none", *MERGE]),
     "one-run AIM": (merge.main, ["--method=dare_linear", "--omegas=0,0.4", *CALIBRATION, *MERGE]),
     "protect mean": (merge.main, ["--method=dare_linear", "--omegas=0,0.4", "--protect=mean", *CALIBRATION, *MERGE]),
+    "regmean": (merge.main, ["--method=regmean", f"--model_data={TEXTS},{TEXTS}", "--data_tokens=200", *MERGE]),
     "performAIM": (performAIM.main, ["--omega=0.2", *RELAX]),
     "reference": (performAIM.main, ["--numerics=reference", *RELAX]),
 }
@@ -313,6 +315,34 @@ def test_a_calibration_layer_by_layer_goes_on_at_its_layer(place, monkeypatch, c
     err = capsys.readouterr().err
     assert ("begun again" in err) is not fits
     assert ("going on at layer 2 of 2" in err) is fits
+    assert content(Path("out")) == expected
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_merge_by_inputs_goes_on_at_its_layer(place, monkeypatch, fits):
+    """`fits`: what is kept can be gone on with; else the layers are run again, and merged no more than once."""
+    main, argv = RUNS["regmean"]
+    expected = undisturbed(main, argv)
+    keep, advance = KeptHidden.keep, Layerwise.advance
+
+    def fail(self, *arguments):
+        keep(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptHidden, "keep", fail)
+        assert main(argv) == 130
+    assert [record["before_layer"] for record in records() if "before_layer" in record] == [1]
+    advanced: list[int] = []
+    monkeypatch.setattr(Layerwise, "advance", lambda self: (advanced.append(self.at), advance(self))[1])
+    if not fits:
+        monkeypatch.setattr(Layerwise, "restore", lambda self, batches, tensors: False)
+    written: set[str] = set()
+    write = CheckpointWriter.write
+    monkeypatch.setattr(CheckpointWriter, "write", lambda w, name, *rest: (written.add(name), write(w, name, *rest)))
+    assert main(argv) == 0
+    assert advanced == ([1, 1] if fits else [0, 0, 1, 1])  # of two layers, in two models
+    assert written == {name for name in written if ".layers.1." in name}
     assert content(Path("out")) == expected
 
 

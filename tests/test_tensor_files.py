@@ -21,7 +21,7 @@ from tests.scene import call, names
 NO_CONFIG = "is a file of tensors, merged by their names: the output has no config.json and no tokenizer."
 NO_CLASS = (
     "expected a folder with config.json, got a file of tensors, of which nothing says how its model computes. Give the folder of the model, "
-    "or merge by names alone: without AIM, slices, and settings of head or vocabulary."
+    "or merge by names alone: without AIM, methods that run models, slices, and settings of head or vocabulary."
 )
 
 

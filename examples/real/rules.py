@@ -55,6 +55,7 @@ REFERENCE = "task arithmetic"
 """The rule that all others are compared with, at its best lambda."""
 SUM = "--method task_arithmetic --lambda {lambda}"
 AIM = f"{SUM} --omega 0 {{statistics}}"
+MEAN = f"{AIM} --protect mean"
 
 
 def rules(lambdas: tuple[float, ...], densities: tuple[float, ...] = (0.2,)) -> list[Rule]:
@@ -67,6 +68,8 @@ def rules(lambdas: tuple[float, ...], densities: tuple[float, ...] = (0.2,)) -> 
         Rule("AIM", AIM, grid),
         Rule("AIM, uniform control", f"{AIM} --control uniform", grid, control_of="AIM"),
         Rule("AIM, permuted control", f"{AIM} --control permuted", grid, control_of="AIM"),
+        Rule("mean input", MEAN, grid),
+        Rule("RegMean", "--method regmean --model_data {texts}"),
         Rule("TIES", "--method ties --density {density} --lambda {lambda}", doubled),
         Rule("DARE", "--method dare_linear --density {density} --lambda {lambda}", {"density": densities, **grid}),
     ]

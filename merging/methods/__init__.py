@@ -31,11 +31,13 @@ class Entry(NamedTuple):
         target: `module:Class`, the module in this package.
         parameters: recipe key -> parameter.
         draws: whether it draws random numbers.
+        needs_data: whether each model brings text of its own task.
     """
 
     target: str
     parameters: dict[str, Parameter]
     draws: bool
+    needs_data: bool
 
 
 @cache
@@ -46,7 +48,7 @@ def _classes(module: str) -> dict[str, dict[str, Any]]:
     """
     tree = ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
     known: dict[str, dict[str, Any]] = {}
-    found: dict[str, dict[str, Any]] = {}
+    classes: dict[str, dict[str, Any]] = {}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
             imported = _classes((node.module or "").rpartition(".")[2])
@@ -59,8 +61,8 @@ def _classes(module: str) -> dict[str, dict[str, Any]]:
                     value = _value(line.value)
                     if value is not None:
                         fields[line.target.id] = value
-            known[node.name] = found[node.name] = fields
-    return found
+            known[node.name] = classes[node.name] = fields
+    return classes
 
 
 def _value(node: ast.expr) -> Any:
@@ -78,8 +80,10 @@ def _find() -> dict[str, Entry]:
         for cls, fields in {} if path.stem in ("__init__", "contract") else _classes(path.stem).items():
             if fields.get("name"):
                 declared = [value.metadata["parameter"] for value in fields.values() if hasattr(value, "metadata")]
-                parameters = {one.key: one for one in declared}
-                methods[fields["name"]] = Entry(f"{path.stem}:{cls}", parameters, fields.get("draws", False))
+                parameters = {parameter.key: parameter for parameter in declared}
+                methods[fields["name"]] = Entry(
+                    f"{path.stem}:{cls}", parameters, fields.get("draws", False), fields.get("needs_data", False)
+                )
     return dict(sorted(methods.items()))
 
 
@@ -112,8 +116,8 @@ def get_method(name: str) -> type[Method]:
     if name.lower() not in METHODS:
         raise ArgumentError(f"{setting('method')}: {unknown('method', name, METHODS)}")
     module, _, cls = METHODS[name.lower()].target.partition(":")
-    found: type[Method] = getattr(importlib.import_module(f"{PACKAGE}.{module}"), cls)
-    return found
+    method_class: type[Method] = getattr(importlib.import_module(f"{PACKAGE}.{module}"), cls)
+    return method_class
 
 
 def parameters_by_key(more: Iterable[tuple[str, Parameter]] = ()) -> dict[str, list[tuple[str, Parameter]]]:
@@ -122,7 +126,10 @@ def parameters_by_key(more: Iterable[tuple[str, Parameter]] = ()) -> dict[str, l
     Args:
         more: (method, parameter) of methods outside of this package.
     """
-    found: dict[str, list[tuple[str, Parameter]]] = {key: [] for key in SHARED}
-    for method, one in [*((name, one) for name, entry in METHODS.items() for one in entry.parameters.values()), *more]:
-        found.setdefault(one.key, []).append((method, one))
-    return found
+    users: dict[str, list[tuple[str, Parameter]]] = {key: [] for key in SHARED}
+    for method, parameter in [
+        *((name, parameter) for name, entry in METHODS.items() for parameter in entry.parameters.values()),
+        *more,
+    ]:
+        users.setdefault(parameter.key, []).append((method, parameter))
+    return users

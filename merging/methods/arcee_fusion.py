@@ -104,8 +104,8 @@ def _quantiles(tensor: TensorSpec, scan: Scan, divergences: torch.Tensor, shares
     positions = [share * (n - 1) for share in shares]
     ranks = [rank for position in positions for rank in (math.floor(position), math.ceil(position))]
     if n <= FEW:
-        found = torch.cat(list(scan(lambda block: importance(block, divergences).cpu()))).sort().values
-        values = [float(found[rank]) for rank in ranks]
+        importances = torch.cat(list(scan(lambda block: importance(block, divergences).cpu()))).sort().values
+        values = [float(importances[rank]) for rank in ranks]
     else:
 
         def of_importance(measure: Any, regions: Any = None) -> Any:

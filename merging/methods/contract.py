@@ -36,16 +36,18 @@ class Method(ABC):
     """Whether each task vector is multiplied with a number of its own, which a plan can name."""
     needs_embeddings: ClassVar[bool] = False
     """Whether it must know which tensors are embeddings, for which the model class is built."""
+    needs_data: ClassVar[bool] = False
+    """Whether each model brings text of its own task, on which it is run for what the method wants to know."""
     min_models: ClassVar[int] = 1
     """How many models it merges at least, the base not counted."""
     max_models: ClassVar[int | None] = None
     """And at most."""
 
     def __post_init__(self) -> None:
-        for one, field in self.parameters().values():
+        for parameter, field in self.parameters().values():
             value = getattr(self, field)
-            for number in value if one.per_model else (value,):
-                one.check(number)
+            for number in value if parameter.per_model else (value,):
+                parameter.check(number)
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """Reduce one tensor to the statistics that `combine` needs; None where it needs none."""
@@ -66,7 +68,7 @@ class Method(ABC):
     def parameters(cls) -> dict[str, tuple[Parameter, str]]:
         """Recipe key -> the parameter, and the name of the field that holds it; a tuple where each model has a value."""
         declared = ((field.metadata["parameter"], field.name) for field in dataclasses.fields(cls) if field.metadata)
-        return {one.key: (one, name) for one, name in declared}
+        return {parameter.key: (parameter, name) for parameter, name in declared}
 
     @classmethod
     def without_base(cls) -> type[Method] | None:

@@ -1,0 +1,373 @@
+"""Second moments of the inputs of every model's weights, taken layer by layer while all models run in step on their own texts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from checkpoints.errors import InputError, first_line
+from checkpoints.model import Model
+from checkpoints.placements import Placement
+from checkpoints.problems import Problems
+from checkpoints.settings import setting
+from checkpoints.staging import Stage
+from forward.layers import find_layers
+from forward.layerwise import Layerwise, in_step
+from forward.loading import out_of_memory, quiet_transformers
+from forward.parts import Use
+from forward.skeleton import build_skeleton
+from forward.watch import Watch
+from merging.kept_hidden import KeptHidden
+from merging.methods.regmean import InputMoments, RegMean
+from merging.model_texts import ModelText
+from streaming.stream import Merger, PlannedTensor
+
+ROWS_AT_ONCE = 4096
+"""Of an input that are kept before they are multiplied: one product of many rows costs far less than many of few."""
+
+
+Made = dict[Any, tuple[Sequence[InputMoments], Merger]]
+"""What merges weights of one input, by the ids of its moments, which are kept so that no others have them."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """An input that was seen, whichever weights share it.
+
+    Attributes:
+        x, version: as it came; holding it keeps its memory from being reused.
+        rest, first: copies of its rows: all but those of the first token, and those.
+    """
+
+    x: torch.Tensor
+    version: int
+    rest: torch.Tensor
+    first: torch.Tensor
+
+
+@dataclass
+class _Sum:
+    """Sums over tokens of one use of a weight.
+
+    Attributes:
+        waiting: inputs that are not in the sums yet.
+        rest, first: of x x^T, `[in, in]` float64, or of x^2, `[in]`, over tokens after the first of a document, and over first ones;
+            never changed, so that uses of one input share them.
+        tokens, firsts: how many are in them.
+    """
+
+    waiting: list[_Rows]
+    rest: torch.Tensor
+    first: torch.Tensor
+    tokens: int = 0
+    firsts: int = 0
+
+
+class Moments:
+    """Adds up x x^T of the inputs that a `forward.watch.Watch` sees.
+
+    Args:
+        diagonal: parameters of whose inputs x^2 is enough.
+
+    Attributes:
+        block: `(documents, tokens)` of what runs; see `forward.whole.Counts`.
+        is_open: whether what is seen counts.
+    """
+
+    def __init__(self, diagonal: Collection[str] = ()):
+        self.block: tuple[int, int] | None = None
+        self.is_open = True
+        self._diagonal = frozenset(diagonal)
+        self._sums: dict[Use, _Sum] = {}
+        self._last: _Rows | None = None
+        self._multiplied: dict[tuple[bool, tuple[int, ...]], tuple[list[_Rows], torch.Tensor, torch.Tensor]] = {}
+        self._means: dict[tuple[int, ...], tuple[list[torch.Tensor], InputMoments]] = {}
+
+    def see(self, use: Use, x: torch.Tensor) -> None:
+        """See `forward.watch.See`. An input that several weights share is multiplied once."""
+        if not self.is_open:
+            return
+        if self._last is None or self._last.x is not x or self._last.version != x._version:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            firsts = len(rows) // self.block[1] if self.block and x.ndim > 1 and self._is_in_order(x) else 0
+            # One document at a time runs, so that the first token's rows come first.
+            self._last = _Rows(x, x._version, rows[firsts:].clone(), rows[:firsts].clone())
+        if use not in self._sums:
+            width = x.shape[-1]
+            zeros = torch.zeros(
+                width if use.parameter in self._diagonal else (width, width), dtype=torch.float64, device=x.device
+            )
+            self._sums[use] = _Sum([], zeros, zeros)
+        sums = self._sums[use]
+        sums.waiting.append(self._last)
+        if sum(len(one.rest) for one in sums.waiting) >= ROWS_AT_ONCE:
+            self._add_up(use)
+
+    def _add_up(self, use: Use) -> None:
+        """Put what waits of a use into its sums."""
+        sums = self._sums[use]
+        if not sums.waiting:
+            return
+        key = (use.parameter in self._diagonal, tuple(map(id, sums.waiting)))
+        if key not in self._multiplied:
+            rest, first = (torch.cat(rows).double() for rows in zip(*((one.rest, one.first) for one in sums.waiting), strict=True))  # fmt: skip
+            made = [rows.square().sum(dim=0) if key[0] else rows.T @ rows for rows in (rest, first)]
+            self._multiplied = {
+                key: (sums.waiting, made[0], made[1])
+            }  # the last alone: uses of one input come together
+        _, rest, first = self._multiplied[key]
+        is_new = not sums.tokens and not sums.firsts
+        sums.rest, sums.first = (rest, first) if is_new else (sums.rest + rest, sums.first + first)
+        sums.tokens += sum(len(one.rest) for one in sums.waiting)
+        sums.firsts += sum(len(one.first) for one in sums.waiting)
+        sums.waiting = []
+
+    def _is_in_order(self, x: torch.Tensor) -> bool:
+        """Whether the rows of an input are those of the tokens, in their order."""
+        assert self.block is not None
+        documents, length = self.block
+        return tuple(x.shape[:2]) == (documents, length) if x.ndim > 2 else len(x) == documents * length
+
+    def clear(self) -> None:
+        """Forget what was added up."""
+        self._sums.clear()
+        self._multiplied.clear()
+        self._means.clear()
+        self._last = None
+
+    def of(self, placement: Placement, shape: Sequence[int]) -> InputMoments | None:
+        """The moments of a stored tensor's input, the same object for weights of one input; None where none was seen that has all of
+        its channels.
+
+        Args:
+            placement: of the tensor.
+            shape: its own.
+        """
+        if placement.input_dim is None or placement.input_dim not in placement.axes:
+            return None
+        axis, width = placement.axes.index(placement.input_dim), shape[placement.input_dim]
+        uses = [
+            use
+            for use in self._sums
+            if use.parameter == placement.parameter and use.axis == axis and use.channels == (0, width)
+        ]
+        if not uses:
+            return None
+        for use in self._sums:  # in the order of the pass, where weights of one input stand together
+            self._add_up(use)
+        self._multiplied.clear()
+        if placement.kind != "experts":
+            return self._mean([self._sums[use] for use in uses])
+        # A router's rows do not tell which of them are first tokens, whatever they were for one document.
+        experts = [placement.expert] if placement.expert is not None else list(range(shape[0]))
+        each = [
+            self._joined([self._sums[use] for use in uses if _has(use, expert)], self._sums[uses[0]])
+            for expert in experts
+        ]
+        return InputMoments(torch.stack(each), torch.zeros_like(torch.stack(each))) if placement.expert is None else (
+            InputMoments(each[0], torch.zeros_like(each[0]))
+        )  # fmt: skip
+
+    def _mean(self, sums: Sequence[_Sum]) -> InputMoments:
+        """Means of several sums together."""
+        whole = [moments.rest for moments in sums]
+        key = tuple(map(id, whole))
+        if key not in self._means:
+            tokens, firsts = sum(moments.tokens for moments in sums), sum(moments.firsts for moments in sums)
+            rest = torch.stack(whole).sum(dim=0) / max(1, tokens)
+            first = torch.stack([moments.first for moments in sums]).sum(dim=0) / max(1, firsts)
+            self._means[key] = (whole, InputMoments(rest, first))  # as long as they are there, no other has their id
+        return self._means[key][1]
+
+    @staticmethod
+    def _joined(sums: Sequence[_Sum], like: _Sum) -> torch.Tensor:
+        """The mean over all tokens of several sums together; zeros, shaped like those of another, of none."""
+        if not sums:
+            return torch.zeros_like(like.rest)
+        total = torch.stack([moments.rest + moments.first for moments in sums]).sum(dim=0)
+        return total / max(1, sum(moments.tokens + moments.firsts for moments in sums))
+
+
+def _has(use: Use, expert: int) -> bool:
+    return use.ranges[0][0] <= expert < use.ranges[0][1]
+
+
+class MomentsPass:
+    """Runs all models layer by layer, and gives the tensors of each layer with their moments, ready to be merged.
+
+    Args:
+        models: fine-tuned ones, in the order of the tensors' inputs, and the base behind them where its inputs count.
+        texts: of each,
+            its own.
+        device: where they run.
+        has_base: whether the last model is the base.
+    """
+
+    def __init__(
+        self, models: Sequence[Model], texts: Sequence[ModelText], device: torch.device, *, has_base: bool = False
+    ):
+        self._models, self._texts, self._device, self._has_base = models, texts, device, has_base
+
+    def check(self, tensors: Sequence[PlannedTensor]) -> int:
+        """Raise Refusals: models that cannot be run layer by layer, or lack weights; text that is too short for a merge without a ridge.
+
+        Returns: how many tensors get moments.
+        """
+        problems = Problems()
+        counts: dict[str, int] = {}
+        with problems.collect(), quiet_transformers():
+            counts = self._layers_of(tensors, self._skeleton(self._models[0]))
+        for model in self._models:
+            if model.architecture.missing:
+                problems.add(
+                    f"{model.label}: expected a tensor for {model.architecture.missing[0]}, got none, so that it cannot be run. Use a complete model."
+                )
+        tokens = sum(text.tokens for text in self._texts[: len(self._texts) - self._has_base])
+        for tensor in tensors:
+            placements = self._placements(tensor)
+            if tensor.spec.name not in counts or placements is None or placements[0].input_dim is None:
+                continue
+            method, width = tensor.method, tensor.spec.shape[placements[0].input_dim]
+            assert isinstance(method, RegMean)
+            if method.ridge == 0.0 and method.moments == "full" and method.gram_scale == 1.0 and tokens < width:
+                problems.add(
+                    f"{setting('ridge', 0)}: {tensor.spec.name}: the second moments of {tokens} tokens have a rank below its {width} input channels. "
+                    f"Give more text ({setting('data_tokens')}), or a {setting('ridge')} above 0."
+                )
+                break
+        problems.raise_if_any()
+        return len(counts)
+
+    def parts(self, todo: Sequence[PlannedTensor], stage: Stage) -> Generator[Sequence[PlannedTensor]]:
+        """First what needs no moments, then layer after layer; see `streaming.work.Work.parts`.
+
+        Raises: InputError: a model cannot be run; moments that are not finite.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(quiet_transformers())
+            stack.enter_context(out_of_memory("the layer-by-layer pass", "Give less text"))
+            skeletons = [self._skeleton(model) for model in self._models]
+            layer_of = self._layers_of(todo, skeletons[0])
+            yield [tensor for tensor in todo if tensor.spec.name not in layer_of]
+            if not layer_of:
+                return
+            sinks = [Moments(diagonal) for diagonal in self._diagonal(todo)]
+            running = [
+                stack.enter_context(self._layerwise(stack, *diagonal))
+                for diagonal in zip(self._models, skeletons, sinks, strict=True)
+            ]
+            wanted = set(layer_of.values())
+            texts, kept = [text.documents_on(self._device) for text in self._texts], KeptHidden(stage)
+            if not kept.restore(running, texts, min(wanted)):
+                for diagonal, text in zip(running, texts, strict=True):
+                    diagonal.start(text)
+            for sink in sinks:
+                sink.is_open = running[0].at in wanted
+            for layer in in_step(running):
+                if layer in wanted:
+                    here = [tensor for tensor in todo if layer_of.get(tensor.spec.name) == layer]
+                    made: Made = {}
+                    yield [self._prepared(tensor, sinks, made) for tensor in here]
+                    wanted.discard(layer)
+                for sink in sinks:
+                    sink.clear()
+                    sink.is_open = running[0].at in wanted
+                if not wanted:
+                    return
+                if running[0].at is not None:
+                    kept.keep(running[0].at, running)
+
+    def _skeleton(self, model: Model) -> Any:
+        skeleton = build_skeleton(model, torch.float32)
+        if any(placement.kind == "experts" for placement in model.architecture.placements.values()):
+            skeleton.set_experts_implementation("eager")
+        return skeleton
+
+    def _layerwise(self, stack: ExitStack, model: Model, skeleton: Any, sink: Moments) -> Layerwise:
+        """A model that is watched while it runs; closed with the stack."""
+        parameters = {
+            placement.parameter
+            for placement in model.architecture.placements.values()
+            if placement.input_dim is not None
+        }
+        watch = stack.enter_context(Watch(skeleton, sink.see, products=parameters))
+
+        def fails(error: Exception) -> Exception:
+            return InputError(
+                f"{model.label}: a {model.architecture.model_class} cannot be run on its text: {type(error).__name__}: {first_line(error)}. Use another method."
+            )
+
+        return Layerwise(model, skeleton, self._device, watch=watch, counts=sink, fails=fails)
+
+    def _layers_of(self, todo: Sequence[PlannedTensor], skeleton: Any) -> dict[str, int]:
+        """Output tensor -> its layer, of those that get moments: matrices inside the layers, which every model stores as they are."""
+        layers = find_layers(skeleton)
+        if not layers:
+            raise InputError(f"{self._models[0].label}: its layers cannot be told apart. Use another method.")
+        found = {}
+        for tensor in todo:
+            placements = self._placements(tensor)
+            if tensor.spec.is_vector or placements is None:
+                continue
+            inside = [index for index, (name, _) in enumerate(layers) if placements[0].parameter.startswith(f"{name}.")]
+            if inside and all(placement.input_dim is not None for placement in placements):
+                found[tensor.spec.name] = inside[0]
+        return found
+
+    def _placements(self, tensor: PlannedTensor) -> list[Placement] | None:
+        """Where every model's tensor ends up in its model; None where one is not merged or not stored as the output has it."""
+        if not isinstance(tensor.method, RegMean):
+            return None
+        placements = []
+        refs = (*tensor.inputs, *([tensor.base] if self._has_base else []))
+        for model, ref in zip(self._models, refs, strict=True):
+            placement = model.architecture.placements.get(ref.name) if ref.source is model.weights else None
+            if placement is None:
+                return None
+            placements.append(placement)
+        return placements
+
+    def _diagonal(self, todo: Sequence[PlannedTensor]) -> list[set[str]]:
+        """The parameters of each model of whose inputs nothing but x^2 is asked for."""
+        asked: list[dict[str, set[str]]] = [{} for _ in self._models]
+        for tensor in todo:
+            for found, placement in zip(asked, self._placements(tensor) or (), strict=False):
+                assert isinstance(tensor.method, RegMean)
+                found.setdefault(placement.parameter, set()).add(tensor.method.moments)
+        return [{name for name, kinds in found.items() if kinds == {"diagonal"}} for found in asked]
+
+    def _prepared(self, tensor: PlannedTensor, sinks: Sequence[Moments], made: Made) -> PlannedTensor:
+        """A tensor with its moments; as it is where no model's pass has used it. `made`: what merges the weights of an input, once made."""
+        placements = self._placements(tensor)
+        assert placements is not None
+        assert isinstance(tensor.method, RegMean)
+        shape = tensor.spec.shape
+        moments = [sink.of(placement, shape) for sink, placement in zip(sinks, placements, strict=True)]
+        if tensor.method.moments == "diagonal":  # of a part of a parameter, say, of which another part needs all
+            moments = [
+                moment and moment.diagonal(placements[0].kind == "experts" and len(shape) > 2) for moment in moments
+            ]
+        seen = [moment for moment in moments[: len(tensor.inputs)] if moment is not None]
+        if not seen:
+            return tensor
+        empty = replace(seen[0], rest=torch.zeros_like(seen[0].rest), first=torch.zeros_like(seen[0].first))
+        input_dim = placements[0].input_dim
+        assert input_dim is not None
+        known = [empty if moment is None else moment for moment in moments]
+        key = (*map(id, known), tensor.method, input_dim == len(shape) - 1)
+        if key not in made:
+            own, base = known[: len(tensor.inputs)], known[-1] if self._has_base else None
+            made[key] = (known, tensor.method.with_moments(own, input_dim, tensor.spec.name, base))
+        return replace(tensor, method=made[key][1])
+
+
+def texts_as_json(models: Sequence[Model], texts: Sequence[ModelText]) -> list[dict[str, Any]]:
+    """What the models were run on, for JSON."""
+    return [
+        {"model": model.label, "documents": len(text.documents), "tokens": text.tokens, "digest": text.digest()}
+        for model, text in zip(models, texts, strict=True)
+    ]

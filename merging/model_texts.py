@@ -1,0 +1,129 @@
+"""Texts of each model's own task, as tokens: what the inputs of its weights are looked at with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.errors import InputError, first_line
+from checkpoints.model import Model
+from checkpoints.settings import setting
+from checkpoints.strangers import STRANGERS, StrangersError
+from checkpoints.text_files import read_rows
+
+LONGEST = 2048
+"""Tokens of a document; what is beyond is cut off."""
+
+
+@dataclass(frozen=True)
+class ModelText:
+    """What one model is run on.
+
+    Attributes:
+        documents: token ids of each, `[1, tokens]` int64.
+    """
+
+    documents: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def joined(cls, texts: Sequence[ModelText]) -> ModelText:
+        """Several as one."""
+        return cls(tuple(document for text in texts for document in text.documents))
+
+    @property
+    def tokens(self) -> int:
+        """How many in all."""
+        return sum(document.numel() for document in self.documents)
+
+    def documents_on(self, device: torch.device) -> list[torch.Tensor]:
+        """The documents, on a device."""
+        return [document.to(device) for document in self.documents]
+
+    def digest(self) -> str:
+        """sha256 of the token ids."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(document.numpy().tobytes() + b"|")
+        return digest.hexdigest()
+
+
+def read_model_text(model: Model, source: str, tokens: int) -> ModelText:
+    """Read a model's text: its documents in order, until there are so many tokens.
+
+    A row is a text, or an object with `text`, or with `prompt` and `answer`, which the model's chat template puts together.
+
+    Args:
+        source: a .jsonl, .json, .txt or .parquet file, or .gz of one.
+        tokens: after how many no further document is begun.
+
+    Raises: InputError: no such file, rows of another kind, no tokenizer or chat template, no text.
+    """
+    path = Path(source).expanduser()
+    where = setting("model_data", source)
+    if not path.is_file():
+        raise InputError(f"{where}: no such file. Give a file of texts of {model.label}'s own task.")
+    tokenizer = _tokenizer_of(model)
+    documents: list[torch.Tensor] = []
+    count = 0
+    for number, row in enumerate(read_rows(path), 1):
+        ids = _encode(row, tokenizer, model, f"{where}: row {number}")[:LONGEST]
+        if ids:
+            documents.append(torch.tensor([ids], dtype=torch.int64))
+            count += len(ids)
+        if count >= tokens:
+            break
+    if not documents:
+        raise InputError(f"{where}: expected texts of {model.label}'s own task, got none. Give another file.")
+    return ModelText(tuple(documents))
+
+
+def _tokenizer_of(model: Model) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.tokenizer_folder, local_files_only=True, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # a tokenizer's own code fails in every way there is
+        reason = first_line(error) if model.vocabulary_digest else "there is none"
+        raise InputError(
+            f"{model.label}: expected a tokenizer, which reading its text needs: {reason}. Add its tokenizer files."
+        ) from error
+
+
+def _encode(row: Any, tokenizer: Any, model: Model, where: str) -> list[int]:
+    """Token ids of one row."""
+    fields: Mapping[str, Any] = row if isinstance(row, dict) else {"text": row}
+    if isinstance(fields.get("text"), str):
+        text = fields["text"].strip()
+        return list(tokenizer.encode(text)) if text else []
+    if all(isinstance(fields.get(key), str) for key in ("prompt", "answer")):
+        chat = [
+            {"role": "user", "content": fields["prompt"]},
+            {"role": "assistant", "content": fields["answer"]},
+        ]
+        return list(tokenizer.encode(_rendered(chat, tokenizer, model), add_special_tokens=False))
+    got = ", ".join(sorted(map(str, fields))) if isinstance(row, dict) else type(row).__name__
+    raise InputError(f"{where}: expected a text, or the fields text, or prompt and answer, got {got}. Mend the row.")
+
+
+def _rendered(chat: Sequence[Mapping[str, str]], tokenizer: Any, model: Model) -> str:
+    """A chat as the model's template writes it, which may be a stranger's program and runs apart."""
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        raise InputError(
+            f"{model.label}: expected a chat template, which rows of prompt and answer need, got none. Give rows of text, or add a template."
+        )
+    special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    try:
+        (text,) = STRANGERS.ask("render", conversations=[list(chat)], chat_template=template, **special)
+    except StrangersError as error:
+        raise InputError(
+            f"{model.label}: the chat template fails: {first_line(error)}. Mend it, or give rows of text."
+        ) from None
+    return str(text)
