@@ -14,7 +14,9 @@ from alignment.modules import add_modules
 from alignment.stored import left_out, unties_itself
 from alignment.vocabularies import align_vocabularies
 from checkpoints.errors import InputError
+from checkpoints.gguf_files import gguf_note
 from checkpoints.model import Model
+from checkpoints.mxfp4 import holds_mxfp4
 from checkpoints.problems import Problems
 from checkpoints.reader import equal_tensors
 from checkpoints.settings import setting
@@ -75,6 +77,10 @@ def align(
     """
     problems = Problems()
     files = primary.side_files()
+    if primary.is_file:
+        problems.note(
+            f"{primary.label}: is a file of tensors, merged by their names: the output has no config.json and no tokenizer."
+        )
     # The first model's tensors that take part, and what is left out.
     stored = _stored(primary, part)
     dropped = left_out(primary, stored)
@@ -91,6 +97,12 @@ def align(
     for model in (primary, *others):
         if any(info.dtype in FLOAT8 for _, parts in model.parts for file in parts for info in file.tensors.values()):
             problems.note(f"{model.label}: its float8 weights are multiplied with their scales.")
+        if model.location.name.is_gguf:
+            problems.note(gguf_note(model.location))
+        if any(holds_mxfp4(file.tensors) for _, parts in model.parts for file in parts):
+            problems.note(
+                f"{model.label}: its MXFP4 weights are decoded to bfloat16, as loading without kernels for them does."
+            )
     tensors = {name: TensorRef(primary.weights, name) for name in stored if name not in dropped}
     if layout.tie_word_embeddings is None and unties_itself(primary, stored, dropped):
         set_tied(files, False)

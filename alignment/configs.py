@@ -55,6 +55,9 @@ def check_configs(models: Sequence[Model], allowed: str | None, problems: Proble
         problems: gets refusals, warnings and notes.
         is_base: whether the first one is the base of the others.
     """
+    models = [] if models[0].is_file else [model for model in models if not model.is_file]  # files have no config
+    if not models:
+        return
     first, *others = models
     free = {key.strip() for key in (allowed or "").split(",") if key.strip()}
     differences = {model.label: different for model in others if (different := _differences(first, model))}

@@ -55,6 +55,20 @@ def align_vocabularies(
     if source in ("auto", "base", "union") and layout.pad_to_multiple_of is None and _are_alike(models):
         united = source != "base" and unite_configs(models, lambda: models[0].model.vocabulary, layout, files, problems)
         return Vocabularies(_decided(source, united), new_rows, list(models))
+    if models[0].model.is_file:
+        asked = {
+            "tokenizer_source": None if source in ("auto", "base") else source,
+            "pad_to_multiple_of": layout.pad_to_multiple_of,
+        }
+        for key, value in asked.items():
+            if value is None:
+                continue
+            problems.add(
+                ArgumentError(
+                    f"{setting(key, value)}: {models[0].label} is a file of tensors, which has no tokenizer. Leave it out."
+                )
+            )
+        return Vocabularies("base", new_rows, list(models))
     names = table_names(models[0])
     lost = lost_table(models[0])
     if lost and not _have_equal_tokens(models):

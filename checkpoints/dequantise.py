@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,47 @@ _ENDS = ("scale_inv", "scale")
 _SCALE = re.compile(r"\.(weight|input|output|activation|[qkv]|kv)_scale(_inv|_ub)?$")
 
 
-class DequantisedWeights:
+class DecodedWeights(ABC):
+    """A checkpoint whose tensors are read as other numbers than its files hold; a `Weights`.
+
+    Args:
+        inner: the checkpoint.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+
+    def __init__(self, inner: Checkpoint):
+        self.label, self.folder = inner.label, inner.folder
+        self.files: Sequence[WeightFile] = inner.files
+        self.modules = inner.modules
+        self._inner = inner
+
+    @property
+    def is_here(self) -> bool:
+        """See `Weights`."""
+        return self._inner.is_here
+
+    @abstractmethod
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`."""
+
+    def adjust(self, files: SideFiles) -> None:
+        """See `Weights`: what it is read as is not quantised."""
+        if "config.json" not in files:  # of a file by itself
+            return
+        config = files.read_json("config.json")
+        files.write_json("config.json", {key: value for key, value in config.items() if key not in CONFIG_KEYS})
+
+    def check_unchanged(self) -> None:
+        """See `Weights`."""
+        self._inner.check_unchanged()
+
+    def close(self) -> None:
+        """See `Weights`."""
+        self._inner.close()
+
+
+class DequantisedWeights(DecodedWeights):
     """A checkpoint whose float8 tensors are read multiplied with their scales; a `Weights`.
 
     Args:
@@ -47,10 +88,7 @@ class DequantisedWeights:
     """
 
     def __init__(self, inner: Checkpoint, config: Mapping[str, Any]):
-        self.label, self.folder = inner.label, inner.folder
-        self.files: Sequence[WeightFile] = inner.files
-        self.modules = inner.modules
-        self._inner = inner
+        super().__init__(inner)
         self._scales: dict[str, tuple[str, tuple[int, ...]]] = {}
         blocks = _block_size(config)
         saved_as = _plain_dtype(config)
@@ -78,13 +116,8 @@ class DequantisedWeights:
                 continue
             self._scales[name] = (scale, block)
         problems.raise_if_any()
-        self.tensors: Mapping[str, TensorInfo] = infos
+        self.tensors = infos
         self._read_scale = lru_cache(CACHED_SCALES)(lambda name: read_tensor(inner, name).float())
-
-    @property
-    def is_here(self) -> bool:
-        """See `Weights`."""
-        return self._inner.is_here
 
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """See `Source.read`."""
@@ -110,19 +143,6 @@ class DequantisedWeights:
         by_row = scale[tuple(places)]  # [rows, column blocks]
         spread = by_row.repeat_interleave(block[-1], dim=-1)[:, :columns].reshape(-1)
         return spread[start - first * columns : stop - first * columns]
-
-    def adjust(self, files: SideFiles) -> None:
-        """See `Weights`."""
-        config = files.read_json("config.json")
-        files.write_json("config.json", {key: value for key, value in config.items() if key not in CONFIG_KEYS})
-
-    def check_unchanged(self) -> None:
-        """See `Weights`."""
-        self._inner.check_unchanged()
-
-    def close(self) -> None:
-        """See `Weights`."""
-        self._inner.close()
 
 
 def _fit(shape: Sequence[int], scale: Sequence[int], blocks: tuple[int, int] | None) -> tuple[int, ...] | None:

@@ -45,6 +45,16 @@ class ModelName:
         return Path(os.path.expanduser(self.path_or_id))
 
     @property
+    def is_tensor_file(self) -> bool:
+        """Whether the name means a safetensors file by itself, which no config belongs to."""
+        return self.is_local and self.path.suffix == ".safetensors" and self.path.is_file()
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the name means a GGUF file."""
+        return self.is_local and self.path.suffix.lower() == ".gguf" and self.path.is_file()
+
+    @property
     def is_local(self) -> bool:
         """Whether the name means a folder: something of that name exists, or it is written as only a path is."""
         return self.revision is None and (os.path.lexists(self.path) or _looks_like_path(self.path_or_id))
@@ -56,7 +66,7 @@ class Location:
 
     Attributes:
         name: as the user gave it.
-        folder: the local folder, links resolved; for a hub model its snapshot in the cache.
+        folder: the local folder, links resolved; for a hub model its snapshot in the cache; for tensors in a file by itself that file.
         revision: the commit of a hub model; None for a local folder.
         hub_sha256: for a hub model, file name -> sha256 as the hub states it, where it does (its large files).
         weights_here: whether the weight files lie in `folder` too; a local folder is believed to hold its own.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from checkpoints.architecture_cache import remembered
 from checkpoints.errors import InputError, UnknownClass
 from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
+from checkpoints.mxfp4 import Mxfp4Weights, holds_mxfp4
 from checkpoints.pieces import Piece, find_pieces, text_placements
 from checkpoints.problems import Problems
 from checkpoints.reader import (
@@ -23,6 +24,7 @@ from checkpoints.reader import (
     WeightFile,
     is_adapter,
     open_checkpoint,
+    open_tensor_file,
 )
 from checkpoints.side_names import TOKENIZER_FILES
 from checkpoints.sidecars import SideFiles, licence_of, read_config
@@ -77,6 +79,11 @@ class Model:
         """Every folder that it comes from."""
         return tuple(location.folder for location, _ in self.parts)
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file of tensors by itself: without config, tokenizer or a class that is known."""
+        return self.location.name.is_tensor_file
+
     @cached_property
     def tokenizer_folder(self) -> Path:
         """Where its tokenizer lies: of an adapter that brings one, with the adapter."""
@@ -92,8 +99,8 @@ class Model:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json. Raises InputError where it is missing or damaged."""
-        return read_config(self.folder, self.label)
+        """config.json; empty for a file by itself. Raises InputError where it is missing or damaged."""
+        return {} if self.is_file else read_config(self.folder, self.label)
 
     @cached_property
     def quantisation(self) -> str | None:
@@ -115,7 +122,15 @@ class Model:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What holds each tensor; builds the model class without its weights, which takes seconds the first time."""
+        """What holds each tensor; builds the model class without its weights, which takes seconds the first time.
+
+        Raises: UnknownClass: a file by itself, or a class that transformers does not know; InputError: config.json is damaged.
+        """
+        if self.is_file:
+            raise UnknownClass(
+                f"{self.label}: expected a folder with config.json, got a file of tensors, of which nothing says how its model computes. Give the "
+                "folder of the model, or merge by names alone: without AIM, methods that run models, slices, and settings of head or vocabulary."
+            )
         shapes = {name: info.shape for name, info in self.weights.tensors.items()}
         config = self.folder / "config.json"
         if self.trust_remote_code or not config.is_file():
@@ -287,7 +302,7 @@ def open_model(
     """Find a model and open its weights; reads headers only. Of an adapter, its base too.
 
     Args:
-        name: a folder or a hub name, as text or parsed; an adapter, by itself or as `BASE+ADAPTER`.
+        name: a folder, a safetensors or GGUF file or a hub name, as text or parsed; an adapter, by itself or as `BASE+ADAPTER`.
         weights: download the weights of a hub model; without, its headers are read over the network and its numbers cannot
             be (`weights.is_here` is False). A model that stores pickles, which have no headers, is downloaded in any case,
             and so is an adapter.
@@ -296,6 +311,13 @@ def open_model(
     """
     name = parse_model(name) if isinstance(name, str) else name
     own = replace(name, base=None)
+    if own.is_tensor_file:
+        return _whole(name, Location(own, own.path.resolve()), open_tensor_file(own.path, str(own)), trust_remote_code)
+    if own.is_gguf:
+        from checkpoints.gguf_files import convert_gguf
+
+        location = convert_gguf(own, quiet=quiet)
+        return _whole(name, location, open_checkpoint(location.folder, str(own)), trust_remote_code)
     options = {"quiet": quiet, "trust_remote_code": trust_remote_code}
     location = locate(own, weights=weights, **options)
     if not location.weights_here:
@@ -310,15 +332,17 @@ def open_model(
 
 
 def _whole(name: ModelName, location: Location, checkpoint: Checkpoint, trust_remote_code: bool) -> Model:
-    """A whole model, its float8 weights multiplied out. Raises InputError: it was named as an adapter; scales do not fit."""
+    """A whole model, its float8 and MXFP4 weights as numbers. Raises InputError: it was named as an adapter; scales do not fit."""
     try:
         if name.base is not None:
             raise InputError(f"{name}: expected an adapter after the '+', got a whole model. Give it by itself.")
+        if holds_mxfp4(checkpoint.tensors):
+            return Model(location, Mxfp4Weights(checkpoint), trust_remote_code)
         if not any(info.dtype in FLOAT8 for info in checkpoint.tensors.values()):
             return Model(location, checkpoint, trust_remote_code)
         from checkpoints.dequantise import DequantisedWeights
 
-        config = read_config(location.folder, str(name))
+        config = {} if name.is_tensor_file else read_config(location.folder, str(name))
         return Model(location, DequantisedWeights(checkpoint, config), trust_remote_code)
     except BaseException:
         checkpoint.close()

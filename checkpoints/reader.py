@@ -104,6 +104,22 @@ def open_checkpoint(folder: Path, label: str, names: Sequence[str] = WEIGHT_FILE
     return checkpoint
 
 
+def open_tensor_file(path: Path, label: str) -> Checkpoint:
+    """Open a safetensors file that stands by itself; reads its header only.
+
+    Raises: InputError: a damaged file, or one without tensors.
+    """
+    file = _open_file(path, label, path.name)
+    try:
+        checkpoint = Checkpoint(path.resolve(), label, [file])
+        if not checkpoint.tensors:
+            raise InputError(f"{label}: expected tensors, got none. Download it again.")
+    except BaseException:
+        file.close()
+        raise
+    return checkpoint
+
+
 def _names(paths: Sequence[Path]) -> str:
     return ", ".join(path.name for path in paths)
 

@@ -65,7 +65,7 @@ def _choose(folder: Path) -> SideNames:
 def _sizes(folder: Path) -> dict[str, int]:
     """Relative name -> bytes of every plain file, hidden ones and linked folders left out, at most `MOST_SEEN` of them."""
     sizes: dict[str, int] = {}
-    waiting = [""]
+    waiting = [] if folder.is_file() else [""]  # nothing belongs to tensors in a file by itself
     while waiting and len(sizes) < MOST_SEEN:
         parent = waiting.pop()
         try:

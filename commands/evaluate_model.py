@@ -37,6 +37,7 @@ def build_parser() -> shell.Parser:
     how.add_argument("--apply_chat_template", action="store_true", help="wrap prompts in the tokenizer's chat template; math and gsm8k never are")  # fmt: skip
     how.add_argument("--math_prompt_type", default="wcot", metavar="NAME", help="prompt of math and gsm8k (default wcot, the paper's; docs/evaluation.md lists the others)")  # fmt: skip
     how.add_argument("--math_max_tokens", type=int, default=1024, metavar="N", help="new tokens for math and gsm8k (default 1024)")  # fmt: skip
+    how.add_argument("--think_end", metavar="MARK", help="grade what follows the last MARK of a response, such as '</think>'; without it the answer is empty (default: grade whole responses)")  # fmt: skip
     how.add_argument("--seed", type=int, default=1234, metavar="N", help="of the backend; decoding is greedy (default 1234)")  # fmt: skip
     running = parser.add_argument_group("running")
     running.add_argument("--backend", default="auto", metavar="NAME", help="auto (vllm where there is a GPU and it is installed, else hf; default), vllm or hf")  # fmt: skip

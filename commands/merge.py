@@ -52,8 +52,8 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
         metavar="METHOD",
         help=", ".join(METHODS) + " (in any case); or one of your own, package.module:Class (docs/adding-a-method.md)",
     )
-    what.add_argument("--base_model", metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name or NAME@REVISION; gives config, tokenizer and vocabulary")  # fmt: skip
-    what.add_argument("--models_to_merge", metavar="A,B,C", help="folders, hub names or NAME@REVISION; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
+    what.add_argument("--base_model", metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name, NAME@REVISION, a .safetensors or .gguf file; gives config, tokenizer and vocabulary")  # fmt: skip
+    what.add_argument("--models_to_merge", metavar="A,B,C", help="folders, hub names, NAME@REVISION, .safetensors or .gguf files; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
     what.add_argument("--model_data", metavar="A,B,C", help=f"{', '.join(name for name, entry in METHODS.items() if entry.needs_data)}: text of each model's own task, in the order of the models: .jsonl, .json, .txt or .parquet files (or .gz) of texts, or of prompt and answer")  # fmt: skip
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip

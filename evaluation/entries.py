@@ -104,9 +104,10 @@ def graded(
     grades: Sequence[Grade],
     *,
     grader: Mapping[str, Any],
+    thinking: Mapping[str, Any] | None = None,
     seconds: float,
 ) -> dict[str, Any]:
-    """Complete an entry with what the grades say."""
+    """Complete an entry with what the grades say, and with the lengths of thoughts and answers where responses were split."""
     metrics = benchmark.metrics(grades)
     first = next(iter(metrics.values()))
     statuses = Counter(grade.status for grade in grades)
@@ -120,7 +121,7 @@ def graded(
         **dict(sorted(flags.items())),
     }
     complete = {
-        **entry,
+        **{key: value for key, value in entry.items() if key != "thinking"},
         "score": first.value,
         "stderr": first.stderr,
         "n": len(grades),
@@ -129,6 +130,7 @@ def graded(
         "counts": counts,
         "grader": dict(grader),
         "seconds": {**entry["seconds"], "grade": round(seconds, 3)},
+        **({} if thinking is None else {"thinking": dict(thinking)}),
     }
     reasons = why_not_comparable(complete, benchmark, settings)
     return {**complete, "comparable_to_paper": not reasons, "not_comparable_because": reasons}
@@ -172,6 +174,8 @@ def why_not_comparable(entry: Mapping[str, Any], benchmark: Benchmark, settings:
         reasons.append(f"answers with fewer tokens allowed, for lack of window: {counts['shortened']}")
     if (entry["grader"] or {}).get("sentence_splitter") == "simple":
         reasons.append("sentences were split without nltk's punkt data")
+    if entry.get("thinking"):
+        reasons.append(f"graded from the last {entry['thinking']['mark']!r} on, the paper's responses whole")
     if generation is None:
         return [*reasons, "the responses were given: how they were made is not known"]
     return reasons + _generation_reasons(generation, benchmark, settings)

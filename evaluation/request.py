@@ -74,6 +74,7 @@ class Request:
             "apply_chat_template": self.settings.chat,
             "math_prompt_type": self.settings.math_prompt_type,
             "math_max_tokens": self.settings.math_max_tokens,
+            "think_end": self.settings.think_end,
             "backend": self.backend,
             "dtype": self.dtype,
             "n_gpu": self.n_gpu,
@@ -96,6 +97,7 @@ def make_request(
     apply_chat_template: bool = False,
     math_prompt_type: str = "wcot",
     math_max_tokens: int = 1024,
+    think_end: str | None = None,
     backend: str = "auto",
     dtype: str = "bfloat16",
     n_gpu: int | None = None,
@@ -137,7 +139,19 @@ def make_request(
         problems.add(
             ArgumentError(f"{setting('benchmarks')}: nothing is left to evaluate. Known: {', '.join(BENCHMARKS)}.")
         )
+    if think_end is not None and not think_end.strip():
+        problems.add(
+            ArgumentError(
+                f"{setting('think_end')}: expected the text that ends a thought, such as '</think>', got {think_end!r}. Leave it out to grade responses whole."
+            )
+        )
     # What they are together.
+    if think_end is not None and tasks:
+        problems.add(
+            ArgumentError(
+                f"{setting('think_end')}: lm_eval grades the tasks of {setting('tasks_file')} itself, thoughts and all. Evaluate them without {setting('think_end')}."
+            )
+        )
     problems.extend(_check_stage(stage, model, responses, resume, save_path, tasks))
     folder = Path(data_dir).expanduser() if data_dir else None
     if folder is not None and not folder.is_dir():
@@ -146,7 +160,7 @@ def make_request(
         model=problems.attempt(lambda: parse_name(model)) if model is not None else None,
         benchmarks=names,
         extra_tasks=tasks,
-        settings=Settings(cast(Profile, profile), apply_chat_template, math_prompt_type, math_max_tokens),
+        settings=Settings(cast(Profile, profile), apply_chat_template, math_prompt_type, math_max_tokens, think_end),
         backend=backend,
         dtype=dtype,
         n_gpu=n_gpu,

@@ -174,6 +174,7 @@ def _check_form(results: Any) -> None:
         raise ValueError(f"something else than results of schema {SCHEMA}")
     _check_types(results, _FORM, "")
     _check_types(results["settings"], _SETTINGS_FORM, "settings.")
+    _check_types({"think_end": None, **results["settings"]}, {"think_end": (str, _NONE)}, "settings.")
     if results["model"] is not None:
         _check_types(results["model"], {"folder": (str,), "files": (dict,)}, "model.")
     for name, task in results["extra_tasks"].items():

@@ -31,6 +31,7 @@ from evaluation.results import (
     update_summary,
     write_results,
 )
+from evaluation.thinking import answers_of, describe_thinking, to_think
 
 if TYPE_CHECKING:
     from evaluation.model import Model
@@ -83,7 +84,7 @@ class _Job:
         self.path = prepared.save_path
         self.results = prepared.earlier or new_results(
             stage=self.request.stage,
-            settings=(prepared.generated or {}).get("settings") or self.request.settings_as_json(),
+            settings=self._settings_to_record(),
             limit=self.request.limit,
             wanted=[],
             command=list(self.request.command) if self.request.command else None,
@@ -93,6 +94,14 @@ class _Job:
             self.results["responses_file"] = str(self.request.responses or responses_path(self.path))
         self.results["wanted"] = list(dict.fromkeys([*self.results["benchmarks"], *prepared.benchmarks]))
         self.settings = _settings_of(self.results["settings"])
+
+    def _settings_to_record(self) -> dict[str, Any]:
+        """The request's; where the run that made the given responses is known its own, but for a mark given now."""
+        own = self.request.settings_as_json()
+        generated = (self.prepared.generated or {}).get("settings")
+        if not generated:
+            return own
+        return {**generated, **({"think_end": own["think_end"]} if own["think_end"] is not None else {})}
 
     def run(self) -> None:
         """Do what the stage asks for."""
@@ -193,7 +202,7 @@ class _Job:
                 advance=advance,
             )
         bos = check_bos(model, requests[0].prompt)
-        generation = benchmark.generation(self.settings)
+        generation = to_think(benchmark.generation(self.settings), self.settings.think_end)
         with item_bar(f"{benchmark.name}: generating", len(requests), quiet=self.request.quiet) as advance:
             if generation is None:
                 responses = choose(model, requests, benchmark.choices, advance)
@@ -219,9 +228,12 @@ class _Job:
         """Grade a benchmark whose entry waits for it, and write what came of it."""
         started = time.monotonic()
         sent = [number for number, response in enumerate(responses) if response.finish != "no_room"]
+        mark, generation = self.settings.think_end, benchmark.generation(self.settings)
+        stop = () if generation is None else generation.stop
+        answers = answers_of(responses, mark, stop)
         with item_bar(f"{benchmark.name}: grading", len(sent), quiet=self.request.quiet) as advance:
             rows = [data.rows[responses[number].index] for number in sent]
-            given = benchmark.grade(rows, [responses[number] for number in sent], tools, advance)
+            given = benchmark.grade(rows, [answers[number] for number in sent], tools, advance)
         by_number = dict(zip(sent, given, strict=True))
         grades = [
             by_number.get(number) or benchmark.unanswered(data.rows[response.index])
@@ -236,7 +248,13 @@ class _Job:
         entry = self.results["benchmarks"][benchmark.name]
         seconds = time.monotonic() - started
         self.results["benchmarks"][benchmark.name] = graded(
-            entry, benchmark, self.settings, grades, grader=grader, seconds=seconds
+            entry,
+            benchmark,
+            self.settings,
+            grades,
+            grader=grader,
+            thinking=describe_thinking(responses, mark, stop),
+            seconds=seconds,
         )
         if self.request.log_samples:
             replace_benchmark(samples_path(self.path), benchmark.name, sample_lines(benchmark.name, responses, grades))
@@ -272,4 +290,5 @@ def _settings_of(settings: dict[str, Any]) -> Settings:
         settings["apply_chat_template"],
         settings["math_prompt_type"],
         settings["math_max_tokens"],
+        settings.get("think_end"),
     )

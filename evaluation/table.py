@@ -25,6 +25,8 @@ def format_table(results: Mapping[str, Any]) -> str:
     rows = [["benchmark", "score", "stderr", "n", "counts"]]
     for name, entry in results["benchmarks"].items():
         counts = [f"{entry['counts'][key]} {words}" for key, words in _WORDS.items() if entry["counts"].get(key)]
+        if entry.get("thinking", {}).get("unfinished"):
+            counts.append(f"{entry['thinking']['unfinished']} cut while thinking")
         mark = " (partial)" if entry["partial"] else ""
         rows.append(
             [name + mark, _percent(entry["score"]), _percent(entry["stderr"]), str(entry["n"]), ", ".join(counts)]

@@ -76,6 +76,8 @@ def find_places(recipe: Recipe, models: Mapping[Any, Model], primary: Model) -> 
     """
     if _takes_whole_models(recipe, models, primary):
         return _place_whole_models(recipe, models, primary)
+    if primary.is_file:
+        _ = primary.architecture  # which says that there is none: nothing would state the number of layers
     stored = primary.weights.tensors
     dropped = left_out(primary, stored)
     names = [name for name in stored if name not in dropped]

@@ -121,10 +121,11 @@ def _count(value: object) -> int:
 
 def _conditions(entry: Mapping[str, Any], settings: Mapping[str, Any]) -> Conditions:
     """What a benchmark's entry says of how its score was made; what follows from the model alone is left out."""
-    generation, grader = entry["generation"], entry["grader"] or {}
+    generation, grader, thinking = entry["generation"], entry["grader"] or {}, entry.get("thinking")
     how = {
         "profile": str(settings["profile"]),
         "grader": " ".join(str(grader[key]) for key in _GRADER if grader.get(key)),
+        "what is graded": f"what follows {thinking['mark']!r:.40}" if thinking else "the whole response",
     }
     if generation is None:
         how["responses"] = "given"

@@ -307,6 +307,9 @@ def test_forged_results_are_refused_in_words(tmp_path):
         with pytest.raises(InputError, match=r"expected results of evaluate_model\.py, got"):
             results_module.read_results(path)
         place[key] = kept
+    path.write_text(json.dumps({**good, "settings": {**settings, "think_end": 5}}))
+    with pytest.raises(InputError, match=r"got int at settings\.think_end"):
+        results_module.read_results(path)
     for place, key in [(entry, "score"), (entry, "n"), (entry, "metrics"), (good, "limit"), (good, "extra_tasks")]:
         kept = place[key]
         place[key] = {"x": 10**400} if isinstance(kept, dict) else 10**400

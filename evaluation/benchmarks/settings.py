@@ -19,9 +19,11 @@ class Settings:
         chat: wrap prompts in the tokenizer's chat template; MATH and GSM8K never are.
         math_prompt_type: a key of `wcot.PROMPTS`.
         math_max_tokens: new tokens for MATH and GSM8K.
+        think_end: the mark after whose last occurrence the answer begins, see `thinking`; None grades responses whole.
     """
 
     profile: Profile = "fixed"
     chat: bool = False
     math_prompt_type: str = "wcot"
     math_max_tokens: int = 1024
+    think_end: str | None = None
