@@ -21,7 +21,7 @@ from forward.loading import auto_dtype, load, out_of_memory
 from forward.memory import available_bytes
 from forward.shelf import Shelf
 from forward.skeleton import RowReader, build_skeleton
-from forward.tuning import apply, threads
+from forward.tuning import BATCHES, apply, threads
 from forward.whole import run_batches
 from streaming.twins import compiling
 
@@ -144,7 +144,6 @@ def _layerwise(this: CalibrationRun) -> Activations:
     a layer before the next is read."""
     options = this.options
     dtype = "bfloat16" if this.is_reference else options.dtype or "auto"
-    give_back_freed_memory()
     model = _skeleton(this, auto_dtype(this.base) if dtype == "auto" else FLOAT_DTYPES[dtype])
     stack_of_layers = find_layers(model)
     if not stack_of_layers:
@@ -153,6 +152,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
             return whole(this, Path(folder))
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = this.blocks.tokens.to(device)
+    give_back_freed_memory(above=_activation_bytes(model, this.data.block_size * (options.batch_size or max(BATCHES))))
     with (
         Layerwise(this.base, model, device, fails=this.fails) as trial,
         trial.weights.loaded(stack_of_layers[0][1]),
@@ -162,6 +162,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
     if FLOAT_DTYPES[choice.dtype] != model.dtype:
         model = _skeleton(this, FLOAT_DTYPES[choice.dtype])
     apply(model, choice)
+    give_back_freed_memory(above=_activation_bytes(model, this.data.block_size * choice.batch_size))
     watcher = this.watcher(model)
     enough = this.enough(watcher)
     with ExitStack() as stack:
@@ -202,6 +203,13 @@ def _layerwise(this: CalibrationRun) -> Activations:
                 layers.run(_first_tokens(tokens, done))
     attention = model.config._attn_implementation
     return this.finish(watcher, enough, choice, done, attention, {"mode": "layerwise", "passes": passes})
+
+
+def _activation_bytes(model: Any, tokens: int) -> int:
+    """Bytes that so many tokens take in float32, in which norms and rotations are computed, where a layer is widest."""
+    tables = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+    inside = [one for _, layer in find_layers(model) for one in layer.parameters() if id(one) not in tables]
+    return 4 * tokens * max((max(one.shape[-2:]) for one in inside if one.ndim), default=0)
 
 
 def _skeleton(this: CalibrationRun, dtype: torch.dtype) -> Any:

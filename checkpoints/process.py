@@ -31,6 +31,12 @@ SWITCH_S = 0.0002
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT_BYTES = 16 << 20
 LARGE_BYTES = 1 << 20
+LARGEST_BYTES = 8 << 20
+"""Wider models compute so much with each number that a page fault for a thousand of them is no part of it."""
+HEADER_BYTES = 4096
+"""More than a block has beside its contents, and for its alignment."""
+FREE_AT_THE_END = 8
+"""Blocks of the largest kept size that may be free at the heap's end before they are handed back."""
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 """Threads that have nothing to do sleep. By default they spin, and where other programs want the same cores a forward pass of
 two threads, which wait for each other thousands of times, becomes slower than that of one."""
@@ -101,10 +107,16 @@ def keep_freed_memory() -> None:
     _set_malloc(KEPT_BYTES, KEPT_BYTES)
 
 
-def give_back_freed_memory() -> None:
-    """Make glibc hand large blocks back as soon as they are freed. Left to itself it keeps blocks of up to 32 MB, among which
-    there is no room for the next large one: a layer's weights and activations took half as much again as they are."""
-    _set_malloc(LARGE_BYTES, LARGE_BYTES)
+def give_back_freed_memory(above: int) -> None:
+    """Make glibc hand blocks of more bytes than this back as soon as they are freed, and keep smaller ones. Left to itself it keeps
+    blocks of up to 32 MB, among which there is no room for the next large one: a layer's weights and activations took half as much
+    again as they are.
+
+    Args:
+        above: at least what is allocated and freed all the time: a page fault for each page of it takes longer than arithmetic on it.
+    """
+    size = min(max(above + HEADER_BYTES, LARGE_BYTES), LARGEST_BYTES)
+    _set_malloc(size, FREE_AT_THE_END * size)
 
 
 def _set_malloc(mapped_from: int, kept: int) -> None:

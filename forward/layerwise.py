@@ -142,7 +142,7 @@ class Layerwise:
             if at + 1 < len(self.layers):
                 self.weights.read_ahead(self.layers[at + 1][1])
             if self._watch:
-                self._watch.find_parameters()
+                self._watch.find_again(layer)
             torch.set_num_threads(self._threads)
             for run in self._steps.runs:
                 if self._shelf:

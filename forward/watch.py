@@ -87,6 +87,7 @@ class Watch:
         self._parts: dict[int, Part] = {}
         self._held: dict[int, StorageWeakRef] = {}
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], Use | None]] = {}
+        self._modules: dict[int, str] = {}
         self._moving = False
         self._handles: list[Any] = []
         self._mode: _Mode | None = None
@@ -115,9 +116,25 @@ class Watch:
         """A context manager for another thread, in which the model runs too while it is watched."""
         return _Mode(self)
 
+    def find_again(self, part: nn.Module) -> None:
+        """Look where the numbers of a part's parameters are, which have moved; those of all others have not, or are gone."""
+        self._forget_expired()
+        with torch._C.DisableTorchFunction():  # a mode would have the attributes of each parameter looked at
+            for module in part.modules():
+                name = self._modules.get(id(module))
+                for leaf, parameter in module._parameters.items() if name is not None else ():
+                    full = f"{name}.{leaf}"
+                    if parameter is not None and full in self._products and parameter.numel():
+                        self._hold(parameter, Part.whole(full, parameter))
+
     def find_parameters(self) -> None:
-        """Look where the parameters' numbers are, again where they have moved."""
+        """Look where all parameters' numbers are, again where they have moved."""
+        with torch._C.DisableTorchFunction():
+            self._find_parameters()
+
+    def _find_parameters(self) -> None:
         self._forget()
+        self._modules = {id(module): name for name, module in self._model.named_modules()}
         parameters = [(name, one) for name, one in self._model.named_parameters() if name in self._products]
         self._moving = any(one.device.type == "meta" for _, one in parameters)
         for name, parameter in parameters:
@@ -128,6 +145,10 @@ class Watch:
         self._parts.clear()
         self._held.clear()
         self._known.clear()
+
+    def _forget_expired(self) -> None:
+        for key in [key for key, reference in self._held.items() if reference.expired()]:
+            del self._held[key], self._parts[key]
 
     def _hold(self, tensor: torch.Tensor, part: Part) -> None:
         """Note what a storage holds. As long as the weak reference is there, no other storage has its key."""
@@ -151,8 +172,7 @@ class Watch:
             return
         made = part.copied(source, copy)
         if made is not None:
-            for key in [key for key, reference in self._held.items() if reference.expired()]:
-                del self._held[key], self._parts[key]
+            self._forget_expired()
             self._hold(copy, made)
 
     def see_product(self, x: torch.Tensor, weight: torch.Tensor, contracted: int, index: int | None = None) -> None:
