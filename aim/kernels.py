@@ -18,8 +18,8 @@ COLUMNS = 1024
 
 def add_rows(x: torch.Tensor, first: int, before: torch.Tensor, after: torch.Tensor) -> None:
     """See `aim.sums.add_rows`."""
-    stored = x.contiguous().view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.float().contiguous().numpy()
-    _add_rows(stored, first, before.numpy(), after.numpy())
+    stored = x.contiguous().view(torch.uint16) if x.dtype == torch.bfloat16 else x.float().contiguous()
+    _add_rows(stored.numpy(), first, before.numpy(), after.numpy())
 
 
 @compiled
