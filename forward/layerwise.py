@@ -32,7 +32,9 @@ class Layerwise:
     """A model that is run layer by layer; a context manager.
 
     Args:
-        base: the checkpoint; model: its skeleton, of `build_skeleton`; device: where it runs.
+        base: the checkpoint.
+        model: its skeleton, of `build_skeleton`.
+        device: where it runs.
         watch: what sees the inputs, of `model`; it is entered and left by the caller.
         counts: is told the shape of what runs.
         shelf: of hidden states that wait; None keeps all in memory.

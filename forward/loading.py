@@ -34,7 +34,8 @@ def load(
         device: where; None for the GPU or GPUs where there are any, spilling over to the CPU, else the CPU.
         exact_caps: compute attention with a cap on its logits as the model has it; else as sdpa attention does, which leaves
             the cap out without a word.
-        offload: a folder for weights that fit into no memory; max_memory: bytes of it, where less is to be used than is free.
+        offload: a folder for weights that fit into no memory.
+        max_memory: bytes of it, where less is to be used than is free.
     """
     keywords: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else FLOAT_DTYPES[dtype],

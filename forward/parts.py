@@ -48,8 +48,11 @@ class Part:
     """What a storage holds of a parameter.
 
     Args:
-        parameter: its name; shape: its own.
-        dims: of the tensor that fills the storage; start: its first element's place in the parameter; offset: and in the storage.
+        parameter: its name.
+        shape: its own.
+        dims: of the tensor that fills the storage.
+        start: its first element's place in the parameter.
+        offset: and in the storage.
     """
 
     def __init__(self, parameter: str, shape: tuple[int, ...], dims: list[_Dim], start: tuple[int, ...], offset: int):

@@ -50,7 +50,9 @@ class Weights:
     """Reads what a part of a skeleton holds straight from the checkpoint.
 
     Args:
-        base: the checkpoint; model: its skeleton, which has the dtype of the pass; device: where the weights go.
+        base: the checkpoint.
+        model: its skeleton, which has the dtype of the pass.
+        device: where the weights go.
     """
 
     def __init__(self, base: Model, model: Any, device: torch.device):

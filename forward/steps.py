@@ -114,7 +114,8 @@ class Steps:
     """The runs of one model; a context manager, in which the layers' forwards stop the runs.
 
     Args:
-        model: its layers may be without weights; layers: of `forward.layers.find_layers`.
+        model: its layers may be without weights.
+        layers: of `forward.layers.find_layers`.
         around: what each run is to run in, such as a watch's `in_thread`.
 
     Attributes:

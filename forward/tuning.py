@@ -28,7 +28,9 @@ class Choice:
     """How a model is run.
 
     Attributes:
-        dtype: of the forward pass, by its name; threads: of torch; batch_size: blocks of a forward pass.
+        dtype: of the forward pass, by its name.
+        threads: of torch.
+        batch_size: blocks of a forward pass.
         attention: implementation of transformers; None for what the model was loaded with.
     """
 
@@ -71,7 +73,9 @@ def choose(
     float32 may take the place of the dtype that the model is loaded in, never a coarser one. Nothing of the model is changed.
 
     Args:
-        tokens: `[blocks, tokens]`, on the model's device; start: what to start from; dtype, batch: whether to choose those.
+        tokens: `[blocks, tokens]`, on the model's device.
+        start: what to start from.
+        dtype, batch: whether to choose those.
 
     Returns: the choice, and tokens a second of the layer with each that was tried; `start` where there are no layers.
     """

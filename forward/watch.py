@@ -66,7 +66,8 @@ class Watch:
     Args:
         model: any module tree; its forward is not changed.
         see: gets the inputs.
-        products: names of parameters of two and more dimensions; vectors: of one.
+        products: names of parameters of two and more dimensions.
+        vectors: of one.
         head: the weight of an output head whose product nobody needs: its input is seen, and the result is empty.
     """
 

@@ -26,7 +26,8 @@ def run_batches(
     """Run a model on batches of blocks, and give each batch when it is done.
 
     Args:
-        tokens: `[blocks, tokens]` int64; batches: which of them, or other tokens.
+        tokens: `[blocks, tokens]` int64.
+        batches: which of them, or other tokens.
         counts: its `block` is set to the shape of what runs.
         fails: makes of what the model's own code raises the error to raise; running out of memory is raised as it is.
     """

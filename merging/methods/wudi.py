@@ -105,7 +105,9 @@ class Wudi(WholeMatrix):
         """residual phi(gram).
 
         Args:
-            gram: C or A A^T, `[matrices, n, n]` float64; residual: `[matrices, rows, n]`; columns: of the matrices, which C has.
+            gram: C or A A^T, `[matrices, n, n]` float64.
+            residual: `[matrices, rows, n]`.
+            columns: of the matrices, which C has.
         """
         if self.solver == "spectral":
             values, vectors = torch.linalg.eigh(gram)
