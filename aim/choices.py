@@ -54,8 +54,17 @@ class Relaxing:
 
     def as_json(self) -> dict[str, Any]:
         """Its fields, every omega as it is typed."""
-        fields = ("protect", "scaling", "control", "seed", "numerics")
-        return {"omegas": [str(omega) for omega in self.omegas], **{key: getattr(self, key) for key in fields}}
+        fields = ("scaling", "control", "seed", "numerics")
+        return {
+            "omegas": [str(omega) for omega in self.omegas],
+            **self.protected,
+            **{key: getattr(self, key) for key in fields},
+        }
+
+    @property
+    def protected(self) -> dict[str, str]:
+        """`protect` for JSON, left out where it is what it was before there was another: such files stay the same."""
+        return {} if self.protect == "channels" else {"protect": self.protect}
 
     def __post_init__(self) -> None:
         allowed: list[tuple[str, str, Sequence[str]]] = [

@@ -300,7 +300,7 @@ def _details(
         return {
             "aim": {
                 "omega": reach.omega.as_json(),
-                "protect": how.protect,
+                **how.protected,
                 "scaling": how.scaling,
                 "control": how.control,
                 "seed": how.seed if how.control in DRAWN else None,

@@ -180,7 +180,7 @@ def test_a_helper_of_the_prompt_is_the_tests_own(sandbox_works):
     """As in HumanEval/32, whose test asks `poly`, which the prompt gives, whether the zero is one."""
     prompt = "import math\n\n\ndef line(a, x):\n    return a + x\n\n\ndef zero(a):\n"
     test = "def check(candidate):\n    assert abs(line(3.0, candidate(3.0))) < 1e-6\n"
-    row = {"prompt": prompt, "entry_point": "zero", "test": test}
+    row = {"prompt": prompt, "entry_point": "zero", "test": test, "canonical_solution": "    return -a\n"}
     endings = {"    return -a\n": "passed", "    return 5.0\n\ndef line(a, x):\n    return 0.0\n": "failed"}
     with Sandbox(workers=1) as sandbox:
         for ending, status in endings.items():
