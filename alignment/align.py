@@ -14,14 +14,12 @@ from alignment.modules import add_modules
 from alignment.stored import left_out, unties_itself
 from alignment.vocabularies import align_vocabularies
 from checkpoints.errors import InputError
-from checkpoints.gguf_files import gguf_note
 from checkpoints.model import Model
-from checkpoints.mxfp4 import holds_mxfp4
 from checkpoints.problems import Problems
 from checkpoints.reader import equal_tensors
 from checkpoints.settings import setting
 from checkpoints.sidecars import SideFiles, list_left_out
-from checkpoints.source import FLOAT8, TensorInfo, TensorRef
+from checkpoints.source import FLOAT8, TensorInfo, TensorRef, holds_mxfp4
 from checkpoints.tensor_names import list_kinds
 from checkpoints.tokenizer_files import set_tied
 
@@ -98,6 +96,8 @@ def align(
         if any(info.dtype in FLOAT8 for _, parts in model.parts for file in parts for info in file.tensors.values()):
             problems.note(f"{model.label}: its float8 weights are multiplied with their scales.")
         if model.location.name.is_gguf:
+            from checkpoints.gguf_files import gguf_note
+
             problems.note(gguf_note(model.location))
         if any(holds_mxfp4(file.tensors) for _, parts in model.parts for file in parts):
             problems.note(

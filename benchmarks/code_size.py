@@ -99,6 +99,7 @@ def measure(checkout: Path = ROOT, *flags: str) -> Size:
         command += [f"--save_path={folder}/merged", "--quiet", *flags]
         # What is remembered of architectures lies in the cache: from a run before, as on any user's machine.
         environment = {**os.environ, "XDG_CACHE_HOME": folder, "HF_HUB_OFFLINE": "1"}
+        environment.pop("MERGE_AIM_CACHE", None)
         for run in ("first", "second"):
             argv = [sys.executable, "-c", PROBE, str(out), str(checkout.resolve()), *command]
             argv = [part.replace("/merged", f"/{run}") for part in argv]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from checkpoints.architecture_cache import remembered
 from checkpoints.errors import InputError, UnknownClass
 from checkpoints.location import Location, ModelName, locate, parse_model, parse_name, remote_headers
-from checkpoints.mxfp4 import Mxfp4Weights, holds_mxfp4
 from checkpoints.pieces import Piece, find_pieces, text_placements
 from checkpoints.problems import Problems
 from checkpoints.reader import (
@@ -28,7 +27,7 @@ from checkpoints.reader import (
 )
 from checkpoints.side_names import TOKENIZER_FILES
 from checkpoints.sidecars import SideFiles, licence_of, read_config
-from checkpoints.source import FLOAT8
+from checkpoints.source import FLOAT8, holds_mxfp4
 from checkpoints.vocabulary import Vocabulary, read_vocabulary, vocabulary_digest
 from checkpoints.weights import Weights
 
@@ -337,6 +336,8 @@ def _whole(name: ModelName, location: Location, checkpoint: Checkpoint, trust_re
         if name.base is not None:
             raise InputError(f"{name}: expected an adapter after the '+', got a whole model. Give it by itself.")
         if holds_mxfp4(checkpoint.tensors):
+            from checkpoints.mxfp4 import Mxfp4Weights
+
             return Model(location, Mxfp4Weights(checkpoint), trust_remote_code)
         if not any(info.dtype in FLOAT8 for info in checkpoint.tensors.values()):
             return Model(location, checkpoint, trust_remote_code)

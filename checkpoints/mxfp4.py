@@ -12,7 +12,6 @@ Source: OCP Microscaling Formats 1.0; the layout is that of transformers 5.19, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -21,14 +20,14 @@ import torch
 from checkpoints.dequantise import DecodedWeights
 from checkpoints.problems import Problems
 from checkpoints.reader import Checkpoint
-from checkpoints.source import TensorInfo
+from checkpoints.source import MXFP4_BLOCKS, TensorInfo, is_mxfp4
 
 GROUP = 32
 """Numbers that share a scale."""
 CACHED_EXPERTS = 4
 """Packed matrices of experts in memory; consecutive reads stay within one."""
 
-_BLOCKS, _SCALES = "_blocks", "_scales"
+_SCALES = "_scales"
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NIBBLES = torch.tensor([*_E2M1, *(-value for value in _E2M1)])
 # [256, 2] float32: the two numbers of a byte, the low four bits' first.
@@ -44,11 +43,6 @@ class _Expert(NamedTuple):
     scales: torch.Tensor
 
 
-def holds_mxfp4(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether there are MXFP4 blocks among stored tensors."""
-    return any(_is_blocks(name, info) for name, info in tensors.items())
-
-
 class Mxfp4Weights(DecodedWeights):
     """A checkpoint whose MXFP4 tensors are decoded as they are read; a `Weights`.
 
@@ -61,9 +55,9 @@ class Mxfp4Weights(DecodedWeights):
         problems = Problems()
         self._packed: set[str] = set()
         for name, info in inner.tensors.items():
-            if not _is_blocks(name, info):
+            if not is_mxfp4(name, info):
                 continue
-            plain = name.removesuffix(_BLOCKS)
+            plain = name.removesuffix(MXFP4_BLOCKS)
             scales = infos.pop(plain + _SCALES, None)
             del infos[name]
             if scales is None:
@@ -110,7 +104,7 @@ class Mxfp4Weights(DecodedWeights):
         """One expert's bytes."""
         _, columns, rows = self.tensors[name].shape
         parts = []
-        for end, width in ((_BLOCKS, columns // 2), (_SCALES, columns // GROUP)):
+        for end, width in ((MXFP4_BLOCKS, columns // 2), (_SCALES, columns // GROUP)):
             count = rows * width
             buffer = torch.empty(8 * count, dtype=torch.uint8)
             read = self._inner.read(name + end, number * count, (number + 1) * count, buffer)
@@ -124,7 +118,3 @@ def _decode(expert: _Expert, start: int, stop: int) -> torch.Tensor:
     numbers = _OF_BYTE[expert.packed[:, first:last].int()].flatten(1)[:, start - 2 * first : stop - 2 * first]
     scales = _OF_SCALE[expert.scales.int()[:, torch.arange(start, stop) // GROUP]]
     return numbers * scales
-
-
-def _is_blocks(name: str, info: TensorInfo) -> bool:
-    return name.endswith(_BLOCKS) and info.dtype == torch.uint8

@@ -35,6 +35,8 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+MXFP4_BLOCKS = "_blocks"
+"""How the name of a tensor of MXFP4 numbers ends."""
 
 # What can be merged and written: plain floating point.
 FLOAT_DTYPES: dict[str, torch.dtype] = {
@@ -119,3 +121,13 @@ class TensorRef:
     def read(self, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """`Source.read` of this tensor."""
         return self.source.read(self.name, start, stop, buffer)
+
+
+def is_mxfp4(name: str, info: TensorInfo) -> bool:
+    """Whether a stored tensor is the numbers of an MXFP4 one; see `checkpoints.mxfp4`."""
+    return name.endswith(MXFP4_BLOCKS) and info.dtype == torch.uint8
+
+
+def holds_mxfp4(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether one of some stored tensors is."""
+    return any(is_mxfp4(name, info) for name, info in tensors.items())
