@@ -182,3 +182,23 @@ def _random_delta(name: str, base: Tensor, seed: int, position: int, delta: floa
     if is_embedding:
         noise[torch.rand(base.shape[0], generator=generator) < 1 / 3] = 0
     return noise  # float32, so base + noise is rounded once, when it is copied into the model
+
+
+def add_code(family: Family) -> None:
+    """Make the models of a class of their own, whose file imports another one."""
+    for folder in (family.base, *family.models):
+        (folder / "configuration_small.py").write_text(
+            "from transformers import LlamaConfig\n\n\nclass SmallConfig(LlamaConfig):\n    model_type = 'small_of_mine'\n"
+        )
+        (folder / "small_layers.py").write_text("def same(value):\n    return value\n")
+        (folder / "modeling_small.py").write_text(
+            "from transformers import LlamaForCausalLM\n\nfrom .configuration_small import SmallConfig\nfrom .small_layers import same\n\n\n"
+            "class SmallForCausalLM(LlamaForCausalLM):\n    config_class = same(SmallConfig)\n"
+        )
+        code = {
+            "AutoConfig": "configuration_small.SmallConfig",
+            "AutoModelForCausalLM": "modeling_small.SmallForCausalLM",
+        }
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": "small_of_mine", "architectures": ["SmallForCausalLM"], "auto_map": code}
+        (folder / "config.json").write_text(json.dumps(config))

@@ -20,19 +20,14 @@ from tests.in_memory import (
     patch_grid,
     random_inputs,
 )
-from tests.reference import of_method
 from tests.reference.of_method import Reference
+from tests.reference.whole_matrix import float32_slack, is_rest, summed, with_head
 
 
 def spectra(base: Tensor, models: list[Tensor]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """U, S, V^T of the sum of the task vectors, for each matrix of a stack."""
     total = np.asarray(sum((model.float() - base.float()).double() for model in models))
     return [np.linalg.svd(one, full_matrices=False) for one in total.reshape(-1, *total.shape[-2:])]
-
-
-def is_rest(base: Tensor, is_embedding: bool, is_head: bool) -> bool:
-    """Whether a tensor is no matrix of a layer."""
-    return base.ndim < 2 or is_embedding or is_head or not base.numel()
 
 
 def iso_c(
@@ -46,15 +41,14 @@ def iso_c(
 ) -> Tensor:
     """b + lambda mean(S) U V^T by singular values in float64; b + rest_lambda sum d_i for what is no matrix of a layer."""
     if is_rest(base, is_embedding, is_head):
-        return base.double() + rest_lambda * sum((model.float() - base.float()).double() for model in models)
+        return summed(base, models, rest_lambda)
     merged = [s.mean() * (u * (s > 1e-6 * s.max(initial=0.0))) @ vt for u, s, vt in spectra(base, models)]
     return base.double() + lambda_ * torch.from_numpy(np.stack(merged)).reshape(base.shape)
 
 
 def slack(base: Tensor, models: list[Tensor], result: Tensor, *, is_head: bool = False, **arguments: Any) -> Tensor:
     """Float32: the merged task vector, times lambda, plus the base, or all that is added up. Float64: the Gram squares the condition."""
-    reach = torch.stack([(model.float() - base.float()).double().abs() for model in models]).sum(dim=0)
-    bound = 8 * of_method.FLOAT32_STEP * (reach + (result - base.double()).abs() + base.double().abs())
+    bound = float32_slack(base, models, result)
     if base.ndim >= 2 and base.numel():
         for _, s, _ in spectra(base, models):
             kept = s[s > 1e-6 * s.max(initial=0.0)]
@@ -64,12 +58,7 @@ def slack(base: Tensor, models: list[Tensor], result: Tensor, *, is_head: bool =
     return bound
 
 
-def prepare(method: Any, tensor: Any, base: Tensor, models: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The one name that the families of these tests have for a head."""
-    return arguments | {"is_head": tensor.name == "lm_head.weight"}
-
-
-REFERENCES = {"iso_c": Reference(iso_c, slack, {"lambda_": 0.8, "rest_lambda": 0.6}, None, prepare=prepare)}
+REFERENCES = {"iso_c": Reference(iso_c, slack, {"lambda_": 0.8, "rest_lambda": 0.6}, None, prepare=with_head)}
 
 
 def change(*vectors: list[list[float]], **arguments: Any) -> Tensor:

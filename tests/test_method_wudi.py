@@ -22,8 +22,8 @@ from tests.in_memory import (
     patch_grid,
     random_inputs,
 )
-from tests.reference import of_method
 from tests.reference.of_method import Reference
+from tests.reference.whole_matrix import float32_slack, is_rest, summed, with_head
 
 
 def stacks(base: Tensor, models: list[Tensor]) -> list[list[np.ndarray]]:
@@ -41,11 +41,6 @@ def moments(vectors: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def is_rest(base: Tensor, is_embedding: bool, is_head: bool) -> bool:
-    """Whether a tensor is no matrix of a layer."""
-    return base.ndim < 2 or is_embedding or is_head or not base.numel()
-
-
 def wudi(
     base: Tensor,
     models: list[Tensor],
@@ -61,7 +56,7 @@ def wudi(
 ) -> Tensor:
     """The formulas with C of all columns, whatever the shape, in float64."""
     if is_rest(base, is_embedding, is_head):
-        return base.double() + rest_lambda * sum((model.float() - base.float()).double() for model in models)
+        return summed(base, models, rest_lambda)
     merged = []
     for vectors in stacks(base, models):
         c, b = moments(vectors)
@@ -83,8 +78,7 @@ def slack(base: Tensor, models: list[Tensor], result: Tensor, *, is_head: bool =
 
     That is at most 1 / mu for ridge, and for spectral t, and what the eigenvectors at the edge of the rank turn by.
     """
-    reach = torch.stack([(model.float() - base.float()).double().abs() for model in models]).sum(dim=0)
-    bound = 8 * of_method.FLOAT32_STEP * (reach + (result - base.double()).abs() + base.double().abs())
+    bound = float32_slack(base, models, result)
     if base.ndim >= 2 and base.numel():
         n = base.shape[-1]
         for vectors in stacks(base, models):
@@ -99,12 +93,9 @@ def slack(base: Tensor, models: list[Tensor], result: Tensor, *, is_head: bool =
     return bound
 
 
-def prepare(method: Any, tensor: Any, base: Tensor, models: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The one name that the families of these tests have for a head."""
-    return arguments | {"is_head": tensor.name == "lm_head.weight"}
-
-
-REFERENCES = {"wudi": Reference(wudi, slack, {"lambda_": 0.8, "rest_lambda": 0.6, "ridge": 0.5}, None, prepare=prepare)}
+REFERENCES = {
+    "wudi": Reference(wudi, slack, {"lambda_": 0.8, "rest_lambda": 0.6, "ridge": 0.5}, None, prepare=with_head)
+}
 SOLVERS: list[dict[str, Any]] = [
     {}, {"ridge": 0.01}, {"solver": "spectral"}, {"solver": "spectral", "t": 7.0, "rank_share": 0.5},
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from checkpoints.writer import CheckpointWriter
 from tests.adapter_files import make_adapter
 from tests.aim_runs import write_texts
 from tests.fake_hub import FakeHub
-from tests.pico import Family, make_family
+from tests.pico import Family, add_code, make_family
 
 
 @pytest.fixture
@@ -28,26 +28,6 @@ def run(family: Family, out: Path, *flags: str) -> int:
     names = ",".join(map(str, family.models))
     argv = ["--method=linear", "--base_model", str(family.base), "--models_to_merge", names, "--save_path", str(out)]
     return merge.main([*argv, *flags])
-
-
-def add_code(family: Family) -> None:
-    """Make the models of a class of their own, whose file imports another one."""
-    for folder in (family.base, *family.models):
-        (folder / "configuration_small.py").write_text(
-            "from transformers import LlamaConfig\n\n\nclass SmallConfig(LlamaConfig):\n    model_type = 'small_of_mine'\n"
-        )
-        (folder / "small_layers.py").write_text("def same(value):\n    return value\n")
-        (folder / "modeling_small.py").write_text(
-            "from transformers import LlamaForCausalLM\n\nfrom .configuration_small import SmallConfig\nfrom .small_layers import same\n\n\n"
-            "class SmallForCausalLM(LlamaForCausalLM):\n    config_class = same(SmallConfig)\n"
-        )
-        code = {
-            "AutoConfig": "configuration_small.SmallConfig",
-            "AutoModelForCausalLM": "modeling_small.SmallForCausalLM",
-        }
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"model_type": "small_of_mine", "architectures": ["SmallForCausalLM"], "auto_map": code}
-        (folder / "config.json").write_text(json.dumps(config))
 
 
 DENSE = "2_Dense/model.safetensors"

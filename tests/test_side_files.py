@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 import merge
 from tests.fake_hub import FakeHub
-from tests.pico import Family, make_family
+from tests.pico import Family, add_code, make_family
 from tests.scene import Scene, call, names
 
 
@@ -59,22 +58,7 @@ def test_code_of_a_model_with_its_helpers_loads(scene: Scene, family: Family):
     """A class whose file imports another one."""
     from transformers import AutoModelForCausalLM
 
-    for folder in (family.base, *family.models):
-        (folder / "configuration_small.py").write_text(
-            "from transformers import LlamaConfig\n\n\nclass SmallConfig(LlamaConfig):\n    model_type = 'small_of_mine'\n"
-        )
-        (folder / "small_layers.py").write_text("def same(value):\n    return value\n")
-        (folder / "modeling_small.py").write_text(
-            "from transformers import LlamaForCausalLM\n\nfrom .configuration_small import SmallConfig\nfrom .small_layers import same\n\n\n"
-            "class SmallForCausalLM(LlamaForCausalLM):\n    config_class = same(SmallConfig)\n"
-        )
-        code = {
-            "AutoConfig": "configuration_small.SmallConfig",
-            "AutoModelForCausalLM": "modeling_small.SmallForCausalLM",
-        }
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"model_type": "small_of_mine", "architectures": ["SmallForCausalLM"], "auto_map": code}
-        (folder / "config.json").write_text(json.dumps(config))
+    add_code(family)
     scene.run("--trust_remote_code", "--quiet")
     loaded = AutoModelForCausalLM.from_pretrained(scene.out, trust_remote_code=True)
     assert type(loaded).__name__ == "SmallForCausalLM"
