@@ -22,6 +22,7 @@ from checkpoints.model import Model
 from checkpoints.provenance import fingerprint
 from checkpoints.settings import setting
 from checkpoints.source import FLOAT_DTYPES, dtype_name
+from forward.layers import head_weight
 from forward.tuning import Choice, choose, is_worth_timing
 
 Numerics = Literal["float32", "reference"]
@@ -122,12 +123,8 @@ class CalibrationRun:
 
     def watcher(self, model: Any) -> Watcher:
         """What sees the inputs of the weights that may be relaxed; the output head's product is not computed."""
-        try:
-            head = getattr(model.get_output_embeddings(), "weight", None)
-        except (NotImplementedError, AttributeError):
-            head = None
         kind = ReferenceWatcher if self.is_reference else Watcher
-        return kind(model, self.selection.targets, head=head, compiled=self.is_long(model))
+        return kind(model, self.selection.targets, head=head_weight(model), compiled=self.is_long(model))
 
     def is_long(self, model: Any) -> bool:
         """Whether the work is worth some seconds of getting ready: timing settings, importing compiled loops."""

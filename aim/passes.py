@@ -142,6 +142,7 @@ class _BeginAgain(Exception):
 def _layerwise(this: CalibrationRun) -> Activations:
     """Calibrate with one layer's weights in memory at a time; all of the text that is run before it is looked at goes through
     a layer before the next is read."""
+    # A model without weights; where its layers cannot be told apart, the library's own way with the disk.
     options = this.options
     dtype = "bfloat16" if this.is_reference else options.dtype or "auto"
     model = _skeleton(this, auto_dtype(this.base) if dtype == "auto" else FLOAT_DTYPES[dtype])
@@ -152,6 +153,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
             return whole(this, Path(folder))
     device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = this.blocks.tokens.to(device)
+    # The settings, by timing its first layer.
     give_back_freed_memory(above=_activation_bytes(model, this.data.block_size * (options.batch_size or max(BATCHES))))
     with (
         Layerwise(this.base, model, device, fails=this.fails) as trial,
@@ -163,6 +165,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
         model = _skeleton(this, FLOAT_DTYPES[choice.dtype])
     apply(model, choice)
     give_back_freed_memory(above=_activation_bytes(model, this.data.block_size * choice.batch_size))
+    # Pass after pass, each on as much text as is looked at next, from the layer where an earlier run stopped.
     watcher = this.watcher(model)
     enough = this.enough(watcher)
     with ExitStack() as stack:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from aim.activations import ChannelStatistics
-from aim.watcher import OTHERS, Target, Watcher
+from aim.watcher import OTHERS, Watcher
 from forward.parts import Use
 
 
@@ -20,15 +21,8 @@ class ReferenceWatcher(Watcher):
     Source: the AIM authors' program, commit e7eccd5.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        targets: Mapping[str, Target],
-        *,
-        head: torch.Tensor | None = None,
-        compiled: bool = False,
-    ):
-        super().__init__(model, targets, head=head, compiled=compiled)
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
         self._means: dict[str, torch.Tensor] = {}
 
     def observe(self, use: Use, x: torch.Tensor) -> None:

@@ -27,11 +27,19 @@ def find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     if not lists:
         return []
     name, layers = max(lists, key=lambda pair: weights(pair[1]))
-    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    head = head_weight(model)
     rest = 0 if head is None or id(head) in tables else head.numel()
     if 2 * weights(layers) < weights(model) - rest:
         return []
     return [(f"{name}.{position}", layer) for position, layer in enumerate(layers)]
+
+
+def head_weight(model: nn.Module) -> torch.Tensor | None:
+    """The weight of the output head; None where the model has none."""
+    try:
+        return getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):  # how models without a head answer
+        return None
 
 
 def call_of(layer: nn.Module, run: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -13,14 +13,18 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from checkpoints.errors import InputError
+from checkpoints.model import open_model
 
 TOKENIZER = Path(__file__).parent / "goldens" / "inputs" / "base"
 VOCABULARY = 300  # tokens of that tokenizer
@@ -202,3 +206,13 @@ def add_code(family: Family) -> None:
         config = json.loads((folder / "config.json").read_text())
         config |= {"model_type": "small_of_mine", "architectures": ["SmallForCausalLM"], "auto_map": code}
         (folder / "config.json").write_text(json.dumps(config))
+
+
+def refusal_of(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> str:
+    """What opening a model says after its tensors were changed."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError) as caught:
+        open_model(str(folder))
+    return str(caught.value)

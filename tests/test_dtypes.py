@@ -15,12 +15,11 @@ from torch import Tensor
 
 import merge
 import performAIM
-from checkpoints.errors import InputError
 from checkpoints.model import open_model
 from checkpoints.reader import read_tensor
 from tests.adapter_files import make_adapter, texts
 from tests.in_memory import patch_grid
-from tests.pico import Family, make_family
+from tests.pico import Family, make_family, refusal_of
 from tests.scene import call, names
 
 BLOCK, RAGGED = [8, 16], [10, 20]  # which divide the sizes, and which do not
@@ -212,12 +211,7 @@ def test_relaxing_towards_a_float8_base(family: Family, tmp_path: Path):
 def spoilt(family: Family, folder: Path, change: Callable[[dict[str, Tensor]], object]) -> str:
     """What is said of a float8 model whose tensors are changed."""
     quantise(family.base, folder, "blocks")
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError) as caught:
-        open_model(str(folder))
-    return str(caught.value)
+    return refusal_of(folder, change)
 
 
 SCALE = "model.layers.1.mlp.up_proj.weight_scale_inv"
