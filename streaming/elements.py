@@ -126,6 +126,8 @@ def hash_range(start: int, stop: int, keys: Callable[[int], tuple[int, int]], de
         index = torch.arange(low, low + end - start, dtype=torch.int64, device=device).to(torch.int32)
         parts.append(hash_of(index, keys(start >> 32)))
         start = end
+    if not parts:
+        return torch.empty(0, dtype=torch.int32, device=device)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -134,10 +136,14 @@ class Tensors:
 
     Args:
         block: whose numbers are left alone.
+
+    Attributes:
+        region: the block's.
     """
 
     def __init__(self, block: Block):
         self._block = block
+        self.region = block.region
         self.models: Sequence[Number] = block.task_vectors or block.weights
 
     @property

@@ -59,7 +59,7 @@ class Compiler:
         self._compiling = threading.Lock()
         self._kept: list[Any] = []
         self._machine: Any = None
-        self._runs = False
+        self.thread: threading.Thread | None = None
 
     def get(self, key: Any, text: Callable[[], str]) -> Loop | None:
         """The loop of a key; None while it is being compiled, or cannot be.
@@ -73,9 +73,9 @@ class Compiler:
                 if key not in self._loops:
                     self._loops[key] = None
                     self._wanted.put((key, text))
-                    if not self._runs:
-                        self._runs = True
-                        threading.Thread(target=self._work, name="compiler", daemon=True).start()
+                    if self.thread is None:
+                        self.thread = threading.Thread(target=self._work, name="compiler", daemon=True)
+                        self.thread.start()
         return self._loops[key]
 
     def get_now(self, key: Any, text: Callable[[], str]) -> Loop:
@@ -106,6 +106,10 @@ class Compiler:
         self._kept.append(engine)
         self._loops[key] = loop
         return loop
+
+    def stop(self) -> None:
+        """Compile what is asked for, and nothing afterwards."""
+        self._wanted.put(None)
 
     def _work(self) -> None:
         while (wanted := self._wanted.get()) is not None:
