@@ -26,7 +26,7 @@ READ_BACK_BYTES = 1 << 20
 ONE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ChunkDigests = Mapping[str, Mapping[str, str]]
-"""File name -> number of a chunk, as text -> its digest in hexadecimal."""
+"""File name -> number of a chunk, as text -> its digest in hexadecimal, after the name of the hash and a colon where that is not sha256."""
 HashName = Literal["blake3", "sha256"]
 HASHES: dict[HashName, Callable[[], Any]] = {"blake3": blake3.blake3, "sha256": hashlib.sha256}
 """What a file's digest can be made with: blake3 is fast on every processor, sha256 where there are instructions for it."""
@@ -228,8 +228,10 @@ class _OpenShard:
     def _restore(self, chunk: int, known: Mapping[str, str]) -> None:
         """Take the digest of a chunk that an earlier run completed from what that run noted, else from the disk."""
         if self._digests is not None:
-            noted = known.get(str(chunk))
-            self._digests[chunk] = bytes.fromhex(noted) if noted else self._digest(chunk)
+            # Notes of sha256 are those of earlier versions, which named no hash.
+            name, _, noted = f"sha256:{known.get(str(chunk), '')}".rpartition(":")
+            is_ours = noted and name.rpartition(":")[2] == self._hash
+            self._digests[chunk] = bytes.fromhex(noted) if is_ours else self._digest(chunk)
             self._told.add(chunk)
 
     def write(self, view: memoryview, offset: int) -> None:
@@ -277,7 +279,8 @@ class _OpenShard:
                 raise WriteError(self.path, error) from error
             if self._drops:
                 self._drop(complete=[chunk for chunk, missing in enumerate(self._missing) if not missing])
-        new = {str(chunk): digest.hex() for chunk, digest in complete if chunk not in self._told}
+        tag = "" if self._hash == "sha256" else f"{self._hash}:"
+        new = {str(chunk): tag + digest.hex() for chunk, digest in complete if chunk not in self._told}
         self._told.update(map(int, new))
         return new
 

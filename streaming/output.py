@@ -267,7 +267,6 @@ def identity_of(work: Work, options: RunOptions, **more: Any) -> dict[str, Any]:
         "files": headers,
         "side_files": work.files.digest(),
         "digest": options.digest,
-        "digest_hash": options.digest_hash,
         "report": options.report,
         "device": options.stream.device.type,
         "allow_non_finite": options.stream.allow_non_finite,
