@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from aim.activations import Activations
 from aim.calibrate import select
 from aim.choices import DRAWN, Relaxing
 from aim.omegas import Omega
-from aim.relaxation import ChannelFactors, Pull, Relaxation, importance_of, make_pulls, mean_energy_of
+from aim.relaxation import ChannelFactors, Pull, Relaxation, has_rows, importance_of, make_pulls, mean_energy_of
 from aim.summary import KindSummary, align, as_json, digits, summarise
 from aim.targets import Origins, Selection
 from checkpoints.errors import InputError
@@ -141,9 +142,12 @@ def check_activations(activations: Activations, base: Model, selection: Selectio
     dims = {**selection.input_dims, **activations.input_dims}
     for name, statistics in activations.statistics.items():
         got, shape = list(statistics.mean_abs.shape), selection.targets[name].shape if name in selection.targets else ()
-        width = shape[dims[name]] if name in dims and dims[name] < len(shape) else None
-        expected = [] if width is None else [[width], [shape[0], width]] if len(shape) > 2 else [[width]]
-        if got not in expected:
+        behind = shape[dims[name] :] if name in dims else ()
+        widths = [
+            math.prod(behind[:count]) for count in range(1, len(behind) + 1)
+        ]  # several dimensions may be one input
+        expected = [*([width] for width in widths[:1]), *([shape[0], width] for width in widths[:1] if len(shape) > 2)]
+        if got not in [*expected, *([width] for width in widths[1:])]:
             raise InputError(
                 f"{source}: {name}: expected {f'shape {expected[-1]}' if expected else 'no statistics'} as in {base.label}, "
                 f"got {got}. Calibrate again."
@@ -279,6 +283,10 @@ def without_mean(activations: Activations, selection: Selection) -> dict[str, st
     for name in selection.targets:
         mean = activations.statistics[name].mean if name in activations.statistics else None
         if mean is None or selection.targets[name].is_vector:
+            continue
+        dim = activations.input_dims.get(name, selection.input_dims.get(name, 0))
+        if not has_rows(selection.targets[name].shape, dim, mean.shape[-1]):
+            lacking[name] = "its input channels run along neither its rows nor its columns"
             continue
         rows = mean.reshape(-1, mean.shape[-1])
         zero = int((~rows.any(dim=-1)).sum())
