@@ -8,12 +8,14 @@ from typing import Any, Protocol
 
 import torch
 
-from aim.activations import Activations, ChannelStatistics
+from aim.activations import Activations, ChannelStatistics, Means
 from aim.choices import Relaxing
 from aim.directions import MeanDirection
 from aim.formula import (
+    AFTER_FIRST,
     Scaling,
     direction,
+    drop_top,
     factors,
     normalise,
     other_direction,
@@ -204,7 +206,8 @@ def make_pulls(activations: Activations, selection: Selection, how: Relaxing, om
             if bool(u.any()) and has_rows(selection.targets[name].shape, dims[name], u.shape[-1]):
                 pulls[name] = MeanDirection(u, dims[name], own, is_uniform=how.control == "uniform")
             continue
-        f = factors(importance_of(activations, name, how.scaling), own)
+        s = importance_of(activations, name, how.scaling)
+        f = factors(drop_top(s) if how.control == "without_top" else s, own)
         f = without_channels(f, "permuted" if how.control == "random" else how.control, seed=how.seed, tensor=name)
         pulls[name] = ChannelFactors(f, dims[name], like_the_reference=how.numerics == "reference")
     return pulls
@@ -231,7 +234,10 @@ def mean_energy_of(statistics: ChannelStatistics) -> float | None:
 
 def importance_of(activations: Activations, name: str, scaling: Scaling = "identity") -> torch.Tensor:
     """s of one tensor, `[in]` or `[experts, in]`; zero for an expert that saw no token, which therefore stays as merged."""
-    mean_abs = activations.statistics[name].mean_abs
+    statistics = activations.statistics[name]
+    means: Means | None = statistics.after_first if scaling.startswith(AFTER_FIRST) else statistics
+    assert means is not None  # see `aim.transforms.check_activations`
+    mean_abs = means.mean_abs
     active = mean_abs.amax(dim=-1) > 0
     s = torch.zeros_like(mean_abs)
     s[active] = normalise(mean_abs[active], scaling)

@@ -16,6 +16,7 @@ import torch
 from aim.activations import Activations
 from aim.calibrate import select
 from aim.choices import DRAWN, Relaxing
+from aim.formula import AFTER_FIRST
 from aim.omegas import Omega
 from aim.relaxation import ChannelFactors, Pull, Relaxation, has_rows, importance_of, make_pulls, mean_energy_of
 from aim.summary import KindSummary, align, as_json, digits, summarise
@@ -152,6 +153,11 @@ def check_activations(activations: Activations, base: Model, selection: Selectio
                 f"{source}: {name}: expected {f'shape {expected[-1]}' if expected else 'no statistics'} as in {base.label}, "
                 f"got {got}. Calibrate again."
             )
+        if how.scaling.startswith(AFTER_FIRST) and statistics.after_first is None:
+            raise InputError(
+                f"{source}: {name}: expected the mean |x| without the first token of each block, which {setting('scaling', how.scaling)} needs, got "
+                f"none, as in files of schema 1 and of models that do not read from left to right. Calibrate again, or use {setting('scaling', 'identity')}."
+            )
         if how.protect == "mean" and statistics.mean is None:
             raise InputError(
                 f"{source}: {name}: expected the signed mean of its input, which {setting('protect', 'mean')} needs, got none, as in "
@@ -197,7 +203,9 @@ def make_relaxations(
     kept = {**why_kept(selection, outputs, activations), **idle_experts(importance)}
     if how.protect == "mean":
         kept |= without_mean(activations, selection)
-    relaxations = Relaxations([], summarise(importance, mean_energy), kept, importance, mean_energy, warnings=warnings)
+    relaxations = Relaxations(
+        [], summarise(importance, mean_energy, activations.statistics), kept, importance, mean_energy, warnings=warnings
+    )
     for omega, folder in zip(how.omegas, how.folders, strict=True):
         pulls = make_pulls(activations, selection, how, omega)
         pulls = {name: pull for name, pull in pulls.items() if outputs.get(name) == ""}
@@ -339,7 +347,9 @@ def _card(how: Relaxing, activations: Activations, reach: Reach, relaxations: Re
     calibration = activations.calibration
     dataset = str(calibration.get("source"))
     control = (
-        "" if how.control == "none" else f" This is the `{how.control}` control, which knows nothing of the channels."
+        ""
+        if how.control == "none"
+        else f" This is the `{how.control}` control, {'which leaves the most active channels out' if how.control == 'without_top' else 'which knows nothing of the channels'}."
     )
     mean_s = f", mean s {relaxations.summaries['all'].mean:.3f}" if relaxations.summaries else ""
     text = (

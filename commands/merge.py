@@ -57,6 +57,7 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
     what.add_argument("--model_data", metavar="A,B,C", help=f"{', '.join(name for name, entry in METHODS.items() if entry.needs_data)}: text of each model's own task, in the order of the models: .jsonl, .json, .txt or .parquet files (or .gz) of texts, or of prompt and answer")  # fmt: skip
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
+    what.add_argument("--keep_intermediate", metavar="NAME", help="write the recipe's merge of this name too, as SAVE_PATH-NAME, and read it from there; several separated by commas")  # fmt: skip
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
     what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that every file of a result is what its run wrote (sizes, digests) and that none was added, that every number is finite, and shapes")  # fmt: skip
     how = parser.add_argument_group("how (a flag that the method does not use is an error)")
@@ -178,11 +179,43 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
 
         asked = read_flags(arguments, command)
         options = replace(asked.options, log=log)
+        asked = replace(asked, recipe=keep_intermediate(asked, arguments, options))
         step = asked.aim.step(asked.save_path, options, dry_run=arguments.dry_run) if asked.aim else None
         upload = shell.read_upload(arguments, step.folders if step else [""])
         with named_by(asked.recipe.places):
             job = prepare(asked.recipe, asked.save_path, options, step=step, download=not arguments.dry_run)
             shell.carry_out(job, upload, arguments)
+
+
+def keep_intermediate(asked: Asked, arguments: argparse.Namespace, options: RunOptions) -> Recipe:
+    """Write the named merges that are to be kept, each into a folder of its own. Returns: the recipe that reads them there.
+
+    Raises: Refusals: a name that the recipe does not have; as a merge.
+    """
+    if arguments.keep_intermediate is None:
+        return asked.recipe
+    names = [name.strip() for name in arguments.keep_intermediate.split(",")]
+    for name in names:
+        if name not in asked.recipe.merges:
+            known = f"one of {', '.join(asked.recipe.merges)}" if asked.recipe.merges else "a recipe with named merges"
+            raise ArgumentError(
+                f"{setting('keep_intermediate')}: expected {known}, got {name!r}. Name a merge of the recipe."
+            )
+    if arguments.dry_run:  # which plans them as what they would be without a folder
+        return asked.recipe
+    from merging.merge_work import prepare
+    from merging.named_merges import in_order, with_folders
+
+    folders: dict[str, Path] = {}
+    for name in in_order(asked.recipe.merges, names):
+        recipe = with_folders(asked.recipe.merges[name], folders)
+        used = {key: merge for key, merge in asked.recipe.merges.items() if key != name and key not in folders}
+        folder = asked.save_path.with_name(f"{asked.save_path.name}-{name}")
+        shell.carry_out(
+            prepare(replace(recipe, merges=used if recipe.uses_merges else {}), folder, options), None, arguments
+        )
+        folders[name] = folder
+    return with_folders(asked.recipe, folders)
 
 
 @dataclass(frozen=True)

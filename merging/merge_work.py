@@ -103,6 +103,7 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         plan = make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes)
     problems.raise_if_any()
     assert plan is not None
+    plan.notes += [note for model in opened for note in model.notes]
     moments, data = None, {}
     if plan.recipe.method_class.needs_data:
         moments, texts, moment_notes = _prepare_moments(plan, opened, options)

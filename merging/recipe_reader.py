@@ -25,6 +25,7 @@ from merging.recipe import (
     source_key,
     twice,
 )
+from merging.recipe_documents import Documents
 from streaming.values import Value, describe, parse_value
 
 KEYS = (
@@ -48,10 +49,12 @@ class Reader:
     Args:
         where: the file, for messages.
         trust_remote_code: import a method that the file names as `package.module:Class`.
+        documents: the merges that can be used as models.
     """
 
-    def __init__(self, where: str, *, trust_remote_code: bool = False):
+    def __init__(self, where: str, *, trust_remote_code: bool = False, documents: Documents | None = None):
         self.where = where
+        self.documents = documents
         self.trust_remote_code = trust_remote_code
         self.is_unread = False  # a method whose parameters nobody knows, as it was not imported
         self.problems = Problems()
@@ -82,7 +85,7 @@ class Reader:
         self.check_keys("", content, (*KEYS, "name", *RECORD_KEYS) if is_record else (*KEYS, "name"))
         content = self.unwrap(content)
         if is_record:
-            self.pinned = _revisions(content.get("inputs"))
+            self.pinned = revisions(content.get("inputs"))
         # Method and base, then what is merged.
         cls = self.read_method(content)
         base = None if content.get("base_model") is None else self.read_model("base_model", content["base_model"])
@@ -285,8 +288,10 @@ class Reader:
                 f"expected the key model, got {', '.join(map(str, entry)) if isinstance(entry, dict) else describe(entry)}.",
             )
             return None
-        self.check_keys(place, entry, keys)
+        self.check_keys(place, entry, (*keys, "revision"))
         name = self.read_model(f"{place}.model", entry["model"])
+        if entry.get("revision") is not None and name is not None:
+            name = self.with_revision(f"{place}.revision", name, entry["revision"])
         parameters = self.read_values(f"{place}.parameters", entry.get("parameters"), shared=False)
         layers = None
         if "layer_range" in keys:
@@ -310,6 +315,8 @@ class Reader:
     def read_model(self, place: str, content: Any) -> ModelName | None:
         """A model by name, or as mergekit spells one out: `{model: {path: ..., revision: ...}, lora: ...}`."""
         text = _model_text(content)
+        if text is not None and self.documents is not None and text in self.documents:
+            return self.documents.model(text)
         if text is None:
             self.refuse(place, f"expected a folder or the name of a model, got {describe(content)}.")
             return None
@@ -321,6 +328,21 @@ class Reader:
         if name.revision is None and not name.is_local and text in self.pinned:
             return replace(name, revision=self.pinned[text])
         return name
+
+    def with_revision(self, place: str, name: ModelName, revision: Any) -> ModelName | None:
+        """A hub model at the revision that stands beside it; of an adapter on a base, the base is what is meant to have one."""
+        if not isinstance(revision, str):
+            self.refuse(place, f"expected a branch, a tag or a commit, got {describe(revision)}.")
+        elif name.merged is not None or name.is_local:
+            what = "a merge of this recipe" if name.merged is not None else "a local folder"
+            self.refuse(place, f"{name} is {what}, which has no revisions. Leave it out.")
+        elif name.base is not None:
+            self.refuse(place, f"{name} is two models. Write NAME@REVISION for each of them.")
+        elif name.revision not in (None, revision) and name.path_or_id not in self.pinned:
+            self.refuse(place, f"{name} has a revision already. Leave one of the two out.")
+        else:
+            return self.read_model(place, f"{name.path_or_id}@{revision}")
+        return None
 
     def make_slice(
         self,
@@ -514,10 +536,11 @@ def _model_text(content: Any) -> str | None:
     return None
 
 
-def _revisions(inputs: Any) -> dict[str, str]:
-    """Of merge_recipe.json: hub name -> commit it was merged from."""
+def revisions(inputs: Any) -> dict[str, str]:
+    """Of merge_recipe.json: hub name -> commit it was merged from, of named merges' inputs too."""
     entries = inputs if isinstance(inputs, list) else []
-    return {
+    inner = (revisions(entry.get("inputs")) for entry in entries if isinstance(entry, dict) and "inputs" in entry)
+    return {name: commit for found in inner for name, commit in found.items()} | {
         entry["model"]: entry["revision"]
         for entry in entries
         if isinstance(entry, dict) and isinstance(entry.get("model"), str) and isinstance(entry.get("revision"), str)

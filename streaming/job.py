@@ -259,7 +259,7 @@ def plan_job(
         except AlreadyComplete as done:
             job.complete = str(done)
             return job
-    folders = [folder for model in inputs for folder in model.folders]
+    folders = [folder for model in inputs for origin in model.origins for folder in origin.folders]
     problems.extend(check_save_path(save_path, folders, overwrite=options.overwrite))
     problems.extend(planned)
     if job and not problems:
