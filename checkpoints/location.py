@@ -10,13 +10,12 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from checkpoints.errors import ArgumentError, InputError, cannot_open
 
 if TYPE_CHECKING:
     from checkpoints.hub_headers import RemoteHeader
-    from checkpoints.model import Model
 
 WHAT_TO_GIVE = "Give the folder of a model, or a hub name such as org/model or org/model@revision."
 # Spaces, control characters and ~^:?*[\ are no part of a git reference, nor is a slash or a dot in some places.
@@ -27,7 +26,7 @@ _HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co/|hf\.co/|hf:/
 class Opens(Protocol):
     """What opens a model that is made while it is read."""
 
-    def open(self, *, weights: bool = True, quiet: bool = False, trust_remote_code: bool = False) -> Model:
+    def open(self, *, weights: bool = True, quiet: bool = False, trust_remote_code: bool = False) -> Any:
         """See `checkpoints.model.open_model`."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from alignment.layout import NEW_TOKEN_ROWS, Layout
+from alignment.layout import NEW_TOKEN_ROWS, Layout, TokenRow
 from checkpoints.errors import ArgumentError, InputError, named_by, unknown
 from checkpoints.location import ModelName, parse_model
 from checkpoints.problems import Problems
@@ -30,7 +30,7 @@ from streaming.values import Value, describe, parse_value
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "allow_config_difference", "tie_word_embeddings", "exclude", "only",
+    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "allow_config_difference", "tie_word_embeddings", "tokens", "exclude", "only",
     "seed", "aim",
 )  # fmt: skip
 RECORD_KEYS = (
@@ -138,6 +138,8 @@ class Reader:
             if value is not None and beside.get(name) is None:
                 places[name] = f"{self.where}: {key}"
         shared = content.get("parameters")
+        if isinstance(content.get("tokenizer"), dict) and "tokens" in content["tokenizer"]:
+            places["tokens"] = f"{self.where}: tokenizer.tokens"
         places["model_data"] = f"{self.where}: models: data"
         for key in shared if isinstance(shared, dict) else ():
             places[str(key)] = f"{self.where}: parameters.{key}"
@@ -475,6 +477,42 @@ class Reader:
             self.problems.add(error)
             return Layout()
 
+    def read_tokens(self, place: str, content: Any) -> tuple[TokenRow, ...]:
+        """Where the rows of tokens come from: token -> `source` (a model, or how mergekit spells one), `force`."""
+        if not isinstance(content, dict):
+            self.refuse(place, f"expected tokens with their source, got {describe(content)}.")
+            return ()
+        rows = []
+        for token, entry in content.items():
+            where = f"{place}.{token}"
+            if not isinstance(token, str) or not isinstance(entry, dict) or "source" not in entry:
+                self.refuse(where, f"expected the key source, got {describe(entry)}.")
+                continue
+            self.check_keys(where, entry, ("source", "force"))
+            force, source = entry.get("force", False), entry["source"]
+            if not isinstance(force, bool):
+                self.refuse(f"{where}.force", f"expected true or false, got {describe(force)}.")
+                continue
+            if not isinstance(source, dict) or "kind" not in source:
+                model = self.read_model(f"{where}.source", source)
+                rows += [TokenRow(token, str(model), None, force)] if model is not None else []
+                continue
+            kind = source["kind"]
+            if kind not in ("zero", "model_token"):
+                self.refuse(f"{where}.source.kind", unknown("kind", str(kind), ("zero", "model_token")))
+                continue
+            self.check_keys(f"{where}.source", source, ("kind", "model", "token", "token_id"))
+            if kind == "zero":
+                rows.append(TokenRow(token, None, None, force))
+                continue
+            model = self.read_model(f"{where}.source.model", source.get("model"))
+            which = [source[key] for key in ("token", "token_id") if source.get(key) is not None]
+            if len(which) > 1 or not all(map(_is_text_or_number, which)):
+                self.refuse(f"{where}.source", "expected token, a text, or token_id, a number. Give one of them.")
+            elif model is not None:
+                rows.append(TokenRow(token, str(model), which[0] if which else None, force))
+        return tuple(rows)
+
     def read_vocabulary(self, content: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
         """`tokenizer_source` or `tokenizer`, None where neither is there, and the keys of vocabulary and side files beside it."""
         further = {
@@ -485,6 +523,8 @@ class Reader:
             )
             if content.get(key) is not None
         }
+        if content.get("tokens") is not None:
+            further["tokens"] = self.read_tokens("tokens", content["tokens"])
         # `tokenizer` says the same in more words.
         source, place = content.get("tokenizer_source"), "tokenizer_source"
         detailed = content.get("tokenizer")
@@ -495,8 +535,10 @@ class Reader:
                 self.refuse("tokenizer", f"expected keys such as source, got {describe(detailed)}.")
                 return None, {}
             self.check_keys("tokenizer", detailed, ("source", "pad_to_multiple_of", "tokens"))
-            if detailed.get("tokens"):
-                self.refuse("tokenizer.tokens", "is not supported: new_token_rows says what new tokens start from.")
+            if detailed.get("tokens") is not None:
+                if content.get("tokens") is not None:
+                    self.refuse("tokenizer.tokens", "tokens is given too. Leave one of the two out.")
+                further["tokens"] = self.read_tokens("tokenizer.tokens", detailed["tokens"])
             source, place = detailed.get("source", "union"), "tokenizer.source"
             if detailed.get("pad_to_multiple_of") is not None:
                 further["pad_to_multiple_of"] = detailed["pad_to_multiple_of"]
@@ -519,6 +561,10 @@ class Reader:
         if isinstance(source, str):
             source = source.removeprefix("model:")  # as older recipes have it
         return str(self.read_model(place, source)), further
+
+
+def _is_text_or_number(content: Any) -> bool:
+    return isinstance(content, str) or type(content) is int
 
 
 def _model_text(content: Any) -> str | None:
