@@ -321,7 +321,8 @@ def open_model(
     """
     name = parse_model(name) if isinstance(name, str) else name
     if name.merged is not None:
-        return name.merged.open(weights=weights, quiet=quiet, trust_remote_code=trust_remote_code)
+        made: Model = name.merged.open(weights=weights, quiet=quiet, trust_remote_code=trust_remote_code)
+        return made
     own = replace(name, base=None)
     if own.is_tensor_file:
         return _whole(name, Location(own, own.path.resolve()), open_tensor_file(own.path, str(own)), trust_remote_code)
