@@ -84,7 +84,7 @@ def _run_whole(
     this.progress(tokens[:done].numel())
     has_run = False
     with ExitStack() as stack:
-        stack.enter_context(compiling() if this.is_long(model) else nullcontext())
+        stack.enter_context(compiling() if this.compiles(model) else nullcontext())
         stack.enter_context(threads(choice.threads))
         stack.enter_context(out_of_memory("calibration", this.advice(choice)))
         stack.enter_context(watcher.watching())
@@ -190,7 +190,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
     watcher = this.watcher(model)
     enough = this.enough(watcher)
     with ExitStack() as stack:
-        stack.enter_context(compiling() if this.is_long(model) else nullcontext())
+        stack.enter_context(compiling() if this.compiles(model) else nullcontext())
         stack.enter_context(threads(choice.threads))
         stack.enter_context(out_of_memory("calibration", this.advice(choice)))
         waiting = Path(stack.enter_context(TemporaryDirectory(prefix="calibration_")))
@@ -231,9 +231,9 @@ def _layerwise(this: CalibrationRun) -> Activations:
 
 def _activation_bytes(model: Any, tokens: int) -> int:
     """Bytes that so many tokens take in float32, in which norms and rotations are computed, where a layer is widest."""
-    tables = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     inside = [one for _, layer in find_layers(model) for one in layer.parameters() if id(one) not in tables]
-    return 4 * tokens * max((max(one.shape[-2:]) for one in inside if one.ndim), default=0)
+    return 4 * tokens * max((max(weight.shape[-2:]) for weight in inside if weight.ndim), default=0)
 
 
 def _skeleton(this: CalibrationRun, dtype: torch.dtype) -> Any:
