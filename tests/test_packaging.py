@@ -17,7 +17,7 @@ from checkpoints import early
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DOORS = ("aim", "checkpoints", "evaluation", "merging", "reports")
+DOORS = ("adapters", "aim", "checkpoints", "evaluation", "merging", "reports")
 PINNED = {"requirements.txt": ("evaluate", "reports"), "requirements-gpu.txt": ("gpu",)}
 
 
@@ -70,7 +70,7 @@ def test_a_wheel_has_every_file_of_the_packages(wheel: Path):
     assert {"evaluation/results.schema.json", "checkpoints/py.typed"} <= names
 
 
-def test_the_installed_commands_are_the_four(wheel: Path):
+def test_the_installed_commands_are_the_scripts(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
         declared = dict(re.findall(r"^(\S+) = (\S+)$", archive.read(file).decode(), re.MULTILINE))
@@ -129,6 +129,9 @@ def test_what_a_type_checker_imports_is_what_python_imports(package):
 
 # What each public name is to a user's type checker: a line of a program, and the type that mypy reveals.
 REVEALED = {
+    "adapters.extract_lora": "-> adapters.extraction.Extracted",
+    "adapters.Extracted": "-> adapters.extraction.Extracted",
+    "adapters.LoraChoice": "-> adapters.low_rank.LoraChoice",
     "checkpoints.open_model": "-> checkpoints.model.Model",
     "checkpoints.Model": "-> checkpoints.model.Model",
     "merging.merge": "-> streaming.job.Result",

@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("checkpoints", "alignment", "streaming", "forward", "merging", "aim", "evaluation", "reports")
-SIBLINGS = {"merging", "aim", "evaluation", "reports"}
-COMMANDS = [ROOT / name for name in ("compare_models.py", "evaluate_model.py", "merge.py", "performAIM.py")]
+PACKAGES = ("checkpoints", "alignment", "streaming", "forward", "merging", "aim", "evaluation", "reports", "adapters")
+SIBLINGS = {"merging", "aim", "evaluation", "reports", "adapters"}
+COMMANDS = [
+    ROOT / name for name in ("compare_models.py", "evaluate_model.py", "extract_lora.py", "merge.py", "performAIM.py")
+]
 
 # Package -> top-level modules that nothing in it may import. Imports point down: to checkpoints, never to a command.
 ABOVE = {"examples", "tests", "benchmarks", "commands", "argparse"}
@@ -167,7 +169,7 @@ FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z][a-z_]+)")
 
 
 def flags_of_commands() -> set[str]:
-    """The name of every flag of the four commands, but for what every program has."""
+    """The name of every flag of the commands, but for what every program has."""
     parsers = [importlib.import_module(path.stem).build_parser() for path in COMMANDS]
     options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     return {option.removeprefix("--") for option in options} - {"help", "version", "h"}
