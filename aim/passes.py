@@ -210,9 +210,9 @@ def _layerwise(this: CalibrationRun) -> Activations:
 
 def _activation_bytes(model: Any, tokens: int) -> int:
     """Bytes that so many tokens take in float32, in which norms and rotations are computed, where a layer is widest."""
-    tables = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     inside = [one for _, layer in find_layers(model) for one in layer.parameters() if id(one) not in tables]
-    return 4 * tokens * max((max(one.shape[-2:]) for one in inside if one.ndim), default=0)
+    return 4 * tokens * max((max(weight.shape[-2:]) for weight in inside if weight.ndim), default=0)
 
 
 def _skeleton(this: CalibrationRun, dtype: torch.dtype) -> Any:

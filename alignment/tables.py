@@ -65,8 +65,8 @@ class Tables:
 def find_tables(models: Sequence[AlignedModel]) -> list[Tables]:
     """The vocabulary tables of all models that have any; names are those of the first model's."""
     names = table_names(models[0])
-    found = [Tables(model, {name: model.tensors[name] for name in names if name in model.tensors}) for model in models]
-    return [tables for tables in found if tables.tables]
+    every = [Tables(model, {name: model.tensors[name] for name in names if name in model.tensors}) for model in models]
+    return [tables for tables in every if tables.tables]
 
 
 def table_names(first: AlignedModel) -> list[str]:

@@ -39,30 +39,30 @@ def find_weight_files(
 
     Raises: InputError: no weights in the folder; an index that is damaged, or names a file that is missing or lies outside.
     """
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise InputError(
             f"{label}: expected {' or '.join(name for name in names if not name.endswith('.json'))}{' or an index of shards' * (names == WEIGHT_FILES)} in {folder}, got {there}. Give the folder of the weights."
         )
-    if found.suffix != ".json":
-        return [found], None
+    if file.suffix != ".json":
+        return [file], None
     try:
-        weight_map = parse_json(found.read_bytes())["weight_map"]
+        weight_map = parse_json(file.read_bytes())["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
     except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(
-            f"{label}: {found.name}: expected a JSON object with a weight_map, got something else. Download it again."
+            f"{label}: {file.name}: expected a JSON object with a weight_map, got something else. Download it again."
         ) from None
     for name in names:
         if not is_plain_name(name):
             raise InputError(
-                f"{label}: {found.name}: expected plain names of files in its folder, got '{name:.200}', which may lie outside. "
+                f"{label}: {file.name}: expected plain names of files in its folder, got '{name:.200}', which may lie outside. "
                 "Do not trust this checkpoint."
             )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{label}: {found.name} names files that are not there: {', '.join(missing)}. Download them.")
+        raise InputError(f"{label}: {file.name} names files that are not there: {', '.join(missing)}. Download them.")
     return [folder / name for name in names], weight_map
 
 

@@ -89,7 +89,7 @@ def class_of(base: Model) -> Any:
     """The class that a model is loaded with, which is the one that its tensors were matched with."""
     import transformers
 
-    from checkpoints.architecture import build_meta_model
+    from checkpoints.meta_model import build_meta_model
 
     known = getattr(transformers, base.architecture.model_class, None)
     if known is not None:

@@ -76,11 +76,11 @@ class Part:
         if place is None or source.shape != copy.shape:
             return None
         start, spans = place
-        if any(len(one) > 1 for one in spans):
+        if any(len(axes) > 1 for axes in spans):
             return None
         dims = [
-            _Dim(size, stride, *((one[0][0], one[0][2]) if one else (0, 1)))
-            for size, stride, one in zip(copy.shape, copy.stride(), spans, strict=True)
+            _Dim(size, stride, *((axes[0][0], axes[0][2]) if axes else (0, 1)))
+            for size, stride, axes in zip(copy.shape, copy.stride(), spans, strict=True)
         ]
         return Part(self.parameter, self.shape, dims, start, int(copy.storage_offset()))
 
@@ -99,7 +99,7 @@ class Part:
         if rest:
             return None
         spans = [self._spans(size, stride) for size, stride in zip(view.shape, view.stride(), strict=True)]
-        return None if any(one is None for one in spans) else (tuple(start), [one or [] for one in spans])
+        return None if any(axes is None for axes in spans) else (tuple(start), [axes or [] for axes in spans])
 
     def _spans(self, size: int, stride: int) -> list[Span] | None:
         """What a dimension of a view runs over."""
@@ -147,14 +147,14 @@ class Part:
                 inner *= count
             first = start[axis] + (index or 0) // inner % size * step
             ranges[axis] = (first, first + 1)
-        for dim, one in enumerate(spans):
+        for dim, axes in enumerate(spans):
             if dim != contracted and (dim or index is None):
-                for axis, size, step in one:
+                for axis, size, step in axes:
                     ranges[axis] = (start[axis], start[axis] + (size - 1) * step + 1)
         run = spans[contracted]
         if not run:  # one channel
             width = view.shape[contracted]
-            taken = {axis for one in spans for axis, _, _ in one}
+            taken = {axis for axes in spans for axis, _, _ in axes}
             axis = next((a for a in reversed(range(len(start))) if a not in taken and self.shape[a] == 1), -1)
             return Use(self.parameter, axis, tuple(ranges)) if width == 1 and axis >= 0 else None
         if len(run) > 1 or run[0][2] != 1:

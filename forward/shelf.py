@@ -89,12 +89,12 @@ def is_elsewhere(storage: torch.UntypedStorage) -> bool:
 
 
 def _large(run: Run) -> list[torch.UntypedStorage]:
-    found: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors_in((run.args, run.kwargs)):
         storage: Any = tensor.untyped_storage()
         if storage.nbytes() >= SMALL_BYTES and tensor.is_floating_point() and tensor.shape[:1] == run.tokens.shape[:1]:
-            found[storage._cdata] = storage
-    return list(found.values())
+            storages[storage._cdata] = storage
+    return list(storages.values())
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -256,8 +256,9 @@ def check_count(cls: type[Method], method: str, count: int) -> None:
 
 def check_expression(where: str, expression: str | None, problems: Problems) -> None:
     """Refuse an expression that is none."""
-    with problems.collect():
-        Pattern(where, expression or "")
+    if expression:  # asking starts a process
+        with problems.collect():
+            Pattern(where, expression)
 
 
 def twice(names: Iterable[ModelName]) -> list[ModelName]:
