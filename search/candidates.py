@@ -22,6 +22,7 @@ from alignment.layout import Layout
 from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.source import TensorRef
+from forward.tuning import threads as running_threads
 from merging.methods.contract import Method
 from merging.plan import make_plan
 from merging.recipe import Recipe, source_key
@@ -128,6 +129,7 @@ class Candidates:
         model: the base, loaded.
         options: of the stream.
         activations: of the base; None where no recipe asks for AIM.
+        threads: of torch in forward passes; None for as many as there are.
 
     Attributes:
         seconds: where the time went.
@@ -140,9 +142,11 @@ class Candidates:
         model: LoadedModel,
         options: StreamOptions,
         activations: Activations | None = None,
+        threads: int | None = None,
     ):
         self._opened, self._keys, self._model, self._options = opened, list(keys), model, options
         self.activations = activations
+        self._threads = threads or torch.get_num_threads()
         self._statistics: dict[Any, Any] = {}
         self.seconds = Seconds()
 
@@ -202,7 +206,8 @@ class Candidates:
     def score(self, documents: Sequence[Document]) -> list[float]:
         """The loss of each document under the weights that are in memory."""
         started = time.monotonic()
-        losses = score(self._model.model, documents, self._options.device)
+        with running_threads(self._threads):
+            losses = score(self._model.model, documents, self._options.device)
         self.seconds.forward += time.monotonic() - started
         return losses
 

@@ -26,6 +26,8 @@ class LoadedModel:
 
     def __init__(self, base: Model, model: Any):
         self.model, self._label = model, base.label
+        for parameter in model.parameters():  # which may be views of a mapped file
+            parameter.data = parameter.data.clone()
         placements = base.architecture.placements
         state: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
         state |= dict(model.named_buffers(remove_duplicate=False))

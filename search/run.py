@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from aim.activations import Activations, load_activations
 from aim.calibrate import calibrate, check_runs_on_text, read_blocks
 from aim.choices import Calibration
@@ -20,13 +22,16 @@ from checkpoints.problems import Problems
 from checkpoints.provenance import describe_input, versions
 from checkpoints.save_path import check_save_path
 from checkpoints.settings import setting, shown
+from checkpoints.source import FLOAT_DTYPES, dtype_name
 from forward.loading import load, quiet_transformers
+from forward.tuning import Choice, apply, choose, is_choice, is_worth_timing
 from merging.merge_work import prepare as prepare_merge
 from merging.plan import make_plan
 from merging.recipe import source_key
 from search.candidates import Candidate, Candidates, Seconds, read_candidate
 from search.goals import Losses
 from search.held_out import Rival, Row, as_text, compare, names_of, rivals_of, verdict
+from search.kept import keep_computed
 from search.memory import LoadedModel
 from search.report import draw, goals_as_json, importances, write_recipe, write_report, write_trials
 from search.request import SearchRequest
@@ -38,7 +43,7 @@ from streaming.output import DEFAULT_SHARD_BYTES, RunOptions
 from streaming.stream import StreamOptions
 
 ACTIVATIONS = "activations.safetensors"
-INPUTS, HELD_OUT = "inputs", "held_out"
+INPUTS, HELD_OUT, CHOICE = "inputs", "held_out", "choice"
 CANDIDATES_COMPARED = 3
 """The best so many of a search for one goal are scored on the held-out texts; of a front, so many more."""
 FRONT_COMPARED = 8
@@ -229,11 +234,16 @@ class _Search:
         base, device = prepared.opened[0], self.request.device
         activations = self._activations(keep=not is_dry)
         console.note(f"loading {base.label}")
-        dtype = "auto" if device.type == "cuda" else "float32"
         with quiet_transformers():
-            model = load(base, dtype=dtype, device=device)
+            model = load(base, dtype="auto", device=device)
+            choice = self._choose(model)
+            model = model.to(FLOAT_DTYPES[choice.dtype])
+            apply(model, choice)
         options = StreamOptions(device, self.request.workers, compiled=device.type == "cpu")
-        self.candidates = Candidates(prepared.opened, prepared.keys, LoadedModel(base, model), options, activations)
+        opened = keep_computed(prepared.opened)
+        self.candidates = Candidates(
+            opened, prepared.keys, LoadedModel(base, model), options, activations, choice.threads
+        )
 
     def run(self) -> Outcome:
         study = self.study
@@ -250,6 +260,21 @@ class _Search:
             return self._finish(study, inputs)
 
     # -------------------------------------------------------------------------------------------------- candidates
+
+    def _choose(self, model: Any) -> Choice:
+        """How the model is run: what is fastest here, as calibration finds it; the same for every process and later run."""
+        known = self.study.noted(CHOICE) if self.study is not None else None
+        if isinstance(known, dict) and is_choice(known):
+            return Choice(**known)
+        choice = Choice(dtype_name(model.dtype), torch.get_num_threads())
+        documents = [one for part in self.prepared.texts.searched.values() for one in part]
+        if is_worth_timing(model, sum(map(len, documents))):
+            length = min(sorted(map(len, documents))[-2:])
+            tokens = torch.tensor([one.ids[:length] for one in documents if len(one) >= length][:2])
+            choice, _ = choose(model, tokens.to(self.request.device), choice, dtype=True, batch=False)
+        if self.study is not None:
+            self.study.note(CHOICE, choice.as_json())
+        return choice
 
     def _activations(self, *, keep: bool) -> Activations | None:
         """The base's statistics, where a recipe asks for AIM: from a file, an earlier run, or taken now."""
