@@ -135,19 +135,18 @@ def compare(
 
 
 def verdict(rows: Sequence[Row], goals: Sequence[Goal]) -> list[str]:
-    """What may be said, in sentences; the default first."""
+    """What may be said of the winner against everything that it has to beat: a sentence for each goal and standing."""
     lines = []
-    for row in rows[1:]:
-        if row.rival.is_candidate:
-            continue
-        for goal, difference, said in zip(goals, row.differences, row.standings, strict=True):
-            words = {"not distinguishable": "not distinguishable from", "better": "better than", "worse": "worse than"}
-            stderr = difference["stderr"] or 0.0
-            lines.append(
-                f"{goal.name}: the best found is {words[said]} {row.rival.name} on the held-out texts "
-                f"({difference['value']:+.4f} ± {stderr:.4f})."
-            )
+    others = [row for row in rows[1:] if not row.rival.is_candidate]
+    for at, goal in enumerate(goals):
+        for said, words in _WORDS.items():
+            names = [row.rival.name for row in others if row.standings[at] == said]
+            if names:
+                lines.append(f"{goal.name}: on the held-out texts the best found is {words} {', '.join(names)}.")
     return lines
+
+
+_WORDS = {"not distinguishable": "not distinguishable from", "worse": "worse than", "better": "better than"}
 
 
 def as_text(rows: Sequence[Row], goals: Sequence[Goal]) -> str:

@@ -18,7 +18,11 @@ from checkpoints import early
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DOORS = ("adapters", "aim", "checkpoints", "evaluation", "merging", "reports", "search")
-PINNED = {"requirements.txt": ("evaluate", "reports"), "requirements-gpu.txt": ("gpu",), "requirements-search.txt": ("search",)}
+PINNED = {
+    "requirements.txt": ("evaluate", "reports"),
+    "requirements-gpu.txt": ("gpu",),
+    "requirements-search.txt": ("search",),
+}
 
 
 def pins(file: str) -> list[Requirement]:

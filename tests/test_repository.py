@@ -15,7 +15,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("checkpoints", "alignment", "streaming", "forward", "merging", "aim", "evaluation", "reports", "adapters", "search")
+PACKAGES = (
+    "checkpoints",
+    "alignment",
+    "streaming",
+    "forward",
+    "merging",
+    "aim",
+    "evaluation",
+    "reports",
+    "adapters",
+    "search",
+)
 SIBLINGS = {"merging", "aim", "evaluation", "reports", "adapters", "search"}
 SCRIPTS = ("compare_models.py", "evaluate_model.py", "extract_lora.py", "merge.py", "performAIM.py", "tune_merge.py")
 COMMANDS = [ROOT / name for name in SCRIPTS]

@@ -147,13 +147,13 @@ def test_the_best_point_is_found(tmp_path: Path):
 
 def test_bad_candidates_are_given_up_and_the_best_point_is_found(tmp_path: Path):
     study = make_study(tmp_path)
-    study.run(bowl, Budget(trials=80))
-    assert len(study.finished) == 80
-    assert 10 < len(study.complete) < 70
+    study.run(bowl, Budget(trials=50))
+    assert len(study.finished) == 50
+    assert 8 < len(study.complete) < 45
     check_found(study)
     rows = write_trials(study).read_text().splitlines()
-    assert len(rows) == 81
-    assert sum(",pruned," in row for row in rows) == 80 - len(study.complete)
+    assert len(rows) == 51
+    assert sum(",pruned," in row for row in rows) == 50 - len(study.complete)
     drawn = {path.name for path in draw(study)}
     assert {"trials.png", "parameters.svg", "importance.png"} <= drawn
 
@@ -241,11 +241,11 @@ def test_several_goals_give_a_front(tmp_path: Path):
         return Evaluation([(lambda_ - 0.4) ** 2, (lambda_ - 1.2) ** 2], {})
 
     study = make_study(tmp_path, "loss,worst")
-    study.run(apart, Budget(trials=60))
-    front = [tuple(trial.values) for trial in study.best(60)]
+    study.run(apart, Budget(trials=40))
+    front = [tuple(trial.values) for trial in study.best(40)]
     assert len(front) > 5
     assert not any(all(a < b for a, b in zip(one, other, strict=True)) for one in front for other in front)
-    assert all(0.3 < trial.user_attrs["recipe"]["parameters"]["lambda"] < 1.3 for trial in study.best(60))
+    assert all(0.3 < trial.user_attrs["recipe"]["parameters"]["lambda"] < 1.3 for trial in study.best(40))
     assert "front.png" in {path.name for path in draw(study)}
 
 
@@ -320,8 +320,8 @@ def test_the_winner_is_compared_with_all_that_it_has_to_beat():
     assert rows[0].differences == []
     assert rows[4].standings == ["better"]
     lines = verdict(rows, [GOALS["loss"]])
-    assert len(lines) == 9
-    assert "loss: the best found is better than best single model (b) on the held-out texts (-0." in lines[3]
+    assert "loss: on the held-out texts the best found is better than best single model (b)." in lines
+    assert sum(line.count(name) for line in lines for name in names[1:]) >= 9
 
 
 @pytest.mark.parametrize("aim", [None, {"omega": 1.0}, {"omega": 0.4, "control": "uniform"}])
