@@ -124,11 +124,16 @@ class CalibrationRun:
     def watcher(self, model: Any) -> Watcher:
         """What sees the inputs of the weights that may be relaxed; the output head's product is not computed."""
         kind = ReferenceWatcher if self.is_reference else Watcher
-        return kind(model, self.selection.targets, head=head_weight(model), compiled=self.is_long(model))
+        return kind(model, self.selection.targets, head=head_weight(model), compiled=self.compiles(model))
 
     def is_long(self, model: Any) -> bool:
         """Whether the work is worth some seconds of getting ready: timing settings, importing compiled loops."""
         return is_worth_timing(model, self.blocks.tokens.numel())
+
+    def compiles(self, model: Any) -> bool:
+        """Whether compiled loops are worth importing: for much work on a CPU."""
+        on_gpu = self.options.device.type != "cpu" if self.options.device else torch.cuda.is_available()
+        return self.is_long(model) and not on_gpu
 
     def enough(self, watcher: Watcher) -> Enough:
         """What says when the text is enough."""

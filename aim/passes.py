@@ -69,7 +69,7 @@ def whole(this: CalibrationRun, offload: Path | None = None) -> Activations:
     done = this.unfinished.restore(enough) if this.unfinished else 0
     this.progress(tokens[:done].numel())
     with ExitStack() as stack:
-        stack.enter_context(compiling() if this.is_long(model) else nullcontext())
+        stack.enter_context(compiling() if this.compiles(model) else nullcontext())
         stack.enter_context(threads(choice.threads))
         stack.enter_context(out_of_memory("calibration", this.advice(choice)))
         stack.enter_context(watcher.watching())
@@ -169,7 +169,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
     watcher = this.watcher(model)
     enough = this.enough(watcher)
     with ExitStack() as stack:
-        stack.enter_context(compiling() if this.is_long(model) else nullcontext())
+        stack.enter_context(compiling() if this.compiles(model) else nullcontext())
         stack.enter_context(threads(choice.threads))
         stack.enter_context(out_of_memory("calibration", this.advice(choice)))
         waiting = Path(stack.enter_context(TemporaryDirectory(prefix="calibration_")))

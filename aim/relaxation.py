@@ -23,6 +23,7 @@ from aim.formula import (
 from aim.omegas import Omega
 from aim.targets import Selection
 from streaming.blocks import Region, Scan, TensorSpec
+from streaming.elements import Change, lerp
 from streaming.tally import Tally, sample_of
 
 
@@ -50,6 +51,9 @@ class Pull(Protocol):
 
         Returns: the region, of the same shape; what it adds to |D u|^2 and |D|^2 (0 where there is no direction u).
         """
+
+    def formula(self, tensor: TensorSpec) -> Change | None:
+        """See `streaming.stream.Transform`."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,14 @@ class ChannelFactors:
         if self.like_the_reference:
             return relax_like_the_reference(base, merged, factor), (0.0, 0.0)
         return torch.lerp(base, merged, factor.expand_as(base)), (0.0, 0.0)
+
+    def formula(self, tensor: TensorSpec) -> Change | None:
+        """See `Pull`; the reference's roundings are no float32."""
+        if self.like_the_reference:
+            return None
+        values = self.values if self.values.ndim == 2 else self.values[None]
+        factors = values[:, None] if self.input_dim == len(tensor.shape) - 1 else values[:, :, None]
+        return lambda x, merged: lerp(x.base, merged, x.channel(factors))
 
     def of(self, region: Region) -> torch.Tensor:
         """The factors of a region, shaped to multiply `region.as_stack(...)`: `[matrices or 1, rows or 1, columns or 1]`."""
@@ -135,9 +147,18 @@ class Relaxation:
         if energies[1]:
             self.tally.add(name, -1 - region.start, (0.0, 0.0, *energies))
         for part in sample_of(region):
-            change = (relaxed[part] - merged[part]).abs().sum()
-            self.tally.add(name, region.start + part.start, (float(change), part.stop - part.start, 0.0, 0.0))
+            within = Region(region.tensor, region.start + part.start, region.start + part.stop)
+            self.look(within, merged[part], relaxed[part])
         return relaxed
+
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Change | None:
+        """See `Transform`."""
+        return self._pulls[tensor.name].formula(tensor)
+
+    def look(self, region: Region, merged: torch.Tensor, changed: torch.Tensor) -> None:
+        """See `Transform`."""
+        change = (changed - merged).abs().sum()
+        self.tally.add(region.tensor.name, region.start, (float(change), region.numel, 0.0, 0.0))
 
     def mean_changes(self) -> dict[str, float]:
         """Mean |relaxed - merged| per kind of layer, over the blocks that were looked at (one in 16), to 4 digits."""

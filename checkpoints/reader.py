@@ -185,6 +185,11 @@ class Checkpoint:
         file = self._owner[name]
         return file.read(name.removeprefix(file.prefix), start, stop, buffer)
 
+    def place_in_file(self, name: str) -> tuple[int, int] | None:
+        """See `TensorRef.place_in_file`."""
+        file = self._owner[name]
+        return file.place_in_file(name.removeprefix(file.prefix))
+
     def adjust(self, files: SideFiles) -> None:
         """See `Weights`: they are what its files hold."""
 
@@ -214,6 +219,10 @@ class _Part:
         """See `Source.read`."""
         return self._whole.read(name, start, stop, buffer)
 
+    def place_in_file(self, name: str) -> tuple[int, int] | None:
+        """See `TensorRef.place_in_file`."""
+        return self._whole.place_in_file(name)
+
 
 class WeightFile:
     """One open weight file, and what it looked like when it was opened.
@@ -235,6 +244,10 @@ class WeightFile:
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """See `Source.read`."""
         raise AssertionError("each kind of file reads its own way")
+
+    def place_in_file(self, name: str) -> tuple[int, int] | None:
+        """See `TensorRef.place_in_file`."""
+        return None
 
     def check_unchanged(self) -> None:
         """Raise InputError where the file is not the one that was opened, by size and time of change."""
@@ -264,6 +277,10 @@ class SafetensorsFile(WeightFile):
         raw = buffer[: (stop - start) * itemsize]
         pread_exactly(self._descriptor, raw.numpy().data, stored.offset + start * itemsize, f"{self.where}: {name}")
         return raw.view(stored.info.dtype)
+
+    def place_in_file(self, name: str) -> tuple[int, int] | None:
+        """See `TensorRef.place_in_file`."""
+        return self._descriptor, self._stored[name].offset
 
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""

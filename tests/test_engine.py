@@ -1090,16 +1090,3 @@ def test_what_is_sent_to_a_gpu_waits_for_it_and_it_for_that(monkeypatch: pytest.
     assert log == [
         ("sending", "waits for", "working"), ("sending", "begins"), ("sending", "ends"), ("working", "waits for", "sending"),
     ]  # fmt: skip
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_what_the_cpu_gives_to_one_rounding(tmp_path: Path, hundred_blocks: Family):
-    for method in (name for name, reference in REFERENCES.items() if not reference.jumps):
-        outs = []
-        for device in ("cpu", "cuda"):
-            out = tmp_path / f"{method}-{device}"
-            run(out, method, hundred_blocks.base, hundred_blocks.models, device=device)
-            outs.append(load_file(out / "model.safetensors"))
-        for name, on_cpu in outs[0].items():
-            steps = (on_cpu.view(torch.int16).int() - outs[1][name].view(torch.int16).int()).abs()
-            assert int(steps.max()) <= 1, f"{method}: {name}"

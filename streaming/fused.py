@@ -1,0 +1,193 @@
+"""A tensor's merge as compiled loops: from the files' bytes to the output's in one pass, where its method has a formula.
+
+What the loop does not do is left to the torch version: a block with a number that is not finite, an input whose numbers are not
+stored as they are merged (but for adapters and other sources, which are read first), dtypes that no loop knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+
+from checkpoints.source import TensorRef
+from streaming.blocks import Block, Region, TensorSpec
+from streaming.elements import Change, Formula
+from streaming.loops import FINE, PIECE_ELEMENTS, STORED, Sink, Store, Symbol, Trace, loop_key, write_loop
+from streaming.machine_code import COMPILER, Loop, address_of_pread, has_instructions_for
+
+MAX_ELEMENTS = 1 << 32
+"""Of a tensor: beyond, the index of an element has more bits than a loop's random numbers know."""
+
+Lend = Callable[[object, int], torch.Tensor]
+"""Number and bytes of one of a thread's buffers -> that buffer, `[bytes]` uint8."""
+
+PREAD = address_of_pread()
+
+
+def can_loop(refs: Sequence[TensorRef], dtypes: Sequence[torch.dtype], spec: TensorSpec) -> bool:
+    """Whether loops know the stored dtypes of some inputs and of outputs, and a tensor's size."""
+    used = {*(ref.info.dtype for ref in refs), *dtypes}
+    return bool(PREAD) and spec.numel <= MAX_ELEMENTS and used <= STORED.keys() and has_instructions_for(used)
+
+
+class TensorLoop:
+    """A loop with all of one tensor that does not change from region to region.
+
+    Args:
+        spec: the tensor.
+        refs: its inputs, in the order of the trace's.
+        trace: what is computed.
+        sinks: what becomes of it.
+    """
+
+    def __init__(self, spec: TensorSpec, refs: Sequence[TensorRef], trace: Trace, sinks: Sequence[Sink]):
+        self._spec, self._refs, self._trace, self._sinks = spec, refs, trace, sinks
+        self._key = loop_key(trace, sinks)
+        self._floats = np.array(trace.floats or [0.0], dtype=np.float32)
+        self._integers = np.array(trace.integers_at(0) or [0], dtype=np.int32)
+        self._channels = [values.detach().to("cpu", torch.float32).contiguous() for values in trace.channels]
+        self._places = [ref.place_in_file() for ref in refs]
+
+    @property
+    def loop(self) -> Loop | None:
+        """What is compiled; None as long as it is not. Asks for it."""
+        return COMPILER.get(self._key, lambda: write_loop(self._trace, self._sinks))
+
+    def compile(self) -> None:
+        """Compile at once, unless that is done. Raises RuntimeError: it cannot be."""
+        COMPILER.get_now(self._key, lambda: write_loop(self._trace, self._sinks))
+
+    def run(self, region: Region, lend: Lend, outputs: Sequence[torch.Tensor | None]) -> np.ndarray | None:
+        """Work on a region's elements.
+
+        Args:
+            region: any run of elements.
+            lend: see `Lend`.
+            outputs: for each sink where to write: `[region.numel]` of a `Store`'s dtype, `[region.numel + 1]` int32 for a `Collect`.
+
+        Returns: the counts of each sink; None where a number read or made is not finite, a file cannot be read, or nothing is compiled.
+        """
+        loop = self.loop
+        if loop is None:
+            return None
+        results = np.zeros(max(len(self._sinks), 1), dtype=np.int64)
+        integers = self._integers
+        if self._trace.has_indices:
+            integers = np.array(self._trace.integers_at(region.start), dtype=np.int32)
+        head = [region.start, region.stop, max(self._spec.rows, 1), max(self._spec.columns, 1)]
+        job = [*head, PREAD, self._floats.ctypes.data, integers.ctypes.data, results.ctypes.data]
+        held = []
+        for slot, (ref, place) in enumerate(zip(self._refs, self._places, strict=True)):
+            if place is None:
+                raw = ref.read(region.start, region.stop, lend(("raw", slot), region.numel * 8))
+                held.append(raw if raw.is_contiguous() else raw.contiguous())
+                job += [-1, 0, held[-1].data_ptr()]
+            else:
+                buffer = lend(("piece", slot), PIECE_ELEMENTS * ref.info.dtype.itemsize)
+                job += [*place, buffer.data_ptr()]
+        job += [0 if output is None else output.data_ptr() for output in outputs]
+        for values in self._channels:
+            matrices, rows, columns = values.shape
+            job += [values.data_ptr(), rows * columns if matrices > 1 else 0, 1 if rows > 1 else 0]
+        array = np.array(job, dtype=np.int64)
+        return results if loop(array.ctypes.data) == FINE else None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The numbers of a region that is looked at, float32.
+
+    Attributes:
+        block: base, and task vectors or weights; empty where nobody observes the merge.
+        merged: `[region.numel]`.
+        changed: what each change made of it, `[region.numel]`; None for an output without one.
+    """
+
+    block: Block
+    merged: torch.Tensor
+    changed: Sequence[torch.Tensor | None]
+
+
+class Fusion:
+    """The loops of one tensor, one for what is only written, one for regions that somebody looks at.
+
+    Args:
+        spec: the tensor.
+        base: its base, where the merge needs one or an observer looks at it.
+        needs_base: whether the merge does.
+        inputs: the models'.
+        is_delta: whether models are task vectors.
+        dtype: of the outputs.
+        formula: how an element is merged.
+        changes: for each output what becomes of the merged element; None where it is written as it is.
+        is_observed: whether base and models are looked at too.
+    """
+
+    def __init__(
+        self,
+        spec: TensorSpec,
+        base: TensorRef | None,
+        inputs: Sequence[TensorRef],
+        *,
+        needs_base: bool,
+        is_delta: bool,
+        dtype: torch.dtype,
+        formula: Formula,
+        changes: Sequence[Change | None],
+        is_observed: bool,
+    ):
+        self.dtype = dtype
+        self.changes, self._is_observed, self._is_delta = changes, is_observed, is_delta
+        self._count = len(inputs)
+        # For what is only written.
+        refs = [base, *inputs] if needs_base and base is not None else list(inputs)
+        trace, merged, results = _write_down(refs, formula, changes, has_base=needs_base, is_delta=is_delta)
+        stores = [Store(result, dtype) for result in results]
+        self.plain = TensorLoop(spec, refs, trace, stores)
+        # For what is looked at: the same, and the numbers before they are rounded.
+        if is_observed and not needs_base and base is not None:
+            refs = [base, *refs]
+            trace, merged, results = _write_down(refs, formula, changes, has_base=True, is_delta=is_delta)
+        shown = [cast(Symbol, trace.base), *cast(Sequence[Symbol], trace.models)] if is_observed else []
+        shown += [merged, *(result for result, change in zip(results, changes, strict=True) if change)]
+        stores = [Store(result, dtype) for result in results] + [Store(one, torch.float32) for one in shown]
+        self._shown = len(shown)
+        self.seen = TensorLoop(spec, refs, trace, stores)
+
+    def compile(self) -> None:
+        """Compile the loops at once."""
+        self.plain.compile()
+        self.seen.compile()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the loops are compiled; asks for them."""
+        loops = [self.plain.loop, *([self.seen.loop] if self._shown > 1 else [])]
+        return None not in loops
+
+    def look(self, region: Region, lend: Lend, outputs: Sequence[torch.Tensor]) -> Seen | None:
+        """Merge a region into outputs, as `plain.run` does, and give its numbers; None as there."""
+        numbers = [lend(("seen", at), region.numel * 4).view(torch.float32) for at in range(self._shown)]
+        if self.seen.run(region, lend, [*outputs, *numbers]) is None:
+            return None
+        block = Block(region, None, [], [])
+        if self._is_observed:
+            block.base, models, numbers = numbers[0], numbers[1 : 1 + self._count], numbers[1 + self._count :]
+            block.task_vectors, block.weights = (models, []) if self._is_delta else ([], models)
+        merged, *changed = numbers
+        left = iter(changed)
+        return Seen(block, merged, [next(left) if change else None for change in self.changes])
+
+
+def _write_down(
+    refs: Sequence[TensorRef], formula: Formula, changes: Sequence[Change | None], *, has_base: bool, is_delta: bool
+) -> tuple[Trace, Symbol, list[Symbol]]:
+    """A trace, the merged number in it, and what is written to each output."""
+    trace = Trace([ref.info.dtype for ref in refs], has_base=has_base, is_delta=is_delta)
+    merged = formula(trace)
+    results = [change(trace, merged) if change else merged for change in changes]
+    return trace, cast(Symbol, merged), cast(list[Symbol], results)
