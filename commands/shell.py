@@ -173,7 +173,7 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         "--device",
         default="auto",
         metavar="DEVICE",
-        help="auto (a GPU where there is one; default), cpu, cuda or cuda:1",
+        help="cpu, cuda or cuda:1, for all of it; auto (default): a GPU where there is one for running models, the CPU for the arithmetic of merging, which is faster there than the way to a GPU and back",
     )
     running.add_argument(
         "--workers", type=positive, metavar="N", help="threads (default: one per core); the result is the same"
@@ -375,6 +375,11 @@ def progress_bar(title: str, total: int, unit: str = "B", *, quiet: bool) -> Ite
 
 
 def console(options: RunOptions) -> Console:
+    """How a command that writes a checkpoint speaks to the user; see `speaker`."""
+    return speaker(quiet=options.quiet, log=options.log)
+
+
+def speaker(*, quiet: bool, log: Log | None = None) -> Console:
     """How a command speaks to the user: results on stdout, remarks and bars on stderr, warnings even where quiet, once each,
     and in the log."""
     from streaming.console import Console
@@ -382,20 +387,21 @@ def console(options: RunOptions) -> Console:
     warned: set[str] = set()
 
     def say(line: str) -> None:
-        if not options.quiet:
+        if not quiet:
             print(line)
 
     def note(line: str) -> None:
-        if not options.quiet:
+        if not quiet:
             say_on_stderr(line)
 
     def warn(line: str) -> None:
         if line not in warned:
             warned.add(line)
-            options.log("warning", message=line)
+            if log is not None:
+                log("warning", message=line)
             say_on_stderr(f"warning: {line}")
 
-    return Console(say, note, warn, partial(progress_bar, quiet=options.quiet), show_flag)
+    return Console(say, note, warn, partial(progress_bar, quiet=quiet), show_flag)
 
 
 @contextmanager
