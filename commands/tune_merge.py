@@ -93,7 +93,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> SearchReque
     from search.texts import parse_texts
 
     problems = Problems()
-    device = problems.attempt(lambda: shell.parse_device(arguments.device)) or shell.parse_device("cpu")
+    device = problems.attempt(lambda: shell.parse_device(arguments.device)) or shell.gpu_or_cpu()
     folder = problems.attempt(lambda: read_folder(arguments.study))
     save_path = problems.attempt(lambda: shell.parse_save_path(arguments.save_path)) if arguments.save_path is not None else None  # fmt: skip
     tree = problems.attempt(lambda: read_tree(arguments))
