@@ -250,7 +250,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
     assert options is not None
     assert report is not None
     assert save_path is not None
-    if device is None and get_method(recipe.method).needs_data:  # models run
+    if device is None and recipe.method_class.needs_data:  # models run
         options = replace(options, stream=replace(options.stream, device=shell.gpu_or_cpu()))
     return Asked(recipe, request, replace(options, report=report), save_path)
 

@@ -151,17 +151,20 @@ def read_tree(arguments: argparse.Namespace) -> Mapping[str, Any]:
     """The recipe with its free entries, from a file or from flags. Raises InputError."""
     beside = ("base_model", "models_to_merge", "methods", "calibration_data")
     if arguments.config is not None:
-        from merging.safe_yaml import read_data
+        from merging.safe_yaml import read_documents
 
         for name in beside:
             if vars(arguments)[name] is not None:
                 raise ArgumentError(
                     f"--{name}: {setting('config')} says what to search. Write it into the file, or leave one out."
                 )
-        content = read_data(Path(arguments.config).expanduser(), arguments.config)
-        if not isinstance(content, dict):
-            raise ArgumentError(f"{arguments.config}: expected a recipe with keys such as merge_method, got none.")
-        return content
+        documents = read_documents(Path(arguments.config).expanduser(), arguments.config)
+        if len(documents) != 1 or not isinstance(documents[0], dict):
+            raise ArgumentError(
+                f"{arguments.config}: expected one recipe with keys such as merge_method, got {len(documents)} documents. "
+                "Search one merge at a time."
+            )
+        return documents[0]
     from search.space import space_from_methods
 
     missing = [f"--{name}" for name in beside[:2] if vars(arguments)[name] is None]
