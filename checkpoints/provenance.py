@@ -103,7 +103,16 @@ def common_licence(models: Sequence[Model]) -> str | None:
     return licences.pop() if len(licences) == 1 else None
 
 
-def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, command: Sequence[str] | None) -> str:
+def model_card(
+    *,
+    title: str,
+    base: Model,
+    models: Sequence[Model],
+    text: str,
+    command: Sequence[str] | None,
+    library: str = "transformers",
+    tag: str = "merge",
+) -> str:
     """README.md of a model that was made of others: YAML front matter for the hub, what was made, the command that did it.
 
     Args:
@@ -111,6 +120,7 @@ def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, c
         base, models: the inputs; the front matter names those that are on the hub, without their revisions.
         text: Markdown between the title and the command: what was made of which models, and how.
         command: argument list as run; None where it was called from Python.
+        library, tag: what loads it and what it is, as the hub has it.
     """
     origins = [origin for model in (base, *models) for origin in model.origins]
     named = [location.name for model in origins for location, _ in model.parts]
@@ -122,7 +132,7 @@ def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, c
         *(["base_model:"] if on_hub else []),
         *(f"- {yaml_text(name)}" for name in on_hub),
     ]
-    front += ["library_name: transformers", "tags:", "- merge"]
+    front += [f"library_name: {library}", "tags:", f"- {tag}"]
     licence = common_licence(origins)
     if licence:
         front.append(f"license: {yaml_text(licence)}")

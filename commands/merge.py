@@ -250,17 +250,19 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
     assert options is not None
     assert report is not None
     assert save_path is not None
+    if device is None and recipe.method_class.needs_data:  # models run
+        options = replace(options, stream=replace(options.stream, device=shell.gpu_or_cpu()))
     return Asked(recipe, request, replace(options, report=report), save_path)
 
 
-def read_aim(arguments: argparse.Namespace, recipe: Recipe | None, device: torch.device) -> AimRequest | None:
+def read_aim(arguments: argparse.Namespace, recipe: Recipe | None, device: torch.device | None) -> AimRequest | None:
     """AIM as flags and recipe ask for it, None where they do not. Raises InputError where a setting is wrong or stands alone."""
     given = given_of_aim(arguments, recipe)
     if given is None:
         return None
     from aim.reading import make_request
 
-    return make_request(given, None if arguments.device == "auto" else device)
+    return make_request(given, device)
 
 
 def given_of_aim(arguments: argparse.Namespace, recipe: Recipe | None) -> Given | None:
