@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     built = [outcome for outcome in outcomes if not outcome.built]
     right = sum(outcome.right for outcome in built)
     print(f"{right} right of {len(built)}, {len(outcomes) - len(built)} not built")
-    if arguments.table:
+    if (
+        arguments.table and not arguments.only and arguments.kinds == ",".join(KINDS)
+    ):  # a page of some would hide the others
         arguments.table.write_text(page(outcomes), encoding="utf-8")
     return int(right < len(built))
 
