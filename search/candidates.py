@@ -115,6 +115,10 @@ class Remembering:
             self.kept[key] = self.method.measure(tensor, scan)
         return self.kept[key]
 
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Any:
+        """See `Merger.formula`."""
+        return self.method.formula(tensor, statistics)
+
     def combine(self, block: Block, statistics: Any) -> torch.Tensor:
         """See `Merger.combine`."""
         return self.method.combine(block, statistics)
