@@ -58,6 +58,7 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
+    what.add_argument("--as_lora", action="store_true", help="write the merge as a LoRA adapter of the base, where its changes have low rank: those of adapters added up (docs/adapters.md)")  # fmt: skip
     what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that every file of a result is what its run wrote (sizes, digests) and that none was added, that every number is finite, and shapes")  # fmt: skip
     how = parser.add_argument_group("how (a flag that the method does not use is an error)")
     how.add_argument(
@@ -177,6 +178,12 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         from merging.merge_work import prepare
 
         asked = read_flags(arguments, command)
+        if arguments.as_lora:
+            from commands.extract_lora import carry_out
+            from commands.merge_as_lora import prepare as prepare_adapter
+
+            carry_out(prepare_adapter(asked, arguments, command), arguments)
+            return
         options = replace(asked.options, log=log)
         step = asked.aim.step(asked.save_path, options, dry_run=arguments.dry_run) if asked.aim else None
         upload = shell.read_upload(arguments, step.folders if step else [""])
