@@ -48,6 +48,9 @@ class Model:
         trust_remote_code: whether its own Python files may run.
         name: as the user gave it, where that is not the location's.
         adapters: what is on top of the base.
+        made_of: the models that it is merged from as it is read.
+        notes: what a user should know of how it is made.
+        described: what merge_recipe.json says of it as an input, given how much of its files is digested; None for what files say.
     """
 
     location: Location
@@ -55,6 +58,9 @@ class Model:
     trust_remote_code: bool = False
     name: ModelName | None = None
     adapters: tuple[tuple[Location, Checkpoint], ...] = ()
+    made_of: tuple[Model, ...] = ()
+    notes: tuple[str, ...] = ()
+    described: Callable[[Any], dict[str, Any]] | None = None
 
     @property
     def label(self) -> str:
@@ -77,6 +83,11 @@ class Model:
     def folders(self) -> tuple[Path, ...]:
         """Every folder that it comes from."""
         return tuple(location.folder for location, _ in self.parts)
+
+    @property
+    def origins(self) -> list[Model]:
+        """The models whose files are read: itself, or those that it is merged from."""
+        return [origin for model in self.made_of for origin in model.origins] or [self]
 
     @property
     def is_file(self) -> bool:
@@ -309,6 +320,9 @@ def open_model(
     Raises: InputError: as `locate` and `open_checkpoint`; an adapter of another kind than LoRA, or of another base.
     """
     name = parse_model(name) if isinstance(name, str) else name
+    if name.merged is not None:
+        made: Model = name.merged.open(weights=weights, quiet=quiet, trust_remote_code=trust_remote_code)
+        return made
     own = replace(name, base=None)
     if own.is_tensor_file:
         return _whole(name, Location(own, own.path.resolve()), open_tensor_file(own.path, str(own)), trust_remote_code)

@@ -35,6 +35,8 @@ def describe_input(model: Model, digest: Digest) -> dict[str, Any]:
         model: the opened model.
         digest: `full` reads every weight file once more and takes its `sha256_64MiB`.
     """
+    if model.described is not None:
+        return {"model": model.label, **model.described(digest)}
     first, *adapters = (_describe_part(location, files, digest) for location, files in model.parts)
     return {
         "model": model.label,
@@ -120,7 +122,8 @@ def model_card(
         command: argument list as run; None where it was called from Python.
         library, tag: what loads it and what it is, as the hub has it.
     """
-    named = [location.name for model in (base, *models) for location, _ in model.parts]
+    origins = [origin for model in (base, *models) for origin in model.origins]
+    named = [location.name for model in origins for location, _ in model.parts]
     on_hub = dict.fromkeys(
         name.path_or_id for name in named if not name.is_local
     )  # it refuses a card that names others
@@ -130,7 +133,7 @@ def model_card(
         *(f"- {yaml_text(name)}" for name in on_hub),
     ]
     front += [f"library_name: {library}", "tags:", f"- {tag}"]
-    licence = common_licence([base, *models])
+    licence = common_licence(origins)
     if licence:
         front.append(f"license: {yaml_text(licence)}")
     front.append("---")

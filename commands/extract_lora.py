@@ -94,7 +94,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[LoraC
     from adapters.extraction import ExtractOptions
 
     problems = Problems()
-    device = problems.attempt(lambda: shell.parse_device(arguments.device)) or shell.parse_device("cpu")
+    device = problems.attempt(lambda: shell.parse_device(arguments.device)) or shell.gpu_or_cpu()
     save_path = problems.attempt(lambda: shell.parse_save_path(arguments.save_path))
     choice = problems.attempt(lambda: read_choice(arguments))
     problems.raise_if_any()

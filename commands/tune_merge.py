@@ -93,7 +93,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> SearchReque
     from search.texts import parse_texts
 
     problems = Problems()
-    device = problems.attempt(lambda: shell.parse_device(arguments.device)) or shell.parse_device("cpu")
+    device = problems.attempt(lambda: shell.parse_device(arguments.device)) or shell.gpu_or_cpu()
     folder = problems.attempt(lambda: read_folder(arguments.study))
     save_path = problems.attempt(lambda: shell.parse_save_path(arguments.save_path)) if arguments.save_path is not None else None  # fmt: skip
     tree = problems.attempt(lambda: read_tree(arguments))
@@ -151,16 +151,19 @@ def read_tree(arguments: argparse.Namespace) -> Mapping[str, Any]:
     """The recipe with its free entries, from a file or from flags. Raises InputError."""
     beside = ("base_model", "models_to_merge", "methods", "calibration_data")
     if arguments.config is not None:
-        from merging.safe_yaml import read_data
+        from merging.safe_yaml import read_documents
 
         for name in beside:
             if vars(arguments)[name] is not None:
                 raise ArgumentError(
                     f"--{name}: {setting('config')} says what to search. Write it into the file, or leave one out."
                 )
-        content = read_data(Path(arguments.config).expanduser(), arguments.config)
-        if not isinstance(content, dict):
-            raise ArgumentError(f"{arguments.config}: expected a recipe with keys such as merge_method, got none.")
+        content, *others = read_documents(Path(arguments.config).expanduser(), arguments.config) or [None]
+        if not isinstance(content, dict) or others or "merges" in content:
+            got = "several" if others or isinstance(content, dict) else "none"
+            raise ArgumentError(
+                f"{arguments.config}: expected one recipe with keys such as merge_method, got {got}. Give one."
+            )
         return content
     from search.space import space_from_methods
 

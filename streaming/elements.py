@@ -14,12 +14,14 @@ Formulas use `+ - * /`, comparisons, `&`, `|`, `~` and `abs` of numbers, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
+import numpy as np
 import torch
 
-from streaming.blocks import Block
+from streaming.blocks import Block, Region, Scan
 
 Number: TypeAlias = torch.Tensor
 """A number of each element: float32, int32 or a condition. To type checkers a tensor; a `streaming.loops.Symbol` where a loop is written down."""
@@ -65,6 +67,9 @@ class Element(Protocol):
             values: `[matrices or 1, rows or 1, columns or 1]` float32 of the whole tensor; rows or columns are 1.
         """
 
+    def offset(self) -> Number:
+        """The element's index, counted from its region's first: int32."""
+
     def is_up_to(self, index: int) -> Number:
         """1 where the element's index in its tensor is at most `index`, else 0: int32."""
 
@@ -80,6 +85,53 @@ Formula: TypeAlias = Callable[[Element], Number]
 """The merged number of an element."""
 Change: TypeAlias = Callable[[Element, Number], Number]
 """What becomes of an element's merged number before it is rounded."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of the elements of a region.
+
+    Attributes:
+        counts: conditions, each of which is counted.
+        collected: (int32, condition): the numbers of the elements for which it holds, in order.
+        stored: int32 of every element.
+    """
+
+    counts: Sequence[Number] = ()
+    collected: Sequence[tuple[Number, Number]] = ()
+    stored: Sequence[Number] = ()
+
+
+class Answer(NamedTuple):
+    """What a region's elements say to a `Question`: a number for each of `counts`, int32 for each of the others."""
+
+    counts: Sequence[int]
+    collected: Sequence[np.ndarray]
+    stored: Sequence[np.ndarray]
+
+
+Ask: TypeAlias = Callable[[Element], Question]
+
+
+def ask(scan: Scan, question: Ask, regions: Sequence[Region] | None = None) -> Iterator[Answer]:
+    """Ask the regions of a tensor, in their order: by a compiled loop where the scan is one of a stream that has it.
+
+    Args:
+        scan, regions: see `streaming.blocks.Scan`.
+    """
+    by_loop = getattr(scan, "ask", None)
+    if by_loop is not None:
+        return cast(Iterator[Answer], by_loop(question, regions))
+    return scan(lambda block: answer(question(Tensors(block))), regions)
+
+
+def answer(question: Question) -> Answer:
+    """The answer of tensors."""
+    return Answer(
+        [int(torch.count_nonzero(condition)) for condition in question.counts],
+        [values[condition].cpu().numpy() for values, condition in question.collected],
+        [values.cpu().numpy() for values in question.stored],
+    )
 
 
 def where(condition: Number, yes: Number | float, no: Number | float) -> Number:
@@ -174,6 +226,10 @@ class Tensors:
             )
         ]
         return here.to(self._device).expand(region.shape).reshape(-1)
+
+    def offset(self) -> Number:
+        """See `Element`."""
+        return torch.arange(self.region.numel, dtype=torch.int32, device=self._device)
 
     def is_up_to(self, index: int) -> Number:
         """See `Element`."""

@@ -8,15 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from itertools import accumulate
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from checkpoints.source import TensorRef
 from streaming.blocks import Block, Region, TensorSpec
-from streaming.elements import Change, Formula
-from streaming.loops import FINE, PIECE_ELEMENTS, STORED, Sink, Store, Symbol, Trace, loop_key, write_loop
+from streaming.elements import Answer, Ask, Change, Formula, Number
+from streaming.loops import (
+    FINE,
+    PIECE_ELEMENTS,
+    STORED,
+    Collect,
+    Count,
+    Sink,
+    Store,
+    Symbol,
+    Trace,
+    loop_key,
+    write_loop,
+)
 from streaming.machine_code import COMPILER, Loop, address_of_pread, has_instructions_for
 
 MAX_ELEMENTS = 1 << 32
@@ -61,40 +74,62 @@ class TensorLoop:
         """Compile at once, unless that is done. Raises RuntimeError: it cannot be."""
         COMPILER.get_now(self._key, lambda: write_loop(self._trace, self._sinks))
 
-    def run(self, region: Region, lend: Lend, outputs: Sequence[torch.Tensor | None]) -> np.ndarray | None:
-        """Work on a region's elements.
+    def run(self, regions: Sequence[Region], lend: Lend, outputs: Sequence[torch.Tensor | None]) -> np.ndarray | None:
+        """Work on the elements of some regions.
 
         Args:
-            region: any run of elements.
+            regions: any runs of elements.
             lend: see `Lend`.
-            outputs: for each sink where to write: `[region.numel]` of a `Store`'s dtype, `[region.numel + 1]` int32 for a `Collect`.
+            outputs: for each sink where to write: a `Store`'s dtype for each element, one region after the other; int32 for a
+                `Collect`, with room for one more than its elements for each region.
 
-        Returns: the counts of each sink; None where a number read or made is not finite, a file cannot be read, or nothing is compiled.
+        Returns: the counts, `[regions, sinks]`; None where a number read or made is not finite, a file cannot be read, or nothing is
+            compiled.
         """
         loop = self.loop
         if loop is None:
             return None
-        results = np.zeros(max(len(self._sinks), 1), dtype=np.int64)
-        integers = self._integers
+        counts = [region.numel for region in regions]
+        results = np.zeros((len(regions), max(len(self._sinks), 1)), dtype=np.int64)
         if self._trace.has_indices:
-            integers = np.array(self._trace.integers_at(region.start), dtype=np.int32)
-        head = [region.start, region.stop, max(self._spec.rows, 1), max(self._spec.columns, 1)]
-        job = [*head, PREAD, self._floats.ctypes.data, integers.ctypes.data, results.ctypes.data]
+            integers = np.array([self._trace.integers_at(region.start) for region in regions], dtype=np.int32)
+        else:
+            integers = self._integers[None]
+        # The columns of all jobs, in the order of `streaming.loops.write_loop`.
+        columns: list[Any] = [
+            [region.start for region in regions], [region.stop for region in regions], max(self._spec.rows, 1), max(self._spec.columns, 1),
+            PREAD, self._floats.ctypes.data, _rows_of(integers, len(regions)), _rows_of(results, len(regions)),
+        ]  # fmt: skip
         held = []
         for slot, (ref, place) in enumerate(zip(self._refs, self._places, strict=True)):
             if place is None:
-                raw = ref.read(region.start, region.stop, lend(("raw", slot), region.numel * 8))
-                held.append(raw if raw.is_contiguous() else raw.contiguous())
-                job += [-1, 0, held[-1].data_ptr()]
+                raw = [
+                    ref.read(region.start, region.stop, lend(("raw", slot, at), region.numel * 8)).contiguous()
+                    for at, region in enumerate(regions)
+                ]
+                columns += [-1, 0, [values.data_ptr() for values in raw]]
+                held.append(raw)
             else:
                 buffer = lend(("piece", slot), PIECE_ELEMENTS * ref.info.dtype.itemsize)
-                job += [*place, buffer.data_ptr()]
-        job += [0 if output is None else output.data_ptr() for output in outputs]
+                columns += [*place, buffer.data_ptr()]
+        for sink, output in zip(self._sinks, outputs, strict=True):
+            room = int(isinstance(sink, Collect))
+            begins = [0, *accumulate(count + room for count in counts[:-1])]
+            size = 0 if output is None else output.element_size()
+            columns.append([0 if output is None else output.data_ptr() + size * begin for begin in begins])
         for values in self._channels:
-            matrices, rows, columns = values.shape
-            job += [values.data_ptr(), rows * columns if matrices > 1 else 0, 1 if rows > 1 else 0]
-        array = np.array(job, dtype=np.int64)
-        return results if loop(array.ctypes.data) == FINE else None
+            matrices, rows, per_row = values.shape
+            columns += [values.data_ptr(), rows * per_row if matrices > 1 else 0, 1 if rows > 1 else 0]
+        jobs = np.empty((len(regions), len(columns)), dtype=np.int64)
+        for at, column in enumerate(columns):
+            jobs[:, at] = column
+        return results if loop(jobs.ctypes.data, len(regions), jobs.strides[0]) == FINE else None
+
+
+def _rows_of(array: np.ndarray, count: int) -> list[int]:
+    """The addresses of the rows of an array, that of its only one `count` times."""
+    stride = array.strides[0] if len(array) > 1 else 0
+    return [array.ctypes.data + stride * at for at in range(count)]
 
 
 @dataclass(frozen=True)
@@ -104,11 +139,13 @@ class Seen:
     Attributes:
         block: base, and task vectors or weights; empty where nobody observes the merge.
         merged: `[region.numel]`.
+        counts: for how many elements each of the observer's conditions holds.
         changed: what each change made of it, `[region.numel]`; None for an output without one.
     """
 
     block: Block
     merged: torch.Tensor
+    counts: Sequence[int]
     changed: Sequence[torch.Tensor | None]
 
 
@@ -124,7 +161,8 @@ class Fusion:
         dtype: of the outputs.
         formula: how an element is merged.
         changes: for each output what becomes of the merged element; None where it is written as it is.
-        is_observed: whether base and models are looked at too.
+        conditions: what an observer wants counted of an element's task vectors; None without one, so that base and models are not
+            looked at.
     """
 
     def __init__(
@@ -138,10 +176,10 @@ class Fusion:
         dtype: torch.dtype,
         formula: Formula,
         changes: Sequence[Change | None],
-        is_observed: bool,
+        conditions: Callable[[Sequence[Number]], Sequence[Number]] | None,
     ):
         self.dtype = dtype
-        self.changes, self._is_observed, self._is_delta = changes, is_observed, is_delta
+        self.changes, self._is_observed, self._is_delta = changes, conditions is not None, is_delta
         self._count = len(inputs)
         # For what is only written.
         refs = [base, *inputs] if needs_base and base is not None else list(inputs)
@@ -149,14 +187,16 @@ class Fusion:
         stores = [Store(result, dtype) for result in results]
         self.plain = TensorLoop(spec, refs, trace, stores)
         # For what is looked at: the same, and the numbers before they are rounded.
-        if is_observed and not needs_base and base is not None:
+        if conditions and not needs_base and base is not None:
             refs = [base, *refs]
             trace, merged, results = _write_down(refs, formula, changes, has_base=True, is_delta=is_delta)
-        shown = [cast(Symbol, trace.base), *cast(Sequence[Symbol], trace.models)] if is_observed else []
+        shown = [cast(Symbol, trace.base), *cast(Sequence[Symbol], trace.models)] if conditions else []
         shown += [merged, *(result for result, change in zip(results, changes, strict=True) if change)]
-        stores = [Store(result, dtype) for result in results] + [Store(one, torch.float32) for one in shown]
-        self._shown = len(shown)
-        self.seen = TensorLoop(spec, refs, trace, stores)
+        counted = conditions(cast(Sequence[Number], trace.vectors)) if conditions else []
+        sinks: list[Sink] = [Count(cast(Symbol, condition)) for condition in counted]
+        sinks += [Store(result, dtype) for result in results] + [Store(one, torch.float32) for one in shown]
+        self._counted, self._shown = len(counted), len(shown)
+        self.seen = TensorLoop(spec, refs, trace, sinks)
 
     def compile(self) -> None:
         """Compile the loops at once."""
@@ -172,7 +212,8 @@ class Fusion:
     def look(self, region: Region, lend: Lend, outputs: Sequence[torch.Tensor]) -> Seen | None:
         """Merge a region into outputs, as `plain.run` does, and give its numbers; None as there."""
         numbers = [lend(("seen", at), region.numel * 4).view(torch.float32) for at in range(self._shown)]
-        if self.seen.run(region, lend, [*outputs, *numbers]) is None:
+        counts = self.seen.run([region], lend, [*[None] * self._counted, *outputs, *numbers])
+        if counts is None:
             return None
         block = Block(region, None, [], [])
         if self._is_observed:
@@ -180,7 +221,12 @@ class Fusion:
             block.task_vectors, block.weights = (models, []) if self._is_delta else ([], models)
         merged, *changed = numbers
         left = iter(changed)
-        return Seen(block, merged, [next(left) if change else None for change in self.changes])
+        return Seen(
+            block,
+            merged,
+            counts[0, : self._counted].tolist(),
+            [next(left) if change else None for change in self.changes],
+        )
 
 
 def _write_down(
@@ -191,3 +237,47 @@ def _write_down(
     merged = formula(trace)
     results = [change(trace, merged) if change else merged for change in changes]
     return trace, cast(Symbol, merged), cast(list[Symbol], results)
+
+
+class Asking:
+    """The loop that asks a tensor's elements something.
+
+    Args:
+        spec, base, inputs, is_delta: see `Fusion`; base None where the method has no use for it.
+        ask: what is asked.
+    """
+
+    def __init__(
+        self, spec: TensorSpec, base: TensorRef | None, inputs: Sequence[TensorRef], ask: Ask, *, is_delta: bool
+    ):
+        refs = [*([base] if base else []), *inputs]
+        trace = Trace([ref.info.dtype for ref in refs], has_base=base is not None, is_delta=is_delta)
+        question = ask(trace)
+        self._counts = len(question.counts)
+        self._collected = len(question.collected)
+        self._stored = len(question.stored)
+        sinks: list[Sink] = [Count(cast(Symbol, condition)) for condition in question.counts]
+        sinks += [Collect(*cast(tuple[Symbol, Symbol], pair)) for pair in question.collected]
+        sinks += [Store(cast(Symbol, values), torch.int32) for values in question.stored]
+        self.loop = TensorLoop(spec, refs, trace, sinks)
+
+    def answers(self, regions: Sequence[Region], lend: Lend) -> list[Answer] | None:
+        """What some regions say; None as in `TensorLoop.run`. Arrays are copies."""
+        rooms = [region.numel + 1 for region in regions]
+        collected = [lend(("collected", at), 4 * sum(rooms)).view(torch.int32) for at in range(self._collected)]
+        stored = [lend(("stored", at), 4 * (sum(rooms) - len(rooms))).view(torch.int32) for at in range(self._stored)]
+        found = self.loop.run(regions, lend, [*[None] * self._counts, *collected, *stored])
+        if found is None:
+            return None
+        answers = []
+        begin = 0
+        for at, (region, counts) in enumerate(zip(regions, found.tolist(), strict=True)):
+            first = begin + at  # each region before has room for one more
+            few = [
+                values[first : first + count].numpy().copy()
+                for values, count in zip(collected, counts[self._counts : self._counts + self._collected], strict=True)
+            ]
+            whole = [values[begin : begin + region.numel].numpy().copy() for values in stored]
+            answers.append(Answer(counts[: self._counts], few, whole))
+            begin += region.numel
+        return answers

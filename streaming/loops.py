@@ -197,6 +197,10 @@ class Trace:
         kind = "column" if values.shape[2] > 1 else "row"
         return cast(Number, self.add(kind, len(self.channels) - 1, type_=FLOAT))
 
+    def offset(self) -> Number:
+        """See `streaming.elements.Element`."""
+        return cast(Number, self._offset())
+
     def is_up_to(self, index: int) -> Number:
         """See `streaming.elements.Element`."""
         last = self._integer(index, is_index=True)
@@ -229,7 +233,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Store:
-    """Write a number of each element, rounded to a dtype; the loop notices what is then not finite."""
+    """Write a number of each element, rounded to a dtype; the loop notices what is then not finite. Of int32 as it is."""
 
     symbol: Symbol
     dtype: torch.dtype
@@ -280,9 +284,9 @@ def loop_key(trace: Trace, sinks: Sequence[Sink]) -> Node:
 
 
 def write_loop(trace: Trace, sinks: Sequence[Sink]) -> str:
-    """A function `i64 loop(ptr job)` in LLVM's language.
+    """A function `i64 loops(ptr jobs, i64 count, i64 bytes)` in LLVM's language, which does jobs of so many bytes each.
 
-    The job is an array of int64: JOB_HEAD, OF_INPUT for each input, an address for each sink, OF_CHANNEL for each channel.
+    A job is an array of int64: JOB_HEAD, OF_INPUT for each input, an address for each sink, OF_CHANNEL for each channel.
 
         start, stop         the elements to work on, as indices of the tensor
         rows, columns       of one of its matrices
@@ -331,7 +335,7 @@ class _Writer:
         for dtype in set(self._trace.inputs):
             for width in (WIDTH, 1):
                 self._allocate(f"%in.{_short(dtype)}.{width}", _vector(STORED[dtype], width))
-        for dtype in {sink.dtype for sink in self._sinks if isinstance(sink, Store)}:
+        for dtype in self._rounded():
             for width in (WIDTH, 1):
                 self._allocate(f"%out.{_short(dtype)}.{width}", _vector("i32", width))
         self._put("br label %pieces")
@@ -339,7 +343,11 @@ class _Writer:
         self._write_end()
         body = "\n".join(f"  {line}" if not line.endswith(":") else line for line in self._lines)
         head = "\n".join(f"  {line}" for line in self._allocations)
-        return f"{_declare()}\ndefine i64 @loop(ptr %job) {{\nentry:\n{head}\n{body}\n}}\n"
+        return f"{_declare()}\ndefine i64 @loop(ptr %job) {{\nentry:\n{head}\n{body}\n}}\n{_MANY}"
+
+    def _rounded(self) -> list[torch.dtype]:
+        """The dtypes that are rounded to."""
+        return _sorted([sink.dtype for sink in self._sinks if isinstance(sink, Store) and sink.dtype in STORED])
 
     def _put(self, line: str) -> None:
         self._lines.append(line)
@@ -561,7 +569,11 @@ class _Writer:
     def _write_sink(self, number: int, sink: Sink, values: dict[int, str], width: int, run: str) -> None:
         value = values[sink.symbol.node]
         wide, bools = _vector(INT, width), _vector(BOOL, width)
-        if isinstance(sink, Store):
+        if isinstance(sink, Store) and sink.symbol.type == INT:
+            pointer = self._make(f"inttoptr i64 %out{number} to ptr")
+            pointer = self._make(f"getelementptr i32, ptr {pointer}, i64 %{run}.since")
+            self._put(f"store {wide} {value}, ptr {pointer}, align 4")
+        elif isinstance(sink, Store):
             bits = self._make(f"bitcast {_vector(FLOAT, width)} {value} to {wide}")
             size = self._make(f"and {wide} {bits}, {_constant(INT, str(MAGNITUDE_BITS), width)}")
             self._note_largest(f"%out.{_short(sink.dtype)}.{width}", size, INT, width)
@@ -624,8 +636,7 @@ class _Writer:
                 self._put(f"store i64 {self._make(f'load i64, ptr %count{number}')}, ptr {pointer}")
         bad = "false"
         limits = [(f"%in.{_short(dtype)}", STORED[dtype], INFINITY[dtype]) for dtype in _sorted(self._trace.inputs)]
-        stored = _sorted([sink.dtype for sink in self._sinks if isinstance(sink, Store)])
-        limits += [(f"%out.{_short(dtype)}", INT, OVERFLOW[dtype]) for dtype in stored]
+        limits += [(f"%out.{_short(dtype)}", INT, OVERFLOW[dtype]) for dtype in self._rounded()]
         for place, kind, limit in limits:
             for width in (WIDTH, 1):
                 largest = self._make(f"load {_vector(kind, width)}, ptr {place}.{width}")
@@ -641,6 +652,31 @@ class _Writer:
 
 
 _LEAVES = ("input", "number", "integer", "constant", "row", "column", "first", "offset")
+
+
+_MANY = f"""
+define i64 @loops(ptr %jobs, i64 %count, i64 %bytes) {{
+entry:
+  br label %next
+next:
+  %i = phi i64 [0, %entry], [%i.next, %fine]
+  %more = icmp slt i64 %i, %count
+  br i1 %more, label %one, label %end
+one:
+  %skip = mul i64 %i, %bytes
+  %job = getelementptr i8, ptr %jobs, i64 %skip
+  %result = call i64 @loop(ptr %job)
+  %is.fine = icmp eq i64 %result, {FINE}
+  br i1 %is.fine, label %fine, label %failed
+fine:
+  %i.next = add i64 %i, 1
+  br label %next
+failed:
+  ret i64 %result
+end:
+  ret i64 {FINE}
+}}
+"""
 
 
 def _declare() -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-Loop = Callable[[int], int]
-"""Takes the address of a job and returns FINE, NOT_FINITE or NOT_READ; Python's lock is free meanwhile."""
+Loop = Callable[[int, int, int], int]
+"""Takes the address, number and bytes of jobs and returns FINE, NOT_FINITE or NOT_READ; Python's lock is free meanwhile."""
 
 
 def can_compile() -> bool:
@@ -47,6 +47,9 @@ def _features() -> frozenset[str]:
     import llvmlite.binding as llvm
 
     return frozenset(name for name, there in llvm.get_host_cpu_features().items() if there)
+
+
+_SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
 class Compiler:
@@ -102,7 +105,7 @@ class Compiler:
         )
         engine = llvm.create_mcjit_compiler(module, self._machine)
         engine.finalize_object()
-        loop: Loop = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(engine.get_function_address("loop"))
+        loop: Loop = _SIGNATURE(engine.get_function_address("loops"))
         self._kept.append(engine)
         self._loops[key] = loop
         return loop

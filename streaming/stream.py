@@ -18,8 +18,8 @@ from checkpoints.pieces import Origin
 from checkpoints.settings import setting
 from checkpoints.source import TensorRef, dtype_name
 from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, in_groups, tile
-from streaming.elements import Change, Formula
-from streaming.fused import Fusion, Seen, can_loop
+from streaming.elements import Answer, Ask, Change, Formula, Number, Tensors, answer
+from streaming.fused import Asking, Fusion, Lend, Seen, can_loop
 from streaming.machine_code import can_compile
 from streaming.tally import Tally, sample_of
 from streaming.twins import compiling, twin
@@ -68,8 +68,16 @@ class Observer(Protocol):
         """The parts of a region that it wants to see."""
         ...
 
-    def observe(self, block: Block, sampled: Sequence[slice]) -> Any:
-        """Look at a block before it is merged; what it returns goes to `record`."""
+    def conditions(self, vectors: Sequence[Number]) -> Sequence[Number]:
+        """What it wants counted of an element, given its task vectors (`streaming.elements`)."""
+        ...
+
+    def observe(self, block: Block, sampled: Sequence[slice], counts: Sequence[Sequence[int]] | None = None) -> Any:
+        """Look at a block before it is merged; what it returns goes to `record`.
+
+        Args:
+            counts: for each part for how many elements each of `conditions` holds; None where nobody has counted.
+        """
         ...
 
     def record(self, block: Block, merged: torch.Tensor, sampled: Sequence[slice], seen: Any) -> None:
@@ -302,8 +310,8 @@ class _Stream:
         if method is None:
             work: Callable[[Region], None] = lambda region: self._copy(tensor, region)  # noqa: E731
         else:
-            statistics = method.measure(tensor.spec, self._scan(lambda region: self._fetch(tensor, region), tensor))
-            scan = self._scan(lambda region: self._merged(tensor, region, statistics), tensor)
+            statistics = method.measure(tensor.spec, self._scan_inputs(tensor))
+            scan = self._scan(tensor, lambda region: self._merged(tensor, region, statistics))
             measured = transforms[0].measure(tensor.spec, scan) if transforms else None
             fusion = self._fuse(tensor, statistics, measured) if tensor.spec.numel else None
             work = lambda region: self._combine(tensor, statistics, measured, fusion, region)  # noqa: E731
@@ -339,17 +347,29 @@ class _Stream:
             dtype=tensor.dtype,
             formula=formula,
             changes=changes,
-            is_observed=self._observer is not None,
+            conditions=self._observer.conditions if self._observer else None,
         )
 
-    def _scan(self, block_of: Callable[[Region], Block], tensor: PlannedTensor) -> Callable[..., Iterator[Any]]:
-        def scan(measure: Callable[[Block], Partial], regions: Sequence[Region] | None = None) -> Iterator[Partial]:
-            chosen = list(tile(tensor.spec, GRID_ELEMENTS)) if regions is None else regions
-            work: Callable[[list[Region]], list[Partial]] = lambda group: [  # noqa: E731
-                measure(block_of(region)) for region in group
-            ]
-            return itertools.chain.from_iterable(self._workers.map_ordered(work, list(in_groups(chosen))))
+    def _scan(self, tensor: PlannedTensor, block_of: Callable[[Region], Block]) -> _Scan:
+        return _Scan(tensor, block_of, self._workers)
 
+    def _scan_inputs(self, tensor: PlannedTensor) -> _Scan:
+        """A scan of what a method merges, by loops where there are any."""
+        assert tensor.method is not None
+        needs_base = tensor.needs_base(self._transforms)
+        refs = [*([tensor.base] if needs_base else []), *tensor.inputs]
+        scan = self._scan(tensor, lambda region: self._fetch(tensor, region))
+        if not self._uses_loops or not can_loop(refs, (), tensor.spec):
+            return scan
+        is_delta = tensor.method.space == "task_vectors"
+
+        def asking(question: Ask) -> Asking:
+            made = Asking(tensor.spec, tensor.base if needs_base else None, tensor.inputs, question, is_delta=is_delta)
+            if self._options.compiled:
+                made.loop.compile()
+            return made
+
+        scan.asking, scan.lend = asking, self._lend
         return scan
 
     def _merged(self, tensor: PlannedTensor, region: Region, statistics: Any) -> Block:
@@ -383,7 +403,7 @@ class _Stream:
             before = slice(position, part[0])
             if before.start < before.stop:
                 outputs = [result[before] for result in results]
-                if fusion.plain.run(_within(region, before), self._lend, outputs) is None:
+                if fusion.plain.run([_within(region, before)], self._lend, outputs) is None:
                     return False
             seen_at = slice(*part)
             if seen_at.start < seen_at.stop:
@@ -401,7 +421,8 @@ class _Stream:
         region = seen.block.region
         if observes and self._observer:
             whole = [slice(0, region.numel)]
-            self._observer.record(seen.block, seen.merged, whole, self._observer.observe(seen.block, whole))
+            looked = self._observer.observe(seen.block, whole, [seen.counts])
+            self._observer.record(seen.block, seen.merged, whole, looked)
         for transform, changed in zip(self._transforms, seen.changed, strict=True):
             if tallies and transform and changed is not None:
                 transform.look(region, seen.merged, changed)
@@ -493,6 +514,42 @@ class _Stream:
             pin = pinned and self._options.device.type == "cuda"
             buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
         return buffers[key][:nbytes]
+
+
+class _Scan:
+    """Runs functions over blocks of one tensor (`streaming.blocks.Scan`), and asks its elements by loops (`streaming.elements.ask`).
+
+    Attributes:
+        asking: makes the loop of a question; None where there are no loops.
+        lend: gives threads their buffers.
+    """
+
+    def __init__(self, tensor: PlannedTensor, block_of: Callable[[Region], Block], workers: Workers):
+        self._tensor, self._block_of, self._workers = tensor, block_of, workers
+        self.asking: Callable[[Ask], Asking] | None = None
+        self.lend: Lend | None = None
+
+    def __call__(
+        self, measure: Callable[[Block], Partial], regions: Sequence[Region] | None = None
+    ) -> Iterator[Partial]:
+        """See `streaming.blocks.Scan`."""
+        work: Callable[[list[Region]], list[Partial]] = lambda group: [  # noqa: E731
+            measure(self._block_of(region)) for region in group
+        ]
+        return itertools.chain.from_iterable(self._workers.map_ordered(work, self._groups(regions)))
+
+    def ask(self, question: Ask, regions: Sequence[Region] | None = None) -> Iterator[Answer]:
+        """See `streaming.elements.ask`."""
+        asking = self.asking(question) if self.asking else None
+
+        def work(group: list[Region]) -> list[Answer]:
+            answers = asking.answers(group, self.lend) if asking and self.lend else None
+            return answers or [answer(question(Tensors(self._block_of(region)))) for region in group]
+
+        return itertools.chain.from_iterable(self._workers.map_ordered(work, self._groups(regions)))
+
+    def _groups(self, regions: Sequence[Region] | None) -> list[list[Region]]:
+        return list(in_groups(list(tile(self._tensor.spec, GRID_ELEMENTS)) if regions is None else regions))
 
 
 def _within(region: Region, part: slice) -> Region:

@@ -526,6 +526,6 @@ def test_figures_show_the_mean(family_of: Callable[[str], Relaxed], tmp_path: Pa
     flags = ["--protect", "mean", "--figures", tmp_path / "figures", "--save_activations", tmp_path / "saved"]
     perform(relaxed.base, relaxed.merged, tmp_path / "out", *flags, texts=texts)
     written = {path.name for path in (tmp_path / "figures").iterdir()}
-    names = ("importance_layers", "importance_sorted", "mean_input", "mean_direction")
+    names = ("importance_layers", "importance_sorted", "massive_activations", "mean_input", "mean_direction")
     assert written == {f"{name}.{suffix}" for name in names for suffix in ("png", "svg")}
     assert b"|mean|" in (tmp_path / "figures" / "mean_input.svg").read_bytes()

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from aim import sums
-from merging import report
 from merging.merge_work import merge
-from merging.methods import trim, widen
+from merging.methods import widen
 from merging.recipe_flags import make_recipe
 from streaming import stream
 from streaming.twins import TWINS, Twins, compile_all, use_compiled
@@ -89,11 +88,11 @@ def test_all_twins_are_compiled_and_tested_here():
     known = TWINS.compiled.keys()
     assert known == {
         *(("streaming.kernels", name) for name in ("load", "round_to")),
-        *(("merging.kernels", name) for name in ("count_against", "sum_products", "count_signs")),
+        *(("merging.kernels", name) for name in ("sum_products",)),
         ("aim.kernels", "add_rows"),
     }  # fmt: skip
     for module, name in known:
-        plain = next(getattr(place, name) for place in (stream, trim, widen, report, sums) if hasattr(place, name))
+        plain = next(getattr(place, name) for place in (stream, widen, sums) if hasattr(place, name))
         parameters = [list(inspect.signature(one).parameters.values()) for one in (plain, TWINS.compiled[module, name])]
         assert [one.kind for one in parameters[0]] == [one.kind for one in parameters[1]]
 
@@ -127,25 +126,6 @@ def test_every_bfloat16_and_every_tie_is_rounded_alike():
         check(stream.round_to, values, torch.bfloat16)
         check(stream.round_to, values[values.isfinite()], torch.bfloat16)
     assert stream.round_to(values[:10], torch.bfloat16)[1]
-
-
-@pytest.mark.parametrize("size", SIZES[1:])
-@pytest.mark.parametrize("models", [1, 2, 3, 5])
-@pytest.mark.parametrize("odd", [False, True])
-def test_signs(size, models, odd):
-    check(report.count_signs, torch.stack([numbers(size, seed, odd=odd) for seed in range(models)]))
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("odd", [False, True])
-def test_thresholds(size, odd):
-    values = numbers(size, 4, odd=odd)
-    magnitudes = sorted(trim.magnitude_bits(values).tolist()) or [5]
-    picked = [0, 1, trim.INFINITY_BITS, magnitudes[0], magnitudes[len(magnitudes) // 2], magnitudes[-1]]
-    for low in picked:
-        for high in (one for one in picked if one >= low):
-            check(trim.count_against, values, low, high)
-    check(trim.count_against, values, 0, trim.ABOVE_ALL)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from merging.methods.sparse import ThinnedByElement
@@ -43,11 +43,8 @@ class Breadcrumbs(ThinnedByElement):
         kept = [int(density * n) for density in self.densities]
         top = [min(int(gamma * n), n - k) for gamma, k in zip(self.gammas, kept, strict=True)]
 
-        def twice(measure: Any, regions: Any = None) -> Any:
-            return scan(lambda block: measure(replace(block, task_vectors=block.task_vectors * 2)), regions)
-
         counts = [*(t + k for t, k in zip(top, kept, strict=True)), *top]
-        trims = measure_largest(tensor, twice, counts)
+        trims = measure_largest(tensor, scan, counts, lambda x: [*x.models, *x.models])
         return tuple(zip(trims[: len(kept)], trims[len(kept) :], strict=True))
 
     def thin(self, x: Element, tensor: TensorSpec, selection: Any) -> Sequence[Number]:
