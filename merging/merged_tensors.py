@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from checkpoints.source import TensorInfo
-from streaming.stream import Output, PlannedTensor, StreamOptions, stream
+from streaming.stream import Output, PlannedTensor, StreamOptions, Transform, stream
 
 HELD = 2
 """Tensors that are held after they were read: whoever reads one piece by piece asks for the same again."""
@@ -23,10 +23,17 @@ class MergedTensors:
         label: how messages name it.
         tensors: as planned; those without a method are the base's.
         options: of the stream.
+        transform: what becomes of the merge (AIM).
     """
 
-    def __init__(self, label: str, tensors: Sequence[PlannedTensor], options: StreamOptions):
-        self.label, self._options = label, options
+    def __init__(
+        self,
+        label: str,
+        tensors: Sequence[PlannedTensor],
+        options: StreamOptions,
+        transform: Transform | None = None,
+    ):
+        self.label, self._options, self._transform = label, options, transform
         self._planned = {tensor.spec.name: tensor for tensor in tensors}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(torch.float32, tensor.spec.shape, tensor.dtype) if tensor.method else tensor.base.info
@@ -43,7 +50,7 @@ class MergedTensors:
         with self._lock:
             if name not in self._held:
                 whole = _Whole(tensor.spec.numel)
-                stream([replace(tensor, dtype=torch.float32)], [Output(whole)], options=self._options)
+                stream([replace(tensor, dtype=torch.float32)], [Output(whole, self._transform)], options=self._options)
                 self._held[name] = whole.values
                 while len(self._held) > HELD:
                     self._held.popitem(last=False)
