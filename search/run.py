@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +278,8 @@ class _Search:
         if is_worth_timing(model, sum(map(len, documents))):
             length = min(sorted(map(len, documents))[-2:])
             tokens = torch.tensor([one.ids[:length] for one in documents if len(one) >= length][:2])
-            choice, _ = choose(model, tokens.to(self.request.device), choice, dtype=True, batch=False)
+            fastest, _ = choose(model, tokens.to(self.request.device), choice, dtype=True, batch=False)
+            choice = replace(fastest, threads=choice.threads)  # one process's busy moment is not every one's
         if self.study is not None:
             self.study.note(CHOICE, choice.as_json())
         return choice
