@@ -34,6 +34,7 @@ class LoraChoice:
         save_whole: ends of the names of modules that are stored whole, as peft's `modules_to_save`; `bias` stands for all
             biases, `all` for everything that is no matrix product.
         dtype: of the factors.
+        is_exact: refuse a matrix whose change has so many directions that factors would be no smaller than it.
 
     Raises: ArgumentError: a number out of its range.
     """
@@ -42,6 +43,7 @@ class LoraChoice:
     energy: float | None = None
     save_whole: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
+    is_exact: bool = False
 
     def __post_init__(self) -> None:
         if self.rank is None and self.energy is None:

@@ -29,8 +29,8 @@ from checkpoints.provenance import fingerprint
 from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.source import TensorInfo
 from checkpoints.tensor_names import kind_of
-from streaming.output import Variant
 from streaming.stream import PlannedTensor
+from streaming.work import Variant
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from checkpoints.settings import setting, shown
 from commands import shell
 
 if TYPE_CHECKING:
-    from adapters.extraction import ExtractOptions
+    from adapters.extraction import Extraction, ExtractOptions
     from adapters.low_rank import LoraChoice
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,23 +63,30 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         extraction = prepare(
             arguments.base_model, arguments.model, choice, save_path, options, download=not arguments.dry_run
         )
-        if arguments.dry_run:
-            extraction.close()
-            if extraction.complete:
-                print(extraction.complete)
-            elif arguments.json:
-                print(json.dumps(shown(extraction.as_json(), shell.show_flag), indent=2, ensure_ascii=False))
-            else:
-                print(extraction.as_text(shell.show_flag))
-            return
-        console = shell.speaker(quiet=arguments.quiet)
-        extracted = extraction.run(console)
-        for warning in extracted.warnings:
-            console.warn(warning)
-        if extracted.was_complete:
-            print(extracted.message)
+        carry_out(extraction, arguments)
+
+
+def carry_out(extraction: Extraction, arguments: argparse.Namespace) -> None:
+    """Write an adapter, or print its plan under `--dry_run`. Raises InputError as `Extraction.run`."""
+    if arguments.dry_run:
+        extraction.close()
+        if extraction.complete:
+            print(extraction.complete)
+        elif arguments.json:
+            print(json.dumps(shown(extraction.as_json(), shell.show_flag), indent=2, ensure_ascii=False))
         else:
-            console.say(f"{save_path}: written. It goes on the base as {arguments.base_model}+{save_path}")
+            print(extraction.as_text(shell.show_flag))
+        return
+    console = shell.speaker(quiet=arguments.quiet)
+    extracted = extraction.run(console)
+    for warning in extracted.warnings:
+        console.warn(warning)
+    if extracted.was_complete:
+        print(extracted.message)
+    else:
+        console.say(
+            f"{extracted.save_path}: written. It goes on the base as {extraction.base.label}+{extracted.save_path}"
+        )
 
 
 def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[LoraChoice, ExtractOptions, Path]:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,6 +60,7 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
     what.add_argument("--keep_intermediate", metavar="NAME", help="write the recipe's merge of this name too, as SAVE_PATH-NAME, and read it from there; several separated by commas")  # fmt: skip
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
+    what.add_argument("--as_lora", action="store_true", help="write the merge as a LoRA adapter of the base, where its changes have low rank: those of adapters added up (docs/adapters.md)")  # fmt: skip
     what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that every file of a result is what its run wrote (sizes, digests) and that none was added, that every number is finite, and shapes")  # fmt: skip
     how = parser.add_argument_group("how (a flag that the method does not use is an error)")
     how.add_argument(
@@ -77,6 +79,9 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
         parser,
         omega_help="relax the merge by the base's activations before it is written: 0 puts the most active channel back to the base, 1 changes nothing; also by filter, mlp=0.2,self_attn=0.6,0.4",
     )
+    sweeps = parser.add_argument_group("sweeps: one checkpoint for each value, in SAVE_PATH/lambda_0.5 and so on, from one reading of the weights")  # fmt: skip
+    sweeps.add_argument("--lambdas", metavar="L,L", help="values of --lambda, such as 0.3,0.5,0.7")
+    sweeps.add_argument("--densities", metavar="D,D", help="values of --density for all models; with --lambdas every pair, in SAVE_PATH/lambda_0.5_density_0.3 and so on")  # fmt: skip
     shell.add_output_flags(parser)
     report = parser.add_argument_group("report")
     report.add_argument(
@@ -178,12 +183,23 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         from merging.merge_work import prepare
 
         asked = read_flags(arguments, command)
+        if arguments.as_lora:
+            from commands.extract_lora import carry_out
+            from commands.merge_as_lora import prepare as prepare_adapter
+
+            carry_out(prepare_adapter(asked, arguments, command), arguments)
+            return
         options = replace(asked.options, log=log)
         asked = replace(asked, recipe=keep_intermediate(asked, arguments, options))
         step = asked.aim.step(asked.save_path, options, dry_run=arguments.dry_run) if asked.aim else None
-        upload = shell.read_upload(arguments, step.folders if step else [""])
+        upload = shell.read_upload(arguments, step.folders if step else list(asked.sweep) or [""])
         with named_by(asked.recipe.places):
-            job = prepare(asked.recipe, asked.save_path, options, step=step, download=not arguments.dry_run)
+            make = None
+            if asked.sweep:
+                from merging.sweep import make_sweep
+
+                make = partial(make_sweep, asked.sweep)
+            job = prepare(asked.recipe, asked.save_path, options, step=step, download=not arguments.dry_run, make=make)
             shell.carry_out(job, upload, arguments)
 
 
@@ -227,19 +243,23 @@ class Asked:
         aim: what AIM does to it, None for nothing.
         options: how to run.
         save_path: where to.
+        sweep: folder -> recipe of each of several merges; empty for one.
     """
 
     recipe: Recipe
     aim: AimRequest | None
     options: RunOptions
     save_path: Path
+    sweep: Mapping[str, Recipe] = field(default_factory=dict)
 
 
 def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
     """Everything the flags say. Raises Refusals: every flag that is wrong."""
     problems = Problems()
     device, options, save_path = shell.read_run(arguments, command, problems)
+    begin_sweep(arguments, problems)
     recipe = problems.attempt(lambda: read_recipe(arguments))
+    sweep = problems.attempt(lambda: read_sweep(arguments, recipe)) or {}
     report = problems.attempt(lambda: read_report(arguments))
     request = problems.attempt(lambda: read_aim(arguments, recipe, device))
     if request and save_path:
@@ -252,7 +272,39 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
     assert save_path is not None
     if device is None and recipe.method_class.needs_data:  # models run
         options = replace(options, stream=replace(options.stream, device=shell.gpu_or_cpu()))
-    return Asked(recipe, request, replace(options, report=report), save_path)
+    return Asked(recipe, request, replace(options, report=report), save_path, sweep)
+
+
+def begin_sweep(arguments: argparse.Namespace, problems: Problems) -> None:
+    """Refuse what a sweep excludes, and take its first value for the flag that it goes through, where that is required."""
+    for name, key in (("lambdas", "lambda"), ("densities", "density")):
+        given = vars(arguments)[name]
+        if given is None:
+            continue
+        if vars(arguments)[key] is not None:
+            problems.add(ArgumentError(f"{setting(name)}: excludes {setting(key)}. Give one of the two."))
+        for other, is_given in (
+            ("omega", aim_flags.are_given(arguments)),
+            ("as_lora", arguments.as_lora),
+            ("write_config", arguments.write_config),
+        ):
+            if is_given:
+                problems.add(ArgumentError(f"{setting(name)}: excludes {setting(other)}. Give one of the two."))
+        if arguments.config is None and not problems:
+            vars(arguments)[key] = given.partition(",")[0]
+
+
+def read_sweep(arguments: argparse.Namespace, recipe: Recipe | None) -> Mapping[str, Recipe]:
+    """The recipes of a sweep; none where no flag asks for it. Raises InputError where a value is wrong."""
+    if recipe is None or (arguments.lambdas is None and arguments.densities is None):
+        return {}
+    from merging.sweep import read_sweep
+
+    if recipe.aim is not None:
+        raise ArgumentError(
+            f"{arguments.config}: aim: a sweep of lambda or density writes plain merges. Leave one out."
+        )
+    return read_sweep({"lambdas": arguments.lambdas, "densities": arguments.densities}, recipe)
 
 
 def read_aim(arguments: argparse.Namespace, recipe: Recipe | None, device: torch.device | None) -> AimRequest | None:

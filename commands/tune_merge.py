@@ -48,6 +48,7 @@ def build_parser() -> shell.Parser:
     how.add_argument("--early_stopping", action=argparse.BooleanOptionalAction, default=None, help="give up candidates that fare badly on a quarter or half of the texts (default: with one goal)")  # fmt: skip
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", metavar="DEVICE", help="auto (a GPU where there is one; default), cpu, cuda or cuda:1")  # fmt: skip
+    running.add_argument("--mode", default="auto", metavar="M", help="whole (the model in memory), layerwise (one layer of it at a time, merged when its turn comes) or auto (what fits; default)")  # fmt: skip
     running.add_argument("--workers", type=shell.positive, metavar="N", help="threads for weights (default: one per core)")  # fmt: skip
     running.add_argument("--trust_remote_code", action="store_true", help="let Python code that comes with a model run (default: off)")  # fmt: skip
     running.add_argument("--dry_run", action="store_true", help="say what will be searched, and how long a trial takes, or every refusal; write nothing")  # fmt: skip
@@ -106,6 +107,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> SearchReque
                 f"{setting('early_stopping')}: works with one goal only: of several, there is no one number by which a candidate fares badly. Leave it out."
             )
         )
+    mode: Any = problems.attempt(lambda: shell.parse_choice("mode", arguments.mode, ("auto", "whole", "layerwise")))
     problems.raise_if_any()
     assert tree is not None
     assert texts is not None
@@ -124,6 +126,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> SearchReque
         documents=arguments.documents,
         seed=arguments.seed,
         stops_early=len(goals) == 1 if arguments.early_stopping is None else arguments.early_stopping,
+        mode=mode,
         device=device,
         workers=arguments.workers,
         trust_remote_code=arguments.trust_remote_code,
@@ -158,13 +161,13 @@ def read_tree(arguments: argparse.Namespace) -> Mapping[str, Any]:
                 raise ArgumentError(
                     f"--{name}: {setting('config')} says what to search. Write it into the file, or leave one out."
                 )
-        documents = read_documents(Path(arguments.config).expanduser(), arguments.config)
-        if len(documents) != 1 or not isinstance(documents[0], dict):
+        content, *others = read_documents(Path(arguments.config).expanduser(), arguments.config) or [None]
+        if not isinstance(content, dict) or others or "merges" in content:
+            got = "several" if others or isinstance(content, dict) else "none"
             raise ArgumentError(
-                f"{arguments.config}: expected one recipe with keys such as merge_method, got {len(documents)} documents. "
-                "Search one merge at a time."
+                f"{arguments.config}: expected one recipe with keys such as merge_method, got {got}. Give one."
             )
-        return documents[0]
+        return content
     from search.space import space_from_methods
 
     missing = [f"--{name}" for name in beside[:2] if vars(arguments)[name] is None]

@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 
@@ -22,17 +22,14 @@ from alignment.layout import Layout
 from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.source import TensorRef
-from forward.tuning import threads as running_threads
 from merging.methods.contract import Method
 from merging.plan import make_plan
 from merging.recipe import Recipe, source_key
 from merging.recipe_reader import Reader
-from search.losses import score
-from search.memory import LoadedModel
 from search.texts import Document
 from streaming.blocks import Block, Scan, TensorSpec
 from streaming.output import DEFAULT_SHARD_BYTES
-from streaming.stream import Merger, Output, PlannedTensor, StreamOptions, Transform, stream
+from streaming.stream import Merger, PlannedTensor, StreamOptions, Transform
 
 KEPT_STATISTICS = 200_000
 """Tensors' statistics that are kept, of all candidates together."""
@@ -115,9 +112,31 @@ class Remembering:
             self.kept[key] = self.method.measure(tensor, scan)
         return self.kept[key]
 
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Any:
+        """See `Merger.formula`."""
+        return self.method.formula(tensor, statistics)
+
     def combine(self, block: Block, statistics: Any) -> torch.Tensor:
         """See `Merger.combine`."""
         return self.method.combine(block, statistics)
+
+
+class Place(Protocol):
+    """Where the weights of a candidate go: a model in memory, or one of which a layer is there at a time."""
+
+    can_score_in_parts: bool
+    """Whether scoring some documents, and then others, takes no longer than all at once."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the base's tensors."""
+
+    def check(self, tensors: Sequence[PlannedTensor]) -> None:
+        """Raise InputError where tensors do not fit the model."""
+
+    def put(self, tensors: Sequence[PlannedTensor], transform: Transform | None, options: StreamOptions) -> None:
+        """Have these weights from now on."""
+
+    def score(self, documents: Sequence[Document]) -> list[float]:
+        """The loss of each document, nats per scored token."""
 
 
 class Candidates:
@@ -126,10 +145,9 @@ class Candidates:
     Args:
         opened: the inputs, the base first.
         keys: `source_key` of each.
-        model: the base, loaded.
+        place: where their weights go, and what scores them.
         options: of the stream.
         activations: of the base; None where no recipe asks for AIM.
-        threads: of torch in forward passes; None for as many as there are.
 
     Attributes:
         seconds: where the time went.
@@ -139,14 +157,12 @@ class Candidates:
         self,
         opened: Sequence[Model],
         keys: Sequence[Any],
-        model: LoadedModel,
+        place: Place,
         options: StreamOptions,
         activations: Activations | None = None,
-        threads: int | None = None,
     ):
-        self._opened, self._keys, self._model, self._options = opened, list(keys), model, options
+        self._opened, self._keys, self.place, self._options = opened, list(keys), place, options
         self.activations = activations
-        self._threads = threads or torch.get_num_threads()
         self._statistics: dict[Any, Any] = {}
         self.seconds = Seconds()
 
@@ -161,7 +177,7 @@ class Candidates:
         if [source_key(name) for name in recipe.inputs] != self._keys:
             raise InputError("models: expected the same models for every candidate. Mark no name of a model as free.")
         tensors = make_plan(recipe, self._opened, max_shard_bytes=DEFAULT_SHARD_BYTES).tensors
-        self._model.check(tensors)
+        self.place.check(tensors)
         transform: Transform | None = None
         if candidate.aim is not None and any(omega.of(t.spec.name) != 1.0 for omega in candidate.aim.relaxing.omegas for t in tensors):  # fmt: skip
             assert self.activations is not None
@@ -183,7 +199,7 @@ class Candidates:
         started = time.monotonic()
         tensors, transform = self.plan(candidate)
         planned = time.monotonic()
-        self._write(tensors, transform)
+        self.place.put(tensors, transform, self._options)
         self.seconds.planning += planned - started
         self.seconds.weights += time.monotonic() - planned
         self.seconds.candidates += 1
@@ -194,20 +210,15 @@ class Candidates:
         planned = [
             PlannedTensor(TensorSpec(name, info.shape), info.plain_dtype, TensorRef(model.weights, name), (), None)
             for name, info in model.weights.tensors.items()
-            if name in self._model.shapes
+            if name in self.place.shapes
         ]
-        self._model.check(planned)
-        self._write(planned, None)
-
-    def _write(self, tensors: Sequence[PlannedTensor], transform: Transform | None) -> None:
-        stream(tensors, [Output(self._model, transform)], options=self._options)
-        self._model.finish()
+        self.place.check(planned)
+        self.place.put(planned, None, self._options)
 
     def score(self, documents: Sequence[Document]) -> list[float]:
         """The loss of each document under the weights that are in memory."""
         started = time.monotonic()
-        with running_threads(self._threads):
-            losses = score(self._model.model, documents, self._options.device)
+        losses = self.place.score(documents)
         self.seconds.forward += time.monotonic() - started
         return losses
 

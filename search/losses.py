@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,10 +56,11 @@ class AskedRows:
 
     Args:
         model: as transformers loads it.
+        coming: the batches in the order in which they reach the head; None where each is said by setting `batch`.
     """
 
-    def __init__(self, model: Any):
-        self._head = model.get_output_embeddings()
+    def __init__(self, model: Any, coming: Iterator[Batch] | None = None):
+        self._head, self._coming = model.get_output_embeddings(), coming
         self._handle: Any = None
         self.batch: Batch | None = None
         self.seen = False
@@ -74,6 +75,8 @@ class AskedRows:
             self._handle.remove()
 
     def _pick(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        if self._coming is not None:
+            self.batch = next(self._coming)
         batch, hidden = self.batch, args[0]
         if batch is None or hidden.shape[:2] != batch.ids.shape:
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,14 @@ import torch
 from checkpoints.conversions import Conversion
 from checkpoints.errors import InputError
 from checkpoints.model import Model
-from streaming.stream import PlannedTensor
+from forward.tuning import threads
+from search.losses import score
+from search.texts import Document
+from streaming.stream import Output, PlannedTensor, StreamOptions, Transform, stream
 
 
 class LoadedModel:
-    """A model whose weights are replaced again and again; a `streaming.stream.Writer`.
+    """A model whose weights are replaced again and again; a `streaming.stream.Writer`, and a `search.candidates.Place`.
 
     A tensor that is one run of its parameter goes straight there. What transformers transposes or cuts when it loads is
     gathered and made by its own conversion at the end (`finish`).
@@ -22,10 +25,16 @@ class LoadedModel:
     Args:
         base: the checkpoint whose class, names and shapes the model has.
         model: as `forward.loading.load` loads it.
+        device: where it is.
+        count: threads of torch in forward passes; None for as many as there are.
     """
 
-    def __init__(self, base: Model, model: Any):
+    can_score_in_parts = True
+    """Scoring takes no time but for the documents'."""
+
+    def __init__(self, base: Model, model: Any, device: torch.device | None = None, count: int | None = None):
         self.model, self._label = model, base.label
+        self._device, self._threads = device or torch.device("cpu"), count or torch.get_num_threads()
         for parameter in model.parameters():  # which may be views of a mapped file
             parameter.data = parameter.data.clone()
         placements = base.architecture.placements
@@ -50,17 +59,21 @@ class LoadedModel:
                     self._runs[name] = flat[start : start + numel]
             else:
                 self._target_of |= dict.fromkeys(names, target)
-        self.shapes = shapes
+        self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def check(self, tensors: Sequence[PlannedTensor]) -> None:
-        """Raise InputError where an output has other tensors or shapes than the model that is loaded."""
-        for tensor in tensors:
-            name = tensor.spec.name
-            if tensor.spec.shape != self.shapes.get(name):
-                raise InputError(
-                    f"{name}: expected shape {list(self.shapes.get(name, ()))} as in {self._label}, got {list(tensor.spec.shape)}. A search needs outputs "
-                    "with the base's vocabulary, head and layers: use tokenizer_source: base, and name no slices."
-                )
+        """See `check_shapes`."""
+        check_shapes(self._label, self.shapes, tensors)
+
+    def put(self, tensors: Sequence[PlannedTensor], transform: Transform | None, options: StreamOptions) -> None:
+        """Merge these tensors into the model's parameters."""
+        stream(tensors, [Output(self, transform)], options=options)
+        self.finish()
+
+    def score(self, documents: Sequence[Document]) -> list[float]:
+        """The loss of each document."""
+        with threads(self._threads):
+            return score(self.model, documents, self._device)
 
     def write(self, name: str, start: int, values: torch.Tensor) -> None:
         """Put `values`, `[n]`, at the elements `start` to `start + n` of a tensor; from any thread."""
@@ -80,3 +93,14 @@ class LoadedModel:
                 if name in self._state:
                     self._state[name].data.copy_(made)
         self._gathered.clear()
+
+
+def check_shapes(label: str, shapes: Mapping[str, tuple[int, ...]], tensors: Sequence[PlannedTensor]) -> None:
+    """Raise InputError where an output has other tensors or shapes than the base, whose model is run."""
+    for tensor in tensors:
+        name = tensor.spec.name
+        if tensor.spec.shape != shapes.get(name):
+            raise InputError(
+                f"{name}: expected shape {list(shapes.get(name, ()))} as in {label}, got {list(tensor.spec.shape)}. A search needs outputs "
+                "with the base's vocabulary, head and layers: use tokenizer_source: base, and name no slices."
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,6 +32,7 @@ class SearchRequest:
         documents: of a task on either side at most.
         seed: of what is drawn.
         stops_early: give up candidates that fare badly on a part of the documents.
+        mode: whole, layerwise (a layer's weights in memory at a time), or auto, what fits.
         device: where models run and weights are computed.
         workers: threads for weights; None for one per core.
         trust_remote_code: let Python files of a checkpoint run.
@@ -52,6 +53,7 @@ class SearchRequest:
     documents: int = 16
     seed: int = 0
     stops_early: bool = True
+    mode: Literal["auto", "whole", "layerwise"] = "auto"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     workers: int | None = None
     trust_remote_code: bool = False

@@ -6,15 +6,16 @@ import functools
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from aim.activations import Activations, load_activations
-from aim.calibrate import calibrate, check_runs_on_text, read_blocks
+from aim.calibrate import CalibrationOptions, calibrate, check_runs_on_text, read_blocks
 from aim.choices import Calibration
+from aim.passes import fits
 from checkpoints.errors import AlreadyComplete, InputError
 from checkpoints.escaping import markdown_code
 from checkpoints.model import Model, close_all, open_and_plan
@@ -23,15 +24,16 @@ from checkpoints.provenance import describe_input, versions
 from checkpoints.save_path import check_save_path
 from checkpoints.settings import setting, shown
 from checkpoints.source import FLOAT_DTYPES, dtype_name
-from forward.loading import load, quiet_transformers
+from forward.loading import auto_dtype, load, quiet_transformers
 from forward.tuning import Choice, apply, choose, is_choice, is_worth_timing
 from merging.merge_work import prepare as prepare_merge
 from merging.plan import make_plan
 from merging.recipe import source_key
-from search.candidates import Candidate, Candidates, Seconds, read_candidate
+from search.candidates import Candidate, Candidates, Place, Seconds, read_candidate
 from search.goals import Losses
 from search.held_out import Rival, Row, as_text, compare, names_of, rivals_of, verdict
 from search.kept import keep_computed
+from search.layer_by_layer import LayerByLayer
 from search.memory import LoadedModel
 from search.report import draw, goals_as_json, importances, write_recipe, write_report, write_trials
 from search.request import SearchRequest
@@ -233,17 +235,9 @@ class _Search:
             )  # fmt: skip
         base, device = prepared.opened[0], self.request.device
         activations = self._activations(keep=not is_dry)
-        console.note(f"loading {base.label}")
-        with quiet_transformers():
-            model = load(base, dtype="auto", device=device)
-            choice = self._choose(model)
-            model = model.to(FLOAT_DTYPES[choice.dtype])
-            apply(model, choice)
         options = StreamOptions(device, self.request.workers, compiled=device.type == "cpu")
         opened = keep_computed(prepared.opened)
-        self.candidates = Candidates(
-            opened, prepared.keys, LoadedModel(base, model), options, activations, choice.threads
-        )
+        self.candidates = Candidates(opened, prepared.keys, self._place(base, device), options, activations)
 
     def run(self) -> Outcome:
         study = self.study
@@ -261,6 +255,19 @@ class _Search:
 
     # -------------------------------------------------------------------------------------------------- candidates
 
+    def _place(self, base: Model, device: torch.device) -> Place:
+        """The base in memory, or layer by layer where it does not fit."""
+        with quiet_transformers():
+            if not fits(base, CalibrationOptions(device=device, dtype="auto", mode=self.request.mode)):
+                self.console.note(f"{base.label}: is run layer by layer, each merged when its turn comes")
+                return LayerByLayer(base, auto_dtype(base), device)
+            self.console.note(f"loading {base.label}")
+            model = load(base, dtype="auto", device=device)
+            choice = self._choose(model)
+            model = model.to(FLOAT_DTYPES[choice.dtype])
+            apply(model, choice)
+        return LoadedModel(base, model, device, choice.threads)
+
     def _choose(self, model: Any) -> Choice:
         """How the model is run: what is fastest here, as calibration finds it; the same for every process and later run."""
         known = self.study.noted(CHOICE) if self.study is not None else None
@@ -271,7 +278,8 @@ class _Search:
         if is_worth_timing(model, sum(map(len, documents))):
             length = min(sorted(map(len, documents))[-2:])
             tokens = torch.tensor([one.ids[:length] for one in documents if len(one) >= length][:2])
-            choice, _ = choose(model, tokens.to(self.request.device), choice, dtype=True, batch=False)
+            fastest, _ = choose(model, tokens.to(self.request.device), choice, dtype=True, batch=False)
+            choice = replace(fastest, threads=choice.threads)  # one process's busy moment is not every one's
         if self.study is not None:
             self.study.note(CHOICE, choice.as_json())
         return choice
@@ -319,7 +327,8 @@ class _Search:
         self.candidates.make(read_candidate(tree, self.space.where))
         texts = self.prepared.texts.searched
         losses: dict[str, list[float]] = {task: [] for task in texts}
-        rungs = RUNGS if self.request.stops_early and len(self.goals) == 1 else RUNGS[-1:]
+        in_parts = self.candidates.place.can_score_in_parts
+        rungs = RUNGS if in_parts and self.request.stops_early and len(self.goals) == 1 else RUNGS[-1:]
         for step, share in rungs:
             until = {task: max(1, round(share * len(documents))) for task, documents in texts.items()}
             more = {task: documents[len(losses[task]) : until[task]] for task, documents in texts.items()}

@@ -233,6 +233,54 @@ def test_the_fine_tune_s_tokenizer_and_template_come_along(family: Family, tmp_p
     assert not (tmp_path / "other" / "tokenizer.json").exists()
 
 
+# ------------------------------------------------------------------------------------------------------ merge.py --as_lora
+
+
+@pytest.fixture(scope="module")
+def two_adapters(family: Family, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Models of one base: an adapter of rank 4, and one of rank 2 with a norm that it has whole."""
+    folder = tmp_path_factory.mktemp("two")
+    one = make_adapter(folder / "one", family.base, seed=1, r=4, target_modules=["q_proj", "up_proj"])
+    two = make_adapter(folder / "two", family.base, seed=2, r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+    return f"{family.base}+{one},{family.base}+{two}"
+
+
+def test_a_sum_of_adapters_is_an_adapter(family: Family, two_adapters: str, tmp_path: Path):
+    """Of the sum of their ranks; it is what merge.py writes as a checkpoint, here and in peft."""
+    flags = ["--method=task_arithmetic", "--base_model", family.base, "--models_to_merge", two_adapters, "--lambda=0.5"]
+    ended = call(merge, *flags, "--as_lora", "--save_path", tmp_path / "lora")
+    assert "It goes on the base as" in ended.out
+    ranks = {
+        name.split("base_model.model.")[1]: len(tensor)
+        for name, tensor in load_file(tmp_path / "lora" / "adapter_model.safetensors").items()
+        if ".lora_A." in name
+    }
+    assert ranks == {
+        f"model.layers.{layer}.{module}.lora_A.weight": rank
+        for layer in range(2)
+        for module, rank in (("self_attn.q_proj", 6), ("mlp.up_proj", 4))
+    }
+    call(merge, *flags, "--save_path", tmp_path / "whole")
+    wanted, theirs = load_file(tmp_path / "whole" / "model.safetensors"), by_peft(family.base, tmp_path / "lora").state_dict()  # fmt: skip
+    for name, tensor in adapted(family.base, tmp_path / "lora").items():
+        for got in (tensor, theirs[name]):
+            assert torch.allclose(got, wanted[name], rtol=1e-6, atol=1e-6), name
+    assert not torch.equal(wanted["model.norm.weight"], load_file(family.base / "model.safetensors")["model.norm.weight"])  # fmt: skip
+    assert json.loads((tmp_path / "lora" / "merge_recipe.json").read_text())["merge"]["merge_method"] == "task_arithmetic"  # fmt: skip
+    assert "is complete already" in call(merge, *flags, "--as_lora", "--save_path", tmp_path / "lora").out
+
+
+def test_merges_that_are_no_adapters_are_refused(family: Family, two_adapters: str, tmp_path: Path):
+    scene = Scene(tmp_path, merge, {"--base_model": family.base, "--models_to_merge": two_adapters, "--as_lora": ""})
+    scene.needed = {"--base_model": family.base, "--models_to_merge": two_adapters}
+    scene.fail("--as_lora", "--method=ties", "--density=0.3", says=("expected a change of low rank, got rank", "extract_lora.py"))  # fmt: skip
+    scene.refuse("--as_lora", "--method=task_arithmetic", "--omega=0.4", says=("--as_lora: AIM relaxes checkpoints",))
+    scene.refuse("--as_lora", "--method=task_arithmetic", "--push_to_hub=a/b", says=("an adapter is not",))
+    said = scene.run("--as_lora", "--method=task_arithmetic", "--dry_run").out
+    assert "2 x model.layers.*.mlp.up_proj.weight: factors" in said
+    assert not scene.out.exists()
+
+
 # ------------------------------------------------------------------------------------------------------- what is refused
 
 

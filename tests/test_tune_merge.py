@@ -23,6 +23,7 @@ from merging.recipe import source_key
 from search import SearchRequest, tune
 from search.candidates import Candidates, read_candidate
 from search.kept import keep_computed
+from search.layer_by_layer import LayerByLayer
 from search.losses import AskedRows, batches, score
 from search.memory import LoadedModel
 from search.study import Budget
@@ -133,6 +134,34 @@ def test_a_candidate_is_the_checkpoint_that_merge_writes(family: Family, tmp_pat
     for number, (recipe, got) in enumerate(zip(recipes, in_memory(recipes), strict=True)):
         for name, tensor in written(recipe, tmp_path / str(number)).items():
             assert torch.equal(got[name], tensor), (number, name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2"])
+def test_layer_by_layer_scores_as_in_memory(architecture: str, tmp_path: Path):
+    """Also of an input as it is, and with rows of a tied table read for the embedding and all of it for the head."""
+    other = make_family(tmp_path, architecture, n_models=2)
+    generator = torch.Generator().manual_seed(3)
+    documents = [
+        Document(tuple(torch.randint(3, 300, (length,), generator=generator).tolist()), begin)
+        for length, begin in ((9, 1), (30, 20), (900, 4), (700, 1))
+        if architecture == "llama" or length < 500
+    ]
+    found = []
+    for is_whole in (True, False):
+        candidates = [read_candidate(recipe_of(other, method, **{"lambda": 0.5, **more}), "t") for method, more in (("ties", {"density": 0.3}), ("task_arithmetic", {}))]  # fmt: skip
+        opened = open_models(candidates[0].recipe.inputs)
+        base = opened[0]
+        place = LoadedModel(base, load(base, dtype="float32", device=CPU)) if is_whole else LayerByLayer(base, torch.float32, CPU)  # fmt: skip
+        made = Candidates(opened, [source_key(name) for name in candidates[0].recipe.inputs], place, StreamOptions(workers=2))  # fmt: skip
+        losses = []
+        for candidate in candidates:
+            made.make(candidate)
+            losses.append(made.score(documents))
+        made.make_input(1)
+        found.append([*losses, made.score(documents)])
+    for whole, by_layer in zip(*found, strict=True):
+        assert by_layer == pytest.approx(whole, rel=1e-4)
+    assert found[0][0] != pytest.approx(found[0][1], rel=1e-4)
 
 
 def test_statistics_are_measured_once_for_candidates_that_share_them(family: Family, monkeypatch: pytest.MonkeyPatch):
@@ -326,7 +355,10 @@ def test_a_search_of_a_recipe_for_two_goals(scene: Scene, family: Family):
     recipe = recipe_of(family, "task_arithmetic")
     recipe["parameters"] = {"lambda": {"search": [0.1, 1.2]}}
     (scene.folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
-    ended = scene.run(f"--config={scene.folder / 'recipe.yml'}", "--goal=loss,hypervolume", "--trials=5")
+    ended = scene.run(
+        f"--config={scene.folder / 'recipe.yml'}", "--goal=loss,hypervolume", "--trials=5", "--mode=layerwise"
+    )
+    assert "is run layer by layer" in ended.err
     assert "hypervolume" in ended.out
     found = yaml.safe_load((scene.folder / "study" / "recipe.yml").read_text())
     assert 0.1 <= found["parameters"]["lambda"] <= 1.2
