@@ -36,7 +36,7 @@ from checkpoints.side_names import TOKENIZER_FILES
 from checkpoints.source import TensorInfo, TensorRef
 from checkpoints.staging import Stage, refuse_if_written, staged
 from checkpoints.tensor_names import kind_of, list_kinds
-from checkpoints.writer import chunked_sha256
+from checkpoints.writer import DIGEST_KEYS, chunked_digest
 from streaming.console import Console
 from streaming.kept import content_of, keep
 from streaming.stream import all_finite
@@ -302,7 +302,7 @@ class Extraction:
         )  # fmt: skip
         stage.work.write(CARD_FILE, in_utf8(text))
         weights = stage.folder / ADAPTER_WEIGHTS
-        entry = {"bytes": weights.stat().st_size, "sha256_64MiB": chunked_sha256(weights)}
+        entry = {"bytes": weights.stat().st_size, DIGEST_KEYS["blake3"]: chunked_digest(weights, "blake3")}
         recipe = {
             "base_model": self.base.label,
             **self.recipe,

@@ -32,7 +32,7 @@ from checkpoints.problems import Problems
 from checkpoints.settings import Show, setting, shown
 from checkpoints.staging import Stage
 from checkpoints.tensor_names import kind_of
-from checkpoints.writer import chunked_sha256
+from checkpoints.writer import chunked_digest
 from forward.loading import quiet_transformers
 from streaming.console import Console
 from streaming.output import RunOptions
@@ -170,7 +170,7 @@ class AimStep:
     def identity(self) -> dict[str, Any]:
         """Everything of it that decides the output's bytes, for JSON."""
         if self._file:
-            return {**self.how.as_json(), "activations": chunked_sha256(self._file)}
+            return {**self.how.as_json(), "activations": chunked_digest(self._file, "sha256")}
         if isinstance(self._statistics, Activations):
             return {**self.how.as_json(), "statistics": self._statistics.digest()}
         data, how = self._calibration.data, self._calibration.options

@@ -129,13 +129,9 @@ def add_on_gpu(x: torch.Tensor, first: int, numbers: torch.Tensor) -> None:
     if not x.numel():
         return
     totals = numbers[:PEAK].view(2, 3, -1)
-    every = _column_sums(x)
-    if first:
-        start = _column_sums(x[:, :first])
-        totals[0] += start
-        every -= start
-        every[:2].clamp_(min=0.0)
-    totals[1] += every
+    for total, part in zip(totals, (x[:, :first], x[:, first:]), strict=True):
+        if part.numel():
+            total += _column_sums(part)
     (highest, at_highest), (lowest, at_lowest) = x.max(dim=1), x.min(dim=1)  # [blocks, in]; the first row of several
     is_low = (-lowest > highest) | ((-lowest == highest) & (at_lowest < at_highest))
     highest, block = torch.where(is_low, -lowest, highest).max(dim=0)

@@ -193,7 +193,7 @@ def _write_weights(folder: Path, shape: Shape, model: int, shards: int, noise: A
     infos = {name: TensorInfo(torch.bfloat16, size) for name, size in shape.tensors().items()}
     sizes = [info.nbytes for info in infos.values()]
     writer = CheckpointWriter(
-        Folder.open(folder), plan_shards(infos, -(-sum(sizes) // shards) + max(sizes)), digest=False
+        Folder.open(folder), plan_shards(infos, -(-sum(sizes) // shards) + max(sizes)), digest=None
     )
 
     def piece(seed: str, count: int) -> Any:

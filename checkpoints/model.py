@@ -50,7 +50,7 @@ class Model:
         adapters: what is on top of the base.
         made_of: the models that it is merged from as it is read.
         notes: what a user should know of how it is made.
-        described: what merge_recipe.json says of it as an input, given how much of its files is digested; None for what files say.
+        described: what merge_recipe.json says of it as an input, given how much of its files is digested, and with which hash; None for what files say.
     """
 
     location: Location
@@ -60,7 +60,7 @@ class Model:
     adapters: tuple[tuple[Location, Checkpoint], ...] = ()
     made_of: tuple[Model, ...] = ()
     notes: tuple[str, ...] = ()
-    described: Callable[[Any], dict[str, Any]] | None = None
+    described: Callable[[Any, Any], dict[str, Any]] | None = None
 
     @property
     def label(self) -> str:

@@ -20,24 +20,25 @@ from checkpoints.model import Model
 from checkpoints.reader import WeightFile
 from checkpoints.save_path import RECIPE_FILE
 from checkpoints.weights import Weights
-from checkpoints.writer import chunked_sha256
+from checkpoints.writer import DIGEST_KEYS, HashName, chunked_digest
 
 RECIPE_SCHEMA = 1
 Digest = Literal["none", "outputs", "full"]
 FINGERPRINT_ELEMENTS = 4096
 
 
-def describe_input(model: Model, digest: Digest) -> dict[str, Any]:
+def describe_input(model: Model, digest: Digest, hash_name: HashName = "blake3") -> dict[str, Any]:
     """What identifies one input: its weights' fingerprint, a hub model's commit and the hub's own sha256, a local file's
     size, time and header.
 
     Args:
         model: the opened model.
-        digest: `full` reads every weight file once more and takes its `sha256_64MiB`.
+        digest: `full` reads every weight file once more and takes its digest.
+        hash_name: with which hash.
     """
     if model.described is not None:
-        return {"model": model.label, **model.described(digest)}
-    first, *adapters = (_describe_part(location, files, digest) for location, files in model.parts)
+        return {"model": model.label, **model.described(digest, hash_name)}
+    first, *adapters = (_describe_part(location, files, digest, hash_name) for location, files in model.parts)
     return {
         "model": model.label,
         **first,
@@ -46,12 +47,14 @@ def describe_input(model: Model, digest: Digest) -> dict[str, Any]:
     }
 
 
-def _describe_part(location: Location, files: Sequence[WeightFile], digest: Digest) -> dict[str, Any]:
+def _describe_part(
+    location: Location, files: Sequence[WeightFile], digest: Digest, hash_name: HashName
+) -> dict[str, Any]:
     """One folder of an input."""
     return {
         "folder": str(location.folder),
         **({"revision": location.revision} if location.revision else {}),
-        "files": {file.name: _describe_file(file, location.hub_sha256, digest) for file in files},
+        "files": {file.name: _describe_file(file, location.hub_sha256, digest, hash_name) for file in files},
     }
 
 
@@ -70,7 +73,9 @@ def fingerprint(weights: Weights) -> str:
     return digest.hexdigest()
 
 
-def _describe_file(file: WeightFile, hub_sha256: Mapping[str, str], digest: Digest) -> dict[str, Any]:
+def _describe_file(
+    file: WeightFile, hub_sha256: Mapping[str, str], digest: Digest, hash_name: HashName
+) -> dict[str, Any]:
     tensors = {name: [str(info.dtype), list(info.shape)] for name, info in sorted(file.tensors.items())}
     entry: dict[str, Any] = {
         "bytes": file.size,
@@ -81,7 +86,7 @@ def _describe_file(file: WeightFile, hub_sha256: Mapping[str, str], digest: Dige
     else:
         entry["mtime_ns"] = file.mtime_ns
     if digest == "full":
-        entry["sha256_64MiB"] = chunked_sha256(file.path)
+        entry[DIGEST_KEYS[hash_name]] = chunked_digest(file.path, hash_name)
     return entry
 
 

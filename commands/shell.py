@@ -160,6 +160,7 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         "--digest", default="outputs", metavar="WHAT",
         help="digests in merge_recipe.json: none, outputs (default; taken as they are written) or full (reads local inputs once more)",
     )  # fmt: skip
+    output.add_argument("--digest_hash", default="blake3", metavar="NAME", help="with which hash they are taken: blake3 (default; fast on every processor) or sha256")  # fmt: skip
     output.add_argument(
         "--overwrite",
         action="store_true",
@@ -288,6 +289,7 @@ def run_options(arguments: argparse.Namespace, device: torch.device, command: li
         stream=StreamOptions(device, arguments.workers, allow_non_finite=arguments.allow_non_finite),
         max_shard_bytes=parse_size("max_shard_bytes", arguments.max_shard_size),
         digest=parse_choice("digest", arguments.digest, ("none", "outputs", "full")),  # type: ignore[arg-type]
+        digest_hash=parse_choice("digest_hash", arguments.digest_hash, ("blake3", "sha256")),  # type: ignore[arg-type]
         overwrite=arguments.overwrite,
         resume=not arguments.no_resume,
         trust_remote_code=arguments.trust_remote_code,

@@ -27,6 +27,7 @@ from checkpoints.reader import WeightFile
 from checkpoints.settings import setting
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import Source, TensorInfo, TensorRef
+from checkpoints.writer import HashName
 from merging.plan import Plan, make_plan
 from merging.recipe import ModelInput, Recipe, Slice
 from streaming.blocks import GRID_ELEMENTS, Block, Partial, Region, TensorSpec, tile
@@ -133,9 +134,9 @@ class MergedWeights:
         close_all(self._opened)
         self._temporary.cleanup()
 
-    def described(self, digest: Digest) -> dict[str, Any]:
+    def described(self, digest: Digest, hash_name: HashName) -> dict[str, Any]:
         """What merge_recipe.json says of it as an input: the recipe, and what it was made of."""
-        inputs = [describe_input(model, digest) for model in self._opened]
+        inputs = [describe_input(model, digest, hash_name) for model in self._opened]
         recipe = self._plan.recipe.as_json()
         made = json.dumps([recipe, [entry["fingerprint"] for entry in inputs]], sort_keys=True)
         return {"merge": recipe, "inputs": inputs, "fingerprint": hashlib.sha256(made.encode()).hexdigest()}

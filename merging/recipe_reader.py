@@ -327,6 +327,11 @@ class Reader:
         except InputError as error:
             self.refuse(place, error.marked)
             return None
+        if name.base is not None and self.documents is not None and str(name.base) in self.documents:
+            self.refuse(
+                place, f"{name}: an adapter cannot be put on {name.base}, a merge of this recipe. Write that one first."
+            )
+            return None
         if name.revision is None and not name.is_local and text in self.pinned:
             return replace(name, revision=self.pinned[text])
         return name

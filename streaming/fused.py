@@ -281,3 +281,25 @@ class Asking:
             answers.append(Answer(counts[: self._counts], few, whole))
             begin += region.numel
         return answers
+
+
+class Loading:
+    """The loop that makes blocks for functions of torch's: reads, widens, looks for what is not finite and subtracts the base.
+
+    Args: see `Asking`.
+    """
+
+    def __init__(self, spec: TensorSpec, base: TensorRef | None, inputs: Sequence[TensorRef], *, is_delta: bool):
+        refs = [*([base] if base else []), *inputs]
+        trace = Trace([ref.info.dtype for ref in refs], has_base=base is not None, is_delta=is_delta)
+        numbers = [*([trace.base] if base else []), *trace.models]
+        self._has_base, self._is_delta, self._count = base is not None, is_delta, len(numbers)
+        self.loop = TensorLoop(spec, refs, trace, [Store(cast(Symbol, one), torch.float32) for one in numbers])
+
+    def block(self, region: Region, lend: Lend) -> Block | None:
+        """A block in a thread's buffers; None as in `TensorLoop.run`."""
+        numbers = [lend(("loaded", at), region.numel * 4).view(torch.float32) for at in range(self._count)]
+        if self.loop.run([region], lend, numbers) is None:
+            return None
+        base = numbers.pop(0) if self._has_base else None
+        return Block(region, base, numbers, []) if self._is_delta else Block(region, base, [], numbers)

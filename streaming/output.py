@@ -18,7 +18,7 @@ from checkpoints.finished import Finished
 from checkpoints.folder import Folder
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
 from checkpoints.staging import Stage
-from checkpoints.writer import CheckpointWriter, Shard
+from checkpoints.writer import CheckpointWriter, HashName, Shard
 from streaming.commits import Commits
 from streaming.log import Log, no_log
 from streaming.stream import (
@@ -47,6 +47,7 @@ class RunOptions:
         stream: device, threads, size of a block.
         max_shard_bytes: size of the output's files.
         digest: which digests merge_recipe.json gets.
+        digest_hash: with which hash they are taken.
         report: the merge report: `sample` of one block in 16, `full`, or `none`.
         overwrite: replace an earlier result.
         resume: go on with what an interrupted run left.
@@ -59,6 +60,7 @@ class RunOptions:
     stream: StreamOptions = field(default_factory=StreamOptions)
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     digest: Digest = "outputs"
+    digest_hash: HashName = "blake3"
     report: Literal["none", "sample", "full"] = "sample"
     overwrite: bool = False
     resume: bool = True
@@ -128,7 +130,7 @@ def write_checkpoints(
     places = {each.folder: stage.work.subfolder(each.folder) if each.folder else stage.work for each in variants}
     try:
         for number, (name, folder) in enumerate(places.items()):
-            digest = options.digest != "none"
+            digest = options.digest_hash if options.digest != "none" else None
             chunks = stage.finished.chunks[number] if number < len(stage.finished.chunks) else {}
             writers[name] = CheckpointWriter(folder, work.shards, digest=digest, finished=usable, chunks=chunks)
         stage.work.sync()
@@ -264,7 +266,7 @@ def write_description(
 def record_of(work: Work, options: RunOptions) -> dict[str, Any]:
     """What every merge_recipe.json says: inputs, versions and the command."""
     return {
-        "inputs": [describe_input(model, options.digest) for model in work.inputs],
+        "inputs": [describe_input(model, options.digest, options.digest_hash) for model in work.inputs],
         "versions": versions(),
         "command": list(options.command) if options.command else None,
     }
@@ -279,6 +281,7 @@ def identity_of(work: Work, options: RunOptions, **more: Any) -> dict[str, Any]:
         "files": headers,
         "side_files": work.files.digest(),
         "digest": options.digest,
+        "digest_hash": options.digest_hash,
         "report": options.report,
         "device": options.stream.device.type,
         "allow_non_finite": options.stream.allow_non_finite,

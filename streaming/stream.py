@@ -19,7 +19,7 @@ from checkpoints.settings import setting
 from checkpoints.source import TensorRef, dtype_name
 from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, in_groups, tile
 from streaming.elements import Answer, Ask, Change, Formula, Number, Tensors, answer
-from streaming.fused import Asking, Fusion, Lend, Seen, can_loop
+from streaming.fused import Asking, Fusion, Lend, Loading, Seen, can_loop
 from streaming.machine_code import can_compile
 from streaming.tally import Tally, sample_of
 from streaming.twins import compiling, twin
@@ -358,13 +358,17 @@ class _Stream:
         assert tensor.method is not None
         needs_base = tensor.needs_base(self._transforms)
         refs = [*([tensor.base] if needs_base else []), *tensor.inputs]
-        scan = self._scan(tensor, lambda region: self._fetch(tensor, region))
         if not self._uses_loops or not can_loop(refs, (), tensor.spec):
-            return scan
+            return self._scan(tensor, lambda region: self._fetch(tensor, region))
         is_delta = tensor.method.space == "task_vectors"
+        base = tensor.base if needs_base else None
+        loading = Loading(tensor.spec, base, tensor.inputs, is_delta=is_delta)
+        if self._options.compiled:
+            loading.loop.compile()
+        scan = self._scan(tensor, lambda region: loading.block(region, self._lend) or self._fetch(tensor, region))
 
         def asking(question: Ask) -> Asking:
-            made = Asking(tensor.spec, tensor.base if needs_base else None, tensor.inputs, question, is_delta=is_delta)
+            made = Asking(tensor.spec, base, tensor.inputs, question, is_delta=is_delta)
             if self._options.compiled:
                 made.loop.compile()
             return made

@@ -126,6 +126,10 @@ BASE = "merge_method: linear\nmodels: [{{model: {a}}}, {{model: {b}}}]\n"
         (f"name: x\n{BASE}---\n[1, 2]\n", "expected a recipe in each of its documents, got [1, 2]. Mend the file."),
         (f"{BASE}merges: [1]\n", "merges: expected merges by name, got [1]. Give each its name."),
         (
+            f"name: x\n{BASE}---\nmerge_method: linear\nmodels: [{{{{model: x+./lora}}}}, {{{{model: x}}}}]\n",
+            "models[0].model: x+./lora: an adapter cannot be put on x, a merge of this recipe. Write that one first.",
+        ),
+        (
             "merge_method: linear\nmodels: [{{model: {a}, revision: main}}]\n",
             "models[0].revision: {a} is a local folder, which has no revisions. Leave it out.",
         ),
@@ -175,3 +179,32 @@ def test_what_does_not_fit_in_a_stage_is_said_with_its_name(
     assert run("--config", write(tmp_path, family, text), "--save_path", tmp_path / "out") == 1
     assert f"stage1: {other}: expected a Qwen3ForCausalLM as {family.base}, got a GPT2LMHeadModel" in capsys.readouterr().err  # fmt: skip
     assert not (tmp_path / "out").exists()
+
+
+def test_keeping_needs_a_recipe_with_names(
+    family: pico.Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--method", "linear", "--base_model", family.base, "--models_to_merge", f"{family.models[0]},{family.models[1]}"]  # fmt: skip
+    assert run(*flags, "--save_path", tmp_path / "out", "--keep_intermediate", "x") == 2
+    expected = "--keep_intermediate: expected a recipe with named merges, got 'x'. Name a merge of the recipe."
+    assert expected in capsys.readouterr().err
+
+
+def test_a_stage_that_runs_its_models_has_to_be_kept(
+    family: pico.Family, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = "name: x\nmerge_method: regmean\nbase_model: {base}\nmodels: [{{model: {a}, data: a.txt}}, {{model: {b}, data: b.txt}}]\n"
+    recipe = write(
+        tmp_path, family, f"{stage}---\nmerge_method: linear\nmodels: [{{{{model: x}}}}, {{{{model: {{c}}}}}}]\n"
+    )
+    assert run("--config", recipe, "--save_path", tmp_path / "out") == 1
+    assert (
+        "x: regmean runs its models, which a merge that is computed as it is read cannot. Add --keep_intermediate x."
+        in capsys.readouterr().err
+    )
+
+
+def test_a_stage_gives_its_tokenizer(family: pico.Family, tmp_path: Path) -> None:
+    text = STAGES.replace("parameters: {{t: 0.3}}", "parameters: {{t: 0.3}}\ntokenizer_source: drawn")
+    assert run("--config", write(tmp_path, family, text), "--save_path", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "merge_recipe.json").read_text())["tokenizer_source"] == "drawn"

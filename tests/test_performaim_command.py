@@ -398,7 +398,7 @@ def test_output_flags(scene, activations):
     scene.run(*one, "--dtype", "float32")
     assert {tensor.dtype for tensor in load_file(scene.out / "model.safetensors").values()} == {torch.float32}
     assert json.loads((scene.out / "config.json").read_text())["torch_dtype"] == "float32"
-    assert "sha256_64MiB" not in recipe(scene.out)["outputs"]["model.safetensors"]
+    assert "blake3_64MiB" not in recipe(scene.out)["outputs"]["model.safetensors"]
     rest = ("--activations", activations, "--digest", "full", "--max_shard_size", "100kB")
     scene.run(*rest, "--dtype", "float32", "--save_path", scene.folder / "sharded")
     shards = sorted((scene.folder / "sharded").glob("model-*.safetensors"))
@@ -408,8 +408,8 @@ def test_output_flags(scene, activations):
         torch.equal(tensor, together[name]) for name, tensor in load_file(scene.out / "model.safetensors").items()
     )
     content = recipe(scene.folder / "sharded")
-    assert all("sha256_64MiB" in file for file in content["outputs"].values())
-    assert "sha256_64MiB" in content["inputs"][0]["files"]["model.safetensors"]
+    assert all("blake3_64MiB" in file for file in content["outputs"].values())
+    assert "blake3_64MiB" in content["inputs"][0]["files"]["model.safetensors"]
 
 
 # --------------------------------------------------------------------------------------------------- wrong arguments

@@ -75,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     built = [outcome for outcome in outcomes if not outcome.built]
     right = sum(outcome.right for outcome in built)
     print(f"{right} right of {len(built)}, {len(outcomes) - len(built)} not built")
-    if arguments.table:
+    if (
+        arguments.table and not arguments.only and arguments.kinds == ",".join(KINDS)
+    ):  # a page of some would hide the others
         arguments.table.write_text(page(outcomes), encoding="utf-8")
     return int(right < len(built))
 
@@ -133,7 +135,8 @@ def page(outcomes: Iterable[Outcome]) -> str:
         "measurement that knows no names and no modules: all numbers of a tiny model differ, so that every operand of a matrix product says by",
         "its numbers which elements of which parameter it has. *Merged* means equal to the formula, tensor by tensor. *Relaxed* means that every tensor of which",
         "a product of the forward pass has a part is relaxed by the mean |x| that was measured; the number is that of such tensors.",
-        "*Refused* means one message that says why, and a merge without AIM. This page is written by `make architectures`.",
+        "*Refused* means one message that says why, and a merge without AIM. Left out are classes that join any two models (EncoderDecoderModel,",
+        "VisionEncoderDecoderModel), NeoMMEForMaskedLM, and those at the end of this page. This page is written by `make architectures`.",
         "",
         "| classes | all | merged | run on plain text | relaxed | refused by AIM |",
         "|---|---:|---:|---:|---:|---:|",
@@ -171,7 +174,8 @@ def _cell(outcome: Outcome) -> str:
     reason = reason.replace("|", "\\|").replace("\n", " ")
     if reason.startswith("expected a causal language model"):
         return "refused: no language model that reads plain text from left to right"
-    return f"refused: {reason}"
+    error = reason.partition(f"a {outcome.name} cannot be run on plain text: ")[2] or reason
+    return f"refused, as it does not run on plain text: {error.partition(' Merge without AIM')[0]}"
 
 
 if __name__ == "__main__":
