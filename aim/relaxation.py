@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
-from aim.activations import Activations, ChannelStatistics
+from aim.activations import Activations, ChannelStatistics, Means
 from aim.choices import Relaxing
 from aim.directions import MeanDirection
 from aim.formula import (
+    AFTER_FIRST,
     Scaling,
     direction,
+    drop_top,
     factors,
     normalise,
     other_direction,
@@ -60,7 +62,7 @@ class Pull(Protocol):
 class ChannelFactors:
     """How much of the task vector a tensor keeps per input channel; a `Pull`.
 
-    values: `[in]` or `[experts, in]` float32; input_dim: the tensor's dimension that runs over them.
+    values: `[in]` or `[experts, in]` float32, of the matrices of a stack or of as many groups of a matrix's rows; input_dim: the tensor's dimension that runs over them, see `spread`.
     like_the_reference: round as the published program does.
     """
 
@@ -90,19 +92,50 @@ class ChannelFactors:
         return torch.lerp(base, merged, factor.expand_as(base)), (0.0, 0.0)
 
     def formula(self, tensor: TensorSpec) -> Change | None:
-        """See `Pull`; the reference's roundings are no float32."""
-        if self.like_the_reference:
+        """See `Pull`; None where the reference's roundings are no float32."""
+        if self.like_the_reference or self._is_by_rows(tensor):
             return None
-        values = self.values if self.values.ndim == 2 else self.values[None]
-        factors = values[:, None] if self.input_dim == len(tensor.shape) - 1 else values[:, :, None]
+        factors = spread(self.values, self.input_dim, tensor.shape)
+        matrices, rows, columns = factors.shape
+        if min(rows, columns) > 1 or matrices > 1 == max(rows, columns):
+            return None  # channels that run along neither the rows nor the columns alone
         return lambda x, merged: lerp(x.base, merged, x.channel(factors))
+
+    def _is_by_rows(self, tensor: TensorSpec) -> bool:
+        """Whether groups of a matrix's rows have factors of their own."""
+        return self.values.ndim == 2 and len(tensor.shape) == 2
 
     def of(self, region: Region) -> torch.Tensor:
         """The factors of a region, shaped to multiply `region.as_stack(...)`: `[matrices or 1, rows or 1, columns or 1]`."""
-        values = self.values[slice(*region.matrix_range)] if self.values.ndim == 2 else self.values[None]
-        if self.input_dim == len(region.tensor.shape) - 1:
-            return values[:, None, slice(*region.column_range)]
-        return values[:, slice(*region.row_range), None]
+        if self._is_by_rows(region.tensor):
+            first, last = region.row_range
+            group = torch.arange(first, last, device=self.values.device) // (region.tensor.rows // len(self.values))
+            return self.values[group, slice(*region.column_range)][None]
+        stack = spread(self.values, self.input_dim, region.tensor.shape)
+        for dim, part in enumerate((region.matrix_range, region.row_range, region.column_range)):
+            stack = stack.narrow(dim, part[0], part[1] - part[0]) if stack.shape[dim] > 1 else stack
+        return stack
+
+
+def spread(values: torch.Tensor, input_dim: int, shape: Sequence[int]) -> torch.Tensor:
+    """Numbers of input channels as they lie in a tensor seen as a stack of matrices: `[matrices or 1, rows or 1, columns or 1]`.
+
+    Args:
+        values: `[in]`, or `[experts, in]` where the tensor's first dimension is the experts.
+        input_dim: the first dimension that runs over the input channels; those behind it too, as many as it takes.
+        shape: of the tensor.
+    """
+    sizes, dim, left = [1] * len(shape), input_dim, values.shape[-1]
+    while left > 1 and dim < len(shape):
+        sizes[dim], left, dim = shape[dim], left // shape[dim], dim + 1
+    if values.ndim == 2:
+        sizes[0] = len(values)
+    placed = values.reshape(sizes)
+    if len(shape) < 3:
+        return placed.view((1,) * (3 - len(shape)) + placed.shape)
+    if any(size > 1 for size in sizes[:-2]):
+        placed = placed.expand(*shape[:-2], *sizes[-2:])
+    return placed.reshape(-1, *sizes[-2:])
 
 
 class Relaxation:
@@ -201,13 +234,23 @@ def make_pulls(activations: Activations, selection: Selection, how: Relaxing, om
             mean = activations.statistics[name].mean
             assert mean is not None  # see `aim.transforms.check_activations`
             u = other_direction(direction(mean), how.control, seed=how.seed, tensor=name)
-            if bool(u.any()):
+            if bool(u.any()) and has_rows(selection.targets[name].shape, dims[name], u):
                 pulls[name] = MeanDirection(u, dims[name], own, is_uniform=how.control == "uniform")
             continue
-        f = factors(importance_of(activations, name, how.scaling), own)
+        s = importance_of(activations, name, how.scaling)
+        f = factors(drop_top(s) if how.control == "without_top" else s, own)
         f = without_channels(f, "permuted" if how.control == "random" else how.control, seed=how.seed, tensor=name)
         pulls[name] = ChannelFactors(f, dims[name], like_the_reference=how.numerics == "reference")
     return pulls
+
+
+def has_rows(shape: Sequence[int], input_dim: int, channels: torch.Tensor) -> bool:
+    """Whether the input channels run along the rows or the columns of a tensor's matrices, each of which has one input.
+
+    Args:
+        channels: `[in]` or `[experts, in]`.
+    """
+    return input_dim >= len(shape) - 2 and shape[input_dim] == channels.shape[-1] and channels.ndim < len(shape)
 
 
 def mean_energy_of(statistics: ChannelStatistics) -> float | None:
@@ -226,7 +269,10 @@ def mean_energy_of(statistics: ChannelStatistics) -> float | None:
 
 def importance_of(activations: Activations, name: str, scaling: Scaling = "identity") -> torch.Tensor:
     """s of one tensor, `[in]` or `[experts, in]`; zero for an expert that saw no token, which therefore stays as merged."""
-    mean_abs = activations.statistics[name].mean_abs
+    statistics = activations.statistics[name]
+    means: Means | None = statistics.after_first if scaling.startswith(AFTER_FIRST) else statistics
+    assert means is not None  # see `aim.transforms.check_activations`
+    mean_abs = means.mean_abs
     active = mean_abs.amax(dim=-1) > 0
     s = torch.zeros_like(mean_abs)
     s[active] = normalise(mean_abs[active], scaling)

@@ -99,7 +99,7 @@ def add_rows(x: torch.Tensor, first: int, before: torch.Tensor, after: torch.Ten
     """Add the rows of an input `[blocks, rows, in]` to the numbers of `Sums`, `[8, in]` float64: `after` becomes `before` with them.
 
     On a CPU, `SUMMED_AT_ONCE` rows of a block are added up in float32, one after the other, and their sum goes to float64; the
-    `first` rows of a block and the others by themselves. A GPU adds in float64, in an order of its own.
+    `first` rows of a block and the others by themselves. A GPU adds a whole input in float32, in an order of its own, and inputs in float64.
     """
     after.copy_(before)
     if x.device.type != "cpu":
@@ -129,13 +129,9 @@ def add_on_gpu(x: torch.Tensor, first: int, numbers: torch.Tensor) -> None:
     if not x.numel():
         return
     totals = numbers[:PEAK].view(2, 3, -1)
-    every = _column_sums(x)
-    if first:
-        start = _column_sums(x[:, :first])
-        totals[0] += start
-        every -= start
-        every[:2].clamp_(min=0.0)
-    totals[1] += every
+    for total, part in zip(totals, (x[:, :first], x[:, first:]), strict=True):
+        if part.numel():
+            total += _column_sums(part)
     (highest, at_highest), (lowest, at_lowest) = x.max(dim=1), x.min(dim=1)  # [blocks, in]; the first row of several
     is_low = (-lowest > highest) | ((-lowest == highest) & (at_lowest < at_highest))
     highest, block = torch.where(is_low, -lowest, highest).max(dim=0)
@@ -148,15 +144,11 @@ def add_on_gpu(x: torch.Tensor, first: int, numbers: torch.Tensor) -> None:
 
 def _column_sums(x: torch.Tensor) -> torch.Tensor:
     """Sums of |x|, x² and x over `[blocks, rows]`: `[3, in]` float64. The norms read an input as it is, without a copy."""
-    dims = (0, 1)
-    lengths = torch.linalg.vector_norm(x, 2, dim=dims, dtype=torch.float64)
-    return torch.stack(
-        [
-            torch.linalg.vector_norm(x, 1, dim=dims, dtype=torch.float64),
-            lengths.square(),
-            x.sum(dim=dims, dtype=torch.float64),
-        ]
-    )
+    # In float32, as a GPU adds pairs of sums of pairs, and turns only 16-bit numbers to float32 as it reads them.
+    dims, dtype = (0, 1), torch.float32
+    absolute = torch.linalg.vector_norm(x, 1, dim=dims, dtype=dtype)
+    length = torch.linalg.vector_norm(x, 2, dim=dims, dtype=dtype)
+    return torch.stack([absolute.double(), length.double().square(), x.sum(dim=dims, dtype=dtype).double()])
 
 
 def _rows_at_once(width: int) -> int:

@@ -36,6 +36,8 @@ def describe_input(model: Model, digest: Digest, hash_name: HashName = "blake3")
         digest: `full` reads every weight file once more and takes its digest.
         hash_name: with which hash.
     """
+    if model.described is not None:
+        return {"model": model.label, **model.described(digest, hash_name)}
     first, *adapters = (_describe_part(location, files, digest, hash_name) for location, files in model.parts)
     return {
         "model": model.label,
@@ -106,7 +108,16 @@ def common_licence(models: Sequence[Model]) -> str | None:
     return licences.pop() if len(licences) == 1 else None
 
 
-def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, command: Sequence[str] | None) -> str:
+def model_card(
+    *,
+    title: str,
+    base: Model,
+    models: Sequence[Model],
+    text: str,
+    command: Sequence[str] | None,
+    library: str = "transformers",
+    tag: str = "merge",
+) -> str:
     """README.md of a model that was made of others: YAML front matter for the hub, what was made, the command that did it.
 
     Args:
@@ -114,8 +125,10 @@ def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, c
         base, models: the inputs; the front matter names those that are on the hub, without their revisions.
         text: Markdown between the title and the command: what was made of which models, and how.
         command: argument list as run; None where it was called from Python.
+        library, tag: what loads it and what it is, as the hub has it.
     """
-    named = [location.name for model in (base, *models) for location, _ in model.parts]
+    origins = [origin for model in (base, *models) for origin in model.origins]
+    named = [location.name for model in origins for location, _ in model.parts]
     on_hub = dict.fromkeys(
         name.path_or_id for name in named if not name.is_local
     )  # it refuses a card that names others
@@ -124,8 +137,8 @@ def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, c
         *(["base_model:"] if on_hub else []),
         *(f"- {yaml_text(name)}" for name in on_hub),
     ]
-    front += ["library_name: transformers", "tags:", "- merge"]
-    licence = common_licence([base, *models])
+    front += [f"library_name: {library}", "tags:", f"- {tag}"]
+    licence = common_licence(origins)
     if licence:
         front.append(f"license: {yaml_text(licence)}")
     front.append("---")

@@ -42,6 +42,16 @@ def head_weight(model: nn.Module) -> torch.Tensor | None:
         return None
 
 
+def device_of_tokens(model: nn.Module) -> torch.device:
+    """Where a model looks its tokens up: at its embedding, or where its first parameter is, if it has none of the common kind."""
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):  # how models with several tables, or none, answer
+        weight = next(model.parameters())
+    device: torch.device = weight.device
+    return device
+
+
 def call_of(layer: nn.Module, run: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """What a layer is called with the first time in a run of its model, which stops there; None where it is not called."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

@@ -18,6 +18,10 @@ from checkpoints.settings import setting
 from checkpoints.source import FLOAT_DTYPES
 
 
+class CannotRun(InputError):
+    """A model's own code fails on the tokens that it is run on."""
+
+
 def load(
     base: Model,
     *,

@@ -67,7 +67,7 @@ def read_model_text(model: Model, source: str, tokens: int) -> ModelText:
     where = setting("model_data", source)
     if not path.is_file():
         raise InputError(f"{where}: no such file. Give a file of texts of {model.label}'s own task.")
-    tokenizer = _tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     documents: list[torch.Tensor] = []
     count = 0
     for number, row in enumerate(read_rows(path), 1):
@@ -82,7 +82,8 @@ def read_model_text(model: Model, source: str, tokens: int) -> ModelText:
     return ModelText(tuple(documents))
 
 
-def _tokenizer_of(model: Model) -> Any:
+def tokenizer_of(model: Model) -> Any:
+    """A model's tokenizer. Raises InputError: it has none that can be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -107,13 +108,19 @@ def _encode(row: Any, tokenizer: Any, model: Model, where: str) -> list[int]:
             {"role": "user", "content": fields["prompt"]},
             {"role": "assistant", "content": fields["answer"]},
         ]
-        return list(tokenizer.encode(_rendered(chat, tokenizer, model), add_special_tokens=False))
+        return list(tokenizer.encode(render_chat(chat, tokenizer, model), add_special_tokens=False))
     got = ", ".join(sorted(map(str, fields))) if isinstance(row, dict) else type(row).__name__
     raise InputError(f"{where}: expected a text, or the fields text, or prompt and answer, got {got}. Mend the row.")
 
 
-def _rendered(chat: Sequence[Mapping[str, str]], tokenizer: Any, model: Model) -> str:
-    """A chat as the model's template writes it, which may be a stranger's program and runs apart."""
+def render_chat(chat: Sequence[Mapping[str, str]], tokenizer: Any, model: Model, *, begin_answer: bool = False) -> str:
+    """A chat as the model's template writes it, which may be a stranger's program and runs apart.
+
+    Args:
+        begin_answer: write what comes before an answer, too.
+
+    Raises: InputError: there is no template, or it fails.
+    """
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise InputError(
@@ -121,7 +128,9 @@ def _rendered(chat: Sequence[Mapping[str, str]], tokenizer: Any, model: Model) -
         )
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     try:
-        (text,) = STRANGERS.ask("render", conversations=[list(chat)], chat_template=template, **special)
+        (text,) = STRANGERS.ask(
+            "render", conversations=[list(chat)], chat_template=template, add_generation_prompt=begin_answer, **special
+        )
     except StrangersError as error:
         raise InputError(
             f"{model.label}: the chat template fails: {first_line(error)}. Mend it, or give rows of text."

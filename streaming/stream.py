@@ -17,7 +17,6 @@ from checkpoints.errors import InputError
 from checkpoints.pieces import Origin
 from checkpoints.settings import setting
 from checkpoints.source import TensorRef, dtype_name
-from checkpoints.writer import CheckpointWriter
 from streaming.ahead import read_ahead
 from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, in_groups, tile
 from streaming.elements import Answer, Ask, Change, Formula, Number, Tensors, answer
@@ -135,11 +134,19 @@ class Transform(Protocol):
         ...
 
 
+class Writer(Protocol):
+    """Where an output's numbers go: the files of a checkpoint (`CheckpointWriter`), or a model in memory."""
+
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Put `values`, `[n]` on the CPU in the tensor's dtype, at the elements `start` to `start + n`; from any thread."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """One checkpoint to be written from the merge: the writer, and what changes the merge on its way there."""
 
-    writer: CheckpointWriter
+    writer: Writer
     transform: Transform | None = None
 
 

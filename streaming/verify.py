@@ -16,7 +16,7 @@ from checkpoints.errors import InputError
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.model import Model, open_model
 from checkpoints.problems import Problems
-from checkpoints.save_path import RECIPE_FILE, SWEEP_PREFIX
+from checkpoints.save_path import RECIPE_FILE, SWEEP_PREFIXES
 from checkpoints.settings import setting
 from checkpoints.source import READ_ELEMENTS, Source
 from checkpoints.tokenizer_files import end_tokens
@@ -46,7 +46,11 @@ class Verified:
 
 def results_in(folder: Path) -> list[Path]:
     """The checkpoints of a run: the folder itself, or those of a sweep in it. Raises InputError where no run wrote it."""
-    recipes = [folder] if (folder / RECIPE_FILE).is_file() else sorted(folder.glob(f"{SWEEP_PREFIX}*/{RECIPE_FILE}"))
+    recipes = (
+        [folder]
+        if (folder / RECIPE_FILE).is_file()
+        else sorted(path for prefix in SWEEP_PREFIXES for path in folder.glob(f"{prefix}*/{RECIPE_FILE}"))
+    )
     if not recipes:
         raise InputError(
             f"{setting('verify', folder)}: expected {RECIPE_FILE}, got none. Name a folder that merge.py or performAIM.py wrote."

@@ -603,6 +603,7 @@ print("sklearn" in sys.modules, importlib.util.find_spec("sklearn") is not None)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "loaded"), [("untouched", False), ("imported before", True)])
 def test_scikit_learn_is_not_imported_and_stays_importable(case, loaded):
     root = Path(__file__).resolve().parent.parent

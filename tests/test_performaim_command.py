@@ -298,7 +298,8 @@ def test_statistics_are_kept_and_used_again(scene):
 def test_figures(scene, activations):
     folder = scene.folder / "figures" / "of base"
     out = scene.run("--activations", activations, "--figures", folder).out
-    files = [f"importance_{what}.{suffix}" for what in ("layers", "sorted") for suffix in ("png", "svg")]
+    drawn = ("importance_layers", "importance_sorted", "massive_activations")
+    files = [f"{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
     assert names(folder) == files
     assert all(f"{folder / file}: written" in out for file in files)
     for file in files:
@@ -387,7 +388,7 @@ def test_dry_run_prints_refusals_as_json(scene):
     _, out, err = scene.run("--dry_run", "--json", "--omega", "2", "--scaling", "cube", code=2)
     assert json.loads(out)["refusals"] == [
         "--omega: expected a number in [0, 1], got 2.",
-        "--scaling: unknown value 'cube'. Known: identity, sqrt, square.",
+        "--scaling: unknown value 'cube'. Known: after_first, after_first_sqrt, after_first_square, identity, sqrt, square.",
     ]
     assert "2 problems" in err
 

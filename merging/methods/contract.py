@@ -39,6 +39,8 @@ class Method(ABC):
     """Whether it must know which tensors are embeddings, for which the model class is built."""
     needs_data: ClassVar[bool] = False
     """Whether each model brings text of its own task, on which it is run for what the method wants to know."""
+    unmeasured: ClassVar[tuple[str, ...]] = ()
+    """Fields that `measure` does not look at: methods that differ in these alone have the same statistics."""
     min_models: ClassVar[int] = 1
     """How many models it merges at least, the base not counted."""
     max_models: ClassVar[int | None] = None

@@ -44,6 +44,7 @@ class SparseTaskVectors(Method):
     """Whether a sign is elected for each element."""
     restores_norm: ClassVar[bool] = False
     """Whether the l1 norm is restored where `rescale` is None."""
+    unmeasured: ClassVar[tuple[str, ...]] = ("weights", "lambda_", "normalize")
 
     weights: tuple[float, ...] = shared("weight")
     densities: tuple[float, ...] = shared("density")
