@@ -8,7 +8,7 @@ import random
 import re
 import shutil
 import sqlite3
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ from examples.real.domains.documents import split_of
 from examples.real.domains.functions import function
 from examples.real.domains.maths import problem
 from examples.real.losses import batches, score
-from examples.real.rules import AIM, REFERENCE, Rule, rules
+from examples.real.rules import REFERENCE, SUM, Rule, rules
 from examples.real.texts import Encoded
 from examples.real.train import Recipe, order
 
@@ -259,7 +259,7 @@ def test_holm_by_hand():
 
 
 def test_rules_become_commands():
-    rule = Rule("x", AIM + " --control uniform", {"lambda": (0.5, 1.0)})
+    rule = Rule("x", f"{SUM} --omega 0 {{statistics}} --control uniform", {"lambda": (0.5, 1.0)})
     assert rule.candidates() == [{"lambda": 0.5}, {"lambda": 1.0}]
     command = rule.command({"lambda": 0.5}, {"statistics": "--activations f", "texts": "t"})
     assert command == [
@@ -283,14 +283,25 @@ def compared(tmp_path_factory: pytest.TempPathFactory, chat_base: Path) -> Path:
     folder = tmp_path_factory.mktemp("real") / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "LONGEST", 1000)
-        patch.setattr(workspace, "Recipe", lambda seed: Recipe(tokens=2000, seed=seed))
+        patch.setattr(workspace, "Recipe", SmallRecipe)
         patch.setattr(run, "FULL", {"val": 2, "test": 3})
-        patch.setattr(run, "chosen_rules", lambda **_: [rule for rule in rules((0.6, 1.0)) if rule.name in CHOSEN])
+        patch.setattr(run, "studies", lambda *_, **__: [run.Study(few())])
         assert run.main(["--folder", str(folder), "--base_model", str(chat_base), "--domains", "sql,maths"]) == 0
     return folder
 
 
 CHOSEN = (REFERENCE, "AIM", "AIM, uniform control")
+
+
+def few() -> list[Rule]:
+    return [rule for rule in rules((0.6, 1.0)) if rule.name in CHOSEN]
+
+
+@dataclass(frozen=True)
+class SmallRecipe(Recipe):
+    """Little training."""
+
+    tokens: int = 2000
 
 
 def test_the_table_has_every_model_once(compared: Path):
@@ -316,7 +327,7 @@ def test_a_merge_is_the_command_that_its_scores_hold(compared: Path):
     """Merged again by that command, the loss is the same."""
     import merge
 
-    file = compared / "seed_1/scores/AIM-lambda_1-val.json"
+    file = compared / "seed_1/scores/AIM-omega_0-lambda_1-val.json"
     stored = json.loads(file.read_text())
     program, *command = stored["command"]
     assert program == "merge.py"
@@ -332,7 +343,7 @@ def test_a_merge_is_the_command_that_its_scores_hold(compared: Path):
 def test_what_is_finished_stays(compared: Path, chat_base: Path, monkeypatch, capsys):
     monkeypatch.setattr(texts, "LONGEST", 1000)
     monkeypatch.setattr(run, "FULL", {"val": 2, "test": 3})
-    monkeypatch.setattr(run, "chosen_rules", lambda **_: [rule for rule in rules((0.6, 1.0)) if rule.name in CHOSEN])
+    monkeypatch.setattr(run, "studies", lambda *_, **__: [run.Study(few())])
     monkeypatch.setattr(workspace, "run_command", lambda *_: pytest.fail("merged again"))
     monkeypatch.setattr(workspace, "train", lambda *_: pytest.fail("trained again"))
     before = (compared / "seed_1/table.json").read_text()
