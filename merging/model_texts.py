@@ -82,6 +82,28 @@ def read_model_text(model: Model, source: str, tokens: int) -> ModelText:
     return ModelText(tuple(documents))
 
 
+def check_tokens(text: ModelText, model: Model, base: Model, *, is_merged: bool) -> None:
+    """Refuse a text whose tokens are others to the base: the merge's embedding would answer something else.
+
+    Args:
+        text: in the model's tokens.
+        is_merged: whether the merge itself runs on it, which has the base's tokens alone.
+
+    Raises: InputError.
+    """
+    if model.vocabulary_digest == base.vocabulary_digest or model.vocabulary is None or base.vocabulary is None:
+        return
+    own, known = ({index: token for token, index in one.vocabulary.ids.items()} for one in (model, base))  # type: ignore[union-attr]
+    for index in sorted({int(index) for document in text.documents for index in document.flatten()}):
+        there = known.get(index)
+        if there == own.get(index) or (there is None and not is_merged):
+            continue
+        raise InputError(
+            f"{model.label}: expected the tokenizer of {base.label}, got another: token {index} is {own.get(index)!r:.60} here and "
+            f"{'none' if there is None else repr(there)[:60]} there. Merge models of one tokenizer, or use another method."
+        )
+
+
 def _tokenizer_of(model: Model) -> Any:
     from transformers import AutoTokenizer
 

@@ -17,7 +17,6 @@ from checkpoints.errors import InputError
 from checkpoints.pieces import Origin
 from checkpoints.settings import setting
 from checkpoints.source import TensorRef, dtype_name
-from checkpoints.writer import CheckpointWriter
 from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, in_groups, tile
 from streaming.tally import Tally
 from streaming.twins import compiling, twin
@@ -104,11 +103,19 @@ class Transform(Protocol):
         ...
 
 
+class Writer(Protocol):
+    """Where a stream's results go: a `CheckpointWriter`, or the memory."""
+
+    def write(self, name: str, start: int, values: torch.Tensor) -> object:
+        """Take the elements of a tensor from `start` on, in the output's dtype; called from several threads."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Output:
     """One checkpoint to be written from the merge: the writer, and what changes the merge on its way there."""
 
-    writer: CheckpointWriter
+    writer: Writer
     transform: Transform | None = None
 
 
