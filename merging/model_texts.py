@@ -63,10 +63,7 @@ def read_model_text(model: Model, source: str, tokens: int) -> ModelText:
 
     Raises: InputError: no such file, rows of another kind, no tokenizer or chat template, no text.
     """
-    path = Path(source).expanduser()
-    where = setting("model_data", source)
-    if not path.is_file():
-        raise InputError(f"{where}: no such file. Give a file of texts of {model.label}'s own task.")
+    path, where = _found(model, source), setting("model_data", source)
     tokenizer = _tokenizer_of(model)
     documents: list[torch.Tensor] = []
     count = 0
@@ -80,6 +77,45 @@ def read_model_text(model: Model, source: str, tokens: int) -> ModelText:
     if not documents:
         raise InputError(f"{where}: expected texts of {model.label}'s own task, got none. Give another file.")
     return ModelText(tuple(documents))
+
+
+def read_examples(model: Model, source: str, tokens: int) -> list[tuple[torch.Tensor, int]]:
+    """Examples of a task, as `read_model_text` reads them: token ids `[1, tokens]`, and where the answer begins, at least 1.
+
+    All of a text but its first token is its answer. Examples whose answer is cut off or empty are left out.
+    """
+    tokenizer = _tokenizer_of(model)
+    examples = []
+    rows = iter(read_rows(_found(model, source)))
+    for document in read_model_text(model, source, tokens).documents:
+        row = next(row for row in rows if not _is_empty(row))
+        begin = 1
+        if isinstance(row, dict) and not isinstance(row.get("text"), str):
+            asked = _rendered([{"role": "user", "content": row["prompt"]}], tokenizer, model, add_generation_prompt=True)
+            begin = max(1, len(tokenizer.encode(asked, add_special_tokens=False)))
+        if begin < document.shape[1]:
+            examples.append((document, begin))
+    if not examples:
+        raise InputError(
+            f"{setting('model_data', source)}: expected examples with answers, got none of at most {LONGEST} tokens. Give another file."
+        )
+    return examples
+
+
+def _is_empty(row: Any) -> bool:
+    """Whether a row gives no document: a text of nothing."""
+    text = row.get("text") if isinstance(row, dict) else row
+    return isinstance(text, str) and not text.strip()
+
+
+def _found(model: Model, source: str) -> Path:
+    """A file that is there."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"{setting('model_data', source)}: no such file. Give a file of texts of {model.label}'s own task."
+        )
+    return path
 
 
 def check_tokens(text: ModelText, model: Model, base: Model, *, is_merged: bool) -> None:
@@ -134,7 +170,7 @@ def _encode(row: Any, tokenizer: Any, model: Model, where: str) -> list[int]:
     raise InputError(f"{where}: expected a text, or the fields text, or prompt and answer, got {got}. Mend the row.")
 
 
-def _rendered(chat: Sequence[Mapping[str, str]], tokenizer: Any, model: Model) -> str:
+def _rendered(chat: Sequence[Mapping[str, str]], tokenizer: Any, model: Model, **more: bool) -> str:
     """A chat as the model's template writes it, which may be a stranger's program and runs apart."""
     template = tokenizer.chat_template
     if not isinstance(template, str):
@@ -143,7 +179,7 @@ def _rendered(chat: Sequence[Mapping[str, str]], tokenizer: Any, model: Model) -
         )
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     try:
-        (text,) = STRANGERS.ask("render", conversations=[list(chat)], chat_template=template, **special)
+        (text,) = STRANGERS.ask("render", conversations=[list(chat)], chat_template=template, **more, **special)
     except StrangersError as error:
         raise InputError(
             f"{model.label}: the chat template fails: {first_line(error)}. Mend it, or give rows of text."
