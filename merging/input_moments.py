@@ -277,7 +277,9 @@ class MomentsPass:
             if not kept.restore(running, texts, min(wanted)):
                 for layers, text in zip(running, texts, strict=True):
                     layers.start(text)
-            steps = self._merged_steps(stack, running, skeletons, sinks, merged) if self._is_merged else in_step(running)
+            steps = (
+                self._merged_steps(stack, running, skeletons, sinks, merged) if self._is_merged else in_step(running)
+            )
             for sink in sinks:
                 sink.is_open = self._is_merged or running[0].at in wanted
             for layer in steps:

@@ -91,7 +91,9 @@ def read_examples(model: Model, source: str, tokens: int) -> list[tuple[torch.Te
         row = next(row for row in rows if not _is_empty(row))
         begin = 1
         if isinstance(row, dict) and not isinstance(row.get("text"), str):
-            asked = _rendered([{"role": "user", "content": row["prompt"]}], tokenizer, model, add_generation_prompt=True)
+            asked = _rendered(
+                [{"role": "user", "content": row["prompt"]}], tokenizer, model, add_generation_prompt=True
+            )
             begin = max(1, len(tokenizer.encode(asked, add_special_tokens=False)))
         if begin < document.shape[1]:
             examples.append((document, begin))

@@ -161,4 +161,3 @@ def _verdict(row: Row, controls: Sequence[Row]) -> str:
         beaten = sum(one.value < -2 * one.stderr for one in against)
         parts.append(f"better than {beaten} of its {len(controls)} controls")
     return ", ".join(parts)
-

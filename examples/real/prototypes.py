@@ -148,4 +148,3 @@ def _sensitivity(expert: Any, texts: Sequence[Encoded]) -> Tensor:
             found[index] += sum(float((weight * weight.grad).abs().sum()) for weight in layer.parameters())
         expert.zero_grad(set_to_none=True)
     return found / len(texts)
-

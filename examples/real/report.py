@@ -10,7 +10,6 @@ from examples.real.compare import Comparison, Row
 from examples.real.statistics import mean
 from reports.figures import STYLE, save, subplots
 
-
 SHOWN = 0.4
 """Nats above the best that a curve is drawn for."""
 

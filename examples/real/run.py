@@ -26,7 +26,7 @@ from examples.real import rules
 from examples.real.domains import Split
 from examples.real.rules import Rule
 
-FULL: dict[Split, int] = {"val": 16, "test": 32}
+FULL: dict[Split, int] = {"val": 12, "test": 24}
 QUICK: dict[Split, int] = {"val": 6, "test": 12}
 """Documents of each domain that are scored."""
 
@@ -90,9 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         "workers": pool.workers if arguments.processes > 1 else None,
     }
     torch.manual_seed(0)
-    for study in studies(
-        Workspace(arguments.folder, **settings).domains, quick=arguments.quick, full=arguments.full
-    ):
+    for study in studies(Workspace(arguments.folder, **settings).domains, quick=arguments.quick, full=arguments.full):
         space = Workspace(arguments.folder, **settings, pair=study.pair, longer=study.longer)
         print(f"{', '.join(space.domains)}: experts, merges and scores in {space.results}", flush=True)
         found = compare(space, study.rules, pool)
@@ -119,9 +117,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--domains", default="", metavar="A,B,C", help="which of them (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="of the trainings (default 1)")
     parser.add_argument("--quick", action="store_true", help="with the committed adapters, few documents and few rules")
-    parser.add_argument("--full", action="store_true", help="with all rules, fine grids, more documents, pairs of experts and overtrained ones")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="with all rules, fine grids, more documents, pairs of experts and overtrained ones",
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where models are trained and run (default cpu)")  # fmt: skip
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that merge and score at once (default 1)")
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="that merge and score at once (default 1)"
+    )
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier run left there, and begin again")
     arguments = parser.parse_args(argv)
     if arguments.processes < 1:

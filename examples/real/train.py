@@ -66,9 +66,7 @@ def order(documents: Sequence[Encoded], recipe: Recipe) -> list[list[int]]:
     return found[:steps]
 
 
-def train(
-    base: Path, documents: Sequence[Encoded], out: Path, recipe: Recipe, label: str, device: str = "cpu"
-) -> None:
+def train(base: Path, documents: Sequence[Encoded], out: Path, recipe: Recipe, label: str, device: str = "cpu") -> None:
     """Train one expert and write it.
 
     Args:
