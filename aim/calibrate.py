@@ -14,7 +14,7 @@ from aim.unfinished import UnfinishedCalibration
 from checkpoints.errors import InputError, first_line
 from checkpoints.model import Model
 from checkpoints.settings import setting
-from forward.loading import config_of, quiet_transformers
+from forward.loading import config_of, is_out_of_memory, quiet_transformers
 
 __all__ = ["CalibrationOptions", "Numerics", "calibrate"]
 
@@ -91,8 +91,9 @@ def read_blocks(base: Model, data: CalibrationData, *, quiet: bool = False) -> T
                 f"{base.label}: expected a tokenizer, which calibration needs: {reason}. Add its tokenizer files."
             ) from error
         blocks = make_blocks(data, lambda text: list(tokenizer.encode(text)) if text else [], quiet=quiet)
-    rows = base.weights.tensors[base.architecture.stored_name(base.architecture.input_embedding or "")].shape[0]
-    if int(blocks.tokens.max()) >= rows:
+    table = base.weights.tensors.get(base.architecture.stored_name(base.architecture.input_embedding or ""))
+    rows = table.shape[0] if table is not None else 0
+    if table is not None and int(blocks.tokens.max()) >= rows:
         raise InputError(
             f"{base.label}: its tokenizer gives the id {int(blocks.tokens.max())}, its embedding has {rows} rows. Use matching files."
         )
@@ -135,4 +136,11 @@ def calibrate(
         )
     with quiet_transformers():
         calibrating = CalibrationRun(base, selection, options, data, blocks, unfinished, progress, note)
-        return (whole if fits(base, options) else layerwise)(calibrating)
+        try:
+            return (whole if fits(base, options) else layerwise)(calibrating)
+        except InputError:
+            raise
+        except Exception as error:  # a class's own code, which is built, looked at and run, fails in every way there is
+            if isinstance(error, MemoryError) or is_out_of_memory(error):
+                raise
+            raise calibrating.fails(error) from error

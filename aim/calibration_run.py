@@ -23,6 +23,7 @@ from checkpoints.provenance import fingerprint
 from checkpoints.settings import setting
 from checkpoints.source import FLOAT_DTYPES, dtype_name
 from forward.layers import head_weight
+from forward.loading import CannotRun
 from forward.tuning import Choice, choose, is_worth_timing
 
 Numerics = Literal["float32", "reference"]
@@ -121,14 +122,20 @@ class CalibrationRun:
         """Whether the model has experts that transformers can run one by one, so that each one's input shows up."""
         return any(placement.kind == "experts" for placement in self.base.architecture.placements.values())
 
-    def watcher(self, model: Any) -> Watcher:
-        """What sees the inputs of the weights that may be relaxed; the output head's product is not computed."""
+    def watcher(self, model: Any, *, with_head: bool = False) -> Watcher:
+        """What sees the inputs of the weights that may be relaxed; the output head's product is not computed, unless `with_head`."""
         kind = ReferenceWatcher if self.is_reference else Watcher
-        return kind(model, self.selection.targets, head=head_weight(model), compiled=self.is_long(model))
+        head = None if with_head else head_weight(model)
+        return kind(model, self.selection.targets, head=head, compiled=self.compiles(model))
 
     def is_long(self, model: Any) -> bool:
         """Whether the work is worth some seconds of getting ready: timing settings, importing compiled loops."""
         return is_worth_timing(model, self.blocks.tokens.numel())
+
+    def compiles(self, model: Any) -> bool:
+        """Whether compiled loops are worth importing: for much work on a CPU."""
+        on_gpu = self.options.device.type != "cpu" if self.options.device else torch.cuda.is_available()
+        return self.is_long(model) and not on_gpu
 
     def enough(self, watcher: Watcher) -> Enough:
         """What says when the text is enough."""
@@ -143,7 +150,7 @@ class CalibrationRun:
 
     def fails(self, error: Exception) -> InputError:
         """What a forward pass that raises says to the user."""
-        return InputError(
+        return CannotRun(
             f"{self.base.label}: a {self.base.architecture.model_class} cannot be run on plain text: {type(error).__name__}: {first_line(error)}. "
             "Merge without AIM, or use statistics that were taken elsewhere."
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from aim.calibrate import CalibrationOptions, Numerics
 from aim.calibration_text import CalibrationData
-from aim.formula import CONTROLS, SCALINGS, Control, Protect, Scaling
+from aim.formula import AFTER_FIRST, CONTROLS, SCALINGS, Control, Protect, Scaling
 from aim.omegas import Omega
 from checkpoints.errors import ArgumentError, unknown
 from checkpoints.problems import Problems
@@ -28,8 +28,8 @@ class Relaxing:
         omegas: one checkpoint for each.
         sweep: in folders of their own, `omega_0.2`, even where there is only one.
         protect: `channels`: the base's weights of busy input channels, as published; `mean`: its answer to the mean input.
-        scaling: of s: identity, sqrt or square.
-        control: none, or one of the controls that know nothing of the base's inputs.
+        scaling: of s: identity, sqrt or square; after_first, after_first_sqrt or after_first_square without the first token of each block.
+        control: none, or one of the controls that know nothing of the base's inputs; `without_top` leaves the top channels as merged.
         seed: of the permuted and the random control.
         numerics: `reference` rounds as the published program does.
     """
@@ -70,7 +70,7 @@ class Relaxing:
         allowed: list[tuple[str, str, Sequence[str]]] = [
             ("protect", self.protect, list(CONTROLS)),
             ("scaling", self.scaling, list(SCALINGS)),
-            ("control", self.control, list(CONTROLS["mean"])),
+            ("control", self.control, list(dict.fromkeys(name for names in CONTROLS.values() for name in names))),
             ("numerics", self.numerics, ["float32", "reference"]),
         ]
         problems = Problems()
@@ -79,7 +79,14 @@ class Relaxing:
                 problems.add(ArgumentError(f"{setting(name)}: {unknown('value', value, known)}"))
         problems.raise_if_any()
         mean, channels = setting("protect", "mean"), setting("protect", "channels")
-        if self.control not in CONTROLS[self.protect]:
+        if self.control == "without_top" and self.protect == "mean":
+            problems.add(
+                ArgumentError(
+                    f"{setting('control', 'without_top')}: {mean} knows no channels, of which the top ones could be left out. Use "
+                    f"{setting('control', 'permuted')}, or {channels}."
+                )
+            )
+        elif self.control not in CONTROLS[self.protect]:
             problems.add(
                 ArgumentError(
                     f"{setting('control', self.control)}: {channels} has no direction that could be drawn. Use {setting('control', 'permuted')}, or {mean}."
@@ -93,6 +100,13 @@ class Relaxing:
             problems.add(
                 ArgumentError(
                     f"{setting('numerics', 'reference')}: the published program has no {mean}. Use {setting('numerics', 'float32')}, or {channels}."
+                )
+            )
+        if self.scaling.startswith(AFTER_FIRST) and self.numerics == "reference":
+            problems.add(
+                ArgumentError(
+                    f"{setting('numerics', 'reference')}: the published program has no {setting('scaling', self.scaling)}. Use "
+                    f"{setting('numerics', 'float32')}, or {setting('scaling', 'identity')}."
                 )
             )
         problems.raise_if_any()

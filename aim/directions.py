@@ -92,6 +92,9 @@ class MeanDirection:
         pulled = take_back(turned, along, u, self.omega)
         return (pulled if self._in_rows(region.tensor) else pulled.transpose(1, 2).contiguous()), energies
 
+    def formula(self, tensor: TensorSpec) -> None:
+        """See `Pull`: an element's change depends on its whole row."""
+
     def _scale(self, region: Region, whole: Answers) -> torch.Tensor:
         """|D'| / |D| of each matrix of a region, `[matrices, 1, 1]` float32; 1 where D is 0."""
         share = whole.along.square().sum(dim=-1) / torch.where(whole.squares > 0, whole.squares, 1.0)

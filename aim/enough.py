@@ -91,9 +91,7 @@ class Enough:
 
     def sums(self) -> dict[str, torch.Tensor]:
         """The watcher's sums and those of the first half, under names that `restore` knows."""
-        half = {
-            f"{HALF}{json.dumps([use.parameter, use.axis, use.ranges])}": total for use, total in self._half.items()
-        }
+        half = {f"{HALF}{json.dumps(use.as_json())}": total for use, total in self._half.items()}
         return self._watcher.sums() | half
 
     @staticmethod
@@ -101,16 +99,17 @@ class Enough:
         """Raise ValueError where this is not what `sums` gave, but another version or somebody else wrote it."""
         Watcher.check_sums({name: tensor for name, tensor in tensors.items() if not name.startswith(HALF)})
         for name, tensor in tensors.items():
-            if name.startswith(HALF) and tensor.ndim != 1:
-                raise ValueError(f"{name}: no sums of an input")
+            if name.startswith(HALF):
+                Use.of_json(json.loads(name.removeprefix(HALF)))
+                if tensor.ndim != 1:
+                    raise ValueError(f"{name}: no sums of an input")
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take what another's `sums` gave."""
         self._watcher.restore({name: tensor for name, tensor in tensors.items() if not name.startswith(HALF)})
         for name, tensor in tensors.items():
             if name.startswith(HALF):
-                parameter, axis, ranges = json.loads(name.removeprefix(HALF))
-                self._half[Use(parameter, axis, tuple((low, high) for low, high in ranges))] = tensor
+                self._half[Use.of_json(json.loads(name.removeprefix(HALF)))] = tensor
 
 
 def _s(total: torch.Tensor) -> torch.Tensor:

@@ -55,6 +55,18 @@ def draw_mean_direction(along: Mapping[str, float], folder: Path, *, title: str 
         return _draw_layers(along, folder, "mean_direction", heading, visible(title), label)
 
 
+def draw_massive(times: Mapping[str, float], folder: Path, *, title: str = "") -> list[Path]:
+    """Draw how far the largest activation of each weight's input stands out, over layers; as `draw_importance`.
+
+    Args:
+        times: tensor -> largest |x| / that of the median channel.
+    """
+    with _drawing(folder):
+        powers = {name: float(np.log10(max(value, 1.0))) for name, value in times.items()}
+        heading, label = "Largest |x| against the median channel's", "powers of 10"
+        return _draw_layers(powers, folder, "massive_activations", heading, visible(title), label)
+
+
 @contextmanager
 def _drawing(folder: Path) -> Iterator[None]:
     """Set matplotlib up and make the folder. Raises InputError: it cannot be written to."""

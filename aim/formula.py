@@ -11,11 +11,11 @@ import torch
 from checkpoints.errors import ArgumentError
 from checkpoints.settings import setting
 
-Scaling = Literal["identity", "sqrt", "square"]
-Control = Literal["none", "uniform", "permuted", "random"]
+Scaling = Literal["identity", "sqrt", "square", "after_first", "after_first_sqrt", "after_first_square"]
+Control = Literal["none", "uniform", "permuted", "random", "without_top"]
 Protect = Literal["channels", "mean"]
 CONTROLS: dict[str, tuple[str, ...]] = {
-    "channels": ("none", "uniform", "permuted"),
+    "channels": ("none", "uniform", "permuted", "without_top"),
     "mean": ("none", "uniform", "permuted", "random"),
 }
 """What is protected -> the controls that there are."""
@@ -24,7 +24,15 @@ SCALINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda s: s,
     "sqrt": torch.sqrt,
     "square": torch.square,
+    "after_first": lambda s: s,
+    "after_first_sqrt": torch.sqrt,
+    "after_first_square": torch.square,
 }
+"""What becomes of the importance; `after_first`: that over all tokens but the first of each block."""
+AFTER_FIRST = "after_first"
+"""How the scalings begin that leave the first tokens out."""
+OUTLIER = 10.0
+"""A channel is an outlier where its s is this many times the median of its tensor."""
 
 
 def normalise(importance: torch.Tensor, scaling: Scaling = "identity") -> torch.Tensor:
@@ -63,11 +71,23 @@ def without_channels(f: torch.Tensor, control: Control, *, seed: int, tensor: st
     Args:
         f: `[..., in]` float32, from `factors`.
         control: `uniform`: every channel gets the mean factor of the tensor (of each expert); `permuted`: the factors in an
-            order drawn from `seed` and the tensor's name; `none`: f as it is.
+            order drawn from `seed` and the tensor's name; the others: f as it is.
     """
     if control == "uniform":
         return f.mean(dim=-1, keepdim=True).expand_as(f).contiguous()
     return f[..., _order(f.shape[-1], seed, tensor)] if control == "permuted" else f
+
+
+def drop_top(s: torch.Tensor) -> torch.Tensor:
+    """s with 0, so that they stay as merged, for the channels that stand out: of `OUTLIER` times the median or more, else the largest.
+
+    The control `without_top`: whatever AIM gains is these channels' doing where it gains nothing without them.
+
+    Args:
+        s: `[in]` or `[experts, in]` float32 in [0, 1].
+    """
+    largest, median = s.amax(dim=-1, keepdim=True), s.median(dim=-1, keepdim=True).values
+    return torch.where((s >= OUTLIER * median) | (s == largest), 0.0, s)
 
 
 def _order(channels: int, seed: int, tensor: str) -> torch.Tensor:

@@ -15,13 +15,13 @@ from aim.enough import Enough
 from checkpoints.model import Model
 from checkpoints.process import give_back_freed_memory
 from checkpoints.source import FLOAT_DTYPES
-from forward.layers import find_layers
+from forward.layers import device_of_tokens, find_layers
 from forward.layerwise import Layerwise
-from forward.loading import auto_dtype, load, out_of_memory
+from forward.loading import CannotRun, auto_dtype, load, out_of_memory
 from forward.memory import available_bytes
 from forward.shelf import Shelf
 from forward.skeleton import RowReader, build_skeleton
-from forward.tuning import BATCHES, apply, threads
+from forward.tuning import BATCHES, Choice, apply, threads
 from forward.whole import run_batches
 from streaming.twins import compiling
 
@@ -55,7 +55,7 @@ def whole(this: CalibrationRun, offload: Path | None = None) -> Activations:
     """Calibrate with all weights in memory; `offload`: a folder for those that do not fit."""
     options, tokens = this.options, this.blocks.tokens
     model = _load(this, "bfloat16" if this.is_reference else options.dtype or "auto", offload)
-    device = model.get_input_embeddings().weight.device
+    device = device_of_tokens(model)
     tokens = tokens if device.type == "meta" else tokens.to(device)  # meta: accelerate moves both
     wide = 1.1 * 4 * sum(parameter.numel() for parameter in model.parameters())
     choice = this.choose(model, tokens, in_float32=offload is None and available_bytes() > wide)
@@ -63,25 +63,46 @@ def whole(this: CalibrationRun, offload: Path | None = None) -> Activations:
         del model
         model = _load(this, choice.dtype, offload)
     apply(model, choice)
-    watcher = this.watcher(model)
+    try:
+        return _run_whole(this, model, tokens, choice)
+    except _NothingRan:  # a class that writes into its logits needs them
+        return _run_whole(this, model, tokens, choice, with_head=True)
+
+
+class _NothingRan(Exception):
+    """The very first batch failed, with the output head's product left out."""
+
+
+def _run_whole(
+    this: CalibrationRun, model: Any, tokens: torch.Tensor, choice: Choice, *, with_head: bool = False
+) -> Activations:
+    """The pass of `whole`. Raises _NothingRan: see there; not `with_head`, which computes the head's product."""
+    watcher = this.watcher(model, with_head=with_head)
     enough = this.enough(watcher)
     this.progress(0)  # loaded
     done = this.unfinished.restore(enough) if this.unfinished else 0
     this.progress(tokens[:done].numel())
+    has_run = False
     with ExitStack() as stack:
-        stack.enter_context(compiling() if this.is_long(model) else nullcontext())
+        stack.enter_context(compiling() if this.compiles(model) else nullcontext())
         stack.enter_context(threads(choice.threads))
         stack.enter_context(out_of_memory("calibration", this.advice(choice)))
         stack.enter_context(watcher.watching())
-        for batch in run_batches(model, tokens, enough.batches(done, choice.batch_size), watcher, this.fails):
-            this.progress(batch.numel())
-            if done == 0:
-                watcher.check_finite()  # what overflows mostly does so at once
-            done += len(batch)
-            if enough.at(done):
-                break
-            if this.unfinished:
-                this.unfinished.keep(enough, done)
+        try:
+            for batch in run_batches(model, tokens, enough.batches(done, choice.batch_size), watcher, this.fails):
+                has_run = True
+                this.progress(batch.numel())
+                if done == 0:
+                    watcher.check_finite()  # what overflows mostly does so at once
+                done += len(batch)
+                if enough.at(done):
+                    break
+                if this.unfinished:
+                    this.unfinished.keep(enough, done)
+        except CannotRun as error:
+            if has_run or not watcher.leaves_head_out:
+                raise
+            raise _NothingRan from error
         if not watcher.knows_first_tokens:
             with watcher.first_tokens():
                 for _ in run_batches(model, tokens, _first_tokens(tokens, done), watcher, this.fails):
@@ -169,7 +190,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
     watcher = this.watcher(model)
     enough = this.enough(watcher)
     with ExitStack() as stack:
-        stack.enter_context(compiling() if this.is_long(model) else nullcontext())
+        stack.enter_context(compiling() if this.compiles(model) else nullcontext())
         stack.enter_context(threads(choice.threads))
         stack.enter_context(out_of_memory("calibration", this.advice(choice)))
         waiting = Path(stack.enter_context(TemporaryDirectory(prefix="calibration_")))
@@ -210,9 +231,9 @@ def _layerwise(this: CalibrationRun) -> Activations:
 
 def _activation_bytes(model: Any, tokens: int) -> int:
     """Bytes that so many tokens take in float32, in which norms and rotations are computed, where a layer is widest."""
-    tables = {id(one.weight) for one in model.modules() if isinstance(one, torch.nn.Embedding)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     inside = [one for _, layer in find_layers(model) for one in layer.parameters() if id(one) not in tables]
-    return 4 * tokens * max((max(one.shape[-2:]) for one in inside if one.ndim), default=0)
+    return 4 * tokens * max((max(weight.shape[-2:]) for weight in inside if weight.ndim), default=0)
 
 
 def _skeleton(this: CalibrationRun, dtype: torch.dtype) -> Any:

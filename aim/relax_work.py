@@ -28,6 +28,7 @@ from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.source import FLOAT_DTYPES, TensorInfo
 from checkpoints.writer import plan_shards
 from streaming.blocks import Block, Scan, TensorSpec
+from streaming.elements import Formula
 from streaming.job import Job, Result, Step, plan_job
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
@@ -50,6 +51,10 @@ class Keep:
     def combine(self, block: Block, statistics: None) -> torch.Tensor:
         """The model's own weights."""
         return block.weights[0]
+
+    def formula(self, tensor: TensorSpec, statistics: None) -> Formula:
+        """See `combine`."""
+        return lambda x: x.models[0]
 
 
 @dataclass(kw_only=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
-from aim.activations import Activations, ChannelStatistics
+from aim.activations import Activations, ChannelStatistics, Means
 from aim.choices import Relaxing
 from aim.directions import MeanDirection
 from aim.formula import (
+    AFTER_FIRST,
     Scaling,
     direction,
+    drop_top,
     factors,
     normalise,
     other_direction,
@@ -23,6 +25,7 @@ from aim.formula import (
 from aim.omegas import Omega
 from aim.targets import Selection
 from streaming.blocks import Region, Scan, TensorSpec
+from streaming.elements import Change, lerp
 from streaming.tally import Tally, sample_of
 
 
@@ -51,12 +54,15 @@ class Pull(Protocol):
         Returns: the region, of the same shape; what it adds to |D u|^2 and |D|^2 (0 where there is no direction u).
         """
 
+    def formula(self, tensor: TensorSpec) -> Change | None:
+        """See `streaming.stream.Transform`."""
+
 
 @dataclass(frozen=True)
 class ChannelFactors:
     """How much of the task vector a tensor keeps per input channel; a `Pull`.
 
-    values: `[in]` or `[experts, in]` float32; input_dim: the tensor's dimension that runs over them.
+    values: `[in]` or `[experts, in]` float32; input_dim: the tensor's dimension that runs over them, see `spread`.
     like_the_reference: round as the published program does.
     """
 
@@ -85,12 +91,43 @@ class ChannelFactors:
             return relax_like_the_reference(base, merged, factor), (0.0, 0.0)
         return torch.lerp(base, merged, factor.expand_as(base)), (0.0, 0.0)
 
+    def formula(self, tensor: TensorSpec) -> Change | None:
+        """See `Pull`; None where the reference's roundings are no float32."""
+        if self.like_the_reference:
+            return None
+        factors = spread(self.values, self.input_dim, tensor.shape)
+        matrices, rows, columns = factors.shape
+        if min(rows, columns) > 1 or matrices > 1 == max(rows, columns):
+            return None  # channels that run along neither the rows nor the columns alone
+        return lambda x, merged: lerp(x.base, merged, x.channel(factors))
+
     def of(self, region: Region) -> torch.Tensor:
         """The factors of a region, shaped to multiply `region.as_stack(...)`: `[matrices or 1, rows or 1, columns or 1]`."""
-        values = self.values[slice(*region.matrix_range)] if self.values.ndim == 2 else self.values[None]
-        if self.input_dim == len(region.tensor.shape) - 1:
-            return values[:, None, slice(*region.column_range)]
-        return values[:, slice(*region.row_range), None]
+        stack = spread(self.values, self.input_dim, region.tensor.shape)
+        for dim, part in enumerate((region.matrix_range, region.row_range, region.column_range)):
+            stack = stack.narrow(dim, part[0], part[1] - part[0]) if stack.shape[dim] > 1 else stack
+        return stack
+
+
+def spread(values: torch.Tensor, input_dim: int, shape: Sequence[int]) -> torch.Tensor:
+    """Numbers of input channels as they lie in a tensor seen as a stack of matrices: `[matrices or 1, rows or 1, columns or 1]`.
+
+    Args:
+        values: `[in]`, or `[experts, in]` where the tensor's first dimension is the experts.
+        input_dim: the first dimension that runs over the input channels; those behind it too, as many as it takes.
+        shape: of the tensor.
+    """
+    sizes, dim, left = [1] * len(shape), input_dim, values.shape[-1]
+    while left > 1 and dim < len(shape):
+        sizes[dim], left, dim = shape[dim], left // shape[dim], dim + 1
+    if values.ndim == 2:
+        sizes[0] = len(values)
+    placed = values.reshape(sizes)
+    if len(shape) < 3:
+        return placed.view((1,) * (3 - len(shape)) + placed.shape)
+    if any(size > 1 for size in sizes[:-2]):
+        placed = placed.expand(*shape[:-2], *sizes[-2:])
+    return placed.reshape(-1, *sizes[-2:])
 
 
 class Relaxation:
@@ -135,9 +172,18 @@ class Relaxation:
         if energies[1]:
             self.tally.add(name, -1 - region.start, (0.0, 0.0, *energies))
         for part in sample_of(region):
-            change = (relaxed[part] - merged[part]).abs().sum()
-            self.tally.add(name, region.start + part.start, (float(change), part.stop - part.start, 0.0, 0.0))
+            within = Region(region.tensor, region.start + part.start, region.start + part.stop)
+            self.look(within, merged[part], relaxed[part])
         return relaxed
+
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Change | None:
+        """See `Transform`."""
+        return self._pulls[tensor.name].formula(tensor)
+
+    def look(self, region: Region, merged: torch.Tensor, changed: torch.Tensor) -> None:
+        """See `Transform`."""
+        change = (changed - merged).abs().sum()
+        self.tally.add(region.tensor.name, region.start, (float(change), region.numel, 0.0, 0.0))
 
     def mean_changes(self) -> dict[str, float]:
         """Mean |relaxed - merged| per kind of layer, over the blocks that were looked at (one in 16), to 4 digits."""
@@ -180,13 +226,19 @@ def make_pulls(activations: Activations, selection: Selection, how: Relaxing, om
             mean = activations.statistics[name].mean
             assert mean is not None  # see `aim.transforms.check_activations`
             u = other_direction(direction(mean), how.control, seed=how.seed, tensor=name)
-            if bool(u.any()):
+            if bool(u.any()) and has_rows(selection.targets[name].shape, dims[name], u.shape[-1]):
                 pulls[name] = MeanDirection(u, dims[name], own, is_uniform=how.control == "uniform")
             continue
-        f = factors(importance_of(activations, name, how.scaling), own)
+        s = importance_of(activations, name, how.scaling)
+        f = factors(drop_top(s) if how.control == "without_top" else s, own)
         f = without_channels(f, "permuted" if how.control == "random" else how.control, seed=how.seed, tensor=name)
         pulls[name] = ChannelFactors(f, dims[name], like_the_reference=how.numerics == "reference")
     return pulls
+
+
+def has_rows(shape: Sequence[int], input_dim: int, width: int) -> bool:
+    """Whether the input channels, `width` of them, run along the rows or the columns of a tensor's matrices."""
+    return input_dim >= len(shape) - 2 and shape[input_dim] == width
 
 
 def mean_energy_of(statistics: ChannelStatistics) -> float | None:
@@ -205,7 +257,10 @@ def mean_energy_of(statistics: ChannelStatistics) -> float | None:
 
 def importance_of(activations: Activations, name: str, scaling: Scaling = "identity") -> torch.Tensor:
     """s of one tensor, `[in]` or `[experts, in]`; zero for an expert that saw no token, which therefore stays as merged."""
-    mean_abs = activations.statistics[name].mean_abs
+    statistics = activations.statistics[name]
+    means: Means | None = statistics.after_first if scaling.startswith(AFTER_FIRST) else statistics
+    assert means is not None  # see `aim.transforms.check_activations`
+    mean_abs = means.mean_abs
     active = mean_abs.amax(dim=-1) > 0
     s = torch.zeros_like(mean_abs)
     s[active] = normalise(mean_abs[active], scaling)

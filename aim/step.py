@@ -22,7 +22,7 @@ from aim.calibrate import (
 )
 from aim.calibration_text import TokenBlocks, is_local
 from aim.choices import Calibration, Kept, Relaxing
-from aim.summary import format_summaries
+from aim.summary import as_json, format_summaries, times_of
 from aim.targets import Selection
 from aim.transforms import Relaxations, check_activations, group_kept, make_relaxations, names_of, outputs_of, why_kept
 from aim.unfinished import UnfinishedCalibration
@@ -32,7 +32,7 @@ from checkpoints.problems import Problems
 from checkpoints.settings import Show, setting, shown
 from checkpoints.staging import Stage
 from checkpoints.tensor_names import kind_of
-from checkpoints.writer import chunked_sha256
+from checkpoints.writer import chunked_digest
 from forward.loading import quiet_transformers
 from streaming.console import Console
 from streaming.output import RunOptions
@@ -170,7 +170,7 @@ class AimStep:
     def identity(self) -> dict[str, Any]:
         """Everything of it that decides the output's bytes, for JSON."""
         if self._file:
-            return {**self.how.as_json(), "activations": chunked_sha256(self._file)}
+            return {**self.how.as_json(), "activations": chunked_digest(self._file, "sha256")}
         if isinstance(self._statistics, Activations):
             return {**self.how.as_json(), "statistics": self._statistics.digest()}
         data, how = self._calibration.data, self._calibration.options
@@ -209,12 +209,18 @@ class AimStep:
         for warning in relaxations.warnings:
             console.warn(shown(warning, console.show))
         console.say("")
+        self._options.log("channels", **as_json(relaxations.summaries))
         console.say(format_summaries(relaxations.summaries, means=self.how.protect == "mean"))
         if figures:
-            from aim.figures import draw_importance, draw_mean_direction, draw_mean_input
+            from aim.figures import draw_importance, draw_massive, draw_mean_direction, draw_mean_input
 
             title = title_of(base, activations)
             drawn = draw_importance(relaxations.importance, figures, title=title)
+            drawn += draw_massive(
+                times_of(activations.renamed(names_of(tensors)).statistics, relaxations.importance),
+                figures,
+                title=title,
+            )
             if self.how.protect == "mean":
                 drawn += draw_mean_input(relaxations.mean_energy, figures, title=title)
                 relaxations.draw = functools.partial(draw_mean_direction, folder=figures, title=title)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from aim.activations import ChannelStatistics
+from aim.formula import OUTLIER
 from checkpoints.tensor_names import kind_of
 
-OUTLIER = 10.0
-"""A channel is an outlier where its s is this many times the median of its tensor."""
+MASSIVE = 100.0
+"""An activation is massive where it is this many times the largest |x| of the median channel."""
 MEAN_ENERGY = "|mean|²/E|x|²"
 NAMED = 3
 """Outlier channels named for a kind of layer; the others are counted."""
@@ -27,6 +29,30 @@ class Outlier:
 
 
 @dataclass(frozen=True)
+class Massive:
+    """The largest activation of a kind of layer.
+
+    Attributes:
+        largest: |x|.
+        channel: where.
+        token: its position in its block; -1 where that cannot be told.
+        median: the median channel's largest |x|, in that tensor.
+        rest: the largest channel's mean |x| without the first token of each block against its mean with it; None where that is not known.
+    """
+
+    largest: float
+    channel: int
+    token: int
+    median: float
+    rest: float | None = None
+
+    @property
+    def times(self) -> float:
+        """The largest against the median."""
+        return self.largest / self.median if self.median > 0 else float("inf")
+
+
+@dataclass(frozen=True)
 class KindSummary:
     """s over the channels of all tensors of one kind.
 
@@ -35,6 +61,7 @@ class KindSummary:
     outlier: the largest channel against the median s, in the tensor where that is largest; infinite where the median is 0.
     outliers: channels of at least `OUTLIER` times the median of a tensor, the largest first.
     mean_energy: |mean|^2 / E|x|^2 of the input, the mean over tensors; None where the signed means were not kept.
+    massive: of the tensor with the largest activation against its median; None where the largest were not kept.
     """
 
     tensors: int
@@ -44,10 +71,13 @@ class KindSummary:
     outlier: float
     outliers: tuple[Outlier, ...] = ()
     mean_energy: float | None = None
+    massive: Massive | None = None
 
 
 def summarise(
-    importance: Mapping[str, torch.Tensor], mean_energy: Mapping[str, float] | None = None
+    importance: Mapping[str, torch.Tensor],
+    mean_energy: Mapping[str, float] | None = None,
+    statistics: Mapping[str, ChannelStatistics] | None = None,
 ) -> dict[str, KindSummary]:
     """Summaries by kind of layer, `all` last.
 
@@ -55,6 +85,7 @@ def summarise(
         importance: checkpoint tensor -> s, `[in]` or `[experts, in]` float32 in [0, 1]; an expert of zeros saw no token
             and is left out.
         mean_energy: checkpoint tensor -> |mean|^2 / E|x|^2 of its input, where that is known.
+        statistics: checkpoint tensor -> what its input looked like, for the largest activations.
     """
     by_kind: dict[str, list[torch.Tensor]] = {}
     for name, s in importance.items():
@@ -68,10 +99,38 @@ def summarise(
     for name, share in (mean_energy or {}).items():
         for kind in (kind_of(name), "all"):
             shares.setdefault(kind, []).append(share)
+    massive: dict[str, list[Massive]] = {}
+    for name, channels in (statistics or {}).items():
+        if name in importance and (one := massive_of(channels)) is not None:
+            for kind in (kind_of(name), "all"):
+                massive.setdefault(kind, []).append(one)
     return {
-        kind: replace(summary, mean_energy=sum(shares[kind]) / len(shares[kind]) if kind in shares else None)
+        kind: replace(
+            summary,
+            mean_energy=sum(shares[kind]) / len(shares[kind]) if kind in shares else None,
+            massive=max(massive[kind], key=lambda one: one.times) if kind in massive else None,
+        )
         for kind, summary in summaries.items()
     }
+
+
+def massive_of(statistics: ChannelStatistics) -> Massive | None:
+    """The largest activation of one tensor's input, of all its experts; None where the largest were not kept."""
+    if statistics.max_abs is None or statistics.max_at is None:
+        return None
+    largest, width = statistics.max_abs.reshape(-1), statistics.max_abs.shape[-1]
+    at = int(largest.argmax())
+    row = statistics.max_abs.reshape(-1, width)[at // width]
+    rest = None
+    if statistics.after_first is not None and bool(whole := statistics.mean_abs.reshape(-1)[at]):
+        rest = float(statistics.after_first.mean_abs.reshape(-1)[at] / whole)
+    return Massive(float(largest[at]), at % width, int(statistics.max_at.reshape(-1)[at]), float(row.median()), rest)
+
+
+def times_of(statistics: Mapping[str, ChannelStatistics], names: Iterable[str]) -> dict[str, float]:
+    """Tensor -> its largest activation against the median channel's, of those where it is known and finite."""
+    found = {name: one.times for name in names if (one := massive_of(statistics[name])) is not None}
+    return {name: times for name, times in found.items() if times < float("inf")}
 
 
 def _summarise_kind(tensors: Sequence[torch.Tensor], *, name_outliers: bool = True) -> KindSummary:
@@ -106,6 +165,7 @@ def as_json(summaries: Mapping[str, KindSummary]) -> dict[str, Any]:
             "share_above_half": digits(summary.active),
             "largest_against_median": digits(summary.outlier),
             "mean_energy": None if summary.mean_energy is None else digits(summary.mean_energy),
+            **_massive_as_json(summary.massive),
             "outlier_channels": [
                 {
                     "channel": outlier.channel,
@@ -117,6 +177,14 @@ def as_json(summaries: Mapping[str, KindSummary]) -> dict[str, Any]:
         }
         for kind, summary in summaries.items()
     }
+
+
+def _massive_as_json(massive: Massive | None) -> dict[str, Any]:
+    if massive is None:
+        return {}
+    numbers = {"largest": digits(massive.largest), "channel": massive.channel, "token": massive.token}
+    rest = {} if massive.rest is None else {"mean_after_first_against_mean": digits(massive.rest)}
+    return {"largest_abs": {**numbers, "median_channel": digits(massive.median), **rest}}
 
 
 def digits(number: float) -> float | None:
@@ -141,7 +209,22 @@ def format_summaries(summaries: Mapping[str, KindSummary], *, means: bool = Fals
         numbers += ["-" if summary.mean_energy is None else f"{summary.mean_energy:.3f}"] if means else []
         rows.append((kind.removesuffix(".weight"), str(summary.tensors), *numbers))
     lines = ["Channel importance s = mean |x| of an input channel / the largest of its tensor:", *align(rows)]
-    return "\n".join([*lines, *_format_outliers(summaries)])
+    return "\n".join([*lines, *_format_outliers(summaries), *_format_massive(summaries)])
+
+
+def _format_massive(summaries: Mapping[str, KindSummary]) -> list[str]:
+    """A table of the kinds that have massive activations, or that none has; nothing where the largest were not kept."""
+    known = {kind: summary.massive for kind, summary in summaries.items() if summary.massive and kind != "all"}
+    found = {kind: one for kind, one in known.items() if one.times >= MASSIVE}
+    if not found:
+        none = f"massive activations: none is {MASSIVE:g} times the largest |x| of its tensor's median channel"
+        return [none] if known else []
+    rows = [("layer", "largest |x|", "channel", "token", "median channel's", "mean without first token / with")]
+    for kind, one in found.items():
+        rest = "-" if one.rest is None else f"{one.rest:.3f}"
+        token = "-" if one.token < 0 else str(one.token)
+        rows.append((kind.removesuffix(".weight"), f"{one.largest:,.1f}", str(one.channel), token, f"{one.median:.3g}", rest))  # fmt: skip
+    return [f"Massive activations, {MASSIVE:g} times the largest |x| of the median channel or more:", *align(rows)]
 
 
 def _format_outliers(summaries: Mapping[str, KindSummary]) -> list[str]:

@@ -99,9 +99,12 @@ def add_rows(x: torch.Tensor, first: int, before: torch.Tensor, after: torch.Ten
     """Add the rows of an input `[blocks, rows, in]` to the numbers of `Sums`, `[8, in]` float64: `after` becomes `before` with them.
 
     On a CPU, `SUMMED_AT_ONCE` rows of a block are added up in float32, one after the other, and their sum goes to float64; the
-    `first` rows of a block and the others by themselves. A GPU adds in float64, in an order of its own.
+    `first` rows of a block and the others by themselves. A GPU adds a whole input in float32, in an order of its own, and inputs in float64.
     """
     after.copy_(before)
+    if x.device.type != "cpu":
+        add_on_gpu(x, first, after)
+        return
     for block in x:
         row = 0
         for total, part in zip(after[:PEAK].view(2, 3, -1), (block[:first], block[first:]), strict=True):
@@ -113,12 +116,39 @@ def add_rows(x: torch.Tensor, first: int, before: torch.Tensor, after: torch.Ten
                 torch.mul(own, own, out=squared)
                 _add_columns(total, values)
                 larger = absolute.amax(dim=0) > after[PEAK]
-                if larger.device.type != "cpu" or bool(larger.any()):  # asking a GPU would make it wait
+                if bool(larger.any()):
                     highest, at = absolute.max(dim=0)
                     place = (at + row).div(first, rounding_mode="floor") if first else torch.full_like(at, UNKNOWN)
                     after[PEAK] = torch.where(larger, highest.double(), after[PEAK])
                     after[PEAK_AT] = torch.where(larger, place.double(), after[PEAK_AT])
                 row += len(piece)
+
+
+def add_on_gpu(x: torch.Tensor, first: int, numbers: torch.Tensor) -> None:
+    """Add rows `[blocks, rows, in]` to `[8, in]`: few kernels, none of which needs memory for more than a row, and no waiting."""
+    if not x.numel():
+        return
+    totals = numbers[:PEAK].view(2, 3, -1)
+    for total, part in zip(totals, (x[:, :first], x[:, first:]), strict=True):
+        if part.numel():
+            total += _column_sums(part)
+    (highest, at_highest), (lowest, at_lowest) = x.max(dim=1), x.min(dim=1)  # [blocks, in]; the first row of several
+    is_low = (-lowest > highest) | ((-lowest == highest) & (at_lowest < at_highest))
+    highest, block = torch.where(is_low, -lowest, highest).max(dim=0)
+    at = torch.where(is_low, at_lowest, at_highest).gather(0, block.unsqueeze(0)).squeeze(0)
+    place = at.div(first, rounding_mode="floor") if first else torch.full_like(at, UNKNOWN)
+    larger = highest > numbers[PEAK]
+    numbers[PEAK] = torch.where(larger, highest.double(), numbers[PEAK])
+    numbers[PEAK_AT] = torch.where(larger, place.double(), numbers[PEAK_AT])
+
+
+def _column_sums(x: torch.Tensor) -> torch.Tensor:
+    """Sums of |x|, x² and x over `[blocks, rows]`: `[3, in]` float64. The norms read an input as it is, without a copy."""
+    # In float32, as a GPU adds pairs of sums of pairs, and turns only 16-bit numbers to float32 as it reads them.
+    dims, dtype = (0, 1), torch.float32
+    absolute = torch.linalg.vector_norm(x, 1, dim=dims, dtype=dtype)
+    length = torch.linalg.vector_norm(x, 2, dim=dims, dtype=dtype)
+    return torch.stack([absolute.double(), length.double().square(), x.sum(dim=dims, dtype=dtype).double()])
 
 
 def _rows_at_once(width: int) -> int:
@@ -139,9 +169,6 @@ def _buffer(piece: torch.Tensor) -> torch.Tensor:
 
 def _add_columns(total: torch.Tensor, values: torch.Tensor) -> None:
     """Add rows `[rows, 3, width]` float32 to `[3, width]` float64."""
-    if values.device.type != "cpu":
-        total += values.sum(dim=0, dtype=torch.float64)
-        return
     whole = len(values) // SUMMED_AT_ONCE * SUMMED_AT_ONCE
     if whole:
         _add_groups(total, values[:whole].unflatten(0, (whole // SUMMED_AT_ONCE, SUMMED_AT_ONCE)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,9 @@ import torch
 from aim.activations import Activations
 from aim.calibrate import select
 from aim.choices import DRAWN, Relaxing
+from aim.formula import AFTER_FIRST
 from aim.omegas import Omega
-from aim.relaxation import ChannelFactors, Pull, Relaxation, importance_of, make_pulls, mean_energy_of
+from aim.relaxation import ChannelFactors, Pull, Relaxation, has_rows, importance_of, make_pulls, mean_energy_of
 from aim.summary import KindSummary, align, as_json, digits, summarise
 from aim.targets import Origins, Selection
 from checkpoints.errors import InputError
@@ -27,8 +29,8 @@ from checkpoints.provenance import fingerprint
 from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.source import TensorInfo
 from checkpoints.tensor_names import kind_of
-from streaming.output import Variant
 from streaming.stream import PlannedTensor
+from streaming.work import Variant
 
 
 @dataclass(frozen=True)
@@ -141,12 +143,20 @@ def check_activations(activations: Activations, base: Model, selection: Selectio
     dims = {**selection.input_dims, **activations.input_dims}
     for name, statistics in activations.statistics.items():
         got, shape = list(statistics.mean_abs.shape), selection.targets[name].shape if name in selection.targets else ()
-        width = shape[dims[name]] if name in dims and dims[name] < len(shape) else None
-        expected = [] if width is None else [[width], [shape[0], width]] if len(shape) > 2 else [[width]]
-        if got not in expected:
+        behind = shape[dims[name] :] if name in dims else ()
+        widths = [
+            math.prod(behind[:count]) for count in range(1, len(behind) + 1)
+        ]  # several dimensions may be one input
+        expected = [*([width] for width in widths[:1]), *([shape[0], width] for width in widths[:1] if len(shape) > 2)]
+        if got not in [*expected, *([width] for width in widths[1:])]:
             raise InputError(
                 f"{source}: {name}: expected {f'shape {expected[-1]}' if expected else 'no statistics'} as in {base.label}, "
                 f"got {got}. Calibrate again."
+            )
+        if how.scaling.startswith(AFTER_FIRST) and statistics.after_first is None:
+            raise InputError(
+                f"{source}: {name}: expected the mean |x| without the first token of each block, which {setting('scaling', how.scaling)} needs, got "
+                f"none, as in files of schema 1 and of models that do not read from left to right. Calibrate again, or use {setting('scaling', 'identity')}."
             )
         if how.protect == "mean" and statistics.mean is None:
             raise InputError(
@@ -193,7 +203,9 @@ def make_relaxations(
     kept = {**why_kept(selection, outputs, activations), **idle_experts(importance)}
     if how.protect == "mean":
         kept |= without_mean(activations, selection)
-    relaxations = Relaxations([], summarise(importance, mean_energy), kept, importance, mean_energy, warnings=warnings)
+    relaxations = Relaxations(
+        [], summarise(importance, mean_energy, activations.statistics), kept, importance, mean_energy, warnings=warnings
+    )
     for omega, folder in zip(how.omegas, how.folders, strict=True):
         pulls = make_pulls(activations, selection, how, omega)
         pulls = {name: pull for name, pull in pulls.items() if outputs.get(name) == ""}
@@ -280,6 +292,10 @@ def without_mean(activations: Activations, selection: Selection) -> dict[str, st
         mean = activations.statistics[name].mean if name in activations.statistics else None
         if mean is None or selection.targets[name].is_vector:
             continue
+        dim = activations.input_dims.get(name, selection.input_dims.get(name, 0))
+        if not has_rows(selection.targets[name].shape, dim, mean.shape[-1]):
+            lacking[name] = "its input channels run along neither its rows nor its columns"
+            continue
         rows = mean.reshape(-1, mean.shape[-1])
         zero = int((~rows.any(dim=-1)).sum())
         if zero == len(rows):
@@ -331,7 +347,9 @@ def _card(how: Relaxing, activations: Activations, reach: Reach, relaxations: Re
     calibration = activations.calibration
     dataset = str(calibration.get("source"))
     control = (
-        "" if how.control == "none" else f" This is the `{how.control}` control, which knows nothing of the channels."
+        ""
+        if how.control == "none"
+        else f" This is the `{how.control}` control, {'which leaves the most active channels out' if how.control == 'without_top' else 'which knows nothing of the channels'}."
     )
     mean_s = f", mean s {relaxations.summaries['all'].mean:.3f}" if relaxations.summaries else ""
     text = (

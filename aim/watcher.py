@@ -15,6 +15,7 @@ from aim.activations import ChannelStatistics, Means, stack_statistics
 from aim.sums import KEPT, PEAK, PEAK_AT, UNKNOWN, Sums
 from checkpoints.errors import InputError
 from checkpoints.settings import setting
+from forward.loading import CannotRun
 from forward.parts import Use
 from forward.watch import Watch
 from streaming.twins import use_compiled
@@ -23,6 +24,8 @@ KEYS = ("numbers", "first_rows", "other_rows")
 """What is kept of `Sums`."""
 OTHERS = "means."
 """How sums of other kinds begin, which `aim.reference` has."""
+ALONE = 0.02
+"""Share by which sums over first tokens may differ when these run by themselves: by what a coarse dtype rounds."""
 NO_TOKEN = "its module saw no token"
 NO_PRODUCT = "no product of the forward pass has it"
 
@@ -111,6 +114,7 @@ class Watcher:
         self._blind: set[Use] = set()
         self._last: _Last | None = None
         self._only_first = False
+        self._alone: dict[Use, Sums] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -123,24 +127,49 @@ class Watcher:
 
     @contextmanager
     def first_tokens(self) -> Iterator[None]:
-        """Count what runs as the first tokens of all blocks that have run, for those inputs whose rows did not tell."""
+        """Count what runs as the first tokens of all blocks that have run, for those inputs whose rows did not tell.
+
+        That says something only of a model that reads from left to right, whose first token is by itself what it is in its block:
+        where the inputs that did tell show that it is not, or it cannot be run on one token, nothing is known of the others.
+        """
         self._settle()
-        for use in self._blind:
-            sums = self._sums[use] = self._sums[use].part_with(use)
-            sums.totals[1] += sums.totals[0]
-            sums.other_rows += sums.first_rows
-            sums.totals[0], sums.first_rows = 0.0, 0  # an expert may have got no first token at all
+        self._alone.clear()
         self._only_first = True
+        can_run = True
         try:
             yield
+        except CannotRun:
+            can_run = False
         finally:
             self._only_first = False
-            for use in self._blind:
-                sums = self._sums[use]
-                sums.totals[1] -= sums.totals[0]
-                sums.totals[1, :2].clamp_(min=0.0)
-                sums.other_rows -= sums.first_rows
-            self._blind.clear()
+        if can_run and self._is_same_alone():
+            self._blind -= {use for use in set(self._blind) if self._take_first(use)}
+
+    def _is_same_alone(self) -> bool:
+        """Whether the inputs that told their first tokens had the same when these ran by themselves."""
+        told = [use for use in self._alone if use not in self._blind]
+        pairs = [(self._sums[use].totals[0, 0], self._alone[use].totals[:, 0].sum(dim=0)) for use in told]
+        return bool(pairs) and all(bool((one.to(other.device) - other).norm() <= ALONE * other.norm()) for one, other in pairs)  # fmt: skip
+
+    def _take_first(self, use: Use) -> bool:
+        """Tell an input's first tokens from the others; False, and nothing changed, where they are more than there are tokens."""
+        sums, alone = self._sums[use], self._alone.get(use)
+        whole, rows = sums.totals.sum(dim=0), sums.first_rows + sums.other_rows
+        first = torch.zeros_like(whole) if alone is None else alone.totals.sum(dim=0).to(whole.device)
+        first_rows = 0 if alone is None else alone.first_rows + alone.other_rows
+        rest = whole - first
+        if first_rows > rows or bool((rest[:2] < -ALONE * whole[:2]).any()):
+            return False
+        rest[:2].clamp_(min=0.0)
+        sums = self._sums[use] = sums.part_with(use)
+        sums.totals[0], sums.totals[1] = first, rest
+        sums.first_rows, sums.other_rows = first_rows, rows - first_rows
+        return True
+
+    @property
+    def leaves_head_out(self) -> bool:
+        """Whether the output head's product is not computed."""
+        return self.watch.head is not None
 
     @property
     def knows_first_tokens(self) -> bool:
@@ -154,8 +183,8 @@ class Watcher:
         if sums is not None and sums.width != x.shape[-1]:
             return
         if self._only_first:
-            if sums is not None and use in self._blind:
-                self._add_first_tokens(sums, x)
+            if sums is not None:
+                self._add_alone(use, x)
             return
         last = self._last if self._last is not None and self._last.is_of(x) else None
         if last is not None:
@@ -188,13 +217,10 @@ class Watcher:
         finally:
             use_compiled(False)
 
-    def _add_first_tokens(self, sums: Sums, x: torch.Tensor) -> None:
-        rows = x.numel() // x.shape[-1]
-        first = Sums(x.shape[-1], x.device)
-        first.add(x.reshape(1, rows, x.shape[-1]), rows)
-        sums.numbers = sums.numbers.to(x.device)
-        sums.totals[0] += first.totals[0]
-        sums.first_rows += rows
+    def _add_alone(self, use: Use, x: torch.Tensor) -> None:
+        """Add an input of first tokens that run by themselves."""
+        alone = self._alone.setdefault(use, Sums(x.shape[-1], x.device))
+        alone.add(x.reshape(1, -1, x.shape[-1]), x.numel() // x.shape[-1])
 
     def _rows_per_token(self, x: torch.Tensor) -> int | None:
         """Rows of an input for each token, in the order of the tokens; None where that is not so."""
@@ -210,7 +236,7 @@ class Watcher:
         self._settle()
         found: dict[str, torch.Tensor] = {}
         for place, (use, sums) in enumerate(self._sums.items()):
-            name = json.dumps([place, use.parameter, use.axis, use.ranges, use in self._blind])
+            name = json.dumps([place, use.as_json(), use in self._blind])
             found |= {f"{name}.{key}": torch.as_tensor(getattr(sums, key)) for key in KEYS}
         return found
 
@@ -219,17 +245,18 @@ class Watcher:
         """Raise ValueError where this is not what `sums` gave, but another version or somebody else wrote it."""
         for name in {name.rpartition(".")[0] for name in tensors if not name.startswith(OTHERS)}:
             key = json.loads(name)
-            if not isinstance(key, list) or len(key) != 5 or not isinstance(key[1], str) or type(key[2]) is not int:
+            if not isinstance(key, list) or len(key) != 3:
                 raise ValueError(f"{name}: no sums of an input")
+            Use.of_json(key[1])
             shapes = [tuple(tensors[f"{name}.{part}"].shape) for part in KEYS if f"{name}.{part}" in tensors]
-            if not all(_is_range(one) for one in key[3]) or [len(one) for one in shapes] != [2, 0, 0] or shapes[0][0] != KEPT:  # fmt: skip
+            if [len(one) for one in shapes] != [2, 0, 0] or shapes[0][0] != KEPT:
                 raise ValueError(f"{name}: sums that do not fit each other")
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take what another watcher's `sums` gave."""
         for name in sorted({name.rpartition(".")[0] for name in tensors}, key=json.loads):
-            _, parameter, axis, ranges, blind = json.loads(name)
-            use = Use(parameter, axis, tuple((first, last) for first, last in ranges))
+            _, content, blind = json.loads(name)
+            use = Use.of_json(content)
             numbers, *rows = (tensors[f"{name}.{key}"] for key in KEYS)
             self._share(use, Sums.of(numbers.clone(), *map(int, rows)))
             self._blind |= {use} if blind else set()
@@ -291,18 +318,18 @@ class Watcher:
         """Statistics and input dimension of one checkpoint tensor, or why it has none."""
         if not uses:
             return NO_TOKEN if target.is_known else NO_PRODUCT
-        axes = {use.axis for use in uses}
-        if len(axes) > 1:
-            return f"it is multiplied along {len(axes)} of its dimensions"
-        axis = axes.pop()
-        dim = target.axes[axis]
-        if dim is None:
+        ways = {use.axes for use in uses}
+        if len(ways) > 1:
+            return f"it is multiplied along {len(ways)} of its dimensions"
+        axes = ways.pop()
+        dim = target.axes[axes[0]]
+        if dim is None or [target.axes[axis] for axis in axes] != list(range(dim, dim + len(axes))):
             return "its input channels are joined from several tensors"
         shape = self._shapes[target.parameter]
         seen = next(self._sums[use].width for use in uses)
         if target.is_vector and seen != shape[0]:
             return f"its module's input has {seen} channels, the weight {shape[0]}"
-        cells = _Cells(uses, shape, axis, self._sums, knows_first=not self._blind & set(uses))
+        cells = _Cells(uses, shape, axes, self._sums, knows_first=not self._blind & set(uses))
         stacked_axis, table = cells.stack()
         if len(table) == 1:
             one = table[0]
@@ -321,15 +348,11 @@ class Watcher:
         return one, dim
 
 
-def _is_range(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
-
-
 class _Cells:
     """The uses of a parameter, put together: which of its parts have which input.
 
     Args:
-        uses: all along `axis`.
+        uses: all along `axes`.
         shape: of the parameter.
         sums: of each.
         knows_first: whether
@@ -340,17 +363,17 @@ class _Cells:
         self,
         uses: Sequence[Use],
         shape: tuple[int, ...],
-        axis: int,
+        axes: Sequence[int],
         sums: Mapping[Use, Sums],
         *,
         knows_first: bool,
     ):
-        self._uses, self._shape, self._axis, self._sums, self._knows_first = uses, shape, axis, sums, knows_first
+        self._uses, self._shape, self._axes, self._sums, self._knows_first = uses, shape, axes, sums, knows_first
 
     def pooled(self) -> ChannelStatistics:
         """One for all parts: means over the inputs of all of them, each as often as it has rows of the weight."""
         times = {
-            use: math.prod(high - low for axis, (low, high) in enumerate(use.ranges) if axis != self._axis)
+            use: math.prod(high - low for axis, (low, high) in enumerate(use.ranges) if axis not in self._axes)
             for use in self._uses
         }
         return self._together(self._uses, times)
@@ -363,7 +386,7 @@ class _Cells:
         cuts = {
             axis: sorted({0, size, *(edge for use in self._uses for edge in use.ranges[axis])})
             for axis, size in enumerate(self._shape)
-            if axis != self._axis and any(use.ranges[axis] != (0, size) for use in self._uses)
+            if axis not in self._axes and any(use.ranges[axis] != (0, size) for use in self._uses)
         }
         cells: dict[tuple[int, ...], tuple[Use, ...]] = {}
         for corner in itertools.product(*(edges[:-1] for edges in cuts.values())):
@@ -401,7 +424,7 @@ class _Cells:
         """
         times = times or dict.fromkeys(uses, 1)
         common = math.gcd(*times.values())
-        width = self._shape[self._axis]
+        width = math.prod(self._shape[axis] for axis in self._axes)
         totals = torch.zeros(2, 3, width, dtype=torch.float64)
         rows = torch.zeros(2, width, dtype=torch.int64)
         peak, peak_at = torch.zeros(width), torch.full((width,), UNKNOWN, dtype=torch.int64)

@@ -159,7 +159,7 @@ def _decides(key: str, *values: Any) -> bool:
 
 def _resolved(first: Model, other: Model) -> list[dict[str, Any]]:
     """Both configs with what their classes fill in; of models of two types, those of their text parts."""
-    from checkpoints.architecture import load_config
+    from checkpoints.meta_model import load_config
 
     configs = [
         load_config(model.folder, label=model.label, trust_remote_code=model.trust_remote_code)

@@ -16,6 +16,30 @@ NEW_TOKEN_ROWS: tuple[NewTokenRows, ...] = get_args(NewTokenRows)
 
 
 @dataclass(frozen=True)
+class TokenRow:
+    """Where the rows of one token come from, in models that lack it.
+
+    Attributes:
+        token: of the output's vocabulary.
+        model: the model that has them, as its user names it; None for rows of zeros.
+        source: the token there, or its id; None for the same token.
+        force: in all models, also those that have it.
+    """
+
+    token: str
+    model: str | None
+    source: str | int | None = None
+    force: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """As a recipe's `tokens` has it."""
+        if self.model is None:
+            return {"source": {"kind": "zero"}, "force": self.force}
+        which = {} if self.source is None else {"token_id" if isinstance(self.source, int) else "token": self.source}
+        return {"source": {"kind": "model_token", "model": self.model, **which}, "force": self.force}
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a user can choose about the output beside its numbers.
 
@@ -31,6 +55,7 @@ class Layout:
         chat_template: the name of a known template, a file, a template itself, or `auto`: the one that most inputs have.
         allow_config_difference: entries of config.json, separated by commas, in which the models may differ from the one whose
             config the output has.
+        tokens: where the rows of some tokens come from, whatever new_token_rows says.
         copy_tokenizer_from: the model, among the inputs or not, whose tokenizer files take the place of the output's.
 
     Raises: Refusals: a value that none of them can have.
@@ -43,6 +68,7 @@ class Layout:
     chat_template: str | None = None
     copy_tokenizer_from: str | None = None
     allow_config_difference: str | None = None
+    tokens: tuple[TokenRow, ...] = ()
 
     def __post_init__(self) -> None:
         problems = Problems()
@@ -73,6 +99,7 @@ class Layout:
             "chat_template": self.chat_template,
             "copy_tokenizer_from": self.copy_tokenizer_from,
             **({"allow_config_difference": self.allow_config_difference} if self.allow_config_difference else {}),
+            **({"tokens": {row.token: row.as_json() for row in self.tokens}} if self.tokens else {}),
         }
 
 

@@ -9,12 +9,14 @@ from functools import cached_property
 import torch
 
 from alignment.aligned_model import AlignedModel
-from alignment.layout import NewTokenRows
+from alignment.layout import NewTokenRows, TokenRow
+from checkpoints.errors import ArgumentError
 from checkpoints.model import Model
 from checkpoints.problems import Problems
-from checkpoints.rows import AlignedRows, MeanOfOwners, MeanRows
+from checkpoints.rows import AlignedRows, ChosenRows, MeanOfOwners, MeanRows
+from checkpoints.settings import setting
 from checkpoints.source import Source, TensorRef, dtype_name
-from checkpoints.vocabulary import Vocabulary
+from checkpoints.vocabulary import MISSING, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Tables:
 def find_tables(models: Sequence[AlignedModel]) -> list[Tables]:
     """The vocabulary tables of all models that have any; names are those of the first model's."""
     names = table_names(models[0])
-    found = [Tables(model, {name: model.tensors[name] for name in names if name in model.tensors}) for model in models]
-    return [tables for tables in found if tables.tables]
+    every = [Tables(model, {name: model.tensors[name] for name in names if name in model.tensors}) for model in models]
+    return [tables for tables in every if tables.tables]
 
 
 def table_names(first: AlignedModel) -> list[str]:
@@ -140,6 +142,67 @@ def put_into_rows(
         member.model if member.fits(row_of) else _with_rows(member, row_of, owner, new_token_rows)
         for member, row_of in zip(members, rows, strict=True)
     ]
+
+
+def choose_rows(
+    members: Sequence[Tables],
+    aligned: Sequence[AlignedModel],
+    rows: Sequence[torch.Tensor],
+    tokens: Vocabulary,
+    chosen: Sequence[TokenRow],
+    problems: Problems,
+) -> list[AlignedModel]:
+    """Every model with the rows of some tokens taken from where the user says.
+
+    Args:
+        members, rows: see `put_into_rows`, which gave `aligned`.
+        tokens: of the output.
+        chosen: the tokens.
+        problems: gets what is refused, and a note.
+    """
+    by_row: dict[int, tuple[TokenRow, dict[str, tuple[TensorRef, int]] | None]] = {}
+    for wanted in chosen:
+        row, where = tokens.ids.get(wanted.token), f"{setting('tokens')}: {wanted.token}"
+        if row is None:
+            problems.add(ArgumentError(f"{where}: expected a token of the output's vocabulary. Leave it out."))
+        elif wanted.model is None:
+            by_row[row] = wanted, None
+        else:
+            found = _row_in(members, wanted, where, problems)
+            if found is not None:
+                by_row[row] = wanted, found
+    made: list[AlignedModel] = []
+    for member, model, row_of in zip(members, aligned, rows, strict=True):
+        own = {row: source for row, (wanted, source) in by_row.items() if wanted.force or row_of[row] == MISSING}
+        if not own:
+            made.append(model)
+            continue
+        tables = {name: model.tensors[name] for name in member.tables}
+        source = ChosenRows(tables, own)
+        made.append(model.with_tensors({name: TensorRef(source, name) for name in tables}))
+        problems.note(f"{member.label}: rows of {len(own):,} tokens are those that the recipe says.")
+    return made
+
+
+def _row_in(
+    members: Sequence[Tables], wanted: TokenRow, where: str, problems: Problems
+) -> dict[str, tuple[TensorRef, int]] | None:
+    """Output name -> the table of the model that was named, and the row there; None where it is refused."""
+    member = next((member for member in members if member.label == wanted.model), None)
+    if member is None:
+        known = ", ".join(member.label for member in members)
+        problems.add(
+            ArgumentError(f"{where}: expected one of the models {known}, got {wanted.model}. Name one of them.")
+        )
+        return None
+    token = wanted.token if wanted.source is None else wanted.source
+    row = token if isinstance(token, int) else member.tokens.ids.get(token)
+    if row is None or not 0 <= row < member.rows or any(name not in member.tables for name in members[0].tables):
+        problems.add(
+            ArgumentError(f"{where}: {wanted.model} has no row for {token}. Name another token, or another model.")
+        )
+        return None
+    return {name: (table, row) for name, table in member.tables.items()}
 
 
 def _with_rows(member: Tables, row_of: torch.Tensor, owner: Source, new_token_rows: NewTokenRows) -> AlignedModel:

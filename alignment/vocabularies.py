@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from alignment.aligned_model import AlignedModel
 from alignment.layout import Layout, NewTokenRows
 from alignment.output_tokenizer import describe_new, take_tokenizer, tokens_of_others, unite_configs
-from alignment.tables import Tables, check_tables, find_tables, lost_table, put_into_rows, table_names
+from alignment.tables import Tables, check_tables, choose_rows, find_tables, lost_table, put_into_rows, table_names
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.problems import Problems
 from checkpoints.settings import setting
@@ -52,13 +52,19 @@ def align_vocabularies(
     """
     source = _named_source(models, layout, problems)
     new_rows: NewTokenRows = "owner" if layout.new_token_rows == "auto" else layout.new_token_rows
-    if source in ("auto", "base", "union") and layout.pad_to_multiple_of is None and _are_alike(models):
+    if (
+        source in ("auto", "base", "union")
+        and layout.pad_to_multiple_of is None
+        and not layout.tokens
+        and _are_alike(models)
+    ):
         united = source != "base" and unite_configs(models, lambda: models[0].model.vocabulary, layout, files, problems)
         return Vocabularies(_decided(source, united), new_rows, list(models))
     if models[0].model.is_file:
         asked = {
             "tokenizer_source": None if source in ("auto", "base") else source,
             "pad_to_multiple_of": layout.pad_to_multiple_of,
+            "tokens": ", ".join(row.token for row in layout.tokens) or None,
         }
         for key, value in asked.items():
             if value is None:
@@ -91,6 +97,8 @@ def align_vocabularies(
         new_rows = "owners_mean"
     _describe_rows(members, matched, new_rows, problems)
     changed = put_into_rows(members, matched.rows, new_rows)
+    if layout.tokens:
+        changed = choose_rows(members, changed, matched.rows, matched.tokens, layout.tokens, problems)
     having = [member.model for member in members]
     aligned = [next((new for old, new in zip(having, changed, strict=True) if old is model), model) for model in models]
     return Vocabularies(matched.source, new_rows, aligned)
@@ -141,6 +149,7 @@ class _Matched:
     source: str
     rows: Sequence[torch.Tensor] = ()
     by_token: bool = False
+    tokens: Vocabulary = field(default_factory=lambda: Vocabulary({}))
 
 
 def _match(members: Sequence[Tables], source: str, layout: Layout, files: SideFiles, problems: Problems) -> _Matched:
@@ -153,6 +162,10 @@ def _match(members: Sequence[Tables], source: str, layout: Layout, files: SideFi
     if source not in ("auto", "base"):
         chosen = setting("tokenizer_source", source)
         problems.add(f"{chosen}: {nameless} has no tokenizer. Add its tokenizer files, or leave the setting out.")
+    if layout.tokens:
+        problems.add(
+            f"{setting('tokens')}: {nameless} has no tokenizer. Add its tokenizer files, or leave the setting out."
+        )
     return _Matched("base", rows if len(problems) == refused else ())
 
 
@@ -231,7 +244,7 @@ def _match_by_token(
     if count != first.rows:
         set_vocabulary_size(files, first.rows, count)
         problems.note(f"the vocabulary tables get {count:,} rows, those of {first.label} have {first.rows:,}.")
-    return _Matched(source, rows, by_token=True)
+    return _Matched(source, rows, by_token=True, tokens=tokens)
 
 
 def _decided(source: str, united: bool) -> str:

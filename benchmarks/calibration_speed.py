@@ -48,18 +48,19 @@ from aim.calibration_text import TokenBlocks, CalibrationData
 from checkpoints.model import open_model
 from checkpoints.process import own_process
 
-model, mode, blocks, block_size, dtype = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
+model, mode, blocks, block_size, dtype, device = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5], sys.argv[6]
 base = open_model(model)
 generator = torch.Generator().manual_seed(0)
 rows = base.weights.tensors[base.architecture.stored_name(base.architecture.input_embedding)].shape[0]
 tokens = torch.randint(rows, (blocks, block_size), generator=generator)
 started = []
-options = CalibrationOptions(dtype=dtype, batch_size=1, tolerance=0, mode=mode)
+options = CalibrationOptions(device=torch.device(device), dtype=dtype, batch_size=int(sys.argv[7]), tolerance=0, mode=mode)
 with own_process():  # as the commands have it
     found = calibrate(base, CalibrationData("random tokens", block_size=block_size), options, blocks=TokenBlocks(tokens, blocks, 0, 0, 0),
                       progress=lambda count: started.append(time.perf_counter()) if not count else None)
 seconds = time.perf_counter() - started[0]
-print(json.dumps({"tokens_s": tokens.numel() / seconds, "tensors": len(found.statistics), "silent": len(found.silent)}))
+gpu = torch.cuda.max_memory_allocated() if device != "cpu" else 0
+print(json.dumps({"tokens_s": tokens.numel() / seconds, "tensors": len(found.statistics), "silent": len(found.silent), "gpu_peak_bytes": gpu}))
 """
 
 
@@ -153,10 +154,26 @@ def as_row(one: Comparison) -> str:
     return f"| {one.dtype} | {' | '.join(rates)} | {100 * one.share:.1f} % | {100 * one.cpu_share:.1f} % |"
 
 
-def calibrated(folder: Path, mode: str, dtype: str, blocks: int, block_size: int) -> dict[str, Any]:
-    """One calibration in a process of its own: tokens a second once it runs, seconds in all, peak anonymous memory."""
-    command = [sys.executable, "-c", CALIBRATE, str(folder), mode, str(blocks), str(block_size), dtype]
-    done = run_command(command, env={"PYTHONPATH": str(Path(__file__).resolve().parent.parent)})
+def calibrated(
+    folder: Path,
+    mode: str,
+    dtype: str,
+    blocks: int,
+    block_size: int,
+    *,
+    device: str = "cpu",
+    batch: int = 1,
+    seconds_at_most: float | None = None,
+) -> dict[str, Any]:
+    """One calibration in a process of its own: tokens a second once it runs, seconds in all, peak anonymous memory.
+
+    Raises: CommandFailed: it fails, or takes too long.
+    """
+    sizes = [str(blocks), str(block_size), dtype, device, str(batch)]
+    command = [sys.executable, "-c", CALIBRATE, str(folder), mode, *sizes]
+    done = run_command(
+        command, env={"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}, seconds_at_most=seconds_at_most
+    )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     peak = None if done.peak_bytes is None else done.peak_bytes / 1e9
     return {
@@ -179,7 +196,17 @@ def compare_modes(arguments: argparse.Namespace, shape: Shape) -> list[dict[str,
     for dtype in arguments.dtypes.split(","):
         for _ in range(arguments.repeats):
             for mode in arguments.modes.split(","):
-                found.append(calibrated(folder, mode, dtype, arguments.blocks, arguments.block_size))
+                found.append(
+                    calibrated(
+                        folder,
+                        mode,
+                        dtype,
+                        arguments.blocks,
+                        arguments.block_size,
+                        device=arguments.device,
+                        batch=arguments.batch_size,
+                    )
+                )
     return found
 
 
@@ -190,7 +217,7 @@ def main() -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of the forward pass (float32,bfloat16)")
     parser.add_argument("--blocks", type=int, default=8, help="blocks of a run (8)")
     parser.add_argument("--block_size", type=int, default=512, help="tokens of a block (512)")
-    parser.add_argument("--batch_size", type=int, default=1, help="blocks of a forward pass, without --modes (1)")
+    parser.add_argument("--batch_size", type=int, default=1, help="blocks of a forward pass (1)")
     parser.add_argument("--threads", type=int, help="of torch (default: one per core)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each kind (3)")
     parser.add_argument("--model", help="a checkpoint in place of a random model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,20 +37,36 @@ class Run:
     stdout: str
 
 
-def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, accept: Sequence[int] = (0,)) -> Run:
+def run(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    accept: Sequence[int] = (0,),
+    seconds_at_most: float | None = None,
+) -> Run:
     """Run a command to its end.
 
     Args:
         command: program and arguments.
         env: added to the environment.
         accept: exit codes that are no error.
+        seconds_at_most: after which it is killed, with all that it started.
 
-    Raises: CommandFailed: any other exit code.
+    Raises: CommandFailed: any other exit code, or it took too long.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = time.monotonic()
-        process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **(env or {})})
+        process = subprocess.Popen(
+            command,
+            stdout=out,
+            stderr=err,
+            env={**os.environ, **(env or {})},
+            start_new_session=seconds_at_most is not None,
+        )
         memory = _Memory(process.pid)
+        late = threading.Timer(seconds_at_most or 0, lambda: os.killpg(process.pid, signal.SIGKILL))
+        if seconds_at_most is not None:
+            late.start()
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
@@ -58,11 +75,14 @@ def run(command: Sequence[str], *, env: Mapping[str, str] | None = None, accept:
             raise
         finally:
             seconds = time.monotonic() - started
+            late.cancel()
             memory.stop()
         process.returncode = os.waitstatus_to_exitcode(status)  # Popen does not wait for it a second time
         out.seek(0)
         err.seek(0)
         printed, said = (file.read().decode(errors="replace") for file in (out, err))
+    if seconds_at_most is not None and process.returncode == -signal.SIGKILL and seconds >= seconds_at_most:
+        raise CommandFailed(f"stopped after {seconds_at_most:.0f} s: {' '.join(command)}")
     if process.returncode not in accept:
         last = "\n".join((said or printed).splitlines()[-SHOWN_LINES:])
         raise CommandFailed(f"exit code {process.returncode}: {' '.join(command)}\n{last}")

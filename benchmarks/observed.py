@@ -1,7 +1,9 @@
-"""Run one of the commands and look at it from inside: when it reads its first weight, or where its threads spend their time.
+"""Run one of the commands and look at it from inside: when it reads its first weight, where its threads spend their time, or
+how much memory of a GPU it takes.
 
     python benchmarks/observed.py first_byte 0 merge.py --method linear ...
     python benchmarks/observed.py profile 0 merge.py --method ties ...
+    python benchmarks/observed.py gpu_memory 0 merge.py --method ties --device cuda ...
 
 The second argument is the moment on the monotonic clock from which seconds count: the caller's, from before this process
 was started. Prints JSON as its last line. The command is stopped at its first weight where that is all that is asked; it
@@ -66,6 +68,17 @@ def watch_threads() -> Callable[[], dict[str, Any]]:
     return result
 
 
+def watch_gpu_memory() -> Callable[[], dict[str, float]]:
+    """Returns what gives the most that torch had on the first GPU: `{"gpu_peak_bytes"}`, 0 where it never used one."""
+
+    def result() -> dict[str, float]:
+        torch = sys.modules.get("torch")
+        used = torch is not None and torch.cuda.is_initialized()
+        return {"gpu_peak_bytes": torch.cuda.max_memory_allocated() if torch is not None and used else 0}
+
+    return result
+
+
 def place_of(frame: FrameType | None) -> str:
     """The innermost function of this repository that a frame is in: `merging/methods/trim.py keep_above_`."""
     while frame is not None:
@@ -79,7 +92,8 @@ def place_of(frame: FrameType | None) -> str:
 def main() -> None:
     """Watch, run the command, print JSON."""
     what, origin, command = sys.argv[1], float(sys.argv[2]), ROOT / sys.argv[3]
-    result = watch_first_read(origin) if what == "first_byte" else watch_threads()
+    watches = {"first_byte": lambda: watch_first_read(origin), "profile": watch_threads, "gpu_memory": watch_gpu_memory}
+    result: Callable[[], dict[str, Any]] = watches[what]()
     sys.argv = [str(command), *sys.argv[4:]]
     sys.path[0] = str(ROOT)
     try:

@@ -146,11 +146,11 @@ class Checkpoints:
 
 
 def make_checkpoints(
-    root: Path, shape: Shape, models: int, *, shards: int = 3, say: Callable[[str], object] = print
+    root: Path, shape: Shape, models: int, *, shards: int = 3, device: str = "cpu", say: Callable[[str], object] = print
 ) -> Checkpoints:
     """A base and `models` fine-tunes of it in bfloat16, with a tokenizer of one token a word, below `root`.
 
-    What is there already and whole is kept; what an earlier run left half-made is made again.
+    What is there already and whole is kept; what an earlier run left half-made is made again. `device`: where numbers are made.
     """
     made = Checkpoints(root / shape.name, shape, models)
     noise = None
@@ -161,7 +161,7 @@ def make_checkpoints(
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        noise = _make_noise() if noise is None else noise
+        noise = _make_noise().to(device) if noise is None else noise
         _write_weights(folder, shape, number, shards, noise)
         (folder / "config.json").write_text(json.dumps(shape.config(), indent=2) + "\n")
         _write_tokenizer(folder, shape.vocabulary)
@@ -193,7 +193,7 @@ def _write_weights(folder: Path, shape: Shape, model: int, shards: int, noise: A
     infos = {name: TensorInfo(torch.bfloat16, size) for name, size in shape.tensors().items()}
     sizes = [info.nbytes for info in infos.values()]
     writer = CheckpointWriter(
-        Folder.open(folder), plan_shards(infos, -(-sum(sizes) // shards) + max(sizes)), digest=False
+        Folder.open(folder), plan_shards(infos, -(-sum(sizes) // shards) + max(sizes)), digest=None
     )
 
     def piece(seed: str, count: int) -> Any:
@@ -210,7 +210,7 @@ def _write_weights(folder: Path, shape: Shape, model: int, shards: int, noise: A
             if model:
                 delta = scale * DELTA_SCALES[(model - 1) % len(DELTA_SCALES)]
                 values.add_(piece(f"{name} {start} {model}", count), alpha=delta)
-            writer.write(name, start, values.add_(1.0 if is_norm else 0.0).to(torch.bfloat16))
+            writer.write(name, start, values.add_(1.0 if is_norm else 0.0).to(torch.bfloat16).cpu())
 
     try:
         with ThreadPoolExecutor() as pool:

@@ -13,9 +13,9 @@ import threading
 from types import FrameType
 from typing import NoReturn
 
-COMMANDS = ("merge", "performAIM", "evaluate_model", "compare_models")
+COMMANDS = ("merge", "performAIM", "evaluate_model", "compare_models", "extract_lora", "tune_merge")
 """The scripts at the top, without `.py`."""
-INSTALLED = ("merge-models", "perform-aim", "evaluate-model", "compare-models")
+INSTALLED = ("merge-models", "perform-aim", "evaluate-model", "compare-models", "extract-lora", "tune-merge")
 """The same commands as `pip install -e .` puts them beside Python."""
 INTERRUPTED = 130
 SIGNALS = tuple(number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)))

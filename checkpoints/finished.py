@@ -4,7 +4,7 @@ A record of the journal is a JSON object with some of these keys:
 
 - `tensors`: name -> notes of the run that wrote it; `written`: name -> for each checkpoint the file, and the tensor's pieces in
   it as `[first byte, bytes, checksum, ...]`, the checksum (xxh3, 64 bits) taken of what was handed to the system; together they say that a tensor is finished;
-- `changed`: positions of models that differ from the base; `chunks`: for each checkpoint the sha256 of complete 64 MiB pieces;
+- `changed`: positions of models that differ from the base; `chunks`: for each checkpoint the digests of complete 64 MiB pieces;
 - what others note: `checkpoints.finished` leaves other keys alone.
 """
 
@@ -35,7 +35,7 @@ class Finished:
     Attributes:
         tensors: that are whole on the disk -> the notes of the run that wrote them.
         written: of the same tensors.
-        chunks: for each checkpoint, digests of complete 64 MiB pieces: file -> number, as text -> sha256.
+        chunks: for each checkpoint, digests of complete 64 MiB pieces: file -> number, as text -> digest.
         changed: positions of models that are known to differ from the base.
         lost: names of tensors that the journal calls finished and whose bytes are not there.
     """

@@ -109,7 +109,7 @@ def _convert(file: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-        lacking = sorted(str(one) for key in ("missing_keys", "mismatched_keys") for one in report[key])
+        lacking = sorted(str(name) for key in ("missing_keys", "mismatched_keys") for name in report[key])
         if lacking:
             raise ValueError(f"no tensor for {', '.join(lacking[:3])}{' and more' * (len(lacking) > 3)}")
         # What says that the weights are quantised: they are not any more, and transformers would refuse to save them.

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from checkpoints.errors import ArgumentError, InputError, cannot_open
 
@@ -23,17 +23,26 @@ _REVISION = re.compile(r"(?![/.])(?!.*(?:\.\.|//|@\{))[^\x00-\x20\x7f~^:?*\[\\]+
 _HUB_URL = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co/|hf\.co/|hf://)(?:models/)?([\w.-]+/[\w.-]+)")
 
 
+class Opens(Protocol):
+    """What opens a model that is made while it is read."""
+
+    def open(self, *, weights: bool = True, quiet: bool = False, trust_remote_code: bool = False) -> Any:
+        """See `checkpoints.model.open_model`."""
+
+
 @dataclass(frozen=True)
 class ModelName:
     """A model as the user named it; `str` gives the text back.
 
     Attributes:
         base: of an adapter, where it was named: `BASE+ADAPTER`.
+        merged: what opens it, where it is the name of a merge in the recipe, and no model that is there.
     """
 
     path_or_id: str
     revision: str | None = None
     base: ModelName | None = None
+    merged: Opens | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         own = self.path_or_id if self.revision is None else f"{self.path_or_id}@{self.revision}"
@@ -57,6 +66,8 @@ class ModelName:
     @property
     def is_local(self) -> bool:
         """Whether the name means a folder: something of that name exists, or it is written as only a path is."""
+        if self.merged is not None:
+            return False
         return self.revision is None and (os.path.lexists(self.path) or _looks_like_path(self.path_or_id))
 
 

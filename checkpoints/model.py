@@ -48,6 +48,9 @@ class Model:
         trust_remote_code: whether its own Python files may run.
         name: as the user gave it, where that is not the location's.
         adapters: what is on top of the base.
+        made_of: the models that it is merged from as it is read.
+        notes: what a user should know of how it is made.
+        described: what merge_recipe.json says of it as an input, given how much of its files is digested, and with which hash; None for what files say.
     """
 
     location: Location
@@ -55,6 +58,9 @@ class Model:
     trust_remote_code: bool = False
     name: ModelName | None = None
     adapters: tuple[tuple[Location, Checkpoint], ...] = ()
+    made_of: tuple[Model, ...] = ()
+    notes: tuple[str, ...] = ()
+    described: Callable[[Any, Any], dict[str, Any]] | None = None
 
     @property
     def label(self) -> str:
@@ -77,6 +83,11 @@ class Model:
     def folders(self) -> tuple[Path, ...]:
         """Every folder that it comes from."""
         return tuple(location.folder for location, _ in self.parts)
+
+    @property
+    def origins(self) -> list[Model]:
+        """The models whose files are read: itself, or those that it is merged from."""
+        return [origin for model in self.made_of for origin in model.origins] or [self]
 
     @property
     def is_file(self) -> bool:
@@ -309,6 +320,9 @@ def open_model(
     Raises: InputError: as `locate` and `open_checkpoint`; an adapter of another kind than LoRA, or of another base.
     """
     name = parse_model(name) if isinstance(name, str) else name
+    if name.merged is not None:
+        made: Model = name.merged.open(weights=weights, quiet=quiet, trust_remote_code=trust_remote_code)
+        return made
     own = replace(name, base=None)
     if own.is_tensor_file:
         return _whole(name, Location(own, own.path.resolve()), open_tensor_file(own.path, str(own)), trust_remote_code)
@@ -373,13 +387,13 @@ def _open_adapted(name: ModelName, location: Location, **options: bool) -> Model
             raise QuantisedBase(label, base)
         adapter = open_checkpoint(location.folder, label, ADAPTER_FILES)
         opened.callback(adapter.close)
-        weights = AdaptedWeights(base.weights, adapter, str(name), config, base.find_same, lambda: _tie_of(base))
+        weights = AdaptedWeights(base.weights, adapter, str(name), config, base.find_same, lambda: tie_of(base))
         opened.pop_all()
     return Model(base.location, weights, base.trust_remote_code, name, (*base.adapters, (location, adapter)))
 
 
-def _tie_of(base: Model) -> Tie | None:
-    """The head that a model ties to its embedding and does not store."""
+def tie_of(base: Model) -> Tie | None:
+    """The head that a model ties to its embedding and does not store; None where it stores one, or has none."""
     from checkpoints.adapters import Tie
 
     head, embedding = base.architecture.output_head, base.architecture.input_embedding

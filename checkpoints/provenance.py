@@ -20,22 +20,25 @@ from checkpoints.model import Model
 from checkpoints.reader import WeightFile
 from checkpoints.save_path import RECIPE_FILE
 from checkpoints.weights import Weights
-from checkpoints.writer import chunked_sha256
+from checkpoints.writer import DIGEST_KEYS, HashName, chunked_digest
 
 RECIPE_SCHEMA = 1
 Digest = Literal["none", "outputs", "full"]
 FINGERPRINT_ELEMENTS = 4096
 
 
-def describe_input(model: Model, digest: Digest) -> dict[str, Any]:
+def describe_input(model: Model, digest: Digest, hash_name: HashName = "blake3") -> dict[str, Any]:
     """What identifies one input: its weights' fingerprint, a hub model's commit and the hub's own sha256, a local file's
     size, time and header.
 
     Args:
         model: the opened model.
-        digest: `full` reads every weight file once more and takes its `sha256_64MiB`.
+        digest: `full` reads every weight file once more and takes its digest.
+        hash_name: with which hash.
     """
-    first, *adapters = (_describe_part(location, files, digest) for location, files in model.parts)
+    if model.described is not None:
+        return {"model": model.label, **model.described(digest, hash_name)}
+    first, *adapters = (_describe_part(location, files, digest, hash_name) for location, files in model.parts)
     return {
         "model": model.label,
         **first,
@@ -44,12 +47,14 @@ def describe_input(model: Model, digest: Digest) -> dict[str, Any]:
     }
 
 
-def _describe_part(location: Location, files: Sequence[WeightFile], digest: Digest) -> dict[str, Any]:
+def _describe_part(
+    location: Location, files: Sequence[WeightFile], digest: Digest, hash_name: HashName
+) -> dict[str, Any]:
     """One folder of an input."""
     return {
         "folder": str(location.folder),
         **({"revision": location.revision} if location.revision else {}),
-        "files": {file.name: _describe_file(file, location.hub_sha256, digest) for file in files},
+        "files": {file.name: _describe_file(file, location.hub_sha256, digest, hash_name) for file in files},
     }
 
 
@@ -68,7 +73,9 @@ def fingerprint(weights: Weights) -> str:
     return digest.hexdigest()
 
 
-def _describe_file(file: WeightFile, hub_sha256: Mapping[str, str], digest: Digest) -> dict[str, Any]:
+def _describe_file(
+    file: WeightFile, hub_sha256: Mapping[str, str], digest: Digest, hash_name: HashName
+) -> dict[str, Any]:
     tensors = {name: [str(info.dtype), list(info.shape)] for name, info in sorted(file.tensors.items())}
     entry: dict[str, Any] = {
         "bytes": file.size,
@@ -79,7 +86,7 @@ def _describe_file(file: WeightFile, hub_sha256: Mapping[str, str], digest: Dige
     else:
         entry["mtime_ns"] = file.mtime_ns
     if digest == "full":
-        entry["sha256_64MiB"] = chunked_sha256(file.path)
+        entry[DIGEST_KEYS[hash_name]] = chunked_digest(file.path, hash_name)
     return entry
 
 
@@ -101,7 +108,16 @@ def common_licence(models: Sequence[Model]) -> str | None:
     return licences.pop() if len(licences) == 1 else None
 
 
-def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, command: Sequence[str] | None) -> str:
+def model_card(
+    *,
+    title: str,
+    base: Model,
+    models: Sequence[Model],
+    text: str,
+    command: Sequence[str] | None,
+    library: str = "transformers",
+    tag: str = "merge",
+) -> str:
     """README.md of a model that was made of others: YAML front matter for the hub, what was made, the command that did it.
 
     Args:
@@ -109,8 +125,10 @@ def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, c
         base, models: the inputs; the front matter names those that are on the hub, without their revisions.
         text: Markdown between the title and the command: what was made of which models, and how.
         command: argument list as run; None where it was called from Python.
+        library, tag: what loads it and what it is, as the hub has it.
     """
-    named = [location.name for model in (base, *models) for location, _ in model.parts]
+    origins = [origin for model in (base, *models) for origin in model.origins]
+    named = [location.name for model in origins for location, _ in model.parts]
     on_hub = dict.fromkeys(
         name.path_or_id for name in named if not name.is_local
     )  # it refuses a card that names others
@@ -119,8 +137,8 @@ def model_card(*, title: str, base: Model, models: Sequence[Model], text: str, c
         *(["base_model:"] if on_hub else []),
         *(f"- {yaml_text(name)}" for name in on_hub),
     ]
-    front += ["library_name: transformers", "tags:", "- merge"]
-    licence = common_licence([base, *models])
+    front += [f"library_name: {library}", "tags:", f"- {tag}"]
+    licence = common_licence(origins)
     if licence:
         front.append(f"license: {yaml_text(licence)}")
     front.append("---")

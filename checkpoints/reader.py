@@ -39,30 +39,30 @@ def find_weight_files(
 
     Raises: InputError: no weights in the folder; an index that is damaged, or names a file that is missing or lies outside.
     """
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
-    if found is None:
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
         raise InputError(
             f"{label}: expected {' or '.join(name for name in names if not name.endswith('.json'))}{' or an index of shards' * (names == WEIGHT_FILES)} in {folder}, got {there}. Give the folder of the weights."
         )
-    if found.suffix != ".json":
-        return [found], None
+    if file.suffix != ".json":
+        return [file], None
     try:
-        weight_map = parse_json(found.read_bytes())["weight_map"]
+        weight_map = parse_json(file.read_bytes())["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
     except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(
-            f"{label}: {found.name}: expected a JSON object with a weight_map, got something else. Download it again."
+            f"{label}: {file.name}: expected a JSON object with a weight_map, got something else. Download it again."
         ) from None
     for name in names:
         if not is_plain_name(name):
             raise InputError(
-                f"{label}: {found.name}: expected plain names of files in its folder, got '{name:.200}', which may lie outside. "
+                f"{label}: {file.name}: expected plain names of files in its folder, got '{name:.200}', which may lie outside. "
                 "Do not trust this checkpoint."
             )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise InputError(f"{label}: {found.name} names files that are not there: {', '.join(missing)}. Download them.")
+        raise InputError(f"{label}: {file.name} names files that are not there: {', '.join(missing)}. Download them.")
     return [folder / name for name in names], weight_map
 
 
@@ -185,6 +185,11 @@ class Checkpoint:
         file = self._owner[name]
         return file.read(name.removeprefix(file.prefix), start, stop, buffer)
 
+    def place_in_file(self, name: str) -> tuple[int, int] | None:
+        """See `TensorRef.place_in_file`."""
+        file = self._owner[name]
+        return file.place_in_file(name.removeprefix(file.prefix))
+
     def adjust(self, files: SideFiles) -> None:
         """See `Weights`: they are what its files hold."""
 
@@ -214,6 +219,10 @@ class _Part:
         """See `Source.read`."""
         return self._whole.read(name, start, stop, buffer)
 
+    def place_in_file(self, name: str) -> tuple[int, int] | None:
+        """See `TensorRef.place_in_file`."""
+        return self._whole.place_in_file(name)
+
 
 class WeightFile:
     """One open weight file, and what it looked like when it was opened.
@@ -235,6 +244,10 @@ class WeightFile:
     def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """See `Source.read`."""
         raise AssertionError("each kind of file reads its own way")
+
+    def place_in_file(self, name: str) -> tuple[int, int] | None:
+        """See `TensorRef.place_in_file`."""
+        return None
 
     def check_unchanged(self) -> None:
         """Raise InputError where the file is not the one that was opened, by size and time of change."""
@@ -264,6 +277,10 @@ class SafetensorsFile(WeightFile):
         raw = buffer[: (stop - start) * itemsize]
         pread_exactly(self._descriptor, raw.numpy().data, stored.offset + start * itemsize, f"{self.where}: {name}")
         return raw.view(stored.info.dtype)
+
+    def place_in_file(self, name: str) -> tuple[int, int] | None:
+        """See `TensorRef.place_in_file`."""
+        return self._descriptor, self._stored[name].offset
 
     def close(self) -> None:
         """Close the descriptor; a second call does nothing."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -57,6 +59,47 @@ class AlignedRows:
                 shift = (source_row - begin) * width
                 values = self._tables[name].read(low + shift, high + shift, scratch)
             out[low - start : high - start].copy_(values)
+        return out
+
+
+class ChosenRows:
+    """A source of vocabulary tables some of whose rows are other ones.
+
+    Args:
+        tables: output name -> table, in the output's rows.
+        chosen: output row -> for each output name the table and the row there that it gets; None for zeros.
+    """
+
+    def __init__(
+        self, tables: Mapping[str, TensorRef], chosen: Mapping[int, Mapping[str, tuple[TensorRef, int]] | None]
+    ):
+        self.label = next(iter(tables.values())).source.label
+        self._tables, self._chosen, self._rows = tables, chosen, sorted(chosen)
+        self.tensors: Mapping[str, TensorInfo] = {name: self._info(name) for name in tables}
+
+    def _info(self, name: str) -> TensorInfo:
+        """With the dtype that holds all rows without rounding."""
+        info = self._tables[name].info
+        others = [rows[name][0].info.dtype for rows in self._chosen.values() if rows is not None]
+        return TensorInfo(functools.reduce(torch.promote_types, others, info.dtype), info.shape, info.plain_dtype)
+
+    def read(self, name: str, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+        """See `Source.read`."""
+        info = self.tensors[name]
+        width = info.numel // info.shape[0]
+        scratch = torch.empty_like(buffer)
+        out = buffer[: (stop - start) * info.dtype.itemsize].view(info.dtype)
+        out.copy_(self._tables[name].read(start, stop, scratch))
+        first, last = (bisect.bisect_left(self._rows, row) for row in (start // width, -(-stop // width)))
+        for row in self._rows[first:last]:
+            low, high = max(start, row * width), min(stop, (row + 1) * width)
+            source = self._chosen[row]
+            if source is None:
+                out[low - start : high - start] = 0
+                continue
+            table, there = source[name]
+            shift = (there - row) * width
+            out[low - start : high - start].copy_(table.read(low + shift, high + shift, scratch))
         return out
 
 

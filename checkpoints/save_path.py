@@ -15,7 +15,9 @@ from checkpoints.settings import setting
 
 RECIPE_FILE = "merge_recipe.json"
 SWEEP_PREFIX = "omega_"
-"""What the folders of a sweep are called, one checkpoint each: `omega_0.2`."""
+"""What the folders of a sweep over omegas are called, one checkpoint each: `omega_0.2`."""
+SWEEP_PREFIXES = (SWEEP_PREFIX, "lambda_", "density_")
+"""How the folders of all sweeps begin: `lambda_0.5`, `lambda_0.5_density_0.3`."""
 
 
 def read_recipe(folder: Path) -> dict[str, Any] | None:
@@ -110,7 +112,7 @@ def is_result(folder: Path) -> bool:
     """Whether a run wrote the folder: one checkpoint, or a sweep of them and nothing beside it."""
     if (folder / RECIPE_FILE).is_file():
         return True
-    return all(entry.name.startswith(SWEEP_PREFIX) and (entry / RECIPE_FILE).is_file() for entry in folder.iterdir())
+    return all(entry.name.startswith(SWEEP_PREFIXES) and (entry / RECIPE_FILE).is_file() for entry in folder.iterdir())
 
 
 def _check_parent(save_path: Path) -> InputError | None:

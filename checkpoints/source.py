@@ -8,7 +8,7 @@ to know how many layers there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,6 +121,11 @@ class TensorRef:
     def read(self, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
         """`Source.read` of this tensor."""
         return self.source.read(self.name, start, stop, buffer)
+
+    def place_in_file(self) -> tuple[int, int] | None:
+        """Descriptor of the file, and the byte at which the tensor begins there, where its elements lie in one file as `read` gives them."""
+        find: Callable[[str], tuple[int, int] | None] | None = getattr(self.source, "place_in_file", None)
+        return None if find is None else find(self.name)
 
 
 def is_mxfp4(name: str, info: TensorInfo) -> bool:

@@ -153,7 +153,7 @@ class WorkFolder:
             return state
         if resume and _has_records(state):
             differs = (
-                ", ".join(_differences(earlier, self.identity))
+                ", ".join(differences(earlier, self.identity))
                 if earlier is not None
                 else f"{STATE}/{RUN}, which cannot be read"
             )
@@ -358,7 +358,7 @@ def _has_records(state: Folder) -> bool:
     return status is not None and status.st_size > 0
 
 
-def _differences(earlier: Any, other: Any, path: str = "") -> list[str]:
+def differences(earlier: Any, other: Any, path: str = "") -> list[str]:
     """Where two identities differ, as `recipe.parameters.lambda (0.5 there, 1.0 here)`."""
     if isinstance(earlier, dict) and isinstance(other, dict):
         keys = dict.fromkeys([*earlier, *other])
@@ -366,11 +366,11 @@ def _differences(earlier: Any, other: Any, path: str = "") -> list[str]:
             line
             for key in keys
             if earlier.get(key) != other.get(key)
-            for line in _differences(earlier.get(key), other.get(key), f"{path}.{key}" if path else str(key))
+            for line in differences(earlier.get(key), other.get(key), f"{path}.{key}" if path else str(key))
         ]
     if isinstance(earlier, list) and isinstance(other, list) and len(earlier) == len(other):
         pairs = enumerate(zip(earlier, other, strict=True))
-        return [line for at, (a, b) in pairs if a != b for line in _differences(a, b, f"{path}[{at}]")]
+        return [line for at, (a, b) in pairs if a != b for line in differences(a, b, f"{path}[{at}]")]
     texts = [json.dumps(value) for value in (earlier, other)]
     return [f"{path} ({texts[0]} there, {texts[1]} here)" if max(map(len, texts)) < 80 else path]
 

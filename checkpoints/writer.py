@@ -7,10 +7,12 @@ import json
 import os
 import re
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import blake3
 import torch
 import xxhash
 
@@ -24,7 +26,12 @@ READ_BACK_BYTES = 1 << 20
 ONE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ChunkDigests = Mapping[str, Mapping[str, str]]
-"""File name -> number of a chunk, as text -> its sha256 in hexadecimal."""
+"""File name -> number of a chunk, as text -> its digest in hexadecimal."""
+HashName = Literal["blake3", "sha256"]
+HASHES: dict[HashName, Callable[[], Any]] = {"blake3": blake3.blake3, "sha256": hashlib.sha256}
+"""What a file's digest can be made with: blake3 is fast on every processor, sha256 where there are instructions for it."""
+DIGEST_KEYS: dict[HashName, str] = {name: f"{name}_64MiB" for name in HASHES}
+"""Hash -> what a file's digest is called in merge_recipe.json."""
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -110,10 +117,12 @@ class CheckpointWriter:
     Args:
         folder: open; the shards are created in it.
         shards: from `plan_shards`.
-        digest: take the digest of every 64 MiB chunk as soon as it is complete, while the page cache still holds it.
+        digest: with which hash to take the digest of every 64 MiB chunk as soon as it is complete, while the page cache still holds
+            it; None to take none.
         finished: tensors that an earlier writer of the same shards wrote and made durable, whose bytes are known to be there
             (`checkpoints.finished`); its files are gone on with.
         chunks: the digests that its `sync` gave.
+        drops: let the system forget what is on the disk: its memory is wanted for the inputs.
 
     Raises: WriteError: a file cannot be made; ForeignFolder: something else lies in its place.
     """
@@ -123,15 +132,17 @@ class CheckpointWriter:
         folder: Folder,
         shards: list[Shard],
         *,
-        digest: bool,
+        digest: HashName | None,
         finished: Collection[str] = (),
         chunks: ChunkDigests | None = None,
+        drops: bool = False,
     ):
         self.folder = folder
         self.shards = shards
         known = chunks or {}
         self._files = [
-            _OpenShard(folder, shard, digest, set(finished), known.get(shard.file_name, {})) for shard in shards
+            _OpenShard(folder, shard, digest, set(finished), known.get(shard.file_name, {}), drops=drops)
+            for shard in shards
         ]
         self._owner = {name: file for file in self._files for name in file.shard.offsets}
         self._pieces: dict[str, list[tuple[int, int, int]]] = {name: [] for name in self._owner}
@@ -162,7 +173,7 @@ class CheckpointWriter:
         return {name: digests for name, digests in synced.items() if digests}
 
     def close(self) -> dict[str, dict[str, int | str]]:
-        """Flush every shard to the disk, write the index, and return `bytes` and `sha256_64MiB` (None untaken) per file."""
+        """Flush every shard to the disk, write the index, and return `bytes` and, where it was taken, the digest (DIGEST_KEYS) per file."""
         for file in self._files:
             file.close()
         indexed = _indexed(self.shards)
@@ -182,14 +193,26 @@ class CheckpointWriter:
 class _OpenShard:
     """One shard on disk, the bytes still missing in each chunk, and the digests of the chunks that are complete."""
 
-    def __init__(self, folder: Folder, shard: Shard, digest: bool, finished: set[str], known: Mapping[str, str]):
+    def __init__(
+        self,
+        folder: Folder,
+        shard: Shard,
+        digest: HashName | None,
+        finished: set[str],
+        known: Mapping[str, str],
+        *,
+        drops: bool,
+    ):
         self.path = folder / shard.file_name
         self.shard = shard
         self._lock = threading.Lock()
         self._is_dirty = True
         self._missing = [min(CHUNK_BYTES, shard.size - begin) for begin in range(0, shard.size, CHUNK_BYTES)]
+        self._hash = digest
+        self._drops = drops and hasattr(os, "posix_fadvise")
         self._digests: list[bytes] | None = [b""] * len(self._missing) if digest else None
         self._told: set[int] = set()
+        self._dropped: set[int] = set()
         there = folder.open_file(shard.file_name) if finished & shard.offsets.keys() else None
         self._descriptor = folder.new_file(shard.file_name) if there is None else there
         try:
@@ -234,12 +257,13 @@ class _OpenShard:
 
     def _digest(self, chunk: int) -> bytes:
         begin = chunk * CHUNK_BYTES
-        return hash_range(self._descriptor, begin, min(begin + CHUNK_BYTES, self.shard.size))
+        assert self._hash is not None
+        return hash_range(self._descriptor, begin, min(begin + CHUNK_BYTES, self.shard.size), self._hash)
 
     def summary(self) -> dict[str, int | str]:
         entry: dict[str, int | str] = {"bytes": self.shard.size}
-        if self._digests is not None:
-            entry["sha256_64MiB"] = hashlib.sha256(b"".join(self._digests)).hexdigest()
+        if self._digests is not None and self._hash is not None:
+            entry[DIGEST_KEYS[self._hash]] = _join(self._digests, self._hash)
         return entry
 
     def sync(self) -> dict[str, str]:
@@ -251,9 +275,16 @@ class _OpenShard:
                 os.fsync(self._descriptor)
             except OSError as error:
                 raise WriteError(self.path, error) from error
+            if self._drops:
+                self._drop(complete=[chunk for chunk, missing in enumerate(self._missing) if not missing])
         new = {str(chunk): digest.hex() for chunk, digest in complete if chunk not in self._told}
         self._told.update(map(int, new))
         return new
+
+    def _drop(self, complete: Sequence[int]) -> None:
+        for chunk in set(complete) - self._dropped:
+            os.posix_fadvise(self._descriptor, chunk * CHUNK_BYTES, CHUNK_BYTES, os.POSIX_FADV_DONTNEED)
+        self._dropped.update(complete)
 
     def close(self) -> None:
         assert not any(self._missing), f"{self.path.name}: {sum(self._missing)} bytes were never written"
@@ -266,22 +297,33 @@ class _OpenShard:
             self._descriptor = -1
 
 
-def hash_range(descriptor: int, begin: int, end: int) -> bytes:
-    """sha256 of the bytes `begin` to `end` of an open file, read 1 MiB at a time."""
-    digest = hashlib.sha256()
-    for offset in range(begin, end, READ_BACK_BYTES):
-        digest.update(os.pread(descriptor, min(READ_BACK_BYTES, end - offset), offset))
-    return digest.digest()
+def hash_range(descriptor: int, begin: int, end: int, name: HashName) -> bytes:
+    """The digest of the bytes `begin` to `end` of an open file, read 1 MiB at a time."""
+    digest = HASHES[name]()
+    buffer = memoryview(bytearray(READ_BACK_BYTES))
+    while begin < end:
+        count = os.preadv(descriptor, [buffer[: min(READ_BACK_BYTES, end - begin)]], begin)
+        if count == 0:
+            break  # shorter than it was
+        digest.update(buffer[:count])
+        begin += count
+    return bytes(digest.digest())
 
 
-def chunked_sha256(path: Path) -> str:
-    """sha256 over the sha256 of a file's 64 MiB chunks: the digest in merge_recipe.json, which threads can take in parts."""
+def _join(chunks: Sequence[bytes], name: HashName) -> str:
+    digest = HASHES[name]()
+    digest.update(b"".join(chunks))
+    return str(digest.hexdigest())
+
+
+def chunked_digest(path: Path, name: HashName) -> str:
+    """The digest of a file in merge_recipe.json, which threads can take in parts: that of the digests of its 64 MiB chunks."""
     size = path.stat().st_size
     descriptor = os.open(path, os.O_RDONLY)
     try:
         chunks = [
-            hash_range(descriptor, begin, min(begin + CHUNK_BYTES, size)) for begin in range(0, size, CHUNK_BYTES)
+            hash_range(descriptor, begin, min(begin + CHUNK_BYTES, size), name) for begin in range(0, size, CHUNK_BYTES)
         ]
     finally:
         os.close(descriptor)
-    return hashlib.sha256(b"".join(chunks)).hexdigest()
+    return _join(chunks, name)

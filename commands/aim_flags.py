@@ -47,8 +47,8 @@ def add_aim_flags(parser: argparse.ArgumentParser, *, omega_help: str) -> argpar
     how.add_argument("--omega", metavar="O", help=omega_help)
     how.add_argument("--omegas", metavar="O,O", help="a sweep, such as 0,0.2,0.4: one checkpoint each, in SAVE_PATH/omega_0.2 and so on, from one calibration and one reading of the weights")  # fmt: skip
     how.add_argument("--protect", metavar="P", help="what of the base: channels (default; by the importance s of each input channel, as published) or mean (its answer to the mean input of each weight: W_merged - (1 - omega) (D u) u^T)")  # fmt: skip
-    how.add_argument("--scaling", metavar="S", help="of the importance s: identity (default), sqrt or square")
-    how.add_argument("--control", metavar="C", help="uniform or permuted, with --protect mean also random: relax as much, without knowing the base's inputs (a merge that AIM helps no more than these was only too large)")  # fmt: skip
+    how.add_argument("--scaling", metavar="S", help="of the importance s: identity (default), sqrt or square; after_first, after_first_sqrt, after_first_square: the same without the first token of each block, which takes massive activations on itself")  # fmt: skip
+    how.add_argument("--control", metavar="C", help="uniform or permuted, with --protect mean also random: relax as much, without knowing the base's inputs (a merge that AIM helps no more than these was only too large); without_top: as AIM, but the channels that stand out stay as merged")  # fmt: skip
     how.add_argument(
         "--numerics",
         metavar="N",

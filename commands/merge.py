@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -61,7 +62,9 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
     what.add_argument("--model_data", metavar="A,B,C", help=f"{', '.join(name for name, entry in METHODS.items() if entry.needs_data)}: text of each model's own task, in the order of the models: .jsonl, .json, .txt or .parquet files (or .gz) of texts, or of prompt and answer; with --weights loss one such file of the task that the merge is for")  # fmt: skip
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
+    what.add_argument("--keep_intermediate", metavar="NAME", help="write the recipe's merge of this name too, as SAVE_PATH-NAME, and read it from there; several separated by commas")  # fmt: skip
     what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
+    what.add_argument("--as_lora", action="store_true", help="write the merge as a LoRA adapter of the base, where its changes have low rank: those of adapters added up (docs/adapters.md)")  # fmt: skip
     what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that every file of a result is what its run wrote (sizes, digests) and that none was added, that every number is finite, and shapes")  # fmt: skip
     how = parser.add_argument_group("how (a flag that the method does not use is an error)")
     how.add_argument(
@@ -80,6 +83,9 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
         parser,
         omega_help="relax the merge by the base's activations before it is written: 0 puts the most active channel back to the base, 1 changes nothing; also by filter, mlp=0.2,self_attn=0.6,0.4",
     )
+    sweeps = parser.add_argument_group("sweeps: one checkpoint for each value, in SAVE_PATH/lambda_0.5 and so on, from one reading of the weights")  # fmt: skip
+    sweeps.add_argument("--lambdas", metavar="L,L", help="values of --lambda, such as 0.3,0.5,0.7")
+    sweeps.add_argument("--densities", metavar="D,D", help="values of --density for all models; with --lambdas every pair, in SAVE_PATH/lambda_0.5_density_0.3 and so on")  # fmt: skip
     shell.add_output_flags(parser)
     report = parser.add_argument_group("report")
     report.add_argument(
@@ -181,12 +187,55 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         from merging.merge_work import prepare
 
         asked = read_flags(arguments, command)
+        if arguments.as_lora:
+            from commands.extract_lora import carry_out
+            from commands.merge_as_lora import prepare as prepare_adapter
+
+            carry_out(prepare_adapter(asked, arguments, command), arguments)
+            return
         options = replace(asked.options, log=log)
+        asked = replace(asked, recipe=keep_intermediate(asked, arguments, options))
         step = asked.aim.step(asked.save_path, options, dry_run=arguments.dry_run) if asked.aim else None
-        upload = shell.read_upload(arguments, step.folders if step else [""])
+        upload = shell.read_upload(arguments, step.folders if step else list(asked.sweep) or [""])
         with named_by(asked.recipe.places):
-            job = prepare(asked.recipe, asked.save_path, options, step=step, download=not arguments.dry_run)
+            make = None
+            if asked.sweep:
+                from merging.sweep import make_sweep
+
+                make = partial(make_sweep, asked.sweep)
+            job = prepare(asked.recipe, asked.save_path, options, step=step, download=not arguments.dry_run, make=make)
             shell.carry_out(job, upload, arguments)
+
+
+def keep_intermediate(asked: Asked, arguments: argparse.Namespace, options: RunOptions) -> Recipe:
+    """Write the named merges that are to be kept, each into a folder of its own. Returns: the recipe that reads them there.
+
+    Raises: Refusals: a name that the recipe does not have; as a merge.
+    """
+    if arguments.keep_intermediate is None:
+        return asked.recipe
+    names = [name.strip() for name in arguments.keep_intermediate.split(",")]
+    for name in names:
+        if name not in asked.recipe.merges:
+            known = f"one of {', '.join(asked.recipe.merges)}" if asked.recipe.merges else "a recipe with named merges"
+            raise ArgumentError(
+                f"{setting('keep_intermediate')}: expected {known}, got {name!r}. Name a merge of the recipe."
+            )
+    if arguments.dry_run:  # which plans them as what they would be without a folder
+        return asked.recipe
+    from merging.merge_work import prepare
+    from merging.named_merges import in_order, with_folders
+
+    folders: dict[str, Path] = {}
+    for name in in_order(asked.recipe.merges, names):
+        recipe = with_folders(asked.recipe.merges[name], folders)
+        used = {key: merge for key, merge in asked.recipe.merges.items() if key != name and key not in folders}
+        folder = asked.save_path.with_name(f"{asked.save_path.name}-{name}")
+        shell.carry_out(
+            prepare(replace(recipe, merges=used if recipe.uses_merges else {}), folder, options), None, arguments
+        )
+        folders[name] = folder
+    return with_folders(asked.recipe, folders)
 
 
 @dataclass(frozen=True)
@@ -198,19 +247,23 @@ class Asked:
         aim: what AIM does to it, None for nothing.
         options: how to run.
         save_path: where to.
+        sweep: folder -> recipe of each of several merges; empty for one.
     """
 
     recipe: Recipe
     aim: AimRequest | None
     options: RunOptions
     save_path: Path
+    sweep: Mapping[str, Recipe] = field(default_factory=dict)
 
 
 def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
     """Everything the flags say. Raises Refusals: every flag that is wrong."""
     problems = Problems()
     device, options, save_path = shell.read_run(arguments, command, problems)
+    begin_sweep(arguments, problems)
     recipe = problems.attempt(lambda: read_recipe(arguments))
+    sweep = problems.attempt(lambda: read_sweep(arguments, recipe)) or {}
     report = problems.attempt(lambda: read_report(arguments))
     request = problems.attempt(lambda: read_aim(arguments, recipe, device))
     if request and save_path:
@@ -221,17 +274,51 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
     assert options is not None
     assert report is not None
     assert save_path is not None
-    return Asked(recipe, request, replace(options, report=report), save_path)
+    if device is None and recipe.method_class.needs_data:  # models run
+        options = replace(options, stream=replace(options.stream, device=shell.gpu_or_cpu()))
+    return Asked(recipe, request, replace(options, report=report), save_path, sweep)
 
 
-def read_aim(arguments: argparse.Namespace, recipe: Recipe | None, device: torch.device) -> AimRequest | None:
+def begin_sweep(arguments: argparse.Namespace, problems: Problems) -> None:
+    """Refuse what a sweep excludes, and take its first value for the flag that it goes through, where that is required."""
+    for name, key in (("lambdas", "lambda"), ("densities", "density")):
+        given = vars(arguments)[name]
+        if given is None:
+            continue
+        if vars(arguments)[key] is not None:
+            problems.add(ArgumentError(f"{setting(name)}: excludes {setting(key)}. Give one of the two."))
+        for other, is_given in (
+            ("omega", aim_flags.are_given(arguments)),
+            ("as_lora", arguments.as_lora),
+            ("write_config", arguments.write_config),
+        ):
+            if is_given:
+                problems.add(ArgumentError(f"{setting(name)}: excludes {setting(other)}. Give one of the two."))
+        if arguments.config is None and not problems:
+            vars(arguments)[key] = given.partition(",")[0]
+
+
+def read_sweep(arguments: argparse.Namespace, recipe: Recipe | None) -> Mapping[str, Recipe]:
+    """The recipes of a sweep; none where no flag asks for it. Raises InputError where a value is wrong."""
+    if recipe is None or (arguments.lambdas is None and arguments.densities is None):
+        return {}
+    from merging.sweep import read_sweep
+
+    if recipe.aim is not None:
+        raise ArgumentError(
+            f"{arguments.config}: aim: a sweep of lambda or density writes plain merges. Leave one out."
+        )
+    return read_sweep({"lambdas": arguments.lambdas, "densities": arguments.densities}, recipe)
+
+
+def read_aim(arguments: argparse.Namespace, recipe: Recipe | None, device: torch.device | None) -> AimRequest | None:
     """AIM as flags and recipe ask for it, None where they do not. Raises InputError where a setting is wrong or stands alone."""
     given = given_of_aim(arguments, recipe)
     if given is None:
         return None
     from aim.reading import make_request
 
-    return make_request(given, None if arguments.device == "auto" else device)
+    return make_request(given, device)
 
 
 def given_of_aim(arguments: argparse.Namespace, recipe: Recipe | None) -> Given | None:
@@ -281,6 +368,8 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
 
 def weigh_by_loss(arguments: argparse.Namespace) -> None:
     """Put numbers in the place of `--weights loss`, and say them; the text has done its work then. Raises InputError."""
+    import torch
+
     from checkpoints.location import parse_model
     from merging.loss_weights import weights_by_loss
 
@@ -294,7 +383,7 @@ def weigh_by_loss(arguments: argparse.Namespace) -> None:
     found = weights_by_loss(
         [parse_model(name) for name in names],
         arguments.model_data,
-        shell.parse_device(arguments.device),
+        shell.parse_device(arguments.device) or torch.device("cpu"),
         trust_remote_code=arguments.trust_remote_code,
     )
     if not arguments.quiet:

@@ -160,6 +160,7 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         "--digest", default="outputs", metavar="WHAT",
         help="digests in merge_recipe.json: none, outputs (default; taken as they are written) or full (reads local inputs once more)",
     )  # fmt: skip
+    output.add_argument("--digest_hash", default="blake3", metavar="NAME", help="with which hash they are taken: blake3 (default; fast on every processor) or sha256")  # fmt: skip
     output.add_argument(
         "--overwrite",
         action="store_true",
@@ -173,7 +174,7 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         "--device",
         default="auto",
         metavar="DEVICE",
-        help="auto (a GPU where there is one; default), cpu, cuda or cuda:1",
+        help="cpu, cuda or cuda:1, for all of it; auto (default): a GPU where there is one for what runs models, the CPU for merging, which is faster than the way to a GPU and back",
     )
     running.add_argument(
         "--workers", type=positive, metavar="N", help="threads (default: one per core); the result is the same"
@@ -243,12 +244,12 @@ def parse_choice(name: str, text: str, choices: Sequence[str]) -> str:
     return text
 
 
-def parse_device(text: str) -> torch.device:
-    """The device of `--device`. Raises ArgumentError where there is no such device."""
+def parse_device(text: str) -> torch.device | None:
+    """The device of `--device`, None for auto. Raises ArgumentError where there is no such device."""
     import torch
 
     if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return None
     if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
         raise ArgumentError(f"--device: expected auto, cpu, cuda or cuda:N, got {text!r}.")
     device = torch.device(text)
@@ -259,12 +260,21 @@ def parse_device(text: str) -> torch.device:
     return device
 
 
+def gpu_or_cpu() -> torch.device:
+    """Where heavy work goes by itself: a GPU where there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def read_run(
     arguments: argparse.Namespace, command: list[str], problems: Problems
-) -> tuple[torch.device, RunOptions | None, Path | None]:
-    """Device, options and save path of a run; what is wrong is added to the problems."""
-    device = problems.attempt(lambda: parse_device(arguments.device)) or parse_device("cpu")
-    options = problems.attempt(lambda: run_options(arguments, device, command))
+) -> tuple[torch.device | None, RunOptions | None, Path | None]:
+    """The device that was asked for, if one was, options and save path of a run; what is wrong is added to the problems."""
+    import torch
+
+    device = problems.attempt(lambda: parse_device(arguments.device))
+    options = problems.attempt(lambda: run_options(arguments, device or torch.device("cpu"), command))
     return device, options, problems.attempt(lambda: parse_save_path(arguments.save_path))
 
 
@@ -279,6 +289,7 @@ def run_options(arguments: argparse.Namespace, device: torch.device, command: li
         stream=StreamOptions(device, arguments.workers, allow_non_finite=arguments.allow_non_finite),
         max_shard_bytes=parse_size("max_shard_bytes", arguments.max_shard_size),
         digest=parse_choice("digest", arguments.digest, ("none", "outputs", "full")),  # type: ignore[arg-type]
+        digest_hash=parse_choice("digest_hash", arguments.digest_hash, ("blake3", "sha256")),  # type: ignore[arg-type]
         overwrite=arguments.overwrite,
         resume=not arguments.no_resume,
         trust_remote_code=arguments.trust_remote_code,
@@ -375,6 +386,11 @@ def progress_bar(title: str, total: int, unit: str = "B", *, quiet: bool) -> Ite
 
 
 def console(options: RunOptions) -> Console:
+    """How a command that writes a checkpoint speaks to the user; see `speaker`."""
+    return speaker(quiet=options.quiet, log=options.log)
+
+
+def speaker(*, quiet: bool, log: Log | None = None) -> Console:
     """How a command speaks to the user: results on stdout, remarks and bars on stderr, warnings even where quiet, once each,
     and in the log."""
     from streaming.console import Console
@@ -382,20 +398,21 @@ def console(options: RunOptions) -> Console:
     warned: set[str] = set()
 
     def say(line: str) -> None:
-        if not options.quiet:
+        if not quiet:
             print(line)
 
     def note(line: str) -> None:
-        if not options.quiet:
+        if not quiet:
             say_on_stderr(line)
 
     def warn(line: str) -> None:
         if line not in warned:
             warned.add(line)
-            options.log("warning", message=line)
+            if log is not None:
+                log("warning", message=line)
             say_on_stderr(f"warning: {line}")
 
-    return Console(say, note, warn, partial(progress_bar, quiet=options.quiet), show_flag)
+    return Console(say, note, warn, partial(progress_bar, quiet=quiet), show_flag)
 
 
 @contextmanager

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
     from evaluation.transformers_model import Finish
 
-# What a library raises for a folder that is no model it can load.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError)
+# What a library, or a class's own code, raises for a folder that is no model it can load.
+LOAD_ERRORS = (
+    *(OSError, ValueError, RuntimeError, LookupError, ArithmeticError, TypeError),
+    *(AttributeError, ImportError, AssertionError, NameError),
+)
 
 BackendName = Literal["vllm", "hf"]
 CPU_BATCH, GPU_BATCH = 8, 32

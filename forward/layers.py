@@ -18,12 +18,12 @@ def find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     Returns: nothing where no such list has half of all parameters that are no embedding.
     """
-    tables = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
 
     def weights(module: nn.Module) -> int:
-        return sum(one.numel() for one in module.parameters() if id(one) not in tables)
+        return sum(weight.numel() for weight in module.parameters() if id(weight) not in tables)
 
-    lists = [(name, one) for name, one in model.named_modules() if isinstance(one, nn.ModuleList) and len(one)]
+    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not lists:
         return []
     name, layers = max(lists, key=lambda pair: weights(pair[1]))
@@ -40,6 +40,16 @@ def head_weight(model: nn.Module) -> torch.Tensor | None:
         return getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
     except (NotImplementedError, AttributeError):  # how models without a head answer
         return None
+
+
+def device_of_tokens(model: nn.Module) -> torch.device:
+    """Where a model looks its tokens up: at its embedding, or where its first parameter is, if it has none of the common kind."""
+    try:
+        weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):  # how models with several tables, or none, answer
+        weight = next(model.parameters())
+    device: torch.device = weight.device
+    return device
 
 
 def call_of(layer: nn.Module, run: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -65,7 +75,7 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, dict):
-        return {key: cast(one, dtype) for key, one in value.items()}
+        return {key: cast(item, dtype) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(cast(one, dtype) for one in value)
+        return type(value)(cast(item, dtype) for item in value)
     return value

@@ -192,15 +192,15 @@ class Layerwise:
 
     def state(self) -> dict[str, torch.Tensor]:
         """The tensors that the batches stand before their layer with, under names that `restore` knows."""
-        found = {"calls": torch.tensor(self.calls), "form": torch.tensor(self._steps.form or 0)}
+        tensors = {"calls": torch.tensor(self.calls), "form": torch.tensor(self._steps.form or 0)}
         for position, run in enumerate(self._steps.runs):
             if self._shelf:
                 self._shelf.take(run)
             for number, tensor in enumerate(tensors_in((run.args, run.kwargs))):
-                found[f"{position}.{number}"] = tensor.detach().cpu()
+                tensors[f"{position}.{number}"] = tensor.detach().cpu()
             if self._shelf:
                 self._shelf.put(run)
-        return found
+        return tensors
 
     def restore(self, batches: Sequence[torch.Tensor], tensors: dict[str, torch.Tensor]) -> bool:
         """Have batches stand where `state` was taken. Returns: whether that could be done; else nothing has been begun."""
@@ -245,6 +245,6 @@ def in_step(models: Sequence[Layerwise]) -> Iterator[int]:
     """Have several models go through their layers together; gives each layer's index when all of them are through it."""
     while models[0].at is not None:
         at = models[0].at
-        for one in models:
-            one.advance()
+        for run in models:
+            run.advance()
         yield at

@@ -18,6 +18,10 @@ from checkpoints.settings import setting
 from checkpoints.source import FLOAT_DTYPES
 
 
+class CannotRun(InputError):
+    """A model's own code fails on the tokens that it is run on."""
+
+
 def load(
     base: Model,
     *,
@@ -89,7 +93,7 @@ def class_of(base: Model) -> Any:
     """The class that a model is loaded with, which is the one that its tensors were matched with."""
     import transformers
 
-    from checkpoints.architecture import build_meta_model
+    from checkpoints.meta_model import build_meta_model
 
     known = getattr(transformers, base.architecture.model_class, None)
     if known is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -18,16 +20,55 @@ class Use:
         parameter: its name in the model, the first one where several modules share it.
         axis: the dimension that runs over the input's channels.
         ranges: for each dimension of the parameter what of it takes part; along `axis`, the channels.
+        joined: how many dimensions, of which `axis` is the first, run over the channels together, each whole; mostly 1.
+        order: these dimensions as the input runs over them, the outermost first; empty where that is their own order.
     """
 
     parameter: str
     axis: int
     ranges: tuple[Range, ...]
+    joined: int = 1
+    order: tuple[int, ...] = ()
+
+    def in_order(self, x: torch.Tensor) -> tuple[Use, torch.Tensor]:
+        """The use, and its input `[..., channels]`, with the channels in the order of the parameter's own dimensions."""
+        if not self.order:
+            return self, x
+        apart = x.unflatten(-1, [self.ranges[axis][1] for axis in self.order])
+        places = [self.order.index(axis) - len(self.order) for axis in self.axes]
+        rest = range(apart.ndim - len(self.order))
+        return replace(self, order=()), apart.permute(*rest, *places).flatten(-len(self.order))
+
+    @property
+    def axes(self) -> range:
+        """The dimensions that run over the channels."""
+        return range(self.axis, self.axis + self.joined)
 
     @property
     def channels(self) -> Range:
         """What of the parameter's input channels the input has."""
-        return self.ranges[self.axis]
+        return (
+            self.ranges[self.axis] if self.joined == 1 else (0, math.prod(self.ranges[axis][1] for axis in self.axes))
+        )
+
+    def as_json(self) -> list[Any]:
+        """For `of_json`."""
+        return [self.parameter, self.axis, self.ranges, self.joined]
+
+    @classmethod
+    def of_json(cls, content: Any) -> Use:
+        """What `as_json` gave. Raises ValueError: something else."""
+        if not isinstance(content, list):
+            raise ValueError("no use of a parameter")
+        parameter, axis, ranges, joined = content
+        is_use = isinstance(parameter, str) and type(axis) is type(joined) is int and all(map(_is_range, ranges))
+        if not is_use or not 0 <= axis <= axis + joined - 1 < len(ranges):
+            raise ValueError("no use of a parameter")
+        return cls(parameter, axis, tuple((first, last) for first, last in ranges), joined)
+
+
+def _is_range(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(one) is int for one in value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +117,11 @@ class Part:
         if place is None or source.shape != copy.shape:
             return None
         start, spans = place
-        if any(len(one) > 1 for one in spans):
+        if any(len(axes) > 1 for axes in spans):
             return None
         dims = [
-            _Dim(size, stride, *((one[0][0], one[0][2]) if one else (0, 1)))
-            for size, stride, one in zip(copy.shape, copy.stride(), spans, strict=True)
+            _Dim(size, stride, *((axes[0][0], axes[0][2]) if axes else (0, 1)))
+            for size, stride, axes in zip(copy.shape, copy.stride(), spans, strict=True)
         ]
         return Part(self.parameter, self.shape, dims, start, int(copy.storage_offset()))
 
@@ -99,7 +140,7 @@ class Part:
         if rest:
             return None
         spans = [self._spans(size, stride) for size, stride in zip(view.shape, view.stride(), strict=True)]
-        return None if any(one is None for one in spans) else (tuple(start), [one or [] for one in spans])
+        return None if any(axes is None for axes in spans) else (tuple(start), [axes or [] for axes in spans])
 
     def _spans(self, size: int, stride: int) -> list[Span] | None:
         """What a dimension of a view runs over."""
@@ -125,7 +166,7 @@ class Part:
             contracted: the dimension of the view that is summed over.
             index: along its first dimension, where that is a batch of products.
 
-        Returns: None where the contracted dimension is no run of one axis of the parameter.
+        Returns: None where the contracted dimension is no run of one axis of the parameter, nor several of its axes whole.
         """
         key = (view.shape, view.stride(), view.storage_offset(), contracted, index)
         if key not in self._uses:  # the same few views again and again
@@ -147,18 +188,28 @@ class Part:
                 inner *= count
             first = start[axis] + (index or 0) // inner % size * step
             ranges[axis] = (first, first + 1)
-        for dim, one in enumerate(spans):
+        for dim, axes in enumerate(spans):
             if dim != contracted and (dim or index is None):
-                for axis, size, step in one:
+                for axis, size, step in axes:
                     ranges[axis] = (start[axis], start[axis] + (size - 1) * step + 1)
         run = spans[contracted]
         if not run:  # one channel
             width = view.shape[contracted]
-            taken = {axis for one in spans for axis, _, _ in one}
+            taken = {axis for axes in spans for axis, _, _ in axes}
             axis = next((a for a in reversed(range(len(start))) if a not in taken and self.shape[a] == 1), -1)
             return Use(self.parameter, axis, tuple(ranges)) if width == 1 and axis >= 0 else None
-        if len(run) > 1 or run[0][2] != 1:
+        if any(step != 1 for _, _, step in run):
             return None
+        if len(run) > 1:  # several dimensions together, the outermost last
+            order = tuple(axis for axis, _, _ in reversed(run))
+            is_whole = all(size == self.shape[axis] for axis, size, _ in run)
+            if not is_whole or sorted(order) != list(range(min(order), min(order) + len(order))):
+                return None
+            for axis in order:
+                ranges[axis] = (0, self.shape[axis])
+            return Use(
+                self.parameter, min(order), tuple(ranges), len(order), () if list(order) == sorted(order) else order
+            )
         axis, size, _ = run[0]
         ranges[axis] = (start[axis], start[axis] + size)
         return Use(self.parameter, axis, tuple(ranges))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from checkpoints.errors import InputError, WriteError
 from checkpoints.settings import setting
@@ -28,7 +29,8 @@ class Shelf:
         self._room_bytes = room_bytes
         self._folder = folder
         self._used_bytes = 0
-        self._away: dict[int, list[tuple[torch.UntypedStorage, int, Path | torch.Tensor]]] = {}
+        self._away: dict[int, list[tuple[torch.UntypedStorage, int, Path | torch.Tensor | None]]] = {}
+        self._known: dict[int, list[StorageWeakRef]] = {}
 
     @property
     def is_in_memory(self) -> bool:
@@ -49,15 +51,15 @@ class Shelf:
 
     def put(self, run: Run) -> None:
         """Put away what a run that waits holds, as far as there is no room in memory."""
-        away: list[tuple[torch.UntypedStorage, int, Path | torch.Tensor]] = []
-        for storage in _large(run):
+        away: list[tuple[torch.UntypedStorage, int, Path | torch.Tensor | None]] = []
+        storages = self._held(run)
+        for storage in storages:
             size = storage.nbytes()
-            place: Path | torch.Tensor
+            place: Path | torch.Tensor | None = None  # it stays where it is
             if self._used_bytes + size <= self._room_bytes or self._folder is None:
                 self._used_bytes += size
-                if not is_elsewhere(storage):
-                    continue
-                place = _bytes_of(storage).to("cpu", copy=True)
+                if is_elsewhere(storage):
+                    place = _bytes_of(storage).to("cpu", copy=True)
             else:
                 place = self._folder / f"hidden-{id(run)}-{len(away)}"
                 try:
@@ -65,22 +67,34 @@ class Shelf:
                     _bytes_of(storage).clone().cpu().numpy().tofile(place)  # a copy: what NumPy looks at keeps its size
                 except OSError as error:
                     raise WriteError(place, error) from error
-            storage.resize_(0)  # the tensors stay, their numbers go
+            if place is not None:
+                storage.resize_(0)  # the tensors stay, their numbers go
             away.append((storage, size, place))
         self._away[id(run)] = away
+        self._known[id(run)] = [StorageWeakRef(storage) for storage in storages]
 
     def take(self, run: Run) -> None:
         """Bring back what a run holds."""
-        on_disk = 0
         for storage, size, place in self._away.pop(id(run), []):
+            if not isinstance(place, Path):
+                self._used_bytes -= size
+            if place is None:
+                continue
             storage.resize_(size)
             if isinstance(place, Path):
                 _bytes_of(storage).copy_(torch.from_file(str(place), size=size, dtype=torch.uint8))
                 place.unlink()
-                on_disk += size
             else:
                 _bytes_of(storage).copy_(place)
-        self._used_bytes = max(0, self._used_bytes + on_disk - sum(storage.nbytes() for storage in _large(run)))
+
+    def _held(self, run: Run) -> list[torch.UntypedStorage]:
+        """What a run's next layer is called with, and what it was called with before and holds still: its embeddings, mostly."""
+        storages = {storage._cdata: storage for storage in _large(run)}
+        for known in self._known.pop(id(run), []):
+            storage = torch.UntypedStorage._new_with_weak_ptr(known.cdata)
+            if storage is not None:
+                storages.setdefault(storage._cdata, storage)
+        return list(storages.values())
 
 
 def is_elsewhere(storage: torch.UntypedStorage) -> bool:
@@ -89,12 +103,12 @@ def is_elsewhere(storage: torch.UntypedStorage) -> bool:
 
 
 def _large(run: Run) -> list[torch.UntypedStorage]:
-    found: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
     for tensor in tensors_in((run.args, run.kwargs)):
         storage: Any = tensor.untyped_storage()
         if storage.nbytes() >= SMALL_BYTES and tensor.is_floating_point() and tensor.shape[:1] == run.tokens.shape[:1]:
-            found[storage._cdata] = storage
-    return list(found.values())
+            storages[storage._cdata] = storage
+    return list(storages.values())
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.architecture import Conversion
+from checkpoints.conversions import Conversion
 from checkpoints.model import Model
 from checkpoints.reader import read_tensor
 from forward.loading import class_of, config_of, has_caps
@@ -135,7 +135,7 @@ class Weights:
 
     def _read(self, owned: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
         """The stored tensors that make these parameters and buffers."""
-        targets = {self._sources[id(one)] for one in owned if id(one) in self._sources}
+        targets = {self._sources[id(tensor)] for tensor in owned if id(tensor) in self._sources}
         names = [name for target in sorted(targets) for name in self._conversion.sources(target)]
         weights = self._base.weights
         return {name: read_tensor(weights, name).to(weights.tensors[name].plain_dtype) for name in names}
@@ -144,7 +144,7 @@ class Weights:
         """What the stored tensors become, by the id of the parameter or buffer whose place it takes; `stored` is emptied."""
         wanted = {self._names[id(one)]: one for one in owned}
         made: dict[int, torch.Tensor] = {}
-        for target in dict.fromkeys(self._sources[id(one)] for one in owned if id(one) in self._sources):
+        for target in dict.fromkeys(self._sources[id(tensor)] for tensor in owned if id(tensor) in self._sources):
             parts = {name: stored.pop(name) for name in self._conversion.sources(target)}
             for name, tensor in self._conversion.make(target, parts).items():
                 old = wanted.get(self._same(name))
@@ -159,8 +159,8 @@ class Weights:
         owner: Any = self._model
         for step in name.split("."):
             owner = getattr(owner, step)
-        found: str = self._names.get(id(owner), name)
-        return found
+        stored: str = self._names.get(id(owner), name)
+        return stored
 
     def _cast(self, tensor: torch.Tensor, name: str) -> torch.Tensor:
         dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
@@ -186,7 +186,7 @@ class RowReader(TorchFunctionMode):
 
 def _owned(part: nn.Module, recurse: bool = True) -> Iterator[torch.Tensor]:
     seen: set[int] = set()
-    for one in (*part.parameters(recurse=recurse), *part.buffers(recurse=recurse)):
-        if id(one) not in seen:
-            seen.add(id(one))
-            yield one
+    for tensor in (*part.parameters(recurse=recurse), *part.buffers(recurse=recurse)):
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor

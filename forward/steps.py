@@ -173,7 +173,9 @@ class Steps:
         run.start()
         if arguments is not None:
             there = tensors_in((run.args, run.kwargs))
-            if [(one.shape, one.dtype) for one in there] != [(one.shape, one.dtype) for one in arguments]:
+            if [(tensor.shape, tensor.dtype) for tensor in there] != [
+                (tensor.shape, tensor.dtype) for tensor in arguments
+            ]:
                 raise ValueError("the layer is called with something else")
             for old, new in zip(there, arguments, strict=True):
                 old.set_(new.to(old.device))  # type: ignore[call-overload]
@@ -193,14 +195,14 @@ class Steps:
         run.go_on(result)
         del result
         if run is self.runs[0] and len(self._outputs) > 1:
-            here = {one.untyped_storage()._cdata for one in tensors_in((run.args, run.kwargs))}
+            here = {tensor.untyped_storage()._cdata for tensor in tensors_in((run.args, run.kwargs))}
             kept = [one for one in self._outputs.pop(0) if not one.expired() and one.cdata not in here]
             self.can_go_on = self.can_go_on and not kept
 
     def _look_at(self, result: Any) -> None:
         """Note the form of what a layer gives, and whether it is let go of later."""
         given = tensors_in(result)
-        self._outputs.append([StorageWeakRef(one.untyped_storage()) for one in given])
+        self._outputs.append([StorageWeakRef(tensor.untyped_storage()) for tensor in given])
         is_tuple = isinstance(result, tuple)
         simple = len(given) == 1 and (result is given[0] or (is_tuple and result[0] is given[0]))
         form = len(result) if is_tuple else None

@@ -146,14 +146,14 @@ class Trial:
     def _in(self, dtype: torch.dtype) -> Iterator[None]:
         """Have the layer in another dtype, a wider one, so that it comes back as it was."""
         changed = [one for one in self._layer.parameters() if one.is_floating_point() and one.dtype != dtype]
-        before = [one.data for one in changed]
-        for one in changed:
-            one.data = one.data.to(dtype)
+        before = [tensor.data for tensor in changed]
+        for tensor in changed:
+            tensor.data = tensor.data.to(dtype)
         try:
             yield
         finally:
-            for one, data in zip(changed, before, strict=True):
-                one.data = data
+            for tensor, data in zip(changed, before, strict=True):
+                tensor.data = data
 
 
 def _seconds(step: Callable[[], object], device: torch.device) -> float:

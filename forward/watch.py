@@ -69,6 +69,9 @@ class Watch:
         products: names of parameters of two and more dimensions.
         vectors: of one.
         head: the weight of an output head whose product nobody needs: its input is seen, and the result is empty.
+
+    Attributes:
+        head: that weight; None where every product is computed.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class Watch:
         self._see = see
         self._products = frozenset(products)
         self._vectors = vectors
-        self._head = head
+        self.head = head
         self._parts: dict[int, Part] = {}
         self._held: dict[int, StorageWeakRef] = {}
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], Use | None]] = {}
@@ -181,7 +184,7 @@ class Watch:
         part = self.part_of(weight)
         use = part.use(weight, contracted, index) if part else None
         if use is not None and x.numel():
-            self._see(use, x)
+            self._see(*use.in_order(x))
 
     def _see_linear(self, x: torch.Tensor, weight: torch.Tensor) -> None:
         """The same of a linear layer, by far the most common, whose parameters are looked up by themselves."""
@@ -198,7 +201,7 @@ class Watch:
 
     def leaves_out(self, weight: Any) -> bool:
         """Whether the product with a weight is not computed."""
-        return self._head is not None and weight is self._head
+        return self.head is not None and weight is self.head
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Call a function of torch, and look at what it multiplies."""

@@ -103,6 +103,7 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         plan = make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes)
     problems.raise_if_any()
     assert plan is not None
+    plan.notes += [note for model in opened for note in model.notes]
     moments, data = None, {}
     if plan.recipe.method_class.needs_data:
         moments, texts, moment_notes = _prepare_moments(plan, opened, options)
@@ -119,7 +120,7 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         out_dtype=plan.recipe.out_dtype,
         decides={**plan.recipe.as_json(), **code, **data},
         recipe=plan.recipe.as_json(),
-        card=f"{_card_head(plan.recipe, opened)}\n\n{card_text(plan.recipe)}",
+        card=f"{card_head(plan.recipe, opened)}\n\n{card_text(plan.recipe)}",
         notes=plan.notes,
         warnings=plan.warnings,
         plan=plan,
@@ -178,7 +179,7 @@ def _prepare_moments(
     return moments, texts_as_json(models, texts), lines
 
 
-def _card_head(recipe: Recipe, opened: Sequence[Model]) -> str:
+def card_head(recipe: Recipe, opened: Sequence[Model]) -> str:
     """The model card's list of what was merged."""
     has_base = recipe.base_model is not None
     listed = "\n".join(f"- {markdown_code(model.label)}" for model in opened[has_base:])
@@ -239,6 +240,7 @@ def prepare(
     *,
     step: Step | None = None,
     download: bool = True,
+    make: Callable[[list[Model], RunOptions], Merge] | None = None,
 ) -> Job:
     """Open the inputs and plan; nothing is written.
 
@@ -248,18 +250,21 @@ def prepare(
         recipe, save_path, options: see `merge`.
         step: what happens to the merge before it is written (AIM).
         download: False leaves the weights of hub models where they are (a dry run).
+        make: plans the opened models otherwise than as the recipe says (`merging.sweep`); without a step.
 
     Raises: Refusals: everything that keeps the merge from working.
     """
 
     def plan(opened: list[Model]) -> Job:
-        def make() -> Merge:
+        def plan_merge() -> Merge:
+            if make is not None:
+                return make(opened, options)
             work = make_work(recipe, opened, options)
             if step is not None:
                 _check_relaxable(recipe, work)
             return work
 
-        return plan_job(make, opened, save_path, options, step)
+        return plan_job(plan_merge, opened, save_path, options, step)
 
     with named_by(recipe.places):
         return open_and_plan(

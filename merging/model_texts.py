@@ -64,7 +64,7 @@ def read_model_text(model: Model, source: str, tokens: int) -> ModelText:
     Raises: InputError: no such file, rows of another kind, no tokenizer or chat template, no text.
     """
     path, where = _found(model, source), setting("model_data", source)
-    tokenizer = _tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     documents: list[torch.Tensor] = []
     count = 0
     for number, row in enumerate(read_rows(path), 1):
@@ -84,16 +84,14 @@ def read_examples(model: Model, source: str, tokens: int) -> list[tuple[torch.Te
 
     All of a text but its first token is its answer. Examples whose answer is cut off or empty are left out.
     """
-    tokenizer = _tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     examples = []
     rows = iter(read_rows(_found(model, source)))
     for document in read_model_text(model, source, tokens).documents:
         row = next(row for row in rows if not _is_empty(row))
         begin = 1
         if isinstance(row, dict) and not isinstance(row.get("text"), str):
-            asked = _rendered(
-                [{"role": "user", "content": row["prompt"]}], tokenizer, model, add_generation_prompt=True
-            )
+            asked = render_chat([{"role": "user", "content": row["prompt"]}], tokenizer, model, begin_answer=True)
             begin = max(1, len(tokenizer.encode(asked, add_special_tokens=False)))
         if begin < document.shape[1]:
             examples.append((document, begin))
@@ -142,7 +140,8 @@ def check_tokens(text: ModelText, model: Model, base: Model, *, is_merged: bool)
         )
 
 
-def _tokenizer_of(model: Model) -> Any:
+def tokenizer_of(model: Model) -> Any:
+    """A model's tokenizer. Raises InputError: it has none that can be loaded."""
     from transformers import AutoTokenizer
 
     try:
@@ -167,13 +166,19 @@ def _encode(row: Any, tokenizer: Any, model: Model, where: str) -> list[int]:
             {"role": "user", "content": fields["prompt"]},
             {"role": "assistant", "content": fields["answer"]},
         ]
-        return list(tokenizer.encode(_rendered(chat, tokenizer, model), add_special_tokens=False))
+        return list(tokenizer.encode(render_chat(chat, tokenizer, model), add_special_tokens=False))
     got = ", ".join(sorted(map(str, fields))) if isinstance(row, dict) else type(row).__name__
     raise InputError(f"{where}: expected a text, or the fields text, or prompt and answer, got {got}. Mend the row.")
 
 
-def _rendered(chat: Sequence[Mapping[str, str]], tokenizer: Any, model: Model, **more: bool) -> str:
-    """A chat as the model's template writes it, which may be a stranger's program and runs apart."""
+def render_chat(chat: Sequence[Mapping[str, str]], tokenizer: Any, model: Model, *, begin_answer: bool = False) -> str:
+    """A chat as the model's template writes it, which may be a stranger's program and runs apart.
+
+    Args:
+        begin_answer: write what comes before an answer, too.
+
+    Raises: InputError: there is no template, or it fails.
+    """
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise InputError(
@@ -181,7 +186,9 @@ def _rendered(chat: Sequence[Mapping[str, str]], tokenizer: Any, model: Model, *
         )
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     try:
-        (text,) = STRANGERS.ask("render", conversations=[list(chat)], chat_template=template, **more, **special)
+        (text,) = STRANGERS.ask(
+            "render", conversations=[list(chat)], chat_template=template, add_generation_prompt=begin_answer, **special
+        )
     except StrangersError as error:
         raise InputError(
             f"{model.label}: the chat template fails: {first_line(error)}. Mend it, or give rows of text."

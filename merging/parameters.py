@@ -142,8 +142,8 @@ def _field(parameter: Parameter) -> Any:
 
 
 SHARED = {
-    one.key: one
-    for one in (
+    parameter.key: parameter
+    for parameter in (
         Parameter("weight", "one number, or one for each model: 0.5,0.3,0.2", 1.0, per_model=True),
         Parameter(
             "density",

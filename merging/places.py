@@ -144,26 +144,26 @@ class _Stack:
         self.primary = primary
         self.names = names
         self.layers = find_layers(names)
-        self.found = Places(primary.side_files(), recipe.layout, is_stacked=True)
+        self.result = Places(primary.side_files(), recipe.layout, is_stacked=True)
         self._known_kinds: dict[int, dict[int, list[str]]] = {}
 
     def place(self) -> Places:
         """Find everything."""
         stack = self._stack_of_layers()
         if stack is None:
-            return self.found
+            return self.result
         too_far = [problem for part in self.recipe.slices for problem in self._check_ranges(part, stack)]
-        self.found.problems.extend(too_far)
+        self.result.problems.extend(too_far)
         if too_far:
-            return self.found
+            return self.result
         self._place_outside([name for name in self.names if not self._is_layer(name, stack)])
         first = 0
         origins: list[tuple[Model, int]] = []
         for index, part in enumerate(self.recipe.slices):
             origins += self._place_slice(index, part, stack, first)
             first = len(origins)
-        self.found.files.set_config(self._config(origins, stack))
-        return self.found
+        self.result.files.set_config(self._config(origins, stack))
+        return self.result
 
     def _is_layer(self, name: str, stack: str) -> bool:
         parts = self.layers.split(name)
@@ -179,7 +179,7 @@ class _Stack:
         if len(fitting) == 1:
             return fitting[0]
         stacks = ", ".join(f"{prefix}0 to {count - 1}" for prefix, count in counts.items()) or "no layers"
-        self.found.problems.add(
+        self.result.problems.add(
             f"slices: {self.primary.label}: expected one stack of layers, got {stacks}. Merge whole models instead."
         )
         return None
@@ -204,15 +204,15 @@ class _Stack:
         sources = {end: [self._model(source) for source in self.recipe.slices[end].sources] for end in ends}
         models = [model for end in ends for model in sources[end]]
         alignment = _align(self.recipe, models, self.primary, part=lambda model: self._outside_of(model, names))
-        self.found.files, self.found.layout = alignment.files, alignment.layout
-        self.found.problems.take(alignment.problems)
+        self.result.files, self.result.layout = alignment.files, alignment.layout
+        self.result.problems.take(alignment.problems)
         out = list(alignment.dtypes)
         before = self._used_before_layers(out) if len(self.recipe.slices) > 1 else set(out)
         for name in out:
             part = 0 if name in before else ends[-1]
             inputs = tuple(alignment.of(model).tensors.get(name) for model in sources[part])
             reference, dtype = alignment.first.tensors[name], alignment.dtypes[name]
-            self.found.places.append(Place(name, part, 0.0, reference, dtype, inputs))
+            self.result.places.append(Place(name, part, 0.0, reference, dtype, inputs))
 
     def _outside_of(self, model: Model, names: Sequence[str]) -> Sequence[str]:
         """The tensors of a model that are not in its layers."""
@@ -223,7 +223,7 @@ class _Stack:
 
     def _used_before_layers(self, names: Sequence[str]) -> set[str]:
         """The tensors that the model class lists before its layers, and all embeddings; by their names where it is not known."""
-        from checkpoints.architecture import build_meta_model  # few merges build the model's class
+        from checkpoints.meta_model import build_meta_model  # few merges build the model's class
 
         primary = self.primary
         try:
@@ -231,7 +231,7 @@ class _Stack:
         except UnknownClass:
             before = [name for name in names if is_called_embedding(name)]
             behind = [name for name in names if name not in before]
-            self.found.problems.note(
+            self.result.problems.note(
                 f"{primary.label}: transformers does not know its class, so names tell what comes before the layers: "
                 f"{list_kinds(before) or 'nothing'} from the first slice, {list_kinds(behind) or 'nothing'} from the last."
             )
@@ -270,13 +270,13 @@ class _Stack:
                 )
                 where = position(offset, count)
                 place = Place(out.at(out.layer), index, where, reference, reference.info.plain_dtype, inputs, names)
-                self.found.places.append(place)
+                self.result.places.append(place)
             for (model, layers), unfit in zip(sources, mismatches, strict=True):
                 for rest in self._kinds(model, stack).get(layers[0] + offset, []):
                     if rest not in own:
                         unfit.add_extra(f"{stack}{layers[0] + offset}{rest}", deciding.label)
         for unfit in mismatches:
-            unfit.report_to(self.found.problems)
+            unfit.report_to(self.result.problems)
         return [(deciding, range_[0] + offset) for offset in range(count)]
 
     def _kinds(self, model: Model, stack: str) -> dict[int, list[str]]:

@@ -77,6 +77,7 @@ class Recipe:
         layout: the output's vocabulary, head and chat template.
         aim: the block on relaxing, as the file has it; the command reads it.
         notes: what a user should know of how the recipe was read.
+        merges: name -> a merge that this one, or another of them, uses as a model.
         places: setting -> where a file gives it, `recipe.yml: tokenizer_source`, for messages; empty where none was read.
     """
 
@@ -91,6 +92,7 @@ class Recipe:
     layout: Layout = field(default_factory=Layout)
     aim: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    merges: Mapping[str, Recipe] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def why_copied(self, tensor: str) -> str:
@@ -119,6 +121,11 @@ class Recipe:
         for name in names:
             by_key.setdefault(source_key(name), name)
         return tuple(by_key.values())
+
+    @property
+    def uses_merges(self) -> bool:
+        """Whether one of its models is a named merge."""
+        return any(name.merged is not None for name in self.inputs)
 
     def uses(self, key: str) -> bool:
         """Whether a parameter that holds for all models is anything but 0 somewhere."""
@@ -188,6 +195,7 @@ class Recipe:
             "exclude": self.exclude,
             "only": self.only,
             "seed": self.seed,
+            **({"merges": {name: merge.as_json() for name, merge in self.merges.items()}} if self.merges else {}),
         }
 
     def _slice_as_json(self, part: Slice) -> dict[str, Any]:
@@ -256,8 +264,9 @@ def check_count(cls: type[Method], method: str, count: int) -> None:
 
 def check_expression(where: str, expression: str | None, problems: Problems) -> None:
     """Refuse an expression that is none."""
-    with problems.collect():
-        Pattern(where, expression or "")
+    if expression:  # asking starts a process
+        with problems.collect():
+            Pattern(where, expression)
 
 
 def twice(names: Iterable[ModelName]) -> list[ModelName]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from checkpoints.errors import ArgumentError
 from checkpoints.files import write_text
+from checkpoints.problems import Problems
 from merging.recipe import Recipe
-from merging.recipe_reader import Reader
-from merging.safe_yaml import read_data
+from merging.recipe_documents import Documents, split
+from merging.recipe_reader import Reader, revisions
+from merging.safe_yaml import read_documents
 
 
 def read_recipe_file(
@@ -24,7 +28,7 @@ def read_recipe_file(
     layout: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> Recipe:
-    """Read a recipe: mergekit's YAML with our own keys besides, or the merge_recipe.json of a merge.
+    """Read a recipe: mergekit's YAML with our own keys besides, of one document or several, or the merge_recipe.json of a merge.
 
     Args:
         path: the file. Folders named in it are relative to the current one.
@@ -35,13 +39,31 @@ def read_recipe_file(
     Raises: Refusals (an InputError): every problem; exit code 2.
     """
     where = str(path)
-    content = read_data(Path(path).expanduser(), where)
-    reader = Reader(where, trust_remote_code=trust_remote_code)
+    problems = Problems()
+    content, named = split(where, read_documents(Path(path).expanduser(), where), problems)
+    problems.raise_if_any()
+    pinned = revisions(content.get("inputs")) if isinstance(content, dict) and "schema" in content else {}
+
+    def read_named(name: str, own: Any) -> Recipe | None:
+        """One of the merges that others use as a model; what flags say is of the last one alone."""
+        inner = Reader(f"{where}: {name}", trust_remote_code=trust_remote_code, documents=documents)
+        inner.pinned = pinned
+        if isinstance(own, dict) and own.get("aim") is not None:
+            inner.refuse("aim", "AIM relaxes the merge that is written. Move it there.")
+        made = inner.read(own, {"seed": None, "out_dtype": None, "exclude": None, "only": None, "layout": {}})
+        problems.extend(inner.problems)
+        return made
+
+    documents = Documents(where, named, read_named, problems)
+    reader = Reader(where, trust_remote_code=trust_remote_code, documents=documents)
     flags = {"seed": seed, "out_dtype": out_dtype, "exclude": exclude, "only": only, "layout": layout or {}}
     recipe = reader.read(content, flags)
-    reader.problems.raise_if_any()
+    problems.extend(reader.problems)
+    for name in documents.unused if not problems else ():
+        problems.add(ArgumentError(f"{where}: {name}: nothing uses this merge. Use it as a model, or leave it out."))
+    problems.raise_if_any()
     assert recipe is not None
-    return recipe
+    return replace(recipe, merges={name: merge for name, merge in documents.recipes.items() if merge is not None})
 
 
 def write_recipe_file(recipe: Recipe, path: Path, aim: Mapping[str, Any] | None = None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from alignment.layout import NEW_TOKEN_ROWS, Layout
+from alignment.layout import NEW_TOKEN_ROWS, Layout, TokenRow
 from checkpoints.errors import ArgumentError, InputError, named_by, unknown
 from checkpoints.location import ModelName, parse_model
 from checkpoints.problems import Problems
@@ -25,11 +25,12 @@ from merging.recipe import (
     source_key,
     twice,
 )
+from merging.recipe_documents import Documents
 from streaming.values import Value, describe, parse_value
 
 KEYS = (
     "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype", "tokenizer_source",
-    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "allow_config_difference", "tie_word_embeddings", "exclude", "only",
+    "tokenizer", "pad_to_multiple_of", "new_token_rows", "chat_template", "copy_tokenizer_from", "allow_config_difference", "tie_word_embeddings", "tokens", "exclude", "only",
     "seed", "aim",
 )  # fmt: skip
 RECORD_KEYS = (
@@ -48,10 +49,12 @@ class Reader:
     Args:
         where: the file, for messages.
         trust_remote_code: import a method that the file names as `package.module:Class`.
+        documents: the merges that can be used as models.
     """
 
-    def __init__(self, where: str, *, trust_remote_code: bool = False):
+    def __init__(self, where: str, *, trust_remote_code: bool = False, documents: Documents | None = None):
         self.where = where
+        self.documents = documents
         self.trust_remote_code = trust_remote_code
         self.is_unread = False  # a method whose parameters nobody knows, as it was not imported
         self.problems = Problems()
@@ -82,7 +85,7 @@ class Reader:
         self.check_keys("", content, (*KEYS, "name", *RECORD_KEYS) if is_record else (*KEYS, "name"))
         content = self.unwrap(content)
         if is_record:
-            self.pinned = _revisions(content.get("inputs"))
+            self.pinned = revisions(content.get("inputs"))
         # Method and base, then what is merged.
         cls = self.read_method(content)
         base = None if content.get("base_model") is None else self.read_model("base_model", content["base_model"])
@@ -135,6 +138,8 @@ class Reader:
             if value is not None and beside.get(name) is None:
                 places[name] = f"{self.where}: {key}"
         shared = content.get("parameters")
+        if isinstance(content.get("tokenizer"), dict) and "tokens" in content["tokenizer"]:
+            places["tokens"] = f"{self.where}: tokenizer.tokens"
         places["model_data"] = f"{self.where}: models: data"
         for key in shared if isinstance(shared, dict) else ():
             places[str(key)] = f"{self.where}: parameters.{key}"
@@ -285,8 +290,10 @@ class Reader:
                 f"expected the key model, got {', '.join(map(str, entry)) if isinstance(entry, dict) else describe(entry)}.",
             )
             return None
-        self.check_keys(place, entry, keys)
+        self.check_keys(place, entry, (*keys, "revision"))
         name = self.read_model(f"{place}.model", entry["model"])
+        if entry.get("revision") is not None and name is not None:
+            name = self.with_revision(f"{place}.revision", name, entry["revision"])
         parameters = self.read_values(f"{place}.parameters", entry.get("parameters"), shared=False)
         layers = None
         if "layer_range" in keys:
@@ -310,6 +317,8 @@ class Reader:
     def read_model(self, place: str, content: Any) -> ModelName | None:
         """A model by name, or as mergekit spells one out: `{model: {path: ..., revision: ...}, lora: ...}`."""
         text = _model_text(content)
+        if text is not None and self.documents is not None and text in self.documents:
+            return self.documents.model(text)
         if text is None:
             self.refuse(place, f"expected a folder or the name of a model, got {describe(content)}.")
             return None
@@ -318,9 +327,29 @@ class Reader:
         except InputError as error:
             self.refuse(place, error.marked)
             return None
+        if name.base is not None and self.documents is not None and str(name.base) in self.documents:
+            self.refuse(
+                place, f"{name}: an adapter cannot be put on {name.base}, a merge of this recipe. Write that one first."
+            )
+            return None
         if name.revision is None and not name.is_local and text in self.pinned:
             return replace(name, revision=self.pinned[text])
         return name
+
+    def with_revision(self, place: str, name: ModelName, revision: Any) -> ModelName | None:
+        """A hub model at the revision that stands beside it; of an adapter on a base, the base is what is meant to have one."""
+        if not isinstance(revision, str):
+            self.refuse(place, f"expected a branch, a tag or a commit, got {describe(revision)}.")
+        elif name.merged is not None or name.is_local:
+            what = "a merge of this recipe" if name.merged is not None else "a local folder"
+            self.refuse(place, f"{name} is {what}, which has no revisions. Leave it out.")
+        elif name.base is not None:
+            self.refuse(place, f"{name} is two models. Write NAME@REVISION for each of them.")
+        elif name.revision not in (None, revision) and name.path_or_id not in self.pinned:
+            self.refuse(place, f"{name} has a revision already. Leave one of the two out.")
+        else:
+            return self.read_model(place, f"{name.path_or_id}@{revision}")
+        return None
 
     def make_slice(
         self,
@@ -453,6 +482,42 @@ class Reader:
             self.problems.add(error)
             return Layout()
 
+    def read_tokens(self, place: str, content: Any) -> tuple[TokenRow, ...]:
+        """Where the rows of tokens come from: token -> `source` (a model, or how mergekit spells one), `force`."""
+        if not isinstance(content, dict):
+            self.refuse(place, f"expected tokens with their source, got {describe(content)}.")
+            return ()
+        rows = []
+        for token, entry in content.items():
+            where = f"{place}.{token}"
+            if not isinstance(token, str) or not isinstance(entry, dict) or "source" not in entry:
+                self.refuse(where, f"expected the key source, got {describe(entry)}.")
+                continue
+            self.check_keys(where, entry, ("source", "force"))
+            force, source = entry.get("force", False), entry["source"]
+            if not isinstance(force, bool):
+                self.refuse(f"{where}.force", f"expected true or false, got {describe(force)}.")
+                continue
+            if not isinstance(source, dict) or "kind" not in source:
+                model = self.read_model(f"{where}.source", source)
+                rows += [TokenRow(token, str(model), None, force)] if model is not None else []
+                continue
+            kind = source["kind"]
+            if kind not in ("zero", "model_token"):
+                self.refuse(f"{where}.source.kind", unknown("kind", str(kind), ("zero", "model_token")))
+                continue
+            self.check_keys(f"{where}.source", source, ("kind", "model", "token", "token_id"))
+            if kind == "zero":
+                rows.append(TokenRow(token, None, None, force))
+                continue
+            model = self.read_model(f"{where}.source.model", source.get("model"))
+            which = [source[key] for key in ("token", "token_id") if source.get(key) is not None]
+            if len(which) > 1 or not all(map(_is_text_or_number, which)):
+                self.refuse(f"{where}.source", "expected token, a text, or token_id, a number. Give one of them.")
+            elif model is not None:
+                rows.append(TokenRow(token, str(model), which[0] if which else None, force))
+        return tuple(rows)
+
     def read_vocabulary(self, content: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
         """`tokenizer_source` or `tokenizer`, None where neither is there, and the keys of vocabulary and side files beside it."""
         further = {
@@ -463,6 +528,8 @@ class Reader:
             )
             if content.get(key) is not None
         }
+        if content.get("tokens") is not None:
+            further["tokens"] = self.read_tokens("tokens", content["tokens"])
         # `tokenizer` says the same in more words.
         source, place = content.get("tokenizer_source"), "tokenizer_source"
         detailed = content.get("tokenizer")
@@ -473,8 +540,10 @@ class Reader:
                 self.refuse("tokenizer", f"expected keys such as source, got {describe(detailed)}.")
                 return None, {}
             self.check_keys("tokenizer", detailed, ("source", "pad_to_multiple_of", "tokens"))
-            if detailed.get("tokens"):
-                self.refuse("tokenizer.tokens", "is not supported: new_token_rows says what new tokens start from.")
+            if detailed.get("tokens") is not None:
+                if content.get("tokens") is not None:
+                    self.refuse("tokenizer.tokens", "tokens is given too. Leave one of the two out.")
+                further["tokens"] = self.read_tokens("tokenizer.tokens", detailed["tokens"])
             source, place = detailed.get("source", "union"), "tokenizer.source"
             if detailed.get("pad_to_multiple_of") is not None:
                 further["pad_to_multiple_of"] = detailed["pad_to_multiple_of"]
@@ -499,6 +568,10 @@ class Reader:
         return str(self.read_model(place, source)), further
 
 
+def _is_text_or_number(content: Any) -> bool:
+    return isinstance(content, str) or type(content) is int
+
+
 def _model_text(content: Any) -> str | None:
     """`NAME@REVISION+LORA` of a model, however it is spelt."""
     if isinstance(content, str):
@@ -514,10 +587,11 @@ def _model_text(content: Any) -> str | None:
     return None
 
 
-def _revisions(inputs: Any) -> dict[str, str]:
-    """Of merge_recipe.json: hub name -> commit it was merged from."""
+def revisions(inputs: Any) -> dict[str, str]:
+    """Of merge_recipe.json: hub name -> commit it was merged from, of named merges' inputs too."""
     entries = inputs if isinstance(inputs, list) else []
-    return {
+    inner = (revisions(entry.get("inputs")) for entry in entries if isinstance(entry, dict) and "inputs" in entry)
+    return {name: commit for found in inner for name, commit in found.items()} | {
         entry["model"]: entry["revision"]
         for entry in entries
         if isinstance(entry, dict) and isinstance(entry.get("model"), str) and isinstance(entry.get("revision"), str)

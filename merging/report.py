@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from streaming.blocks import Block, Region
+from streaming.elements import Number
 from streaming.tally import SAMPLE_EVERY, Tally, sample_of
-from streaming.twins import twin
 
 DIGITS = 4
 ALIKE = 0.9
@@ -41,11 +43,23 @@ class DeltaReport:
         """The parts of a region that are looked at, as slices of it."""
         return sample_of(region, 1 if self.full else SAMPLE_EVERY)
 
-    def observe(self, block: Block, sampled: Sequence[slice]) -> list[list[float]]:
-        """Look at a block before the method overwrites it; pass the result on to `record`."""
+    def conditions(self, vectors: Sequence[Number]) -> list[Number]:
+        """Whether some model changes an element, and whether two change it in opposite directions, from its task vectors."""
+        up, down = ([vector > 0.0 for vector in vectors], [vector < 0.0 for vector in vectors])
+        some_up, some_down = functools.reduce(operator.or_, up), functools.reduce(operator.or_, down)
+        return [some_up | some_down, some_up & some_down]
+
+    def observe(
+        self, block: Block, sampled: Sequence[slice], counts: Sequence[Sequence[int]] | None = None
+    ) -> list[list[float]]:
+        """Look at a block before the method overwrites it; pass the result on to `record`.
+
+        Args:
+            counts: for each part for how many elements each of `conditions` holds, where that is known.
+        """
         assert block.base is not None
         sums = []
-        for part in sampled:
+        for number, part in enumerate(sampled):
             base = block.base[part]
             vectors = torch.stack(
                 [v[part] for v in block.task_vectors] or [w[part] - base for w in block.weights]
@@ -53,7 +67,7 @@ class DeltaReport:
             sums.append(
                 [
                     base.numel(),
-                    *count_signs(vectors),
+                    *(counts[number] if counts else map(count_true, self.conditions(list(vectors)))),
                     float(base.dot(base)),
                     *(vectors @ vectors.T).double().flatten().tolist(),
                 ]
@@ -131,14 +145,6 @@ class DeltaReport:
             "sign_conflicts": _rounded(conflicts, changed),
             "merged_relative_norm": _rounded(math.sqrt(merged), size),
         }
-
-
-@twin("merging.kernels")
-def count_signs(vectors: torch.Tensor) -> tuple[int, int]:
-    """How many elements some model changes, and how many two models change in opposite directions: `[models, n]` float32."""
-    # By the extremes: `any` over the models costs twenty times as much, a quarter of a whole merge.
-    up, down = vectors.amax(dim=0) > 0, vectors.amin(dim=0) < 0
-    return count_true(up | down), count_true(up & down)
 
 
 def count_true(flags: torch.Tensor) -> int:

@@ -18,8 +18,8 @@ MAX_NODES = 100_000
 """Of a YAML document, where each use of an anchor counts as often as it is long."""
 
 
-def read_data(path: Path, where: str) -> Any:
-    """What a YAML or JSON file holds: mappings, lists, texts, numbers, booleans, None.
+def read_documents(path: Path, where: str) -> list[Any]:
+    """What the documents of a YAML file, or the one of a JSON file, hold: mappings, lists, texts, numbers, booleans, None.
 
     Args:
         path: the file.
@@ -41,7 +41,7 @@ def read_data(path: Path, where: str) -> Any:
         raise ArgumentError(f"{where}: cannot be read: {error.strerror}. Name another file.") from None
     if text.lstrip().startswith("{") and len(raw) <= MAX_BYTES:
         try:
-            return json.loads(text, object_pairs_hook=lambda pairs: _without_twins(pairs, where))
+            return [json.loads(text, object_pairs_hook=lambda pairs: _without_twins(pairs, where))]
         except RecursionError:
             raise ArgumentError(f"{where}: is nested too deeply for a recipe. Name another file.") from None
         except ValueError:
@@ -68,14 +68,21 @@ def _without_twins(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     return mapping
 
 
-def _read_yaml(text: str, where: str) -> Any:
+def _read_yaml(text: str, where: str) -> list[Any]:
     loader = yaml.SafeLoader(text)
+    documents: list[Any] = []
+    size = 0
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _measure(node, {}, where)
-        return loader.construct_document(node)
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None
+            size += _measure(node, {}, where)
+            if size > MAX_NODES:
+                raise ArgumentError(
+                    f"{where}: is too large for a recipe once its anchors are written out. Name another file."
+                )
+            documents.append(loader.construct_document(node))
+        return [one for one in documents if one is not None] or [None]
     finally:
         loader.dispose()
 

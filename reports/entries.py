@@ -11,7 +11,7 @@ from reports.bootstrap import Verdicts
 PAPER = ("humaneval", "mbpp", "mmlu", "math", "gsm8k", "ifeval")
 """The columns of the paper's table, in its order."""
 BENCHMARKS = (*PAPER, "mmlu_pro")
-CONTROLS = ("uniform", "permuted")
+CONTROLS = ("uniform", "permuted", "random", "without_top")
 UNKNOWN_METHOD = "unknown"
 
 

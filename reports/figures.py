@@ -35,13 +35,15 @@ _COLOURS = (
     "#17becf",
 )
 _NAMES_A_FILE = re.compile(r"\w[\w.,=+-]{0,60}")
-_MARKERS = {"no": "o", "yes": "o", "uniform": "x", "permuted": "+"}
+_MARKERS = {"no": "o", "yes": "o", "uniform": "x", "permuted": "+", "random": "*", "without_top": "^"}
 _KINDS = {
     "": "single model",
     "no": "no AIM",
     "yes": "AIM",
     "uniform": "uniform control",
     "permuted": "permuted control",
+    "random": "random control",
+    "without_top": "without_top control",
 }
 STYLE = {
     "text.parse_math": False,  # a name with two `$` is no formula

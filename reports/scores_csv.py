@@ -79,7 +79,9 @@ def _read_merge(where: str, cells: Mapping[str, str]) -> tuple[Merge | None, Aim
             )
         return None, None
     if aim not in ("yes", "no", *CONTROLS):
-        raise InputError(f"{where}: expected yes, no, {' or '.join(CONTROLS)} in 'aim', got '{aim}'. Mend the row.")
+        raise InputError(
+            f"{where}: expected yes, no, {', '.join(CONTROLS[:-1])} or {CONTROLS[-1]} in 'aim', got '{aim}'. Mend the row."
+        )
     models = tuple(ModelId(name.strip()) for name in cells["models"].split("+"))
     merge = Merge(method, models, {}, f"{method} {'+'.join(sorted(model.name for model in models))}")
     if aim == "no":

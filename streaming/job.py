@@ -26,8 +26,8 @@ from checkpoints.staging import Stage, refuse_if_written, staged
 from streaming.console import Console
 from streaming.output import (
     RunOptions,
-    Variant,
     Written,
+    group_variants,
     identity_of,
     record_of,
     unfinished,
@@ -35,7 +35,7 @@ from streaming.output import (
     write_description,
 )
 from streaming.stream import PlannedTensor, bytes_read
-from streaming.work import Findings, Work, bytes_written
+from streaming.work import Findings, Variant, Work, bytes_written
 
 
 class Changes(Protocol):
@@ -125,7 +125,9 @@ class Job:
     @property
     def folders(self) -> Sequence[str]:
         """Of the checkpoints to be, below the save path."""
-        return self.step.folders if self.step else ("",)
+        if self.step is not None:
+            return self.step.folders
+        return [variant.folder for variant in self.work.sweep] or [""]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -185,11 +187,12 @@ class Job:
             for note in stage.notes:
                 console.note(f"note: {shown(note, console.show)}")
             changes = self.step.prepare(work.base, work.tensors, console, stage) if self.step else None
-            variants = changes.variants if changes else (Variant(),)
+            variants = changes.variants if changes else self.work.sweep or (Variant(),)
             todo = unfinished(work.tensors, stage)
             if len(todo) < len(work.tensors):
                 console.note(f"going on: {len(work.tensors) - len(todo)} of {len(work.tensors)} tensors are there")
-            moved = bytes_read(todo, [each.transform for each in variants]) + bytes_written(todo) * len(variants)
+            read = bytes_read(todo, [each.transform for each in variants]) * len(group_variants(variants))
+            moved = read + bytes_written(todo) * len(variants)
             with console.bar(work.verb, moved, "B") as advance:
                 written = write_checkpoints(work, variants, stage, self.options, observer, advance)
             for variant, outputs in zip(variants, written.outputs, strict=True):
@@ -259,7 +262,7 @@ def plan_job(
         except AlreadyComplete as done:
             job.complete = str(done)
             return job
-    folders = [folder for model in inputs for folder in model.folders]
+    folders = [folder for model in inputs for origin in model.origins for folder in origin.folders]
     problems.extend(check_save_path(save_path, folders, overwrite=options.overwrite))
     problems.extend(planned)
     if job and not problems:

@@ -6,9 +6,10 @@ import hashlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from checkpoints.finished import Finished
 from checkpoints.folder import Folder
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
 from checkpoints.staging import Stage
-from checkpoints.writer import CheckpointWriter, Shard
+from checkpoints.writer import CheckpointWriter, HashName, Shard
+from streaming.ahead import fits_in_memory
 from streaming.commits import Commits
 from streaming.log import Log, no_log
 from streaming.stream import (
@@ -25,16 +27,17 @@ from streaming.stream import (
     Output,
     PlannedTensor,
     StreamOptions,
-    Transform,
     bytes_read,
     count_non_finite,
     expect_changes,
     stream,
 )
 from streaming.tally import Tally
-from streaming.work import CARD_FILE, Findings, Work, bytes_written
+from streaming.work import CARD_FILE, Findings, Variant, Work, bytes_written
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+TURN_BYTES = 512_000_000
+"""Of inputs, which the methods of a sweep merge one after the other before the next are read."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class RunOptions:
         stream: device, threads, size of a block.
         max_shard_bytes: size of the output's files.
         digest: which digests merge_recipe.json gets.
+        digest_hash: with which hash they are taken.
         report: the merge report: `sample` of one block in 16, `full`, or `none`.
         overwrite: replace an earlier result.
         resume: go on with what an interrupted run left.
@@ -57,6 +61,7 @@ class RunOptions:
     stream: StreamOptions = field(default_factory=StreamOptions)
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     digest: Digest = "outputs"
+    digest_hash: HashName = "blake3"
     report: Literal["none", "sample", "full"] = "sample"
     overwrite: bool = False
     resume: bool = True
@@ -64,28 +69,6 @@ class RunOptions:
     quiet: bool = False
     command: Sequence[str] | None = None
     log: Log = no_log
-
-
-def no_details() -> dict[str, Any]:
-    """Nothing to add to merge_recipe.json."""
-    return {}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One checkpoint of a run.
-
-    Attributes:
-        folder: below the save path; empty where the run writes one checkpoint, the save path itself.
-        transform: what changes the merge on its way there.
-        details: asked when the weights are written: further keys of its merge_recipe.json.
-        card: a paragraph of its model card.
-    """
-
-    folder: str = ""
-    transform: Transform | None = None
-    details: Callable[[], Mapping[str, Any]] = no_details
-    card: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,8 +110,9 @@ def write_checkpoints(
     """
     started = time.monotonic()
     transforms = [variant.transform for variant in variants]
-    non_finite = count_non_finite()
-    tallies = [non_finite, *(each.tally for each in (observer, *transforms) if each is not None)]
+    groups = group_variants(variants)
+    non_finite = [count_non_finite() for _ in groups]
+    tallies = [*non_finite, *(each.tally for each in (observer, *transforms) if each is not None)]
     # What an earlier run finished is not streamed again; its sums go into the tallies.
     usable = _usable(stage.finished, tallies, work.shards, variants)
     todo = [tensor for tensor in work.tensors if tensor.spec.name not in usable]
@@ -144,28 +128,33 @@ def write_checkpoints(
 
     # One writer for each variant, on the files that are there.
     writers: dict[str, CheckpointWriter] = {}
+    drops = not fits_in_memory(bytes_read(todo, transforms) + len(variants) * bytes_written(todo))
     places = {each.folder: stage.work.subfolder(each.folder) if each.folder else stage.work for each in variants}
     try:
         for number, (name, folder) in enumerate(places.items()):
-            digest = options.digest != "none"
+            digest = options.digest_hash if options.digest != "none" else None
             chunks = stage.finished.chunks[number] if number < len(stage.finished.chunks) else {}
-            writers[name] = CheckpointWriter(folder, work.shards, digest=digest, finished=usable, chunks=chunks)
+            writers[name] = CheckpointWriter(
+                folder, work.shards, digest=digest, finished=usable, chunks=chunks, drops=drops
+            )
         stage.work.sync()
-        outputs = [Output(*pair) for pair in zip(writers.values(), transforms, strict=True)]
         # Stream into all of them, committing meanwhile and once more at the end.
         changed = set(stage.finished.changed)
         with Commits(stage.journal, writers) as commits, closing(work.parts(todo, stage)) as coming:
             for part in coming:
-                changed |= stream(
-                    part,
-                    outputs,
-                    options=options.stream,
-                    observer=observer,
-                    progress=progress,
-                    finished=finish,
-                    changed=changed,
-                    non_finite=non_finite,
-                )
+                # Several methods take turns at a few tensors, which are in the system's cache after the first.
+                for some in [part] if len(groups) == 1 else _in_turns(part):
+                    for number, group in enumerate(groups):
+                        changed |= stream(
+                            [_merged_by(group[0], tensor) for tensor in some],
+                            [Output(writers[each.folder], each.transform) for each in group],
+                            options=options.stream,
+                            observer=observer if number == 0 else None,
+                            progress=progress,
+                            finished=finish if number == len(groups) - 1 else _go_on,
+                            changed=changed,
+                            non_finite=non_finite[number],
+                        )
         digests = [writer.close() for writer in writers.values()]
     finally:
         for writer in writers.values():
@@ -173,7 +162,9 @@ def write_checkpoints(
     # Every weight is on the disk: look at the inputs once more.
     for model in work.inputs:
         model.weights.check_unchanged()
-    counts = {name: int(count) for name, (count,) in non_finite.by_tensor().items()}
+    counts: Counter[str] = Counter()
+    for tally in non_finite:
+        counts.update({name: int(count) for name, (count,) in tally.by_tensor().items()})
     findings = Findings(frozenset(expect_changes(work.tensors) - changed), counts)
     return Written(
         bytes_read(todo, transforms),
@@ -183,6 +174,39 @@ def write_checkpoints(
         findings,
         digests,
     )
+
+
+def group_variants(variants: Sequence[Variant]) -> list[list[Variant]]:
+    """Those that have the same methods together: each group is one stream."""
+    groups: dict[int, list[Variant]] = {}
+    for variant in variants:
+        groups.setdefault(id(variant.methods), []).append(variant)
+    return list(groups.values())
+
+
+def _merged_by(variant: Variant, tensor: PlannedTensor) -> PlannedTensor:
+    if variant.methods is None:
+        return tensor
+    return replace(tensor, method=variant.methods[tensor.spec.name])
+
+
+def _in_turns(part: Sequence[PlannedTensor]) -> Iterator[list[PlannedTensor]]:
+    """Tensors whose inputs together are of at most `TURN_BYTES`, or one."""
+    some: list[PlannedTensor] = []
+    taken = 0
+    for tensor in part:
+        size = bytes_read([tensor])
+        if some and taken + size > TURN_BYTES:
+            yield some
+            some, taken = [], 0
+        some.append(tensor)
+        taken += size
+    if some:
+        yield some
+
+
+def _go_on(name: str, changed: set[int], seconds: float) -> None:
+    """A tensor that other methods have yet to merge is not finished."""
 
 
 def _usable(
@@ -246,7 +270,7 @@ def write_description(
 def record_of(work: Work, options: RunOptions) -> dict[str, Any]:
     """What every merge_recipe.json says: inputs, versions and the command."""
     return {
-        "inputs": [describe_input(model, options.digest) for model in work.inputs],
+        "inputs": [describe_input(model, options.digest, options.digest_hash) for model in work.inputs],
         "versions": versions(),
         "command": list(options.command) if options.command else None,
     }
@@ -261,6 +285,7 @@ def identity_of(work: Work, options: RunOptions, **more: Any) -> dict[str, Any]:
         "files": headers,
         "side_files": work.files.digest(),
         "digest": options.digest,
+        "digest_hash": options.digest_hash,
         "report": options.report,
         "device": options.stream.device.type,
         "allow_non_finite": options.stream.allow_non_finite,

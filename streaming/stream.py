@@ -17,13 +17,19 @@ from checkpoints.errors import InputError
 from checkpoints.pieces import Origin
 from checkpoints.settings import setting
 from checkpoints.source import TensorRef, dtype_name
+from streaming.ahead import read_ahead
 from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, in_groups, tile
-from streaming.tally import Tally
+from streaming.elements import Answer, Ask, Change, Formula, Number, Tensors, answer
+from streaming.fused import Asking, Fusion, Lend, Loading, Seen, can_loop
+from streaming.machine_code import can_compile
+from streaming.tally import Tally, sample_of
 from streaming.twins import compiling, twin
 from streaming.workers import Workers
 
 WORTH_COMPILING = 2 * 10**9
 """Bytes of input from which compiled loops repay the second that it takes to have them."""
+FUSED_ELEMENTS = 8 * GRID_ELEMENTS
+"""Elements that a compiled loop works on between two turns of Python's: their output should lie in the caches until it is written."""
 
 _thread = threading.local()
 
@@ -46,6 +52,10 @@ class Merger(Protocol):
         """One block of the output, `[block.region.numel]` float32; may overwrite the block, the base excepted."""
         ...
 
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Formula | None:
+        """What `combine` makes of one element, to be compiled; None where it takes more than the element's numbers."""
+        ...
+
 
 class Observer(Protocol):
     """Looks at some of the blocks that stream by, before and after they are merged (the merge report)."""
@@ -59,8 +69,16 @@ class Observer(Protocol):
         """The parts of a region that it wants to see."""
         ...
 
-    def observe(self, block: Block, sampled: Sequence[slice]) -> Any:
-        """Look at a block before it is merged; what it returns goes to `record`."""
+    def conditions(self, vectors: Sequence[Number]) -> Sequence[Number]:
+        """What it wants counted of an element, given its task vectors (`streaming.elements`)."""
+        ...
+
+    def observe(self, block: Block, sampled: Sequence[slice], counts: Sequence[Sequence[int]] | None = None) -> Any:
+        """Look at a block before it is merged; what it returns goes to `record`.
+
+        Args:
+            counts: for each part for how many elements each of `conditions` holds; None where nobody has counted.
+        """
         ...
 
     def record(self, block: Block, merged: torch.Tensor, sampled: Sequence[slice], seen: Any) -> None:
@@ -94,6 +112,19 @@ class Transform(Protocol):
         """
         ...
 
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Change | None:
+        """What a call makes of one element, to be compiled; None where it takes more than the element's numbers."""
+        ...
+
+    def look(self, region: Region, merged: torch.Tensor, changed: torch.Tensor) -> None:
+        """Count what was changed.
+
+        Args:
+            region: some elements, whole parts of a sample (`streaming.tally.sample_of`).
+            merged, changed: before and after, `[region.numel]` float32.
+        """
+        ...
+
     def __call__(self, region: Region, base: torch.Tensor, merged: torch.Tensor, statistics: Any) -> torch.Tensor:
         """The block to be written, `[region.numel]` float32, from the base's and the merged one, neither overwritten.
 
@@ -104,10 +135,10 @@ class Transform(Protocol):
 
 
 class Writer(Protocol):
-    """Where a stream's results go: a `CheckpointWriter`, or the memory."""
+    """Where an output's numbers go: the files of a checkpoint (`CheckpointWriter`), or a model in memory."""
 
-    def write(self, name: str, start: int, values: torch.Tensor) -> object:
-        """Take the elements of a tensor from `start` on, in the output's dtype; called from several threads."""
+    def write(self, name: str, start: int, values: torch.Tensor) -> None:
+        """Put `values`, `[n]` on the CPU in the tensor's dtype, at the elements `start` to `start + n`; from any thread."""
         ...
 
 
@@ -167,7 +198,8 @@ class StreamOptions:
         block_elements: elements merged at a time (default: `BLOCK_ELEMENTS` on the CPU, 8 times that on a GPU).
         workers: threads; None for one per core.
         allow_non_finite: let a NaN or an infinity through, from an input or by overflow, and count it.
-        compiled: use compiled loops on a CPU (`streaming.twins`); None for where it is worth it.
+        compiled: use compiled loops on a CPU (`streaming.fused`, `streaming.twins`); None for where it is worth it, True from
+            the first block on, where else torch works until they are there.
     """
 
     device: torch.device = torch.device("cpu")
@@ -212,7 +244,8 @@ def stream(
     """
     compiled = options.device.type == "cpu" and _is_worth_compiling(tensors, options)
     with compiling() if compiled else nullcontext(), closing(Workers(options.workers, compiled=compiled)) as workers:
-        state = _Stream(workers, outputs, options, observer, progress, non_finite or count_non_finite())
+        counted = non_finite or count_non_finite()
+        state = _Stream(workers, outputs, options, observer, progress, counted, uses_loops=compiled and can_compile())
         state.changed.update(changed)
 
         def merge_tensor(tensor: PlannedTensor) -> None:
@@ -252,6 +285,8 @@ class _Stream:
         observer: Observer | None,
         progress: Callable[[int], object],
         non_finite: Tally,
+        *,
+        uses_loops: bool,
     ):
         self._workers = workers
         self._outputs = outputs
@@ -261,6 +296,7 @@ class _Stream:
         self._non_finite = non_finite
         self._transforms = [output.transform for output in outputs]
         self._local = threading.local()
+        self._uses_loops = uses_loops
         self.changed: set[int] = set()
         """Models of which a change has been seen."""
 
@@ -271,25 +307,75 @@ class _Stream:
             [transform for transform in self._transforms if transform and transform.applies_to(name)] if method else []
         )
         whole_rows = bool(method and method.whole_rows) or any(transform.whole_rows(name) for transform in transforms)
-        regions = list(tile(tensor.spec, max(self._options.elements, GRID_ELEMENTS if whole_rows else 1)))
+        elements = max(self._options.elements, GRID_ELEMENTS if whole_rows else 1)
         if method is None:
             work: Callable[[Region], None] = lambda region: self._copy(tensor, region)  # noqa: E731
         else:
-            statistics = method.measure(tensor.spec, self._scan(lambda region: self._fetch(tensor, region), tensor))
-            scan = self._scan(lambda region: self._merged(tensor, region, statistics), tensor)
+            statistics = method.measure(tensor.spec, self._scan_inputs(tensor))
+            scan = self._scan(tensor, lambda region: self._merged(tensor, region, statistics))
             measured = transforms[0].measure(tensor.spec, scan) if transforms else None
-            work = lambda region: self._combine(tensor, statistics, measured, region)  # noqa: E731
-        for _ in self._workers.map_ordered(work, regions):
+            fusion = self._fuse(tensor, statistics, measured) if tensor.spec.numel else None
+            work = lambda region: self._combine(tensor, statistics, measured, fusion, region)  # noqa: E731
+            if fusion and self._options.compiled:
+                fusion.compile()
+            if fusion and fusion.is_ready and self._options.block_elements is None:
+                elements = FUSED_ELEMENTS
+        regions = list(tile(tensor.spec, elements))
+        for _ in self._workers.map_ordered(work, read_ahead(tensor.sources(self._transforms), regions)):
             pass
 
-    def _scan(self, block_of: Callable[[Region], Block], tensor: PlannedTensor) -> Callable[..., Iterator[Any]]:
-        def scan(measure: Callable[[Block], Partial], regions: Sequence[Region] | None = None) -> Iterator[Partial]:
-            chosen = list(tile(tensor.spec, GRID_ELEMENTS)) if regions is None else regions
-            work: Callable[[list[Region]], list[Partial]] = lambda group: [  # noqa: E731
-                measure(block_of(region)) for region in group
-            ]
-            return itertools.chain.from_iterable(self._workers.map_ordered(work, list(in_groups(chosen))))
+    def _fuse(self, tensor: PlannedTensor, statistics: Any, measured: Any) -> Fusion | None:
+        """The tensor's merge as compiled loops; None where torch has to do it."""
+        method, name = tensor.method, tensor.spec.name
+        assert method is not None
+        needs_base = tensor.needs_base(self._transforms)
+        base = tensor.base if needs_base or self._observer else None
+        refs = [*([base] if base else []), *tensor.inputs]
+        if not self._uses_loops or not can_loop(refs, [tensor.dtype], tensor.spec):
+            return None
+        formula = method.formula(tensor.spec, statistics)
+        transforms = [transform if transform and transform.applies_to(name) else None for transform in self._transforms]
+        changes = [transform.formula(tensor.spec, measured) if transform else None for transform in transforms]
+        if formula is None or any(
+            (change is None) != (transform is None) for change, transform in zip(changes, transforms, strict=True)
+        ):
+            return None
+        return Fusion(
+            tensor.spec,
+            base,
+            tensor.inputs,
+            needs_base=needs_base,
+            is_delta=method.space == "task_vectors",
+            dtype=tensor.dtype,
+            formula=formula,
+            changes=changes,
+            conditions=self._observer.conditions if self._observer else None,
+        )
 
+    def _scan(self, tensor: PlannedTensor, block_of: Callable[[Region], Block]) -> _Scan:
+        return _Scan(tensor, tensor.sources(self._transforms), block_of, self._workers)
+
+    def _scan_inputs(self, tensor: PlannedTensor) -> _Scan:
+        """A scan of what a method merges, by loops where there are any."""
+        assert tensor.method is not None
+        needs_base = tensor.needs_base(self._transforms)
+        refs = [*([tensor.base] if needs_base else []), *tensor.inputs]
+        if not self._uses_loops or not can_loop(refs, (), tensor.spec):
+            return self._scan(tensor, lambda region: self._fetch(tensor, region))
+        is_delta = tensor.method.space == "task_vectors"
+        base = tensor.base if needs_base else None
+        loading = Loading(tensor.spec, base, tensor.inputs, is_delta=is_delta)
+        if self._options.compiled:
+            loading.loop.compile()
+        scan = self._scan(tensor, lambda region: loading.block(region, self._lend) or self._fetch(tensor, region))
+
+        def asking(question: Ask) -> Asking:
+            made = Asking(tensor.spec, base, tensor.inputs, question, is_delta=is_delta)
+            if self._options.compiled:
+                made.loop.compile()
+            return made
+
+        scan.asking, scan.lend = asking, self._lend
         return scan
 
     def _merged(self, tensor: PlannedTensor, region: Region, statistics: Any) -> Block:
@@ -298,7 +384,64 @@ class _Stream:
         block = self._fetch(tensor, region)
         return Block(region, block.base, [], [tensor.method.combine(block, statistics)])
 
-    def _combine(self, tensor: PlannedTensor, statistics: Any, measured: Any, region: Region) -> None:
+    def _combine(
+        self, tensor: PlannedTensor, statistics: Any, measured: Any, fusion: Fusion | None, region: Region
+    ) -> None:
+        if fusion is None or not fusion.is_ready or not self._run_fused(tensor, fusion, region):
+            self._combine_in_torch(tensor, statistics, measured, region)
+        read = tensor.sources(self._transforms)
+        itemsizes = sum(ref.info.dtype.itemsize for ref in read) + tensor.dtype.itemsize * len(self._outputs)
+        self._progress(region.numel * itemsizes)
+
+    def _run_fused(self, tensor: PlannedTensor, fusion: Fusion, region: Region) -> bool:
+        """Merge a region by loops, those parts that somebody looks at by a loop that shows their numbers. False: torch has to do it."""
+        assert tensor.method is not None
+        if tensor.method.space == "task_vectors":
+            self._look_for_changes(tensor, region)
+        results = [self._numbers(("result", at), region.numel, fusion.dtype) for at in range(len(self._outputs))]
+        observed = self._observer.sampled(region) if self._observer else ()
+        tallied = sample_of(region) if any(fusion.changes) else []
+        position = 0
+        for part in sorted({*((one.start, one.stop) for one in (*observed, *tallied)), (region.numel, region.numel)}):
+            before = slice(position, part[0])
+            if before.start < before.stop:
+                outputs = [result[before] for result in results]
+                if fusion.plain.run([_within(region, before)], self._lend, outputs) is None:
+                    return False
+            seen_at = slice(*part)
+            if seen_at.start < seen_at.stop:
+                seen = fusion.look(_within(region, seen_at), self._lend, [result[seen_at] for result in results])
+                if seen is None:
+                    return False
+                self._show(seen, observes=seen_at in observed, tallies=seen_at in tallied)
+            position = part[1]
+        for output, result in zip(self._outputs, results, strict=True):
+            output.writer.write(tensor.spec.name, region.start, result)
+        return True
+
+    def _show(self, seen: Seen, *, observes: bool, tallies: bool) -> None:
+        """Have the observer, and the transforms, look at a part of a region that is merged."""
+        region = seen.block.region
+        if observes and self._observer:
+            whole = [slice(0, region.numel)]
+            looked = self._observer.observe(seen.block, whole, [seen.counts])
+            self._observer.record(seen.block, seen.merged, whole, looked)
+        for transform, changed in zip(self._transforms, seen.changed, strict=True):
+            if tallies and transform and changed is not None:
+                transform.look(region, seen.merged, changed)
+
+    def _look_for_changes(self, tensor: PlannedTensor, region: Region) -> None:
+        """Note the models whose numbers in a region are not the base's; of those that are known to differ nothing is read."""
+        base: torch.Tensor | None = None
+        for model, ref in enumerate(tensor.inputs):
+            if model not in self.changed:
+                if base is None:
+                    base = tensor.base.read(region.start, region.stop, self._buffer(0, region.numel * 8)).float()
+                values = ref.read(region.start, region.stop, self._buffer(2, region.numel * 8))
+                if not torch.equal(values.float(), base):
+                    self.changed.add(model)
+
+    def _combine_in_torch(self, tensor: PlannedTensor, statistics: Any, measured: Any, region: Region) -> None:
         assert tensor.method is not None
         sampled = self._observer.sampled(region) if self._observer else ()
         block = self._fetch(tensor, region, base_for=bool(sampled))
@@ -310,9 +453,6 @@ class _Stream:
             transform = output.transform if output.transform and output.transform.applies_to(tensor.spec.name) else None
             result = merged if transform is None else transform(region, block.base, merged, measured)  # type: ignore[arg-type]
             self._write(output, tensor, region, result)
-        read = tensor.sources(self._transforms)
-        itemsizes = sum(ref.info.dtype.itemsize for ref in read) + tensor.dtype.itemsize * len(self._outputs)
-        self._progress(region.numel * itemsizes)
 
     def _write(self, output: Output, tensor: PlannedTensor, region: Region, result: torch.Tensor) -> None:
         """Round once, and write."""
@@ -365,15 +505,69 @@ class _Stream:
             self.changed.add(model)
         return values
 
+    def _numbers(self, key: object, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer of this thread's as numbers: `[count]`. Kept as such: each call into torch is a turn of Python's lock."""
+        known: dict[object, torch.Tensor] = self._local.__dict__.setdefault("numbers", {})
+        if (key, count, dtype) not in known:
+            known[key, count, dtype] = self._lend(key, count * dtype.itemsize).view(dtype)
+        return known[key, count, dtype]
+
+    def _lend(self, key: object, nbytes: int) -> torch.Tensor:
+        return self._buffer(key, nbytes)
+
     def _buffer(
-        self, key: int, nbytes: int, device: torch.device = torch.device("cpu"), *, pinned: bool = False
+        self, key: object, nbytes: int, device: torch.device = torch.device("cpu"), *, pinned: bool = False
     ) -> torch.Tensor:
         """This thread's byte buffer number `key`, made when first asked for, at least `nbytes` long: `[nbytes]` uint8."""
-        buffers: dict[int, torch.Tensor] = self._local.__dict__.setdefault("buffers", {})
+        buffers: dict[object, torch.Tensor] = self._local.__dict__.setdefault("buffers", {})
         if key not in buffers or buffers[key].numel() < nbytes:
             pin = pinned and self._options.device.type == "cuda"
             buffers[key] = torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pin)
         return buffers[key][:nbytes]
+
+
+class _Scan:
+    """Runs functions over blocks of one tensor (`streaming.blocks.Scan`), and asks its elements by loops (`streaming.elements.ask`).
+
+    Attributes:
+        asking: makes the loop of a question; None where there are no loops.
+        lend: gives threads their buffers.
+    """
+
+    def __init__(
+        self, tensor: PlannedTensor, refs: Sequence[TensorRef], block_of: Callable[[Region], Block], workers: Workers
+    ):
+        self._tensor, self._block_of, self._workers, self._refs = tensor, block_of, workers, refs
+        self.asking: Callable[[Ask], Asking] | None = None
+        self.lend: Lend | None = None
+
+    def __call__(
+        self, measure: Callable[[Block], Partial], regions: Sequence[Region] | None = None
+    ) -> Iterator[Partial]:
+        """See `streaming.blocks.Scan`."""
+        work: Callable[[list[Region]], list[Partial]] = lambda group: [  # noqa: E731
+            measure(self._block_of(region)) for region in group
+        ]
+        return itertools.chain.from_iterable(self._workers.map_ordered(work, self._groups(regions)))
+
+    def ask(self, question: Ask, regions: Sequence[Region] | None = None) -> Iterator[Answer]:
+        """See `streaming.elements.ask`."""
+        asking = self.asking(question) if self.asking else None
+
+        def work(group: list[Region]) -> list[Answer]:
+            answers = asking.answers(group, self.lend) if asking and self.lend else None
+            return answers or [answer(question(Tensors(self._block_of(region)))) for region in group]
+
+        return itertools.chain.from_iterable(self._workers.map_ordered(work, self._groups(regions)))
+
+    def _groups(self, regions: Sequence[Region] | None) -> Iterator[list[Region]]:
+        chosen = list(tile(self._tensor.spec, GRID_ELEMENTS)) if regions is None else regions
+        return in_groups(read_ahead(self._refs, chosen))
+
+
+def _within(region: Region, part: slice) -> Region:
+    """A part of a region, as slices of its elements."""
+    return Region(region.tensor, region.start + part.start, region.start + part.stop)
 
 
 @twin("streaming.kernels")

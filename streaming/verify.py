@@ -16,11 +16,11 @@ from checkpoints.errors import InputError
 from checkpoints.files import is_plain_name, parse_json
 from checkpoints.model import Model, open_model
 from checkpoints.problems import Problems
-from checkpoints.save_path import RECIPE_FILE, SWEEP_PREFIX
+from checkpoints.save_path import RECIPE_FILE, SWEEP_PREFIXES
 from checkpoints.settings import setting
 from checkpoints.source import READ_ELEMENTS, Source
 from checkpoints.tokenizer_files import end_tokens
-from checkpoints.writer import chunked_sha256
+from checkpoints.writer import DIGEST_KEYS, HashName, chunked_digest
 from streaming.stream import all_finite
 from streaming.workers import Workers
 
@@ -46,7 +46,11 @@ class Verified:
 
 def results_in(folder: Path) -> list[Path]:
     """The checkpoints of a run: the folder itself, or those of a sweep in it. Raises InputError where no run wrote it."""
-    recipes = [folder] if (folder / RECIPE_FILE).is_file() else sorted(folder.glob(f"{SWEEP_PREFIX}*/{RECIPE_FILE}"))
+    recipes = (
+        [folder]
+        if (folder / RECIPE_FILE).is_file()
+        else sorted(path for prefix in SWEEP_PREFIXES for path in folder.glob(f"{prefix}*/{RECIPE_FILE}"))
+    )
     if not recipes:
         raise InputError(
             f"{setting('verify', folder)}: expected {RECIPE_FILE}, got none. Name a folder that merge.py or performAIM.py wrote."
@@ -91,7 +95,7 @@ def verify(
         # Digests of what is there.
         digests = workers.map_ordered(lambda name: _digest(folder / name, present[name], progress), list(present))
         for name, digest in zip(present, digests, strict=True):
-            expected = present[name].get("sha256_64MiB")
+            expected = _digest_of(present[name])[1]
             if expected is None:
                 verified.undigested.append(name)
             elif digest != expected:
@@ -134,7 +138,7 @@ def _read_files(folder: Path) -> tuple[Files, Files | None]:
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    digest = entry.get("sha256_64MiB")
+    digest = _digest_of(entry)[1]
     is_size = type(entry["bytes"]) is int and 0 <= entry["bytes"] < 1 << 62
     return is_size and (digest is None or isinstance(digest, str)) and all(map(is_plain_name, name.split("/")))
 
@@ -163,8 +167,15 @@ def _has_size(path: Path, entry: Mapping[str, Any], problems: Problems) -> bool:
     return bool(size == entry["bytes"])
 
 
+def _digest_of(entry: Mapping[str, Any]) -> tuple[HashName, Any]:
+    """With which hash a file's digest was taken, and what it is; None where none was."""
+    taken = [(name, entry[key]) for name, key in DIGEST_KEYS.items() if key in entry]
+    return taken[0] if taken else ("blake3", None)
+
+
 def _digest(path: Path, entry: Mapping[str, Any], progress: Callable[[int], object]) -> str | None:
-    digest = chunked_sha256(path) if "sha256_64MiB" in entry else None
+    name, expected = _digest_of(entry)
+    digest = None if expected is None else chunked_digest(path, name)
     progress(entry["bytes"])
     return digest
 

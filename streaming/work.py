@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from checkpoints.settings import Show, as_in_python
 from checkpoints.sidecars import SideFiles
 from checkpoints.staging import Stage
 from checkpoints.writer import Shard, file_names
-from streaming.stream import Observer, PlannedTensor, bytes_read
+from streaming.stream import Merger, Observer, PlannedTensor, Transform, bytes_read
 
 CARD_FILE = "README.md"
 
@@ -35,6 +35,30 @@ class Findings:
         return [f"{name}: {n:,} elements that are NaN or infinite were written." for name, n in self.non_finite.items()]
 
 
+def no_details() -> dict[str, Any]:
+    """Nothing to add to merge_recipe.json."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One checkpoint of a run.
+
+    Attributes:
+        folder: below the save path; empty where the run writes one checkpoint, the save path itself.
+        transform: what changes the merge on its way there.
+        details: asked when the weights are written: further keys of its merge_recipe.json.
+        card: a paragraph of its model card.
+        methods: output tensor -> how it is merged here; None for as planned.
+    """
+
+    folder: str = ""
+    transform: Transform | None = None
+    details: Callable[[], Mapping[str, Any]] = no_details
+    card: str = ""
+    methods: Mapping[str, Merger | None] | None = None
+
+
 @dataclass(kw_only=True)
 class Work(ABC):
     """What a job writes, planned.
@@ -52,6 +76,7 @@ class Work(ABC):
         card: the beginning of the model card.
         notes: what a user should know.
         warnings: what a user should look at.
+        sweep: the checkpoints that the tensors are written into, where these are several; a step has its own.
     """
 
     verb: str
@@ -66,6 +91,7 @@ class Work(ABC):
     record: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    sweep: Sequence[Variant] = ()
 
     @property
     def base(self) -> Model:

@@ -21,6 +21,7 @@ import aim.calibrate
 import aim.sums
 from aim import passes
 from aim.activations import Activations, ChannelStatistics, load_activations
+from aim.sums import Sums, add_on_gpu
 from aim.targets import Selection, select_targets
 from aim.watcher import Target, Watcher
 from checkpoints.errors import InputError
@@ -526,3 +527,20 @@ def test_a_selection_names_every_stored_tensor_once(base_of: Callable[[str], Pat
         selection: Selection = select_targets(base)
         assert set(selection.targets) == set(selection.input_dims)
         assert sorted([*selection.targets, *selection.skipped]) == sorted(base.weights.tensors)
+
+
+def test_sums_of_a_gpu_are_the_cpus():
+    """The GPU's own way of adding, which runs on a CPU too, against the CPU's; the place of the first of equal peaks too."""
+    generator = torch.Generator().manual_seed(0)
+    for first, blocks, rows in ((1, 3, 40), (2, 2, 7), (0, 1, 33), (5, 1, 5)):
+        x = torch.randn(blocks, rows, 64, generator=generator).bfloat16()
+        x[:, :1] *= 50
+        x[-1, rows // 2, :8] = x.abs().amax(dim=(0, 1))[:8]  # again, later, and with another sign
+        x[-1, rows // 2, :4] *= -1
+        expected, found = Sums(64), Sums(64)
+        for part in (x, 2 * x):
+            expected.add(part, first)
+            before = found.numbers.clone()
+            add_on_gpu(part, first, before)
+            found.numbers = before
+        torch.testing.assert_close(found.numbers, expected.numbers, rtol=1e-5, atol=1e-4)

@@ -16,9 +16,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoints import architecture
-from checkpoints.architecture import Architecture, Placement, build_meta_model, describe
+from checkpoints import architecture, conversions, meta_model, module_kinds
+from checkpoints.architecture import Architecture, Placement, describe
+from checkpoints.conversions import Group, place_group, source_dim
 from checkpoints.errors import InputError
+from checkpoints.meta_model import build_meta_model
+from checkpoints.module_kinds import classify
 
 DECODER = {
     "vocab_size": 40,
@@ -277,20 +280,20 @@ def test_conversion_that_transposes_what_does_not_fit(intermediate_size: int, is
 
     shape = (4, 32, intermediate_size)  # of the parameter, [experts, out, in]
     on_disk = (4, intermediate_size, 32) if is_transposed_on_disk else shape
-    group = architecture._Group("down_proj", WeightConverter("down", "down_proj", [Transpose(1, 2, check_dims=True)]))
+    group = Group("down_proj", WeightConverter("down", "down_proj", [Transpose(1, 2, check_dims=True)]))
     group.sources.append(("down", "down"))
-    assert architecture._trace(group, {"down": on_disk}, shape, 2, None) == (1 if is_transposed_on_disk else 2)
+    assert source_dim(group, {"down": on_disk}, shape, 2, None) == (1 if is_transposed_on_disk else 2)
     square = (4, 32, 32)
-    assert architecture._trace(group, {"down": square}, square, 2, None) == 2
+    assert source_dim(group, {"down": square}, square, 2, None) == 2
 
 
 def test_tensors_joined_along_the_input_have_no_input_dim() -> None:
     from transformers.core_model_loading import Concatenate, WeightConverter
 
-    group = architecture._Group("ab.weight", WeightConverter(["a", "b"], "ab", [Concatenate(dim=1)]))
+    group = Group("ab.weight", WeightConverter(["a", "b"], "ab", [Concatenate(dim=1)]))
     group.sources += [("a.weight", "a"), ("b.weight", "b")]
-    assert architecture._trace(group, {"a.weight": (6, 4), "b.weight": (6, 8)}, (6, 12), 1, None) is None
-    assert architecture._trace(group, {"a.weight": (6, 4), "b.weight": (6, 8)}, (6, 12), 0, None) == 0
+    assert source_dim(group, {"a.weight": (6, 4), "b.weight": (6, 8)}, (6, 12), 1, None) is None
+    assert source_dim(group, {"a.weight": (6, 4), "b.weight": (6, 8)}, (6, 12), 0, None) == 0
 
 
 def test_a_tensor_cut_into_several_parameters(tmp_path: Path) -> None:
@@ -320,12 +323,12 @@ def test_one_list_of_experts_that_becomes_two_parameters() -> None:
     from transformers.core_model_loading import ErnieFuseAndSplitTextVisionExperts, WeightConverter
 
     sources, targets = ["e.*.gate", "e.*.up"], ["text.gate_up", "image.gate_up"]
-    group = architecture._Group(targets[0], WeightConverter(sources, targets, [ErnieFuseAndSplitTextVisionExperts()]))
+    group = Group(targets[0], WeightConverter(sources, targets, [ErnieFuseAndSplitTextVisionExperts()]))
     sizes = {f"e.{i}.{leaf}": (4 if i < 2 else 6, 8) for i in range(4) for leaf in ("gate", "up")}
     group.sources += [(name, f"e.*.{name.split('.')[-1]}") for name in sizes]
     model = nn.ModuleDict({"text": FusedExperts(4), "image": FusedExperts(6)})
     model.config = None  # type: ignore[assignment]
-    placements, complaint = architecture._place(group, model, shapes(model.state_dict()), sizes)
+    placements, complaint = place_group(group, model, shapes(model.state_dict()), sizes)
     assert complaint == ""
     assert placements == {name: Placement(targets[int(name[2]) // 2], "experts", 1, int(name[2]) % 2) for name in sizes}
 
@@ -390,7 +393,7 @@ class Holds(nn.Module):
     ids=str,
 )
 def test_what_a_module_is(module: nn.Module, leaf: str, expected: tuple[str, int | None]) -> None:
-    assert architecture._classify(nn.ModuleDict({"module": module.to("meta")}), f"module.{leaf}") == expected
+    assert classify(nn.ModuleDict({"module": module.to("meta")}), f"module.{leaf}") == expected
 
 
 # What does not fit.
@@ -582,15 +585,15 @@ def test_a_model_of_seven_billion_is_described_without_its_weights(tmp_path: Pat
 
 
 def test_no_architecture_is_named() -> None:
-    source = Path(architecture.__file__).read_text().lower()
+    files = [Path(module.__file__) for module in (architecture, conversions, meta_model, module_kinds)]
     names = ("llama", "mistral", "qwen", "gemma", "phi", "gpt", "falcon", "bloom", "mixtral", "olmo", "deepseek")
-    assert [name for name in names if name in source] == []
+    assert [(file.name, name) for file in files for name in names if name in file.read_text().lower()] == []
 
 
 SCIKIT_LEARN = """
 import importlib.util, sys
 from pathlib import Path
-from checkpoints.architecture import build_meta_model
+from checkpoints.meta_model import build_meta_model
 from checkpoints.process import own_process
 if sys.argv[2] == "imported before":
     import sklearn
@@ -600,6 +603,7 @@ print("sklearn" in sys.modules, importlib.util.find_spec("sklearn") is not None)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "loaded"), [("untouched", False), ("imported before", True)])
 def test_scikit_learn_is_not_imported_and_stays_importable(case, loaded):
     root = Path(__file__).resolve().parent.parent

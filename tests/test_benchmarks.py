@@ -1,14 +1,16 @@
 """benchmarks/: what merge_speed.py measures with, makes and writes. No figure that it measures is asserted."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 
-from benchmarks import measured, merge_speed, speed_report
+from benchmarks import gpu, gpu_parts, measured, merge_speed, speed_report
 from benchmarks.early_stopping import CALIBRATED, difference, mean
 from benchmarks.floor import move
 from benchmarks.peer import Mergekit
@@ -325,3 +327,38 @@ def test_quick_from_start_to_page(tmp_path, capsys):
 
     assert merge_speed.main(["--folder", str(folder), "--render"]) == 0
     assert capsys.readouterr().out == printed
+
+
+# ------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def test_what_the_gpu_benchmark_cannot_measure_has_a_row_that_says_why(tmp_path):
+    """Each part begins with what is left of its minutes, and says so where that is nothing; the JSON is whole all the same."""
+    out = tmp_path / "gpu.json"
+    assert gpu.main(["--dry", "--minutes", "0", "--folder", str(tmp_path / "models"), "--out", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert [row["part"] for row in found["rows"]] == [*gpu.PARTS, "end"]
+    reasons = {row["part"]: row["not_measured"] for row in found["rows"][:-1]}
+    assert set(reasons.values()) - {"mergekit is not installed"} == {"the minutes are over"}
+    assert found["machine"]["card"] == {"name": "none"}
+
+
+def test_the_gpu_benchmark_runs_commands_on_its_device_and_reads_what_they_say(tmp_path, tiny):
+    """With small models on the CPU, as --dry has it."""
+    small = dataclasses.replace(gpu_parts.SMALL, middle=TINY)
+    bench = gpu_parts.Bench(tmp_path, "cpu", time.monotonic() + 300, small)
+    row = bench.command(merge_flags(tiny, tmp_path)[:-4], "cpu")
+    assert (row["device"], row["gpu_peak_bytes"]) == ("cpu", 0)
+    assert row["bytes_written"] > 0
+    assert not (tmp_path / "out").exists()
+    rows = list(gpu_parts.equality(dataclasses.replace(bench, sizes=dataclasses.replace(small, equal=TINY))))
+    assert {row["method"] for row in rows} == {name for name in METHODS if name != "regmean"}
+    assert sum(row["differ"] for row in rows) == 0
+
+
+def test_a_run_that_takes_too_long_is_ended_with_all_it_started():
+    child = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).wait()"
+    )
+    with pytest.raises(measured.CommandFailed, match="stopped after 1 s"):
+        measured.run([sys.executable, "-c", child], seconds_at_most=1)

@@ -46,7 +46,7 @@ from checkpoints.source import SAFETENSORS_DTYPES, TensorInfo, TensorRef
 from checkpoints.staging import staged
 from checkpoints.vocabulary import MISSING, Vocabulary, match_rows, read_vocabulary, vocabulary_digest
 from checkpoints.work_folder import STATE
-from checkpoints.writer import CheckpointWriter, chunked_sha256, natural_key, plan_shards
+from checkpoints.writer import CheckpointWriter, chunked_digest, natural_key, plan_shards
 from tests.pico import copy_tokenizer, write_checkpoint
 
 F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
@@ -295,7 +295,7 @@ def write_all(
 ) -> dict[str, Any]:
     """Write tensors whole, in the order given."""
     checkpoint = CheckpointWriter(
-        Folder.open(folder), plan_shards(info_of(tensors), max_shard_bytes), **({"digest": True} | options)
+        Folder.open(folder), plan_shards(info_of(tensors), max_shard_bytes), **({"digest": "sha256"} | options)
     )
     for name, tensor in tensors.items():
         if tensor.numel():
@@ -363,7 +363,7 @@ def test_any_order_of_writes_gives_the_same_file(tmp_path, monkeypatch):
         folder = tmp_path / str(seed)
         folder.mkdir()
         order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed)).tolist()
-        checkpoint = CheckpointWriter(Folder.open(folder), plan_shards(info_of(tensors), 10**6), digest=True)
+        checkpoint = CheckpointWriter(Folder.open(folder), plan_shards(info_of(tensors), 10**6), digest="sha256")
         with ThreadPoolExecutor(4) as pool:
             for index in order:
                 name, start, stop = pieces[index]
@@ -385,17 +385,15 @@ def test_digests_are_those_of_the_file(tmp_path, monkeypatch):
         content = (tmp_path / name).read_bytes()
         chunks = [hashlib.sha256(content[begin : begin + 100]).digest() for begin in range(0, len(content), 100)]
         assert summary == {"bytes": len(content), "sha256_64MiB": hashlib.sha256(b"".join(chunks)).hexdigest()}
-        assert chunked_sha256(tmp_path / name) == summary["sha256_64MiB"]
+        assert chunked_digest(tmp_path / name, "sha256") == summary["sha256_64MiB"]
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
-    assert write_all(tmp_path, tensors, 400, digest=False) == {
-        name: {"bytes": x["bytes"]} for name, x in result.items()
-    }
+    assert write_all(tmp_path, tensors, 400, digest=None) == {name: {"bytes": x["bytes"]} for name, x in result.items()}
 
 
 def test_digest_of_nothing(tmp_path):
     (tmp_path / "x").touch()
-    assert chunked_sha256(tmp_path / "x") == hashlib.sha256().hexdigest()
+    assert chunked_digest(tmp_path / "x", "sha256") == hashlib.sha256().hexdigest()
 
 
 def test_index_of_shards(tmp_path):
@@ -409,7 +407,9 @@ def test_index_of_shards(tmp_path):
 
 
 def test_elements_that_were_never_written_are_our_own_mistake(tmp_path):
-    checkpoint = CheckpointWriter(Folder.open(tmp_path), plan_shards({"a": TensorInfo(F32, (2,))}, 100), digest=True)
+    checkpoint = CheckpointWriter(
+        Folder.open(tmp_path), plan_shards({"a": TensorInfo(F32, (2,))}, 100), digest="sha256"
+    )
     checkpoint.write("a", 0, torch.ones(1))
     with pytest.raises(AssertionError, match="4 bytes were never written"):
         checkpoint.close()
@@ -894,9 +894,9 @@ def test_what_identifies_an_input(tmp_path):
     hub = describe_input(model(tmp_path / "hub", "org/m@main", revision="f" * 40, hub_sha256=sums), "full")
     first, second = hub["files"].values()
     assert (hub["model"], hub["revision"]) == ("org/m@main", "f" * 40)
-    assert first.keys() == {"bytes", "tensors_sha256", "sha256", "sha256_64MiB"}
+    assert first.keys() == {"bytes", "tensors_sha256", "sha256", "blake3_64MiB"}
     assert first["sha256"] == "ab" * 32
-    assert second.keys() == {"bytes", "tensors_sha256", "mtime_ns", "sha256_64MiB"}
+    assert second.keys() == {"bytes", "tensors_sha256", "mtime_ns", "blake3_64MiB"}
     assert first["tensors_sha256"] != second["tensors_sha256"]
     assert first["tensors_sha256"] == local["files"]["model-00001-of-00002.safetensors"]["tensors_sha256"]
 

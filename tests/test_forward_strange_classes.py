@@ -128,3 +128,19 @@ def test_layers_that_are_called_in_another_order_for_each_text(folder: Path) -> 
     with pytest.raises(InputError, match=r"loose: expected its layers to be called in the same order for every text, .* Use .*whole"):  # fmt: skip
         calibrate(base, data, CalibrationOptions(dtype="float32", batch_size=1, mode="layerwise"), blocks=blocks)
     assert calibrate(base, data, CalibrationOptions(dtype="float32", mode="whole"), blocks=blocks).statistics
+
+
+def test_any_error_of_a_class_is_one_message_that_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any, **options: Any) -> Any:
+        raise ZeroDivisionError("division by zero\nin a constructor")
+
+    monkeypatch.setattr("aim.passes.build_skeleton", fail)
+    base = open_model(str(folder), trust_remote_code=True)
+    tokens = random_tokens(blocks=3, block_size=16)
+    data, blocks = CalibrationData("given blocks", block_size=16), TokenBlocks(tokens, 3, 0, 0, 0)
+    with pytest.raises(InputError) as error:
+        calibrate(base, data, CalibrationOptions(dtype="float32", mode="layerwise"), blocks=blocks)
+    assert str(error.value) == (
+        f"{folder}: a LooseModel cannot be run on plain text: ZeroDivisionError: division by zero. Merge without AIM, or use "
+        "statistics that were taken elsewhere."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -150,3 +151,25 @@ def test_a_module_that_is_in_two_places_is_seen_each_time() -> None:
     with torch.no_grad(), Watch(model, lambda use, x: found.append(use), products=["a.weight"]):
         model["b"](model["a"](X))
     assert [use.parameter for use in found] == ["a.weight"] * 3
+
+
+@pytest.mark.parametrize("formula", ["btni,oni->bto", "btin,oni->bto"])
+def test_input_channels_that_are_several_dimensions(formula: str) -> None:
+    """In the order of the parameter's own dimensions, whichever way the product runs over them."""
+    model = nn.ParameterDict({"e": nn.Parameter(torch.randn(5, 4, 6))})
+    x = torch.randn(2, 3, *((4, 6) if "ni," in formula else (6, 4)))
+    found: list[tuple[Use, Tensor]] = []
+    with torch.no_grad(), Watch(model, lambda use, value: found.append((use, value.reshape(-1, 24).clone())), products=["e"]):  # fmt: skip
+        torch.einsum(formula, x, model["e"])
+    ((use, rows),) = found
+    assert use == Use("e", 1, ((0, 5), (0, 4), (0, 6)), joined=2)
+    assert (list(use.axes), use.channels) == ([1, 2], (0, 24))
+    in_order = x if "ni," in formula else x.transpose(2, 3)
+    assert torch.equal(rows, in_order.reshape(-1, 24))
+    assert Use.of_json(json.loads(json.dumps(use.as_json()))) == use
+
+
+@pytest.mark.parametrize("content", [3, [1, 2], ["w", "x", [[0, 1]], 1], ["w", 0, [[0]], 1], ["w", 1, [[0, 4]], 1], ["w", 0, [[0, 4]], 2]])  # fmt: skip
+def test_what_is_no_use_is_refused(content: Any) -> None:
+    with pytest.raises(ValueError, match=r"no use of a parameter|not enough values"):
+        Use.of_json(content)

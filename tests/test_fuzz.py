@@ -111,9 +111,7 @@ def test_changed_inputs_are_noticed(place, monkeypatch):
     assert "one was changed" in found
     assert f"{touched[1]} was changed" in found
     touched[1].write_bytes(content)
-    place._sound.clear()
-    for folder in place.folder.iterdir():
-        trial.shutil.rmtree(folder)
+    place.forget()
 
 
 def test_open_files_are_noticed(place, monkeypatch):

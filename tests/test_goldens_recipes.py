@@ -13,6 +13,7 @@ from torch import Tensor
 
 import merge
 from merging.methods import dare, della
+from streaming.elements import Tensors
 from tests.golden_files import (
     Golden,
     golden,
@@ -169,11 +170,16 @@ def test_the_methods_with_mergekits_own_draws(name: str, monkeypatch: pytest.Mon
     near = total = 0.0
     for tensor, masks in reference_draws(of):
 
-        def drop(values: Tensor, *_: Any, model: int, start: int, masks: list[Tensor] = masks, **unused: Any) -> Tensor:
+        def drop_(
+            values: Tensor, *_: Any, model: int, start: int, masks: list[Tensor] = masks, **unused: Any
+        ) -> Tensor:
             return values.mul_(masks[model].flatten()[start : start + values.numel()])
 
-        monkeypatch.setattr(dare, "drop_", drop)
-        monkeypatch.setattr(della, "drop_unevenly_", drop)
+        def drop(x: Tensors, values: Tensor, *_: Any, model: int, drop_: Any = drop_, **unused: Any) -> Tensor:
+            return drop_(values.clone(), model=model, start=x.region.start)
+
+        monkeypatch.setattr(dare, "drop", drop)
+        monkeypatch.setattr(della, "drop_unevenly_", drop_)
         if tensor not in of.rows:
             continue
         memory = InMemory(inputs["base"][tensor], [inputs[model][tensor] for model in of.models], tensor)

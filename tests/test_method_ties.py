@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from checkpoints.errors import ArgumentError
 from merging.methods import trim
 from merging.methods.trim import KEEP_ALL, KEEP_NONE, measure_trims
-from streaming.blocks import BLOCK_ELEMENTS, tile
+from streaming.blocks import BLOCK_ELEMENTS, Block, tile
+from streaming.elements import Tensors
 from tests.golden_files import assert_same_bits
 from tests.in_memory import (
     SHAPES,
@@ -205,7 +206,8 @@ def check_trim(vectors: Sequence[torch.Tensor], densities: Sequence[float], cut:
     for d, density, one in zip(vectors, densities, trims, strict=True):
         got = d.flatten().clone()
         for region in tile(memory.tensor, cut):
-            one.apply_(got[region.start : region.stop], region.start)
+            values = got[region.start : region.stop]
+            values.mul_(one.keeps(Tensors(Block(region, None, [values], [])), values))
         expected = torch.where(reference.trim_mask(d, density), d, 0.0).flatten()
         wrong = int((got != expected).sum())
         assert wrong == 0, f"density {density}: {wrong} of {d.numel()} elements are kept or dropped wrongly"

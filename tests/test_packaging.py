@@ -17,8 +17,12 @@ from checkpoints import early
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DOORS = ("aim", "checkpoints", "evaluation", "merging", "reports")
-PINNED = {"requirements.txt": ("evaluate", "reports"), "requirements-gpu.txt": ("gpu",)}
+DOORS = ("adapters", "aim", "checkpoints", "evaluation", "merging", "reports", "search")
+PINNED = {
+    "requirements.txt": ("evaluate", "reports"),
+    "requirements-gpu.txt": ("gpu",),
+    "requirements-search.txt": ("search",),
+}
 
 
 def pins(file: str) -> list[Requirement]:
@@ -70,7 +74,7 @@ def test_a_wheel_has_every_file_of_the_packages(wheel: Path):
     assert {"evaluation/results.schema.json", "checkpoints/py.typed"} <= names
 
 
-def test_the_installed_commands_are_the_four(wheel: Path):
+def test_the_installed_commands_are_the_scripts(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         (file,) = (name for name in archive.namelist() if name.endswith(".dist-info/entry_points.txt"))
         declared = dict(re.findall(r"^(\S+) = (\S+)$", archive.read(file).decode(), re.MULTILINE))
@@ -129,12 +133,18 @@ def test_what_a_type_checker_imports_is_what_python_imports(package):
 
 # What each public name is to a user's type checker: a line of a program, and the type that mypy reveals.
 REVEALED = {
+    "adapters.extract_lora": "-> adapters.extraction.Extracted",
+    "adapters.Extracted": "-> adapters.extraction.Extracted",
+    "adapters.LoraChoice": "-> adapters.low_rank.LoraChoice",
     "checkpoints.open_model": "-> checkpoints.model.Model",
     "checkpoints.Model": "-> checkpoints.model.Model",
     "merging.merge": "-> streaming.job.Result",
     "merging.make_recipe": "-> merging.recipe.Recipe",
     "merging.RunOptions": "-> streaming.output.RunOptions",
     "merging.Recipe": "-> merging.recipe.Recipe",
+    "search.tune": "-> search.run.Outcome",
+    "search.SearchRequest": "-> search.request.SearchRequest",
+    "search.Outcome": "-> search.run.Outcome",
     "aim.relax_checkpoint": "-> streaming.job.Result",
     "aim.CalibrationData": "-> aim.calibration_text.CalibrationData",
     "aim.Omega": "-> aim.omegas.Omega",

@@ -298,7 +298,8 @@ def test_statistics_are_kept_and_used_again(scene):
 def test_figures(scene, activations):
     folder = scene.folder / "figures" / "of base"
     out = scene.run("--activations", activations, "--figures", folder).out
-    files = [f"importance_{what}.{suffix}" for what in ("layers", "sorted") for suffix in ("png", "svg")]
+    drawn = ("importance_layers", "importance_sorted", "massive_activations")
+    files = [f"{name}.{suffix}" for name in drawn for suffix in ("png", "svg")]
     assert names(folder) == files
     assert all(f"{folder / file}: written" in out for file in files)
     for file in files:
@@ -387,7 +388,7 @@ def test_dry_run_prints_refusals_as_json(scene):
     _, out, err = scene.run("--dry_run", "--json", "--omega", "2", "--scaling", "cube", code=2)
     assert json.loads(out)["refusals"] == [
         "--omega: expected a number in [0, 1], got 2.",
-        "--scaling: unknown value 'cube'. Known: identity, sqrt, square.",
+        "--scaling: unknown value 'cube'. Known: after_first, after_first_sqrt, after_first_square, identity, sqrt, square.",
     ]
     assert "2 problems" in err
 
@@ -397,7 +398,7 @@ def test_output_flags(scene, activations):
     scene.run(*one, "--dtype", "float32")
     assert {tensor.dtype for tensor in load_file(scene.out / "model.safetensors").values()} == {torch.float32}
     assert json.loads((scene.out / "config.json").read_text())["torch_dtype"] == "float32"
-    assert "sha256_64MiB" not in recipe(scene.out)["outputs"]["model.safetensors"]
+    assert "blake3_64MiB" not in recipe(scene.out)["outputs"]["model.safetensors"]
     rest = ("--activations", activations, "--digest", "full", "--max_shard_size", "100kB")
     scene.run(*rest, "--dtype", "float32", "--save_path", scene.folder / "sharded")
     shards = sorted((scene.folder / "sharded").glob("model-*.safetensors"))
@@ -407,8 +408,8 @@ def test_output_flags(scene, activations):
         torch.equal(tensor, together[name]) for name, tensor in load_file(scene.out / "model.safetensors").items()
     )
     content = recipe(scene.folder / "sharded")
-    assert all("sha256_64MiB" in file for file in content["outputs"].values())
-    assert "sha256_64MiB" in content["inputs"][0]["files"]["model.safetensors"]
+    assert all("blake3_64MiB" in file for file in content["outputs"].values())
+    assert "blake3_64MiB" in content["inputs"][0]["files"]["model.safetensors"]
 
 
 # --------------------------------------------------------------------------------------------------- wrong arguments

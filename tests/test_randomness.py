@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merging import randomness
-from merging.randomness import drop_, hash_indices, keys
+from merging.randomness import drop, keys
+from streaming import elements
+from streaming.blocks import Block, Region, TensorSpec
+from streaming.elements import Tensors, hash_range
 from tests.reference import random_mask
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -25,11 +27,18 @@ DENSITIES = [0.0, 2.0**-33, 2.0**-32, 1e-3, 0.3, 0.5, 0.999, 1 - 2.0**-32, 1 - 2
 
 
 def drawn(start: int, count: int, density: float, seed: int = 0, tensor: str = NAME, model: int = 0) -> torch.Tensor:
-    """The mask that `drop_` applies to the elements from `start` on: bool, True where one is kept."""
-    values = torch.ones(count)
-    assert drop_(values, density, seed=seed, tensor=tensor, model=model, start=start) is values
+    """The mask that `drop` applies to the elements from `start` on: bool, True where one is kept."""
+    values = dropped(torch.ones(count), density, start, seed, tensor, model)
     assert ((values == 0) | (values == 1)).all()
     return values.bool()
+
+
+def dropped(
+    values: torch.Tensor, density: float, start: int = 0, seed: int = 0, tensor: str = NAME, model: int = 0
+) -> torch.Tensor:
+    """`drop` of the elements from `start` on of a tensor that is large enough."""
+    region = Region(TensorSpec(tensor, (1 << 42,)), start, start + len(values))
+    return drop(Tensors(Block(region, None, [values], [])), values, density, seed=seed, tensor=tensor, model=model)
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -46,7 +55,7 @@ def test_hashes_are_the_references_bit_for_bit(start: int):
     count = min(1000, (1 << 32) - start % (1 << 32))
     key = keys(5, "ä\n", 1, start >> 32)
     assert [word % (1 << 32) for word in key] == list(random_mask.keys(5, "ä\n", 1, start >> 32))
-    hashed = hash_indices(start, count, key, CPU)
+    hashed = hash_range(start, start + count, lambda high: key, CPU)
     assert hashed.dtype == torch.int32
     expected = random_mask.random_words(5, "ä\n", 1, count, start).astype("int64") - (1 << 31)
     assert hashed.tolist() == expected.tolist()
@@ -74,28 +83,20 @@ def test_the_threshold_is_exact_to_the_last_of_32_bits(density: float, monkeypat
     threshold = round(density * (1 << 32))
     words = [word for word in (0, threshold - 1, threshold, threshold + 1, (1 << 32) - 1) if 0 <= word < 1 << 32]
     hashed = torch.tensor([word - (1 << 31) for word in words], dtype=torch.int32)
-    monkeypatch.setattr(randomness, "hash_indices", lambda *arguments: hashed)
+    monkeypatch.setattr(elements, "hash_range", lambda *arguments: hashed)
     assert drawn(0, len(words), density).tolist() == [word < threshold for word in words]
-
-
-def test_a_view_is_changed_in_place_and_nothing_beside_it():
-    values = torch.ones(3000)
-    drop_(values[1000:2000], 0.0, seed=0, tensor=NAME, model=0, start=50)
-    assert values.sum() == 2000
-    assert not values[1000:2000].any()
 
 
 def test_what_is_kept_keeps_its_bits():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     kept = drawn(0, 1000, 0.5)
-    dropped = drop_(values.clone(), 0.5, seed=0, tensor=NAME, model=0, start=0)
-    assert torch.equal(dropped, torch.where(kept, values, 0.0))
+    assert torch.equal(dropped(values, 0.5), torch.where(kept, values, 0.0))
 
 
 def test_ends():
     assert drawn(0, 100_000, 1.0).all()
     assert not drawn(0, 100_000, 0.0).any()
-    assert drop_(torch.ones(0), 0.5, seed=0, tensor=NAME, model=0, start=0).shape == (0,)
+    assert dropped(torch.ones(0), 0.5).shape == (0,)
 
 
 @pytest.mark.parametrize("start", [0, (1 << 31) - 500_000, (1 << 32) - 500_000])

@@ -485,7 +485,7 @@ def test_the_plan_shows_gradients_filters_and_coefficients(scene: Scene):
         ({"modules": {"default": {"models": []}}}, "modules.default: models is given beside modules too"),
         ({"residual_weight": 1}, "residual_weight: is not supported"),
         ({"tokenizer": {"source": "union"}, "tokenizer_source": "base"}, "tokenizer: tokenizer_source is given too"),
-        ({"tokenizer": {"tokens": {"a": {}}}}, "tokenizer.tokens: is not supported"),
+        ({"tokenizer": {"tokens": {"a": {}}}}, "tokenizer.tokens.a: expected the key source, got a mapping"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: expected a whole number above 0, got 0"),
         ({"tie_word_embeddings": "maybe"}, "tie_word_embeddings: expected true or false, got 'maybe'"),
         ({"aim": 0.4}, "aim: expected keys such as omega, got 0.4"),

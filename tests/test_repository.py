@@ -15,14 +15,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("checkpoints", "alignment", "streaming", "forward", "merging", "aim", "evaluation", "reports")
-SIBLINGS = {"merging", "aim", "evaluation", "reports"}
-COMMANDS = [ROOT / name for name in ("compare_models.py", "evaluate_model.py", "merge.py", "performAIM.py")]
+PACKAGES = (
+    "checkpoints",
+    "alignment",
+    "streaming",
+    "forward",
+    "merging",
+    "aim",
+    "evaluation",
+    "reports",
+    "adapters",
+    "search",
+)
+SIBLINGS = {"merging", "aim", "evaluation", "reports", "adapters", "search"}
+SCRIPTS = ("compare_models.py", "evaluate_model.py", "extract_lora.py", "merge.py", "performAIM.py", "tune_merge.py")
+COMMANDS = [ROOT / name for name in SCRIPTS]
 
 # Package -> top-level modules that nothing in it may import. Imports point down: to checkpoints, never to a command.
 ABOVE = {"examples", "tests", "benchmarks", "commands", "argparse"}
 FORBIDDEN = {package: SIBLINGS - {package} | ABOVE for package in PACKAGES}
 FORBIDDEN["checkpoints"] |= {"streaming", "alignment", "forward"}
+FORBIDDEN["search"] -= {"merging", "aim", "reports"}  # it makes many merges, and compares them
 FORBIDDEN["streaming"] |= {"alignment"}  # the loop knows no model, and what aligns models knows no loop
 FORBIDDEN["alignment"] |= {"streaming"}
 FORBIDDEN["forward"] |= {"streaming", "alignment"}
@@ -33,7 +46,7 @@ for modules in FORBIDDEN.values():
 FORBIDDEN["reports"] |= {"torch", "transformers"}
 
 ARCHITECTURE = re.compile(r"llama|mistral|mixtral|qwen|gemma|phi_?-?3|gpt_?-?2|gpt_?-?neox|olmo|falcon|bloom", re.I)
-HEAVY = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "vllm", "matplotlib")
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "lm_eval", "vllm", "matplotlib", "optuna")
 MARKER = re.compile(r"\b(?:" + "|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK"]) + r")\b")
 PIN = re.compile(r"[A-Za-z0-9._-]+(?:\[[a-z0-9_,-]+\])?==\d+(?:\.\d+)+(?:\.?(?:a|b|rc|post)\d+)?(?: *;.+)?")
 
@@ -167,7 +180,7 @@ FLAG = re.compile(r"(?<![\w-])--(?:no-)?([a-z][a-z_]+)")
 
 
 def flags_of_commands() -> set[str]:
-    """The name of every flag of the four commands, but for what every program has."""
+    """The name of every flag of the commands, but for what every program has."""
     parsers = [importlib.import_module(path.stem).build_parser() for path in COMMANDS]
     options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     return {option.removeprefix("--") for option in options} - {"help", "version", "h"}
@@ -386,6 +399,7 @@ def test_requirements_are_exact_pins():
         "requirements-dev.txt",
         "requirements-gpu.txt",
         "requirements-real.txt",
+        "requirements-search.txt",
         "requirements-vllm-cpu.txt",
         "requirements.txt",
     ]

@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from aim import sums
-from merging import randomness, report
 from merging.merge_work import merge
-from merging.methods import linear, signs, task_arithmetic, trim, widen
+from merging.methods import widen
 from merging.recipe_flags import make_recipe
 from streaming import stream
-from streaming.output import RunOptions
-from streaming.stream import StreamOptions
 from streaming.twins import TWINS, Twins, compile_all, use_compiled
 from tests.pico import make_family
 
@@ -91,15 +88,11 @@ def test_all_twins_are_compiled_and_tested_here():
     known = TWINS.compiled.keys()
     assert known == {
         *(("streaming.kernels", name) for name in ("load", "round_to")),
-        *(("merging.kernels", name) for name in ("weighted_sum", "add_to_base", "elect_and_sum", "keep_above_", "count_against", "keep_below_", "sum_products", "add_weighed", "count_signs")),
+        *(("merging.kernels", name) for name in ("sum_products",)),
         ("aim.kernels", "add_rows"),
     }  # fmt: skip
     for module, name in known:
-        plain = next(
-            getattr(place, name)
-            for place in (stream, linear, task_arithmetic, signs, trim, randomness, widen, report, sums)
-            if hasattr(place, name)
-        )
+        plain = next(getattr(place, name) for place in (stream, widen, sums) if hasattr(place, name))
         parameters = [list(inspect.signature(one).parameters.values()) for one in (plain, TWINS.compiled[module, name])]
         assert [one.kind for one in parameters[0]] == [one.kind for one in parameters[1]]
 
@@ -135,37 +128,6 @@ def test_every_bfloat16_and_every_tie_is_rounded_alike():
     assert stream.round_to(values[:10], torch.bfloat16)[1]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("models", [1, 2, 3, 5])
-@pytest.mark.parametrize("odd", [False, True])
-def test_sums(size, models, odd):
-    vectors = [numbers(size, seed, odd=odd) for seed in range(models)]
-    weights = [0.3, -1.7, 1.0, 0.1, 1e-3][:models]
-    check(linear.weighted_sum, vectors, weights)
-    check(task_arithmetic.add_to_base, numbers(size, 9), vectors[0], 0.7)
-    if size:
-        check(report.count_signs, torch.stack(vectors))
-    for normalize in (False, True):
-        check(signs.elect_and_sum, vectors, weights, normalize=normalize)
-        check(signs.elect_and_sum, vectors, [0.0] * models, normalize=normalize)
-        check(signs.elect_and_sum, [vectors[0], *(-vector for vector in vectors[:-1])], weights, normalize=normalize)
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("odd", [False, True])
-def test_thresholds(size, odd):
-    values = numbers(size, 4, odd=odd)
-    magnitudes = sorted(trim.magnitude_bits(values).tolist()) or [5]
-    picked = [0, 1, trim.INFINITY_BITS, magnitudes[0], magnitudes[len(magnitudes) // 2], magnitudes[-1]]
-    for bits in picked:
-        if bits <= trim.INFINITY_BITS:
-            check(trim.keep_above_, values, bits, changes=0)
-    for low in picked:
-        for high in (one for one in picked if one >= low):
-            check(trim.count_against, values, low, high)
-    check(trim.count_against, values, 0, trim.ABOVE_ALL)
-
-
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (1, 7, 130), (3, 5, 64), (2, 33, 1), (1, 1, 200), (4, 64, 65), (1, 130, 3)]
 )
@@ -173,52 +135,12 @@ def test_thresholds(size, odd):
 def test_channels(shape, odd):
     count = math.prod(shape)
     one, other = (numbers(count, seed, odd=odd).view(shape) for seed in (1, 2))
-    scores = [torch.rand(1, 1, shape[2]), torch.rand(shape[0], shape[1], 1), torch.rand(shape)]
     for dim in (-2, -1):
         check(widen.sum_products, one, other, dim)
         check(widen.sum_products, one, one, dim)
         torch.testing.assert_close(
             widen.sum_products(one, other, dim), (one.double() * other.double()).sum(dim), equal_nan=True
         )
-    for number in (1, 2, 3):
-        check(widen.add_weighed, one.flatten(), [one, other, one * 3][:number], scores[:number])
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("density", [0.0, 1e-9, 0.3, 0.5, 1 - 1e-12])
-@pytest.mark.parametrize("start", [0, 12345, (1 << 31) - 10, (1 << 32) - 100, 5 * (1 << 32) - 31])
-def test_masks(size, density, start):
-    for divisor in (None, 0.3, density or None):
-        check(randomness.drop_, numbers(size, 5), density, seed=3, tensor="w", model=1, start=start, divisor=divisor)
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory):
-    return {
-        dtype: make_family(tmp_path_factory.mktemp(dtype), "llama", dtype=getattr(torch, dtype))
-        for dtype in ("bfloat16", "float16", "float32")
-    }
-
-
-METHODS = [
-    ("linear", {}), ("task_arithmetic", {"lambda": 0.7}), ("ties", {"density": 0.3}), ("dare_linear", {"density": 0.4}),
-    ("dare_ties", {"density": 0.6}), ("widen", {}), ("della", {"density": 0.5}), ("breadcrumbs_ties", {"density": 0.5}),
-]  # fmt: skip
-
-
-@pytest.mark.command
-@pytest.mark.parametrize(("method", "parameters"), METHODS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_whole_merges(tmp_path, families, method, parameters, dtype):
-    """With blocks whose edges are anywhere."""
-    family = families[dtype]
-    written = []
-    for use in (False, True):
-        recipe = make_recipe(method, str(family.base), ",".join(map(str, family.models)), parameters=parameters)
-        options = RunOptions(stream=StreamOptions(compiled=use, block_elements=1001, workers=2))
-        merge(recipe, tmp_path / f"out{use}", options)
-        written.append((tmp_path / f"out{use}" / "model.safetensors").read_bytes())
-    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -315,10 +237,10 @@ def test_without_numba(monkeypatch):
 
 
 @pytest.mark.parametrize(("worth", "expected"), [(1, True), (10**9, False)])
-def test_large_merges_are_compiled(tmp_path, monkeypatch, families, worth, expected):
+def test_large_merges_are_compiled(tmp_path, monkeypatch, worth, expected):
     started = []
     monkeypatch.setattr(stream, "WORTH_COMPILING", worth)
     monkeypatch.setattr(stream, "compiling", lambda: started.append(True) or contextlib.nullcontext())
-    family = families["bfloat16"]
+    family = make_family(tmp_path, "llama")
     merge(make_recipe("linear", str(family.base), str(family.models[0])), tmp_path / "out")
     assert bool(started) == expected

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from merging.methods.sparse import SparseTaskVectors
+from merging.methods.sparse import ThinnedByElement
 from merging.methods.trim import Trim, measure_largest
 from merging.parameters import parameter
-from streaming.blocks import Block, Scan, TensorSpec
+from streaming.blocks import Scan, TensorSpec
+from streaming.elements import Element, Number, where
 
 
 @dataclass(frozen=True)
-class Breadcrumbs(SparseTaskVectors):
+class Breadcrumbs(ThinnedByElement):
     """Keep the middle of each task vector by magnitude, and add up.
 
         k_i = int(density_i * n),   t_i = min(int(gamma_i * n), n - k_i)        (n: elements of the tensor)
@@ -41,20 +43,16 @@ class Breadcrumbs(SparseTaskVectors):
         kept = [int(density * n) for density in self.densities]
         top = [min(int(gamma * n), n - k) for gamma, k in zip(self.gammas, kept, strict=True)]
 
-        def twice(measure: Any, regions: Any = None) -> Any:
-            return scan(lambda block: measure(replace(block, task_vectors=block.task_vectors * 2)), regions)
-
         counts = [*(t + k for t, k in zip(top, kept, strict=True)), *top]
-        trims = measure_largest(tensor, twice, counts)
+        trims = measure_largest(tensor, scan, counts, lambda x: [*x.models, *x.models])
         return tuple(zip(trims[: len(kept)], trims[len(kept) :], strict=True))
 
-    def thin_(self, block: Block, selection: Any) -> None:
-        """See `SparseTaskVectors.thin_`."""
-        start = block.region.start
-        for values, (band_and_top, top), density in zip(block.task_vectors, selection, self.densities, strict=True):
-            if density < 1.0:
-                band_and_top.apply_(values, start)
-                values.sub_(top.apply_(values.clone(), start))  # exact: x - x or x - 0
+    def thin(self, x: Element, tensor: TensorSpec, selection: Any) -> Sequence[Number]:
+        """See `ThinnedByElement.thin`."""
+        return [
+            where(band_and_top.keeps(x, vector) & ~top.keeps(x, vector), vector, 0.0) if density < 1.0 else vector
+            for vector, (band_and_top, top), density in zip(x.models, selection, self.densities, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 
 from merging.parameters import Parameter
 from streaming.blocks import Block, Scan, TensorSpec
+from streaming.elements import Formula, Tensors
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,17 @@ class Method(ABC):
     """Whether it must know which tensors are embeddings, for which the model class is built."""
     needs_data: ClassVar[bool] = False
     """Whether each model brings text of its own task, on which it is run for what the method wants to know."""
+    unmeasured: ClassVar[tuple[str, ...]] = ()
+    """Fields that `measure` does not look at: methods that differ in these alone have the same statistics."""
     min_models: ClassVar[int] = 1
     """How many models it merges at least, the base not counted."""
     max_models: ClassVar[int | None] = None
     """And at most."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if "combine" in vars(cls) and "formula" not in vars(cls):
+            cls.formula = Method.formula  # type: ignore[method-assign]  # what it inherits speaks of another `combine`
 
     def __post_init__(self) -> None:
         for parameter, field in self.parameters().values():
@@ -64,6 +72,10 @@ class Method(ABC):
         Returns: `[block.region.numel]` float32; may be one of the block's own tensors, the base excepted.
         """
 
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Formula | None:
+        """What `combine` makes of one element, where it can be said of one; see `Elementwise`."""
+        return None
+
     @classmethod
     def parameters(cls) -> dict[str, tuple[Parameter, str]]:
         """Recipe key -> the parameter, and the name of the field that holds it; a tuple where each model has a value."""
@@ -74,3 +86,25 @@ class Method(ABC):
     def without_base(cls) -> type[Method] | None:
         """The method of a recipe that names no base model; None where it needs one."""
         return None
+
+
+class Elementwise(Method):
+    """A method that makes each element of the output from the base's and the models', and from what it has measured.
+
+    Its formula is written once (`streaming.elements`): with tensors it is `combine`; large merges on a CPU compile it to one loop
+    that also reads, widens, checks, relaxes and rounds.
+    """
+
+    @abstractmethod
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Formula | None:
+        """The merged number of an element; None where it takes more than the element's numbers, which `combine` then does.
+
+        Args:
+            statistics: what `measure` returned for this tensor.
+        """
+
+    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
+        """See `Method.combine`."""
+        merged = self.formula(block.region.tensor, statistics)
+        assert merged is not None, f"{type(self).__name__}: expected a formula, or a combine of its own"
+        return merged(Tensors(block))

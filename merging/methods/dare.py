@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from merging.methods.sparse import SparseTaskVectors
-from merging.randomness import drop_
-from streaming.blocks import Block
+from merging.methods.sparse import ThinnedByElement
+from merging.randomness import drop
+from streaming.blocks import TensorSpec
+from streaming.elements import Element, Number
 
 
 @dataclass(frozen=True)
-class _Dare(SparseTaskVectors):
+class _Dare(ThinnedByElement):
     """Drop each element of d_i with probability 1 - density_i; by the own rule, multiply the kept by 1 / density_i."""
 
     draws: ClassVar[bool] = True
 
     seed: int = 0
 
-    def thin_(self, block: Block, selection: Any) -> None:
-        """See `SparseTaskVectors.thin_`; rescales too."""
-        region = block.region
-        for model, (values, density) in enumerate(zip(block.task_vectors, self.densities, strict=True)):
+    def thin(self, x: Element, tensor: TensorSpec, selection: Any) -> Sequence[Number]:
+        """See `ThinnedByElement.thin`; rescales too."""
+        thinned = []
+        for model, (vector, density) in enumerate(zip(x.models, self.densities, strict=True)):
             if density < 1.0:
-                divisor = density if density > 0.0 and self.rescale is None else None
-                drop_(
-                    values, density, seed=self.seed, tensor=region.tensor.name, model=model, start=region.start, divisor=divisor
-                )  # fmt: skip
+                vector = drop(x, vector, density, seed=self.seed, tensor=tensor.name, model=model)
+                if density > 0.0 and self.rescale is None:
+                    vector = vector / x.number(density)
+            thinned.append(vector)
+        return thinned
 
 
 @dataclass(frozen=True)

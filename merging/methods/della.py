@@ -64,8 +64,8 @@ class Della(SparseTaskVectors):
         pieces = list(scan(lambda block: torch.stack(block.task_vectors).abs_().cpu()))
         return [values.view(-1, tensor.columns).sort(dim=-1).values for values in torch.cat(pieces, dim=-1)]
 
-    def thin_(self, block: Block, selection: list[torch.Tensor] | None) -> None:
-        """See `SparseTaskVectors.thin_`."""
+    def thinned(self, block: Block, selection: list[torch.Tensor] | None) -> list[torch.Tensor]:
+        """See `SparseTaskVectors.thinned`; in place."""
         region = block.region
         columns = region.tensor.columns
         for model, (values, density) in enumerate(zip(block.task_vectors, self.densities, strict=True)):
@@ -80,6 +80,7 @@ class Della(SparseTaskVectors):
                     rows = selection[model][first : first + len(magnitudes)].to(values.device)
                 kept = probabilities(row_ranks(magnitudes, rows).view(-1), columns, density, self.epsilons[model])
                 drop_unevenly_(values, kept, seed=self.seed, tensor=region.tensor.name, model=model, start=region.start)
+        return block.task_vectors
 
 
 @dataclass(frozen=True)

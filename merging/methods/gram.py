@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from streaming.blocks import Block, Region, Scan, TensorSpec
+from streaming.elements import Element, Number
 
 Channels = Literal["tensor", "rows", "columns"]
 """What one scalar product runs over: everything, each row, or each column. A vector is one row, and one column too."""
@@ -60,17 +61,15 @@ def place(region: Region, shape: Sequence[int]) -> tuple[slice, slice, slice]:
     return matrices, rows, columns
 
 
-def add_scaled(vectors: Sequence[torch.Tensor], region: Region, factors: torch.Tensor) -> torch.Tensor:
-    """sum f_i v_i, in order.
+def add_scaled(x: Element, vectors: Sequence[Number], factors: torch.Tensor) -> Number:
+    """sum f_i v_i, in order, from a sum that starts at 0.
 
     Args:
-        vectors: `[n]` float32 each, the numbers of `region`.
+        vectors: numbers of the element.
         factors: `[v, matrices, rows, columns]` float64, of the whole tensor, as in `measure_gram`.
-
-    Returns: `[n]` float32, new.
     """
-    here = factors[:, *place(region, factors.shape[1:])].to(vectors[0].device, torch.float32)
-    total = torch.zeros(region.shape, device=vectors[0].device)
-    for values, factor in zip(vectors, here, strict=True):
-        total.add_(region.as_stack(values) * factor)
-    return total.view(-1)
+    first, *others = zip(vectors, factors.float(), strict=True)
+    total = 0.0 + first[0] * x.channel(first[1])
+    for vector, factor in others:
+        total = total + vector * x.channel(factor)
+    return total

@@ -8,14 +8,15 @@ from typing import ClassVar, Literal
 
 import torch
 
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise, Method
 from merging.methods.gram import add_scaled, measure_gram
 from merging.parameters import parameter
-from streaming.blocks import Block, Scan, TensorSpec
+from streaming.blocks import Scan, TensorSpec
+from streaming.elements import Formula
 
 
 @dataclass(frozen=True)
-class Karcher(Method):
+class Karcher(Elementwise):
     """Average the directions of the models on the sphere, and their lengths; each tensor as one vector.
 
         u_i = x_i / |x_i|,   u = mean(u_i) / |mean(u_i)|
@@ -45,9 +46,9 @@ class Karcher(Method):
         gram = measure_gram(tensor, scan, lambda block: block.weights)[..., 0, 0, 0]
         return karcher_factors(gram, int(self.max_iter), self.tol).view(-1, 1, 1, 1)
 
-    def combine(self, block: Block, statistics: torch.Tensor) -> torch.Tensor:
-        """See `Method.combine`."""
-        return add_scaled(block.weights, block.region, statistics)
+    def formula(self, tensor: TensorSpec, statistics: torch.Tensor) -> Formula:
+        """See `Elementwise.formula`."""
+        return lambda x: add_scaled(x, x.models, statistics)
 
     @classmethod
     def without_base(cls) -> type[Method] | None:

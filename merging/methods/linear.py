@@ -6,27 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-
 from checkpoints.errors import ArgumentError
 from checkpoints.settings import setting
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise, Method
 from merging.parameters import shared
-from streaming.blocks import Block
-from streaming.twins import twin
+from streaming.blocks import TensorSpec
+from streaming.elements import Element, Formula, Number
 
 
-@twin("merging.kernels")
-def weighted_sum(vectors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """sum w_i v_i, in the order of the models, over `[n]` float32 each; overwrites the vectors, returns the first."""
-    total = vectors[0].mul_(weights[0])
+def weighted_sum(vectors: Sequence[Number], weights: Sequence[Number | float]) -> Number:
+    """sum w_i v_i, in the order of the models, of numbers of an element or of tensors `[n]` float32."""
+    total = vectors[0] * weights[0]
     for vector, weight in zip(vectors[1:], weights[1:], strict=True):
-        total.add_(vector.mul_(weight))
+        total = total + vector * weight
     return total
 
 
 @dataclass(frozen=True)
-class Linear(Method):
+class Linear(Elementwise):
     """Average the weights.
 
         out = sum w_i x_i / sum w_i        (not divided where `normalize` is false)
@@ -48,10 +45,14 @@ class Linear(Method):
         super().__post_init__()
         check_weight_sum(self.weights, self.normalize)
 
-    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
-        """See `Method.combine`."""
-        total = weighted_sum(block.weights, self.weights)
-        return total.div_(sum(self.weights)) if self.normalize else total
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Formula:
+        """See `Elementwise.formula`."""
+
+        def merged(x: Element) -> Number:
+            total = weighted_sum(x.models, list(map(x.number, self.weights)))
+            return total / x.number(sum(self.weights)) if self.normalize else total
+
+        return merged
 
     @classmethod
     def without_base(cls) -> type[Method] | None:

@@ -8,16 +8,17 @@ from typing import ClassVar
 
 import torch
 
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise
 from merging.methods.gram import add_scaled, measure_gram
 from merging.parameters import parameter
-from streaming.blocks import Block, Scan, TensorSpec
+from streaming.blocks import Scan, TensorSpec
+from streaming.elements import Element, Formula, Number
 
 LEAST_NORMS = 1e-6
 
 
 @dataclass(frozen=True)
-class ModelStock(Method):
+class ModelStock(Elementwise):
     """Interpolate between the base and the mean of N models.
 
         c = mean over the pairs of d_i . d_j / max(|d_i| |d_j|, 1e-6), each in [-1, 1]
@@ -54,10 +55,13 @@ class ModelStock(Method):
         divisor = 1 + (len(gram) - 1) * cosine
         return torch.where(divisor > LEAST_NORMS, len(gram) * cosine / divisor, 0.0).unsqueeze(0)
 
-    def combine(self, block: Block, statistics: torch.Tensor) -> torch.Tensor:
-        """See `Method.combine`."""
-        assert block.base is not None
-        total = block.task_vectors[0]
-        for values in block.task_vectors[1:]:
-            total.add_(values)
-        return add_scaled([total.div_(len(block.task_vectors))], block.region, statistics).add_(block.base)
+    def formula(self, tensor: TensorSpec, statistics: torch.Tensor) -> Formula:
+        """See `Elementwise.formula`."""
+
+        def merged(x: Element) -> Number:
+            total = x.models[0]
+            for vector in x.models[1:]:
+                total = total + vector
+            return add_scaled(x, [total / x.number(len(x.models))], statistics) + x.base
+
+        return merged

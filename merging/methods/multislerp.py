@@ -10,14 +10,15 @@ from typing import ClassVar, Literal
 import torch
 
 from checkpoints.errors import ArgumentError
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise, Method
 from merging.methods.gram import add_scaled, measure_gram
 from merging.parameters import parameter, shared
 from streaming.blocks import Block, Scan, TensorSpec
+from streaming.elements import Element, Formula, Number
 
 
 @dataclass(frozen=True)
-class MultiSlerp(Method):
+class MultiSlerp(Elementwise):
     """Average the directions of the task vectors on the sphere, and their lengths; each tensor as one vector.
 
         w_i <- w_i / sum w_i        (not where `normalize_weights` is false)
@@ -61,10 +62,14 @@ class MultiSlerp(Method):
         factors = weights if length < self.eps else units * float(weights @ norms) / length
         return factors.view(-1, 1, 1, 1)
 
-    def combine(self, block: Block, statistics: torch.Tensor) -> torch.Tensor:
-        """See `Method.combine`."""
-        total = add_scaled(_vectors(block), block.region, statistics)
-        return total if block.base is None or self.space == "weights" else total.add_(block.base)
+    def formula(self, tensor: TensorSpec, statistics: torch.Tensor) -> Formula:
+        """See `Elementwise.formula`."""
+
+        def merged(x: Element) -> Number:
+            total = add_scaled(x, x.models, statistics)
+            return total if self.space == "weights" else total + x.base
+
+        return merged
 
     @classmethod
     def without_base(cls) -> type[Method] | None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise
 from merging.parameters import REQUIRED, parameter
-from streaming.blocks import Block
+from streaming.blocks import TensorSpec
+from streaming.elements import Element, Formula, Number, where
 
 LEAST_DISTANCE = 1e-6
 
 
 @dataclass(frozen=True)
-class NearSwap(Method):
+class NearSwap(Elementwise):
     """Move each element of the base towards the model, the nearer it is the further.
 
         w = min(t / max(|d|, 1e-6), 1)        (each element for itself)
@@ -31,9 +30,13 @@ class NearSwap(Method):
 
     t: float = parameter("t", "distance from the base, in units of the weights, up to which the model's are taken", default=REQUIRED, low=0.0)  # fmt: skip
 
-    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
-        """See `Method.combine`."""
-        assert block.base is not None
-        (values,) = block.task_vectors
-        share = torch.full_like(values, self.t).div_(values.abs().clamp_(min=LEAST_DISTANCE)).clamp_(max=1.0)
-        return values.mul_(share).add_(block.base)
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Formula:
+        """See `Elementwise.formula`."""
+
+        def merged(x: Element) -> Number:
+            (vector,) = x.models
+            distance, least = abs(vector), x.number(LEAST_DISTANCE)
+            share = x.number(self.t) / where(distance < least, least, distance)
+            return vector * where(share > 1.0, 1.0, share) + x.base
+
+        return merged

@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 import torch
 
 from checkpoints.settings import setting
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise, Method
 from merging.methods.gram import Channels, add_scaled, measure_gram
 from merging.parameters import parameter, shared
 from streaming.blocks import Block, Scan, TensorSpec
+from streaming.elements import Element, Formula, Number
 
 LEAST_NORM = 1e-7
 LEAST_SUM = 1e-6
@@ -20,7 +21,7 @@ COLINEAR = 1e-6
 
 
 @dataclass(frozen=True)
-class NuSlerp(Method):
+class NuSlerp(Elementwise):
     """Interpolate between two task vectors on the sphere: each tensor as one vector, or row by row, or column by column.
 
         t = w_2 / (w_1 + w_2)        (1/2 where the sum is below 1e-6)
@@ -67,10 +68,14 @@ class NuSlerp(Method):
         line = torch.tensor([1 - t, t], dtype=torch.float64).view(2, 1, 1, 1)
         return torch.where(angle.sin().abs() < COLINEAR, line, arc)
 
-    def combine(self, block: Block, statistics: torch.Tensor) -> torch.Tensor:
-        """See `Method.combine`."""
-        total = add_scaled(_vectors(block), block.region, statistics)
-        return total if block.base is None or self.space == "weights" else total.add_(block.base)
+    def formula(self, tensor: TensorSpec, statistics: torch.Tensor) -> Formula:
+        """See `Elementwise.formula`."""
+
+        def merged(x: Element) -> Number:
+            total = add_scaled(x, x.models, statistics)
+            return total if self.space == "weights" else total + x.base
+
+        return merged
 
     @classmethod
     def without_base(cls) -> type[Method] | None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
-
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise, Method
 from merging.parameters import parameter
-from streaming.blocks import Block
+from streaming.blocks import TensorSpec
+from streaming.elements import Element, Formula, Number
 
 
 @dataclass(frozen=True)
-class Passthrough(Method):
+class Passthrough(Elementwise):
     """Take the one model's weights.
 
         out = scale * x
@@ -31,9 +30,13 @@ class Passthrough(Method):
 
     weights: tuple[float, ...] = parameter("scale", "what the weights are multiplied with", default=1.0, per_model=True)
 
-    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
-        """See `Method.combine`."""
-        return block.weights[0].mul_(self.weights[0])
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Formula:
+        """See `Elementwise.formula`."""
+
+        def merged(x: Element) -> Number:
+            return x.models[0] * x.number(self.weights[0])
+
+        return merged
 
     @classmethod
     def without_base(cls) -> type[Method] | None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise
 from merging.parameters import parameter
 from streaming.blocks import Block, Scan, TensorSpec
+from streaming.elements import Element, Formula, Number, where
 
 
 @dataclass(frozen=True)
-class Ram(Method):
+class Ram(Elementwise):
     """Average over the models that changed an element.
 
         c = number of models with |d_i| > epsilon        (each element for itself)
@@ -29,21 +30,22 @@ class Ram(Method):
         "epsilon", "changes up to this, in units of the weights, count as none", default=1e-5, low=0.0
     )
 
-    def combine(self, block: Block, statistics: Sequence[float] | None) -> torch.Tensor:
-        """See `Method.combine`; statistics: what model i's changes are multiplied with where it is the only one."""
-        assert block.base is not None
-        total = torch.zeros_like(block.base)
-        count = torch.zeros_like(block.base)
-        alone = torch.zeros_like(block.base)
-        for index, values in enumerate(block.task_vectors):
-            changed = values.abs().gt_(self.epsilon)  # 1 or 0
-            total.add_(values.mul_(changed))
-            count.add_(changed)
+    def formula(self, tensor: TensorSpec, statistics: Sequence[float] | None) -> Formula:
+        """See `Elementwise.formula`; statistics: what model i's changes are multiplied with where it is the only one."""
+
+        def merged(x: Element) -> Number:
+            total, count, alone = cast(tuple[Number, Number, Number], (0.0, 0.0, 0.0))
+            for index, vector in enumerate(x.models):
+                changed = where(abs(vector) > x.number(self.epsilon), 1.0, 0.0)
+                total = total + vector * changed
+                count = count + changed
+                if statistics is not None:
+                    alone = alone + changed * x.number(statistics[index])
             if statistics is not None:
-                alone.add_(changed.mul_(statistics[index]))
-        if statistics is not None:
-            total.mul_(torch.where(count == 1.0, alone, 1.0))
-        return total.div_(count.clamp_(min=1.0)).add_(block.base)
+                total = total * where(count == 1.0, alone, 1.0)
+            return total / where(count < 1.0, 1.0, count) + x.base
+
+        return merged
 
 
 @dataclass(frozen=True)

@@ -225,6 +225,9 @@ class Projected:
                 merged[slice(*matrices), :, slice(*columns)] += part
         return merged
 
+    def formula(self, tensor: TensorSpec, statistics: Any) -> None:
+        """See `Merger`: an element depends on its whole matrix."""
+
     def combine(self, block: Block, statistics: torch.Tensor | None) -> torch.Tensor:
         """See `Merger.combine`."""
         assert block.base is not None

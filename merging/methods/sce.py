@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise
 from merging.methods.signs import elect_sign, sum_agreeing
-from merging.methods.task_arithmetic import add_to_base
 from merging.methods.trim import Trim, measure_largest
 from merging.parameters import parameter
 from streaming.blocks import Block, Scan, TensorSpec
+from streaming.elements import Element, Formula, Number, Tensors, where
 
 LEAST_SUM = 1e-6
 """mergekit's bound on sums of weights."""
@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sce(Method):
+class Sce(Elementwise):
     """Keep the elements in which the models differ most, weigh the models by the size of what is left, elect signs.
 
         v = variance of d_i over the models, each element for itself
@@ -73,14 +73,25 @@ class Sce(Method):
         (trim,) = measure_largest(tensor, of_variance, [int(self.select_topk * changed)])
         return trim
 
+    def formula(self, tensor: TensorSpec, statistics: Sizes) -> Formula | None:
+        """See `Elementwise.formula`; variances are no numbers of float32."""
+        return self._elected(statistics.weights) if statistics.trim is None else None
+
     def combine(self, block: Block, statistics: Sizes) -> torch.Tensor:
         """See `Method.combine`."""
-        assert block.base is not None
         select_(block, statistics.trim)
-        sign = elect_sign(block.task_vectors)
-        for values, weight in zip(block.task_vectors, statistics.weights, strict=True):
-            values.mul_(weight)
-        return add_to_base(block.base, sum_agreeing(block.task_vectors, sign, statistics.weights, LEAST_SUM), 1.0)
+        return self._elected(statistics.weights)(Tensors(block))
+
+    def _elected(self, shares: Sequence[float]) -> Formula:
+        """What is made of the elements that are selected."""
+
+        def merged(x: Element) -> Number:
+            sign, weights, least = elect_sign(x.models), list(map(x.number, shares)), x.number(LEAST_SUM)
+            weighted = [vector * weight for vector, weight in zip(x.models, weights, strict=True)]
+            agreed, divisor = sum_agreeing(weighted, sign, weights)
+            return agreed / where(divisor < least, least, divisor) + x.base
+
+        return merged
 
 
 def variance(task_vectors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -98,6 +109,7 @@ def variance(task_vectors: Sequence[torch.Tensor]) -> torch.Tensor:
 def select_(block: Block, trim: Trim | None) -> None:
     """Set to 0, in place, the elements of every task vector that are not selected by variance."""
     if trim is not None:
-        dropped = trim.apply_(variance(block.task_vectors), block.region.start) == 0
+        x, sizes = Tensors(block), variance(block.task_vectors)
+        dropped = where(trim.keeps(x, sizes), sizes, 0.0) == 0
         for values in block.task_vectors:
             values.masked_fill_(dropped, 0.0)

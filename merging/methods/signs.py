@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
-import torch
-
-from streaming.twins import twin
+from streaming.elements import Number, where
 
 
-@twin("merging.kernels")
-def elect_and_sum(task_vectors: Sequence[torch.Tensor], weights: Sequence[float], *, normalize: bool) -> torch.Tensor:
+def elect_and_sum(vectors: Sequence[Number], weights: Sequence[Number], *, normalize: bool) -> Number:
     """Sum what agrees with the elected sign.
 
         D_i = w_i d_i;   s = sign(sum D_i), an exact 0 counts as +
@@ -19,54 +17,31 @@ def elect_and_sum(task_vectors: Sequence[torch.Tensor], weights: Sequence[float]
     A D_i of 0 agrees with neither sign, so a trimmed element does not count in the divisor.
 
     Args:
-        task_vectors: `[n]` float32 each, trimmed or dropped already; overwritten.
+        vectors: task vectors of an element, trimmed or dropped already.
         weights: one per task vector, any sign.
         normalize: mean over the agreeing models rather than their sum.
 
-    Returns: `[n]` float32.
     Source: arXiv:2306.01708, section 4; mergekit's `sum` consensus, which elects on the weighted task vectors.
     """
-    for task_vector, weight in zip(task_vectors, weights, strict=True):
-        task_vector.mul_(weight)
-    return sum_agreeing(task_vectors, elect_sign(task_vectors), weights if normalize else None)
+    weighted = [vector * weight for vector, weight in zip(vectors, weights, strict=True)]
+    agreed, divisor = sum_agreeing(weighted, elect_sign(weighted), weights)
+    return agreed / where(divisor == 0.0, 1.0, divisor) if normalize else agreed
 
 
-def elect_sign(vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """sign(sum of the vectors), an exact 0 counts as +: +1 or -1, `[n]` float32. Vectors: `[n]` float32 each, left alone."""
-    total = torch.zeros_like(vectors[0])
-    for vector in vectors:
-        total.add_(vector)
-    return total.ge_(0.0).mul_(2.0).sub_(1.0)  # in place of the total
+def elect_sign(vectors: Sequence[Number]) -> Number:
+    """sign(sum of the vectors), an exact 0 counts as +: +1 or -1."""
+    total = 0.0 + vectors[0]
+    for vector in vectors[1:]:
+        total = total + vector
+    return where(total >= 0.0, 1.0, -1.0)
 
 
-def sum_agreeing(
-    vectors: Sequence[torch.Tensor],
-    sign: torch.Tensor,
-    weights: Sequence[float] | None,
-    least_divisor: float | None = None,
-) -> torch.Tensor:
-    """Sum what has a sign.
-
-    Args:
-        vectors: `[n]` float32 each, weighted already; overwritten.
-        sign: `[n]` float32, +1 or -1; overwritten.
-        weights: where given, the sum is divided by the sum of the agreeing vectors' weights.
-        least_divisor: what the divisor is at least; without it, a divisor of 0 counts as 1.
-
-    Returns: `[n]` float32.
-    """
-    agreed = torch.zeros_like(sign)
-    divisor = None if weights is None else torch.zeros_like(sign)
-    for index, vector in enumerate(vectors):
-        vector.mul_(sign).clamp_(min=0.0)  # exact: the sign turned to +, what disagrees gone
-        agreed.add_(vector)
-        if divisor is not None and weights is not None:
-            divisor.add_(vector.gt_(0.0), alpha=weights[index])  # exact: a product with 0 or 1
-    agreed.mul_(sign)
-    if divisor is not None:
-        if least_divisor is None:
-            divisor.add_(torch.eq(divisor, 0.0, out=sign))
-        else:
-            divisor.clamp_(min=least_divisor)
-        agreed.div_(divisor)
-    return agreed
+def sum_agreeing(vectors: Sequence[Number], sign: Number, weights: Sequence[Number]) -> tuple[Number, Number]:
+    """Sum the vectors that have a sign (+1 or -1), weighted already, and their weights."""
+    agreed: Number | float = 0.0
+    divisor: Number | float = 0.0
+    for vector, weight in zip(vectors, weights, strict=True):
+        turned = vector * sign  # exact: the sign turned to +
+        agreed = agreed + where(turned < 0.0, 0.0, turned)
+        divisor = divisor + where(turned > 0.0, 1.0, 0.0) * weight  # exact: a product with 0 or 1
+    return agreed * sign, cast(Number, divisor)

@@ -8,17 +8,18 @@ from typing import ClassVar, Literal
 
 import torch
 
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise
 from merging.methods.gram import add_scaled, measure_gram
 from merging.parameters import REQUIRED, parameter
 from streaming.blocks import Block, Scan, TensorSpec
+from streaming.elements import Formula
 
 COLINEAR = 0.9995
 LEAST_NORM = 1e-8
 
 
 @dataclass(frozen=True)
-class Slerp(Method):
+class Slerp(Elementwise):
     """Interpolate between base and model on the sphere, each tensor as one vector.
 
         theta = angle between b and x;   out = sin((1 - t) theta) / sin theta b + sin(t theta) / sin theta x
@@ -51,9 +52,9 @@ class Slerp(Method):
             factors = torch.cat([((1 - self.t) * angle).sin(), (self.t * angle).sin()]) / angle.sin()
         return factors.view(2, 1, 1, 1)
 
-    def combine(self, block: Block, statistics: torch.Tensor) -> torch.Tensor:
-        """See `Method.combine`."""
-        return add_scaled(_both(block), block.region, statistics)
+    def formula(self, tensor: TensorSpec, statistics: torch.Tensor) -> Formula:
+        """See `Elementwise.formula`."""
+        return lambda x: add_scaled(x, [x.base, *x.models], statistics)
 
 
 def _both(block: Block) -> Sequence[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ from merging.methods.signs import elect_and_sum
 from merging.methods.task_arithmetic import add_to_base
 from merging.parameters import shared
 from streaming.blocks import Block, Scan, TensorSpec
+from streaming.elements import Element, Formula, Number, Tensors
 
 LEAST_NORM = 1e-7
 """An l1 norm below this is not restored, nor restored to: mergekit's bound."""
@@ -42,6 +44,7 @@ class SparseTaskVectors(Method):
     """Whether a sign is elected for each element."""
     restores_norm: ClassVar[bool] = False
     """Whether the l1 norm is restored where `rescale` is None."""
+    unmeasured: ClassVar[tuple[str, ...]] = ("weights", "lambda_", "normalize")
 
     weights: tuple[float, ...] = shared("weight")
     densities: tuple[float, ...] = shared("density")
@@ -55,12 +58,16 @@ class SparseTaskVectors(Method):
             check_weight_sum(self.weights, self.normalize)
 
     def select(self, tensor: TensorSpec, scan: Scan) -> Any:
-        """What `thin_` must know of the whole tensor; None where it needs nothing."""
+        """What `thinned` must know of the whole tensor; None where it needs nothing."""
         return None
 
     @abstractmethod
-    def thin_(self, block: Block, selection: Any) -> None:
-        """Set to 0, in place, what is not kept of the block's task vectors; those of density 1 are left alone."""
+    def thinned(self, block: Block, selection: Any) -> Sequence[torch.Tensor]:
+        """The block's task vectors, 0 where an element is not kept; those of density 1 are left alone.
+
+        Args:
+            selection: what `select` found.
+        """
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> Thinning:
         """See `Thinning`; one reading more where l1 norms are restored."""
@@ -73,8 +80,7 @@ class SparseTaskVectors(Method):
         def norms(block: Block) -> torch.Tensor:
             # A block's sum is float32, so that a tensor of one block has the reference program's bits; blocks add up in float64.
             before = [values.abs().sum() for values in block.task_vectors]
-            self.thin_(block, selection)
-            after = [values.abs().sum() for values in block.task_vectors]
+            after = [values.abs().sum() for values in self.thinned(block, selection)]
             return torch.stack([*before, *after]).cpu().double()
 
         before, after = torch.stack(list(scan(norms))).sum(dim=0).float().chunk(2)
@@ -83,15 +89,40 @@ class SparseTaskVectors(Method):
 
     def combine(self, block: Block, statistics: Thinning | None) -> torch.Tensor:
         """See `Method.combine`; without statistics where nothing was measured."""
-        assert block.base is not None
         selection, factors = statistics or Thinning()
-        self.thin_(block, selection)
-        for values, factor in zip(block.task_vectors, factors or (), strict=bool(factors)):
-            values.mul_(factor)
+        return self.summed(Tensors(block), self.thinned(block, selection), factors)
+
+    def summed(self, x: Element, vectors: Sequence[Number], factors: Sequence[float] | None) -> Number:
+        """The base and what is made of an element's task vectors, which are thinned; see `Thinning`."""
+        if factors is not None:
+            vectors = [vector * x.number(factor) for vector, factor in zip(vectors, factors, strict=True)]
+        weights = list(map(x.number, self.weights))
         if self.elects:
-            delta = elect_and_sum(block.task_vectors, self.weights, normalize=self.normalize)
+            delta = elect_and_sum(vectors, weights, normalize=self.normalize)
         else:
-            delta = weighted_sum(block.task_vectors, self.weights)
+            delta = weighted_sum(vectors, weights)
             if self.normalize:
-                delta.div_(sum(self.weights))
-        return add_to_base(block.base, delta, self.lambda_)
+                delta = delta / x.number(sum(self.weights))
+        return add_to_base(x.base, delta, x.number(self.lambda_))
+
+
+class ThinnedByElement(SparseTaskVectors):
+    """A method that can say of each element by itself whether it is kept."""
+
+    @abstractmethod
+    def thin(self, x: Element, tensor: TensorSpec, selection: Any) -> Sequence[Number]:
+        """The task vectors of an element, 0 where it is not kept; those of density 1 are left alone.
+
+        Args:
+            tensor: whose element it is.
+            selection: what `select` found.
+        """
+
+    def thinned(self, block: Block, selection: Any) -> Sequence[torch.Tensor]:
+        """See `SparseTaskVectors.thinned`."""
+        return self.thin(Tensors(block), block.region.tensor, selection)
+
+    def formula(self, tensor: TensorSpec, statistics: Thinning | None) -> Formula:
+        """See `Method.formula`."""
+        selection, factors = statistics or Thinning()
+        return lambda x: self.summed(x, self.thin(x, tensor, selection), factors)

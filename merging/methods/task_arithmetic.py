@@ -5,23 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise
 from merging.methods.linear import check_weight_sum, weighted_sum
 from merging.parameters import shared
-from streaming.blocks import Block
-from streaming.twins import twin
+from streaming.blocks import TensorSpec
+from streaming.elements import Element, Formula, Number
 
 
-@twin("merging.kernels")
-def add_to_base(base: torch.Tensor, delta: torch.Tensor, lambda_: float) -> torch.Tensor:
-    """b + lambda * delta over `[n]` float32; overwrites and returns `delta`."""
-    return delta.mul_(lambda_).add_(base)
+def add_to_base(base: Number, delta: Number, lambda_: Number | float) -> Number:
+    """b + lambda * delta, of numbers of an element or of tensors `[n]` float32."""
+    return delta * lambda_ + base
 
 
 @dataclass(frozen=True)
-class TaskArithmetic(Method):
+class TaskArithmetic(Elementwise):
     """Add the weighted task vectors to the base.
 
         out = b + lambda * sum w_i d_i        (divided by sum w_i where `normalize` is true)
@@ -40,10 +37,13 @@ class TaskArithmetic(Method):
         super().__post_init__()
         check_weight_sum(self.weights, self.normalize)
 
-    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
-        """See `Method.combine`."""
-        assert block.base is not None
-        delta = weighted_sum(block.task_vectors, self.weights)
-        if self.normalize:
-            delta.div_(sum(self.weights))
-        return add_to_base(block.base, delta, self.lambda_)
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Formula:
+        """See `Elementwise.formula`."""
+
+        def merged(x: Element) -> Number:
+            delta = weighted_sum(x.models, list(map(x.number, self.weights)))
+            if self.normalize:
+                delta = delta / x.number(sum(self.weights))
+            return add_to_base(x.base, delta, x.number(self.lambda_))
+
+        return merged

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from merging.methods.sparse import SparseTaskVectors
+from merging.methods.sparse import ThinnedByElement
 from merging.methods.trim import Trim, measure_trims
 from merging.parameters import shared
-from streaming.blocks import Block, Scan, TensorSpec
+from streaming.blocks import Scan, TensorSpec
+from streaming.elements import Element, Number, where
 
 
 @dataclass(frozen=True)
-class Ties(SparseTaskVectors):
+class Ties(ThinnedByElement):
     """Trim, elect sign, and merge.
 
         d_i  <- its int(density_i * n) largest |d_i|, the rest 0
@@ -32,8 +34,9 @@ class Ties(SparseTaskVectors):
         """The threshold of each model; see `measure_trims`."""
         return measure_trims(tensor, scan, self.densities)
 
-    def thin_(self, block: Block, selection: Any) -> None:
-        """See `SparseTaskVectors.thin_`."""
-        for task_vector, trim, density in zip(block.task_vectors, selection, self.densities, strict=True):
-            if density < 1.0:
-                trim.apply_(task_vector, block.region.start)
+    def thin(self, x: Element, tensor: TensorSpec, selection: Any) -> Sequence[Number]:
+        """See `ThinnedByElement.thin`."""
+        return [
+            where(trim.keeps(x, vector), vector, 0.0) if density < 1.0 else vector
+            for vector, trim, density in zip(x.models, selection, self.densities, strict=True)
+        ]

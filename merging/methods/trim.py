@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
 
-from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Region, Scan, TensorSpec, tile
-from streaming.twins import twin
+from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Region, Scan, TensorSpec, tile
+from streaming.elements import Element, Number, Question, ask, magnitude_bits
 
-MAGNITUDE_BITS = 0x7FFFFFFF
 INFINITY_BITS = 0x7F800000
 ABOVE_ALL = INFINITY_BITS + 1
 PIECE_ELEMENTS = 1024
@@ -34,37 +32,18 @@ class Trim:
     threshold: int
     last_kept: int
 
-    def apply_(self, values: torch.Tensor, start: int) -> torch.Tensor:
-        """Set to zero what is not kept, in place.
+    def keeps(self, x: Element, value: Number) -> Number:
+        """Whether an element is kept.
 
         Args:
-            values: `[n]` float32, the elements `start` to `start + n` of the task vector.
-            start: flat index of the first.
+            value: its task vector's number, float32.
         """
-        keeps_equal = min(max(self.last_kept + 1 - start, 0), values.numel())
-        head, tail = values[:keeps_equal], values[keeps_equal:]
-        if self.threshold > 0:
-            keep_above_(head, self.threshold - 1)
-        keep_above_(tail, self.threshold)
-        return values
+        # Up to the last index the threshold itself is above the bound.
+        return magnitude_bits(value) > x.integer(self.threshold) - x.is_up_to(self.last_kept)
 
 
 KEEP_ALL = Trim(threshold=0, last_kept=1 << 62)
 KEEP_NONE = Trim(threshold=INFINITY_BITS, last_kept=-1)
-
-
-@twin("merging.kernels")
-def keep_above_(values: torch.Tensor, bits: int) -> None:
-    """Set to zero what is not larger in magnitude than the float32 that `bits` spells, in place: `[n]` float32."""
-    if values.numel():
-        threshold = float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
-        # Forty times faster than a fill by mask, whose branches on random data are mispredicted.
-        torch.ops.aten.hardshrink.out(values, threshold, out=values)
-
-
-def magnitude_bits(values: torch.Tensor) -> torch.Tensor:
-    """|values| as integers in the same order: the bits of a float32 without its sign. `[n]` float32 -> `[n]` int32."""
-    return values.view(torch.int32) & MAGNITUDE_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +69,12 @@ class _Tally:
         self._inside = bytearray()
         self._ends: list[int] = []
 
-    def add(self, count: _Count) -> None:
-        self.above += count.above
-        self._at_high.append(count.at_high)
-        self._at_low.append(count.at_low)
-        self._inside += count.inside.tobytes()
+    def add(self, above: int, at_high: int, at_low: int, inside: np.ndarray) -> None:
+        """Add a block: how many magnitudes are above the bracket and at its ends, and the bits of those inside, in order."""
+        self.above += above
+        self._at_high.append(at_high)
+        self._at_low.append(at_low)
+        self._inside += inside.tobytes()
         self._ends.append(len(self._inside) // 4)
 
     def descending(self) -> tuple[np.ndarray, np.ndarray]:
@@ -116,21 +96,22 @@ class _Tally:
         return np.diff(np.searchsorted(positions, self._ends), prepend=0)
 
 
-class _Count(NamedTuple):
-    """One block of one task vector against a bracket; `inside` has the bits strictly inside it, `[few]` int32, in order."""
-
-    above: int
-    at_high: int
-    at_low: int
-    inside: np.ndarray
-
-
 def measure_trims(tensor: TensorSpec, scan: Scan, densities: Sequence[float]) -> tuple[Trim, ...]:
     """Find, for each task vector, the trim that keeps its int(density * numel) largest magnitudes; see `measure_largest`."""
     return measure_largest(tensor, scan, [int(density * tensor.numel) for density in densities])
 
 
-def measure_largest(tensor: TensorSpec, scan: Scan, kept: Sequence[int]) -> tuple[Trim, ...]:
+def task_vectors(x: Element) -> Sequence[Number]:
+    """What is trimmed mostly."""
+    return x.models
+
+
+def measure_largest(
+    tensor: TensorSpec,
+    scan: Scan,
+    kept: Sequence[int],
+    values: Callable[[Element], Sequence[Number]] = task_vectors,
+) -> tuple[Trim, ...]:
     """Find, for each task vector, the trim that keeps so many of its largest magnitudes.
 
     Of equal magnitudes the lower index is kept. One reading and a little: a sample (about one element in 128) brackets
@@ -141,7 +122,8 @@ def measure_largest(tensor: TensorSpec, scan: Scan, kept: Sequence[int]) -> tupl
     Args:
         tensor: the tensor to be trimmed.
         scan: reads its blocks; see `Scan`.
-        kept: per task vector of a block, the number of elements to keep.
+        kept: per task vector, the number of elements to keep.
+        values: what is trimmed, in place of the task vectors: float32 of an element.
     """
     n = tensor.numel
     trims = [KEEP_ALL if k >= n else KEEP_NONE if k == 0 else None for k in kept]
@@ -149,17 +131,21 @@ def measure_largest(tensor: TensorSpec, scan: Scan, kept: Sequence[int]) -> tupl
     if not open_models:
         return tuple(trim for trim in trims if trim is not None)
     grid = list(tile(tensor, BLOCK_ELEMENTS))
-    samples = _take_samples(scan, tensor, {model: kept[model] / n for model in open_models}, kept)
+    samples = _take_samples(scan, tensor, {model: kept[model] / n for model in open_models}, kept, values)
     widening = 1
     while samples:
-        tallies = _count(scan, grid, {model: sample.bracket(widening) for model, sample in samples.items()})
+        tallies = _count(scan, grid, {model: sample.bracket(widening) for model, sample in samples.items()}, values)
         for model, tally in tallies.items():
             located = _locate(tally, kept[model])
             if located is not None:
-                trims[model] = _finish(scan, grid, model, *located, tally)
+                trims[model] = _finish(scan, grid, functools.partial(_value_of, values, model), *located, tally)
                 del samples[model]
         widening *= 4
     return tuple(trim for trim in trims if trim is not None)
+
+
+def _value_of(values: Callable[[Element], Sequence[Number]], model: int, x: Element) -> Number:
+    return values(x)[model]
 
 
 class _Sample:
@@ -191,7 +177,11 @@ class _Sample:
 
 
 def _take_samples(
-    scan: Scan, tensor: TensorSpec, densities: dict[int, float], kept: Sequence[int]
+    scan: Scan,
+    tensor: TensorSpec,
+    densities: dict[int, float],
+    kept: Sequence[int],
+    values: Callable[[Element], Sequence[Number]],
 ) -> dict[int, _Sample]:
     """Sample each model's magnitudes: pieces of 1024 elements, evenly spread but for a shift of their own, so that no
     period of rows or columns is met always at the same place; small tensors whole."""
@@ -204,15 +194,16 @@ def _take_samples(
     starts = [index * stride + shift for index, shift in enumerate(shifts)]
     pieces = list(tile(tensor, GRID_ELEMENTS)) if exact else [Region(tensor, start, start + size) for start in starts]
 
-    def look(block: Block) -> dict[int, np.ndarray]:
-        return {model: magnitude_bits(block.task_vectors[model]).cpu().numpy() for model in densities}
+    def question(x: Element) -> Question:
+        every = values(x)
+        return Question(stored=[magnitude_bits(every[model]) for model in densities])
 
     # Filled as the pieces come: many small arrays kept until the end would hold on to the memory around them.
     samples = {model: np.empty(sum(piece.numel for piece in pieces), dtype=np.int32) for model in densities}
     position = 0
-    for piece, magnitudes in zip(pieces, scan(look, pieces), strict=True):
-        for model, values in magnitudes.items():
-            samples[model][position : position + piece.numel] = values
+    for piece, found in zip(pieces, ask(scan, question, pieces), strict=True):
+        for sample, magnitudes in zip(samples.values(), found.stored, strict=True):
+            sample[position : position + piece.numel] = magnitudes
         position += piece.numel
     return {
         model: _Sample(samples.pop(model).reshape(count, -1), density, kept[model], exact=exact)
@@ -220,36 +211,31 @@ def _take_samples(
     }
 
 
-def _count(scan: Scan, grid: Sequence[Region], brackets: dict[int, _Bracket]) -> dict[int, _Tally]:
+def _count(
+    scan: Scan,
+    grid: Sequence[Region],
+    brackets: dict[int, _Bracket],
+    values: Callable[[Element], Sequence[Number]],
+) -> dict[int, _Tally]:
     """Read everything once and count each model's magnitudes against its bracket."""
 
-    def count(block: Block) -> dict[int, _Count]:
-        return {
-            model: _Count(*count_against(block.task_vectors[model], bracket.low, bracket.high))
-            for model, bracket in brackets.items()
-        }
+    def question(x: Element) -> Question:
+        every = values(x)
+        counts: list[Number] = []
+        inside: list[tuple[Number, Number]] = []
+        for model, bracket in brackets.items():
+            bits, low, high = magnitude_bits(every[model]), x.integer(bracket.low), x.integer(bracket.high)
+            # The ends are numbers that occur, and in 16-bit models often: counted apart, they need not be picked out.
+            counts += [bits > high, bits == high, bits == low]
+            inside.append((bits, (bits > low) & (bits < high)))
+        return Question(counts, inside)
 
     tallies = {model: _Tally(bracket) for model, bracket in brackets.items()}
-    for partial in scan(count, grid):
-        for model, tally in partial.items():
-            tallies[model].add(tally)
+    for found in ask(scan, question, grid):
+        for at, tally in enumerate(tallies.values()):
+            above, at_high, at_low = found.counts[3 * at : 3 * at + 3]
+            tally.add(above, at_high, at_low, found.collected[at])
     return tallies
-
-
-@twin("merging.kernels")
-def count_against(values: torch.Tensor, low: int, high: int) -> tuple[int, int, int, np.ndarray]:
-    """Count magnitudes, as bits, against a bracket; see `_Count`. `values`: `[n]` float32."""
-    tensor = magnitude_bits(values)
-    on_cpu = tensor.device.type == "cpu"
-    # On the CPU numpy compares and picks several times faster than torch does; the functions have the same names.
-    bits, library = cast(Any, (tensor.numpy(), np) if on_cpu else (tensor, torch))
-    # The ends are numbers that occur, and in 16-bit models often: counted apart, they need not be picked out.
-    at_high = int(library.count_nonzero(bits == high))
-    at_low = int(library.count_nonzero(bits == low)) if low < high else 0
-    # By index: numpy picks by mask element by element, and mispredicts.
-    inside = bits[library.where((bits > low) & (bits < high))]
-    above = int(library.count_nonzero(bits > high))
-    return above, at_high, at_low, torch.as_tensor(inside).cpu().numpy()
 
 
 def _locate(tally: _Tally, k: int) -> tuple[int, int] | None:
@@ -262,14 +248,17 @@ def _locate(tally: _Tally, k: int) -> tuple[int, int] | None:
     return int(values[index]), k - int(cumulative[index] - numbers[index])
 
 
-def _finish(scan: Scan, grid: Sequence[Region], model: int, bits: int, left: int, tally: _Tally) -> Trim:
+def _finish(
+    scan: Scan, grid: Sequence[Region], value: Callable[[Element], Number], bits: int, left: int, tally: _Tally
+) -> Trim:
     """Find the index of the last element kept at the threshold: the `left`-th of those equal to it."""
     equal = tally.equal_per_block(bits)
     block_index = int(np.searchsorted(equal.cumsum(), left))
     nth = left - int(equal[:block_index].sum())
 
-    def position(block: Block) -> int:
-        return int((magnitude_bits(block.task_vectors[model]) == bits).nonzero()[nth - 1])
+    def question(x: Element) -> Question:
+        return Question(collected=[(x.offset(), magnitude_bits(value(x)) == x.integer(bits))])
 
     region = grid[block_index]
-    return Trim(bits, region.start + next(iter(scan(position, [region]))))
+    (found,) = ask(scan, question, [region])
+    return Trim(bits, region.start + int(found.collected[0][nth - 1]))

@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from merging.methods.contract import Method
+from merging.methods.contract import Elementwise
 from merging.parameters import parameter
 from streaming.blocks import Block, Region, Scan, TensorSpec
+from streaming.elements import Formula, Number
 from streaming.twins import twin
 
 
 @dataclass(frozen=True)
-class Widen(Method):
+class Widen(Elementwise):
     """Disentangle each matrix into column magnitudes and directions, and weigh the models per column by rank.
 
         m = column norms of W,  U = W / m;   dm_i = |m_i - m_b|,   dd_i = 1 - cos(U_i, U_b)   per column
@@ -66,25 +67,30 @@ class Widen(Method):
         # The mean rank is (channels - 1) / 2 exactly; in rounded ranks the middle one could fall on either side of it.
         return scores.masked_fill_(ranks > self.ratio * (channels - 1) / 2, self.calibration)
 
+    def formula(self, tensor: TensorSpec, statistics: torch.Tensor) -> Formula | None:
+        """See `Elementwise.formula`; of a vector `combine` knows the scores."""
+        if tensor.is_vector:
+            return None
+        channels = statistics.unsqueeze(
+            -1 if tensor.is_embedding else -2
+        )  # [models, matrices, rows, columns], one of these 1
+        return lambda x: add_weighed(x.base, x.models, list(map(x.channel, channels)))
+
     def combine(self, block: Block, statistics: Any) -> torch.Tensor:
         """See `Method.combine`."""
+        if not block.region.tensor.is_vector:
+            return super().combine(block, statistics)
         assert block.base is not None
-        region = block.region
-        if region.tensor.is_vector:
-            scores = self._vector_scores(block.task_vectors, statistics)
-        else:
-            piece = statistics[:, *_place(region)]  # [models, matrices, channels]
-            scores = list(piece.unsqueeze(-1 if region.tensor.is_embedding else -2))
-        return add_weighed(block.base, [region.as_stack(values) for values in block.task_vectors], scores)
+        return add_weighed(block.base, block.task_vectors, self._vector_scores(block.task_vectors, statistics))
 
     def _vector_scores(self, task_vectors: list[torch.Tensor], means: torch.Tensor) -> list[torch.Tensor]:
-        """Scores of a vector's elements, `[1, 1, n]` float32 per model."""
+        """Scores of a vector's elements, `[n]` float32 per model."""
         magnitudes = torch.stack(task_vectors).abs_()
         # In float64 and rounded to float32, so that an exp that differs in its last bit between a vector loop and its
         # remainder cannot make the result depend on the block.
         scores = magnitudes.double().softmax(dim=0).float()
         scores.masked_fill_(magnitudes > self.ratio * means.unsqueeze(-1), self.calibration)
-        return list(scores[:, None, None])
+        return list(scores)
 
 
 def _place(region: Region) -> tuple[slice, slice]:
@@ -130,23 +136,12 @@ def sum_products(left: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Ten
     return products.squeeze(dim)
 
 
-@twin("merging.kernels")
-def add_weighed(
-    base: torch.Tensor, task_vectors: Sequence[torch.Tensor], scores: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """b + sum S_i d_i, from a sum that starts at 0.
-
-    Args:
-        base: `[n]` float32.
-        task_vectors: `[matrices, rows, columns]` float32 each.
-        scores: broadcast to them, float32.
-
-    Returns: `[n]` float32.
-    """
-    total = torch.zeros_like(base)
-    for values, score in zip(task_vectors, scores, strict=True):
-        total.add_((values * score).view(-1))
-    return total.add_(base)
+def add_weighed(base: Number, vectors: Sequence[Number], scores: Sequence[Number]) -> Number:
+    """b + sum S_i d_i, from a sum that starts at 0."""
+    total = 0.0 + vectors[0] * scores[0]
+    for vector, score in zip(vectors[1:], scores[1:], strict=True):
+        total = total + vector * score
+    return total + base
 
 
 def _differences(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

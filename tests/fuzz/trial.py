@@ -24,6 +24,7 @@ from torch import Tensor
 import commands.merge as command
 import merge
 from checkpoints.errors import LONGEST_MESSAGE, MOST_PROBLEMS
+from checkpoints.patterns import Pattern
 from tests.fuzz import models
 from tests.fuzz.models import EMBEDDING, HEAD, Files
 from tests.fuzz.mutants import Mutant
@@ -84,6 +85,12 @@ class Place:
             self._sound[layout] = {path: path.stat() for path in place.rglob("*")}
         return place
 
+    def forget(self) -> None:
+        """Remove all sound models: the next trial writes them again."""
+        for layout in self._sound:
+            shutil.rmtree(self.folder / layout)
+        self._sound.clear()
+
     def judge(self, mutant: Mutant) -> Verdict:
         """Merge it, and look at what came of it."""
         sound = self.sound(mutant.layout)
@@ -93,6 +100,7 @@ class Place:
         for name, files in changed.items():
             write(self.trial / name, files)
         homes = {name: (self.trial if name in changed else sound) / name for name in models.family(mutant.layout)}
+        Pattern("fuzz", "")  # the process that runs patterns outlives a merge: its pipes are no leak
         before, open_before = peak_bytes(), open_files()
         started = time.process_time()
         error, message, code = self._run(mutant, homes)

@@ -1,0 +1,228 @@
+"""From a recipe to a model in memory: planned as a merge is, streamed by the same engine into the loaded model's parameters.
+
+What does not depend on the candidate is done once: the models are open, the base is loaded, AIM's statistics are taken, and what a
+method measures of a whole tensor (the thresholds of TIES, say) is kept for every candidate that measures the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast
+
+import torch
+
+from aim.activations import Activations
+from aim.reading import read_request
+from aim.request import AimRequest
+from aim.transforms import make_relaxations, names_of, outputs_of
+from alignment.layout import Layout
+from checkpoints.errors import InputError
+from checkpoints.model import Model
+from checkpoints.source import TensorRef
+from merging.methods.contract import Method
+from merging.plan import make_plan
+from merging.recipe import Recipe, source_key
+from merging.recipe_reader import Reader
+from search.texts import Document
+from streaming.blocks import Block, Scan, TensorSpec
+from streaming.output import DEFAULT_SHARD_BYTES
+from streaming.stream import Merger, PlannedTensor, StreamOptions, Transform
+
+KEPT_STATISTICS = 200_000
+"""Tensors' statistics that are kept, of all candidates together."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A recipe that has been read.
+
+    Attributes:
+        recipe: what is merged.
+        aim: what AIM does to it; None for nothing.
+    """
+
+    recipe: Recipe
+    aim: AimRequest | None
+
+
+def read_candidate(tree: Mapping[str, Any], where: str) -> Candidate:
+    """The candidate that a recipe without free entries describes. Raises Refusals: everything that is wrong with it."""
+    reader = Reader(where)
+    none: dict[str, Any] = {"seed": None, "out_dtype": None, "exclude": None, "only": None, "layout": {}}
+    recipe = reader.read(dict(tree), none)
+    reader.problems.raise_if_any()
+    assert recipe is not None
+    return Candidate(recipe, None if recipe.aim is None else read_request(recipe.aim, where))
+
+
+@dataclass
+class Seconds:
+    """Where the time of candidates went.
+
+    Attributes:
+        planning: reading recipes and planning them.
+        weights: computing and writing weights.
+        forward: running the model on texts.
+        candidates: how many.
+    """
+
+    planning: float = 0.0
+    weights: float = 0.0
+    forward: float = 0.0
+    candidates: int = 0
+
+    def as_text(self) -> str:
+        """A line for people: seconds of a candidate, and what comes on top of the forward passes."""
+        count = max(1, self.candidates)
+        more = (self.planning + self.weights) / max(self.forward, 1e-9)
+        return (
+            f"a candidate: {self.planning / count:.2f} s planning, {self.weights / count:.2f} s weights, "
+            f"{self.forward / count:.2f} s forward passes; {100 * more:.0f} % above the forward passes"
+        )
+
+
+@dataclass(frozen=True)
+class Remembering:
+    """A method whose statistics of a tensor are kept for candidates that measure the same; a `streaming.stream.Merger`."""
+
+    method: Method
+    kept: dict[Any, Any]
+    space: Literal["task_vectors", "weights"] = field(init=False)
+    reads_base: bool = field(init=False)
+    whole_rows: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("space", "reads_base", "whole_rows"):
+            object.__setattr__(self, name, getattr(self.method, name))
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
+        """What the method measures, once."""
+        fields = {
+            one.name: getattr(self.method, one.name)
+            for one in dataclasses.fields(self.method)
+            if one.name not in self.method.unmeasured
+        }
+        key = (tensor.name, type(self.method), tuple(fields.items()))
+        if key not in self.kept:
+            if len(self.kept) >= KEPT_STATISTICS:
+                self.kept.clear()
+            self.kept[key] = self.method.measure(tensor, scan)
+        return self.kept[key]
+
+    def formula(self, tensor: TensorSpec, statistics: Any) -> Any:
+        """See `Merger.formula`."""
+        return self.method.formula(tensor, statistics)
+
+    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
+        """See `Merger.combine`."""
+        return self.method.combine(block, statistics)
+
+
+class Place(Protocol):
+    """Where the weights of a candidate go: a model in memory, or one of which a layer is there at a time."""
+
+    can_score_in_parts: bool
+    """Whether scoring some documents, and then others, takes no longer than all at once."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the base's tensors."""
+
+    def check(self, tensors: Sequence[PlannedTensor]) -> None:
+        """Raise InputError where tensors do not fit the model."""
+
+    def put(self, tensors: Sequence[PlannedTensor], transform: Transform | None, options: StreamOptions) -> None:
+        """Have these weights from now on."""
+
+    def score(self, documents: Sequence[Document]) -> list[float]:
+        """The loss of each document, nats per scored token."""
+
+
+class Candidates:
+    """Makes models of recipes, one after the other, in one place in memory.
+
+    Args:
+        opened: the inputs, the base first.
+        keys: `source_key` of each.
+        place: where their weights go, and what scores them.
+        options: of the stream.
+        activations: of the base; None where no recipe asks for AIM.
+
+    Attributes:
+        seconds: where the time went.
+    """
+
+    def __init__(
+        self,
+        opened: Sequence[Model],
+        keys: Sequence[Any],
+        place: Place,
+        options: StreamOptions,
+        activations: Activations | None = None,
+    ):
+        self._opened, self._keys, self.place, self._options = opened, list(keys), place, options
+        self.activations = activations
+        self._statistics: dict[Any, Any] = {}
+        self.seconds = Seconds()
+
+    @property
+    def base(self) -> Model:
+        """What the models were fine-tuned from."""
+        return self._opened[0]
+
+    def plan(self, candidate: Candidate) -> tuple[tuple[PlannedTensor, ...], Transform | None]:
+        """Every tensor of a candidate, and what AIM does to it. Raises InputError: the recipe does not fit the models."""
+        recipe = dataclasses.replace(candidate.recipe, layout=_of_base(candidate.recipe.layout))
+        if [source_key(name) for name in recipe.inputs] != self._keys:
+            raise InputError("models: expected the same models for every candidate. Mark no name of a model as free.")
+        tensors = make_plan(recipe, self._opened, max_shard_bytes=DEFAULT_SHARD_BYTES).tensors
+        self.place.check(tensors)
+        transform: Transform | None = None
+        if candidate.aim is not None and any(omega.of(t.spec.name) != 1.0 for omega in candidate.aim.relaxing.omegas for t in tensors):  # fmt: skip
+            assert self.activations is not None
+            relaxations = make_relaxations(
+                self.base, self.activations, candidate.aim.relaxing,
+                device=self._options.device, outputs=outputs_of(tensors), names=names_of(tensors),
+            )  # fmt: skip
+            transform = relaxations.transforms[0]
+        remembering = (
+            dataclasses.replace(tensor, method=cast(Merger, Remembering(tensor.method, self._statistics)))
+            if isinstance(tensor.method, Method)
+            else tensor
+            for tensor in tensors
+        )
+        return tuple(remembering), transform
+
+    def make(self, candidate: Candidate) -> None:
+        """Put a candidate's weights into the model, rounded as its checkpoint would be."""
+        started = time.monotonic()
+        tensors, transform = self.plan(candidate)
+        planned = time.monotonic()
+        self.place.put(tensors, transform, self._options)
+        self.seconds.planning += planned - started
+        self.seconds.weights += time.monotonic() - planned
+        self.seconds.candidates += 1
+
+    def make_input(self, position: int) -> None:
+        """Put the weights of an input into the model; 0 is the base."""
+        model = self._opened[position]
+        planned = [
+            PlannedTensor(TensorSpec(name, info.shape), info.plain_dtype, TensorRef(model.weights, name), (), None)
+            for name, info in model.weights.tensors.items()
+            if name in self.place.shapes
+        ]
+        self.place.check(planned)
+        self.place.put(planned, None, self._options)
+
+    def score(self, documents: Sequence[Document]) -> list[float]:
+        """The loss of each document under the weights that are in memory."""
+        started = time.monotonic()
+        losses = self.place.score(documents)
+        self.seconds.forward += time.monotonic() - started
+        return losses
+
+
+def _of_base(layout: Layout) -> Layout:
+    """The layout of an output in the base's shapes."""
+    return dataclasses.replace(layout, tokenizer_source="base") if layout.tokenizer_source == "auto" else layout

@@ -1,0 +1,73 @@
+"""What a user asks of a search, as values, with nothing opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from checkpoints.errors import ArgumentError
+from checkpoints.problems import Problems
+from checkpoints.settings import setting
+from search.goals import GOALS, Goal
+from search.study import Budget
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """One search.
+
+    Attributes:
+        tree: the recipe with its free entries, as a file has it.
+        texts: task -> its file.
+        folder: of the study: journal, trials.csv, recipe.yml, report and figures.
+        budget: when it ends.
+        goals: what it is for; several give a Pareto front.
+        where: the recipe's file, for messages.
+        save_path: the best candidate's checkpoint; None writes none.
+        held_out: share of the texts that is not searched with.
+        documents: of a task on either side at most.
+        seed: of what is drawn.
+        stops_early: give up candidates that fare badly on a part of the documents.
+        mode: whole, layerwise (a layer's weights in memory at a time), or auto, what fits.
+        device: where models run and weights are computed.
+        workers: threads for weights; None for one per core.
+        trust_remote_code: let Python files of a checkpoint run.
+        quiet: no progress bars.
+        command: what the checkpoint's card shows.
+
+    Raises: Refusals: values out of their range, or that exclude each other.
+    """
+
+    tree: Mapping[str, Any]
+    texts: Mapping[str, Path]
+    folder: Path
+    budget: Budget
+    goals: Sequence[Goal] = (GOALS["loss"],)
+    where: str = "recipe"
+    save_path: Path | None = None
+    held_out: float = 0.5
+    documents: int = 16
+    seed: int = 0
+    stops_early: bool = True
+    mode: Literal["auto", "whole", "layerwise"] = "auto"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    workers: int | None = None
+    trust_remote_code: bool = False
+    quiet: bool = False
+    command: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        problems = Problems()
+        if not 0 < self.held_out < 1:
+            problems.add(
+                ArgumentError(f"{setting('held_out')}: expected a share between 0 and 1, got {self.held_out}.")
+            )
+        if self.documents < 4:
+            problems.add(ArgumentError(f"{setting('documents')}: expected at least 4, got {self.documents}."))
+        if not self.texts:
+            problems.add(ArgumentError(f"{setting('texts')}: expected a file of texts for each task, got none."))
+        problems.raise_if_any()
