@@ -37,7 +37,7 @@ def test_the_numbers_go_into_the_recipe(tmp_path: Path) -> None:
             with torch.no_grad():
                 own.append(float(model(ids, labels=ids).loss))
         losses.append(sum(own) / len(own))
-    found = json.loads((tmp_path / "out/merge_recipe.json").read_text())["recipe"]["models"]
+    found = json.loads((tmp_path / "out/merge_recipe.json").read_text())["models"]
     weights = [model["parameters"]["weight"] for model in found]
     assert weights == pytest.approx(softmax_of_losses(losses), abs=1e-5)
 
@@ -46,7 +46,7 @@ def test_the_numbers_go_into_the_recipe(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--method", "linear"], "--weights loss: expected one file of examples"),
-        (["--method", "karcher", "--model_data", "x.jsonl"], "no such file"),
+        (["--method", "linear", "--model_data", "x.jsonl"], "no such file"),
         (["--method", "passthrough", "--model_data", "x.jsonl"], "--weights loss: passthrough has no weights"),
     ],
 )
