@@ -46,13 +46,13 @@ family: $(RUNTIME)  ## train the tiny models again, from nothing (20 to 40 minut
 
 REAL_RUN = PYTHONPATH=. $(PY) -m examples.real.run $(if $(DATA),--data "$(DATA)") $(if $(DOMAINS),--domains $(DOMAINS)) $(REAL_ARGS)
 
-real: real-base  ## a real model: three experts trained, merged in every way and compared (25 minutes; DATA=FOLDER, DOMAINS=a,b,c)
+real: real-base  ## a real model: three experts trained, merged in every way and compared (35 to 45 minutes of processor time; DATA=FOLDER, DOMAINS=a,b,c)
 	$(REAL_RUN)
 
 real-quick: real-base  ## the same with adapters that are there, and fewer documents and merges (5 minutes)
 	PYTHONPATH=. $(PY) -m examples.real.run --quick $(REAL_ARGS)
 
-real-full: real-base  ## the same with a fine grid of lambda and a second seed (hours)
+real-full: real-base  ## all rules and controls, fine grids, pairs, overtrained experts, two seeds (many hours; REAL_ARGS="--device cuda --processes 4")
 	$(REAL_RUN) --full
 	$(REAL_RUN) --full --seed 2
 

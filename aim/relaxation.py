@@ -62,7 +62,7 @@ class Pull(Protocol):
 class ChannelFactors:
     """How much of the task vector a tensor keeps per input channel; a `Pull`.
 
-    values: `[in]` or `[experts, in]` float32; input_dim: the tensor's dimension that runs over them, see `spread`.
+    values: `[in]` or `[experts, in]` float32, of the matrices of a stack or of as many groups of a matrix's rows; input_dim: the tensor's dimension that runs over them, see `spread`.
     like_the_reference: round as the published program does.
     """
 
@@ -93,7 +93,7 @@ class ChannelFactors:
 
     def formula(self, tensor: TensorSpec) -> Change | None:
         """See `Pull`; None where the reference's roundings are no float32."""
-        if self.like_the_reference:
+        if self.like_the_reference or self._is_by_rows(tensor):
             return None
         factors = spread(self.values, self.input_dim, tensor.shape)
         matrices, rows, columns = factors.shape
@@ -101,8 +101,16 @@ class ChannelFactors:
             return None  # channels that run along neither the rows nor the columns alone
         return lambda x, merged: lerp(x.base, merged, x.channel(factors))
 
+    def _is_by_rows(self, tensor: TensorSpec) -> bool:
+        """Whether groups of a matrix's rows have factors of their own."""
+        return self.values.ndim == 2 and len(tensor.shape) == 2
+
     def of(self, region: Region) -> torch.Tensor:
         """The factors of a region, shaped to multiply `region.as_stack(...)`: `[matrices or 1, rows or 1, columns or 1]`."""
+        if self._is_by_rows(region.tensor):
+            first, last = region.row_range
+            group = torch.arange(first, last, device=self.values.device) // (region.tensor.rows // len(self.values))
+            return self.values[group, slice(*region.column_range)][None]
         stack = spread(self.values, self.input_dim, region.tensor.shape)
         for dim, part in enumerate((region.matrix_range, region.row_range, region.column_range)):
             stack = stack.narrow(dim, part[0], part[1] - part[0]) if stack.shape[dim] > 1 else stack
@@ -226,7 +234,7 @@ def make_pulls(activations: Activations, selection: Selection, how: Relaxing, om
             mean = activations.statistics[name].mean
             assert mean is not None  # see `aim.transforms.check_activations`
             u = other_direction(direction(mean), how.control, seed=how.seed, tensor=name)
-            if bool(u.any()) and has_rows(selection.targets[name].shape, dims[name], u.shape[-1]):
+            if bool(u.any()) and has_rows(selection.targets[name].shape, dims[name], u):
                 pulls[name] = MeanDirection(u, dims[name], own, is_uniform=how.control == "uniform")
             continue
         s = importance_of(activations, name, how.scaling)
@@ -236,9 +244,13 @@ def make_pulls(activations: Activations, selection: Selection, how: Relaxing, om
     return pulls
 
 
-def has_rows(shape: Sequence[int], input_dim: int, width: int) -> bool:
-    """Whether the input channels, `width` of them, run along the rows or the columns of a tensor's matrices."""
-    return input_dim >= len(shape) - 2 and shape[input_dim] == width
+def has_rows(shape: Sequence[int], input_dim: int, channels: torch.Tensor) -> bool:
+    """Whether the input channels run along the rows or the columns of a tensor's matrices, each of which has one input.
+
+    Args:
+        channels: `[in]` or `[experts, in]`.
+    """
+    return input_dim >= len(shape) - 2 and shape[input_dim] == channels.shape[-1] and channels.ndim < len(shape)
 
 
 def mean_energy_of(statistics: ChannelStatistics) -> float | None:

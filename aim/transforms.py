@@ -148,7 +148,8 @@ def check_activations(activations: Activations, base: Model, selection: Selectio
             math.prod(behind[:count]) for count in range(1, len(behind) + 1)
         ]  # several dimensions may be one input
         expected = [*([width] for width in widths[:1]), *([shape[0], width] for width in widths[:1] if len(shape) > 2)]
-        if got not in [*expected, *([width] for width in widths[1:])]:
+        groups = got[0] if len(got) == len(shape) == 2 and got[0] and shape[0] % got[0] == 0 else 0
+        if got not in [*expected, *([width] for width in widths[1:]), *([groups, width] for width in widths if groups)]:
             raise InputError(
                 f"{source}: {name}: expected {f'shape {expected[-1]}' if expected else 'no statistics'} as in {base.label}, "
                 f"got {got}. Calibrate again."
@@ -293,8 +294,12 @@ def without_mean(activations: Activations, selection: Selection) -> dict[str, st
         if mean is None or selection.targets[name].is_vector:
             continue
         dim = activations.input_dims.get(name, selection.input_dims.get(name, 0))
-        if not has_rows(selection.targets[name].shape, dim, mean.shape[-1]):
-            lacking[name] = "its input channels run along neither its rows nor its columns"
+        if not has_rows(selection.targets[name].shape, dim, mean):
+            lacking[name] = (
+                "its rows have different inputs"
+                if mean.ndim == len(selection.targets[name].shape)
+                else "its input channels run along neither its rows nor its columns"
+            )
             continue
         rows = mean.reshape(-1, mean.shape[-1])
         zero = int((~rows.any(dim=-1)).sum())

@@ -339,6 +339,8 @@ class Watcher:
             one = table[target.expert]
         elif target.axes[stacked_axis] == 0 and len(target.shape) == len(shape) > 2:
             one = stack_statistics(table)
+        elif stacked_axis == 0 and len(shape) == 2 and dim == 1 and (groups := _equal_groups(table)):
+            one = stack_statistics(groups)  # the rows of one expert below those of another
         else:
             one = cells.pooled()  # its rows have different inputs
         if not bool((one.tokens > 0).any()):
@@ -346,6 +348,13 @@ class Watcher:
         if not bool(one.mean_abs.any()):
             return "its module's input is zero throughout"
         return one, dim
+
+
+def _equal_groups(table: Sequence[ChannelStatistics]) -> list[ChannelStatistics]:
+    """One for each group of as many rows, none of which has two inputs; nothing where that would be each row. Experts that saw no token are
+    one run with their neighbours that saw none."""
+    size = math.gcd(*(len(list(run)) for _, run in itertools.groupby(table, key=id)))
+    return list(table[::size]) if size > 1 else []
 
 
 class _Cells:

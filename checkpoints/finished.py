@@ -25,7 +25,7 @@ from checkpoints.folder import READ_BYTES, Folder
 Written = Sequence[tuple[str, Sequence[int]]]
 """For each checkpoint, the file that a tensor is in, and its pieces: first byte, bytes, checksum, and so on."""
 READERS = 4
-_HEX = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"([a-z0-9]+:)?[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def is_record(record: Mapping[str, Any]) -> bool:
             and all(map(_are_places, record.get("written", {}).values()))
             and all(type(position) is int for position in record.get("changed", ()))
             and all(
-                number.isdecimal() and len(number) < 10 and _HEX.fullmatch(digest)
+                number.isdecimal() and len(number) < 10 and _DIGEST.fullmatch(digest)
                 for files in record.get("chunks", ())
                 for digests in files.values()
                 for number, digest in digests.items()

@@ -26,7 +26,7 @@ READ_BACK_BYTES = 1 << 20
 ONE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ChunkDigests = Mapping[str, Mapping[str, str]]
-"""File name -> number of a chunk, as text -> its digest in hexadecimal."""
+"""File name -> number of a chunk, as text -> its digest in hexadecimal, after the name of the hash and a colon where that is not sha256."""
 HashName = Literal["blake3", "sha256"]
 HASHES: dict[HashName, Callable[[], Any]] = {"blake3": blake3.blake3, "sha256": hashlib.sha256}
 """What a file's digest can be made with: blake3 is fast on every processor, sha256 where there are instructions for it."""
@@ -122,6 +122,7 @@ class CheckpointWriter:
         finished: tensors that an earlier writer of the same shards wrote and made durable, whose bytes are known to be there
             (`checkpoints.finished`); its files are gone on with.
         chunks: the digests that its `sync` gave.
+        drops: let the system forget what is on the disk: its memory is wanted for the inputs.
 
     Raises: WriteError: a file cannot be made; ForeignFolder: something else lies in its place.
     """
@@ -134,12 +135,14 @@ class CheckpointWriter:
         digest: HashName | None,
         finished: Collection[str] = (),
         chunks: ChunkDigests | None = None,
+        drops: bool = False,
     ):
         self.folder = folder
         self.shards = shards
         known = chunks or {}
         self._files = [
-            _OpenShard(folder, shard, digest, set(finished), known.get(shard.file_name, {})) for shard in shards
+            _OpenShard(folder, shard, digest, set(finished), known.get(shard.file_name, {}), drops=drops)
+            for shard in shards
         ]
         self._owner = {name: file for file in self._files for name in file.shard.offsets}
         self._pieces: dict[str, list[tuple[int, int, int]]] = {name: [] for name in self._owner}
@@ -191,7 +194,14 @@ class _OpenShard:
     """One shard on disk, the bytes still missing in each chunk, and the digests of the chunks that are complete."""
 
     def __init__(
-        self, folder: Folder, shard: Shard, digest: HashName | None, finished: set[str], known: Mapping[str, str]
+        self,
+        folder: Folder,
+        shard: Shard,
+        digest: HashName | None,
+        finished: set[str],
+        known: Mapping[str, str],
+        *,
+        drops: bool,
     ):
         self.path = folder / shard.file_name
         self.shard = shard
@@ -199,8 +209,10 @@ class _OpenShard:
         self._is_dirty = True
         self._missing = [min(CHUNK_BYTES, shard.size - begin) for begin in range(0, shard.size, CHUNK_BYTES)]
         self._hash = digest
+        self._drops = drops and hasattr(os, "posix_fadvise")
         self._digests: list[bytes] | None = [b""] * len(self._missing) if digest else None
         self._told: set[int] = set()
+        self._dropped: set[int] = set()
         there = folder.open_file(shard.file_name) if finished & shard.offsets.keys() else None
         self._descriptor = folder.new_file(shard.file_name) if there is None else there
         try:
@@ -216,8 +228,10 @@ class _OpenShard:
     def _restore(self, chunk: int, known: Mapping[str, str]) -> None:
         """Take the digest of a chunk that an earlier run completed from what that run noted, else from the disk."""
         if self._digests is not None:
-            noted = known.get(str(chunk))
-            self._digests[chunk] = bytes.fromhex(noted) if noted else self._digest(chunk)
+            # Notes of sha256 are those of earlier versions, which named no hash.
+            name, _, noted = f"sha256:{known.get(str(chunk), '')}".rpartition(":")
+            is_ours = noted and name.rpartition(":")[2] == self._hash
+            self._digests[chunk] = bytes.fromhex(noted) if is_ours else self._digest(chunk)
             self._told.add(chunk)
 
     def write(self, view: memoryview, offset: int) -> None:
@@ -263,9 +277,17 @@ class _OpenShard:
                 os.fsync(self._descriptor)
             except OSError as error:
                 raise WriteError(self.path, error) from error
-        new = {str(chunk): digest.hex() for chunk, digest in complete if chunk not in self._told}
+            if self._drops:
+                self._drop(complete=[chunk for chunk, missing in enumerate(self._missing) if not missing])
+        tag = "" if self._hash == "sha256" else f"{self._hash}:"
+        new = {str(chunk): tag + digest.hex() for chunk, digest in complete if chunk not in self._told}
         self._told.update(map(int, new))
         return new
+
+    def _drop(self, complete: Sequence[int]) -> None:
+        for chunk in set(complete) - self._dropped:
+            os.posix_fadvise(self._descriptor, chunk * CHUNK_BYTES, CHUNK_BYTES, os.POSIX_FADV_DONTNEED)
+        self._dropped.update(complete)
 
     def close(self) -> None:
         assert not any(self._missing), f"{self.path.name}: {sum(self._missing)} bytes were never written"

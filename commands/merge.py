@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from streaming.output import RunOptions
 
 
+BY_LOSS = "loss"
+"""What `--weights` says for weights by the models' losses on examples."""
+
+
 def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
     """The flags of merge.py.
 
@@ -55,7 +59,7 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
     )
     what.add_argument("--base_model", metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name, NAME@REVISION, a .safetensors or .gguf file; gives config, tokenizer and vocabulary")  # fmt: skip
     what.add_argument("--models_to_merge", metavar="A,B,C", help="folders, hub names, NAME@REVISION, .safetensors or .gguf files; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
-    what.add_argument("--model_data", metavar="A,B,C", help=f"{', '.join(name for name, entry in METHODS.items() if entry.needs_data)}: text of each model's own task, in the order of the models: .jsonl, .json, .txt or .parquet files (or .gz) of texts, or of prompt and answer")  # fmt: skip
+    what.add_argument("--model_data", metavar="A,B,C", help=f"{', '.join(name for name, entry in METHODS.items() if entry.needs_data)}: text of each model's own task, in the order of the models: .jsonl, .json, .txt or .parquet files (or .gz) of texts, or of prompt and answer; with --weights loss one such file of the task that the merge is for")  # fmt: skip
     what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
     what.add_argument("--keep_intermediate", metavar="NAME", help="write the recipe's merge of this name too, as SAVE_PATH-NAME, and read it from there; several separated by commas")  # fmt: skip
@@ -336,6 +340,8 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     from alignment.layout import Layout
     from merging.recipe_flags import make_recipe
 
+    if arguments.weights == BY_LOSS:
+        weigh_by_loss(arguments)
     seed_is_aims = aim_flags.draws(arguments) and not get_method(arguments.method).draws
     layout: Layout | None = None
     recipe: Recipe | None = None
@@ -358,6 +364,32 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     problems.raise_if_any()
     assert recipe is not None
     return recipe
+
+
+def weigh_by_loss(arguments: argparse.Namespace) -> None:
+    """Put numbers in the place of `--weights loss`, and say them; the text has done its work then. Raises InputError."""
+    import torch
+
+    from checkpoints.location import parse_model
+    from merging.loss_weights import weights_by_loss
+
+    if not any(parameter.key == "weight" for parameter, _ in get_method(arguments.method).parameters().values()):
+        raise ArgumentError(f"{setting('weight', BY_LOSS)}: {arguments.method} has no weights. Leave it out.")
+    if arguments.model_data is None or "," in arguments.model_data:
+        raise ArgumentError(
+            f"{setting('weight', BY_LOSS)}: expected one file of examples of the task that the merge is for. Add {setting('model_data', 'FILE.jsonl')}."
+        )
+    names = [part.strip() for part in arguments.models_to_merge.split(",")]
+    found = weights_by_loss(
+        [parse_model(name) for name in names],
+        arguments.model_data,
+        shell.parse_device(arguments.device) or torch.device("cpu"),
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    if not arguments.quiet:
+        for name, (weight, loss) in zip(names, found, strict=True):
+            say(f"note: {name}: loss {loss:.4f} on {arguments.model_data}, weight {weight:.6f}.")
+    arguments.weights, arguments.model_data = ",".join(repr(weight) for weight, _ in found), None
 
 
 def given_layout(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Layerwise:
         watch: what sees the inputs, of `model`; it is entered and left by the caller.
         counts: is told the shape of what runs.
         shelf: of hidden states that wait; None keeps all in memory.
+        reads_ahead: whether a layer's weights are there before the one before it is done.
         fails: makes of what the model's own code raises the error to raise.
 
     Attributes:
@@ -54,13 +55,14 @@ class Layerwise:
         watch: Watch | None = None,
         counts: Counts | None = None,
         shelf: Shelf | None = None,
+        reads_ahead: bool = True,
         fails: Callable[[Exception], Exception] = lambda error: error,
     ):
         self.layers = find_layers(model)
         self.weights = Weights(base, model, device)
         self._base = base
         self._model, self._device, self._watch, self._counts, self._shelf = model, device, watch, counts, shelf
-        self._fails = fails
+        self._fails, self._reads_ahead = fails, reads_ahead
         self._steps = Steps(model, [layer for _, layer in self.layers], self._around)
         self._handles: list[Any] = []
         self._undo: list[Callable[[], None]] = []
@@ -141,7 +143,7 @@ class Layerwise:
         assert at is not None
         _, layer = self.layers[at]
         with self.weights.loaded(layer):
-            if at + 1 < len(self.layers):
+            if self._reads_ahead and at + 1 < len(self.layers):
                 self.weights.read_ahead(self.layers[at + 1][1])
             if self._watch:
                 self._watch.find_again(layer)
@@ -155,6 +157,23 @@ class Layerwise:
                     self._shelf.put(run)
                 progress(run.tokens.numel())
         self._check_place()
+
+    def look(self, weights: Weights) -> None:
+        """Run all batches through the layer that they stand before with other weights of it, for what sees its inputs; they stay where they are.
+
+        Args:
+            weights: of the same skeleton.
+        """
+        at = self.at
+        assert at is not None
+        _, layer = self.layers[at]
+        with weights.loaded(layer):
+            if self._watch:
+                self._watch.find_again(layer)
+            torch.set_num_threads(self._threads)
+            for run in self._steps.runs:
+                with self._counting(run.tokens), torch.no_grad():
+                    self._steps.look(run)
 
     def _check_place(self) -> None:
         if len({run.at for run in self._steps.runs}) > 1:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,12 +19,13 @@ from forward.layers import find_layers
 from forward.layerwise import Layerwise, in_step
 from forward.loading import out_of_memory, quiet_transformers
 from forward.parts import Use
-from forward.skeleton import build_skeleton
+from forward.skeleton import Weights, build_skeleton
 from forward.watch import Watch
 from merging.kept_hidden import KeptHidden
+from merging.merged_source import MergedSource, merged_whole
 from merging.methods.regmean import InputMoments, RegMean
 from merging.model_texts import ModelText
-from streaming.stream import Merger, PlannedTensor
+from streaming.stream import Merger, PlannedTensor, StreamOptions
 
 ROWS_AT_ONCE = 4096
 """Of an input that are kept before they are multiplied: one product of many rows costs far less than many of few."""
@@ -203,16 +204,26 @@ class MomentsPass:
         models: fine-tuned ones, in the order of the tensors' inputs, and the base behind them where its inputs count.
         texts: of each,
             its own.
-        device: where they run.
+        options: of the stream: where models run, and layers are merged.
+        tensors: the whole plan.
         has_base: whether the last model is the base.
+        is_merged: whether a layer's inputs are what the layers give that are merged already, not the model's own.
     """
 
     def __init__(
-        self, models: Sequence[Model], texts: Sequence[ModelText], device: torch.device, *, has_base: bool = False
+        self,
+        models: Sequence[Model],
+        texts: Sequence[ModelText],
+        options: StreamOptions,
+        tensors: Sequence[PlannedTensor],
+        *,
+        has_base: bool = False,
+        is_merged: bool = False,
     ):
-        self._models, self._texts, self._device, self._has_base = models, texts, device, has_base
+        self._models, self._texts, self._options, self._tensors = models, texts, options, tensors
+        self._device, self._has_base, self._is_merged = options.device, has_base, is_merged
 
-    def check(self, tensors: Sequence[PlannedTensor]) -> int:
+    def check(self) -> int:
         """Raise Refusals: models that cannot be run layer by layer, or lack weights; text that is too short for a merge without a ridge.
 
         Returns: how many tensors get moments.
@@ -220,14 +231,14 @@ class MomentsPass:
         problems = Problems()
         counts: dict[str, int] = {}
         with problems.collect(), quiet_transformers():
-            counts = self._layers_of(tensors, self._skeleton(self._models[0]))
+            counts = self._layers_of(self._tensors, self._skeleton(self._models[0]))
         for model in self._models:
             if model.architecture.missing:
                 problems.add(
                     f"{model.label}: expected a tensor for {model.architecture.missing[0]}, got none, so that it cannot be run. Use a complete model."
                 )
         tokens = sum(text.tokens for text in self._texts[: len(self._texts) - self._has_base])
-        for tensor in tensors:
+        for tensor in self._tensors:
             placements = self._placements(tensor)
             if tensor.spec.name not in counts or placements is None or placements[0].input_dim is None:
                 continue
@@ -255,31 +266,88 @@ class MomentsPass:
             yield [tensor for tensor in todo if tensor.spec.name not in layer_of]
             if not layer_of:
                 return
-            sinks = [Moments(diagonal) for diagonal in self._diagonal(todo)]
+            sinks = [Moments(diagonal) for diagonal in self._diagonal(self._tensors if self._is_merged else todo)]
+            merged = self._merged_sources() if self._is_merged else [None] * len(self._models)
             running = [
-                stack.enter_context(self._layerwise(stack, *diagonal))
-                for diagonal in zip(self._models, skeletons, sinks, strict=True)
+                stack.enter_context(self._layerwise(stack, *parts))
+                for parts in zip(self._models, skeletons, sinks, merged, strict=True)
             ]
             wanted = set(layer_of.values())
             texts, kept = [text.documents_on(self._device) for text in self._texts], KeptHidden(stage)
             if not kept.restore(running, texts, min(wanted)):
-                for diagonal, text in zip(running, texts, strict=True):
-                    diagonal.start(text)
+                for layers, text in zip(running, texts, strict=True):
+                    layers.start(text)
+            steps = (
+                self._merged_steps(stack, running, skeletons, sinks, merged) if self._is_merged else in_step(running)
+            )
             for sink in sinks:
-                sink.is_open = running[0].at in wanted
-            for layer in in_step(running):
+                sink.is_open = self._is_merged or running[0].at in wanted
+            for layer in steps:
                 if layer in wanted:
                     here = [tensor for tensor in todo if layer_of.get(tensor.spec.name) == layer]
                     made: Made = {}
                     yield [self._prepared(tensor, sinks, made) for tensor in here]
                     wanted.discard(layer)
-                for sink in sinks:
-                    sink.clear()
-                    sink.is_open = running[0].at in wanted
                 if not wanted:
                     return
+                if self._is_merged:
+                    next(steps)
+                for sink in sinks:
+                    sink.clear()
+                    sink.is_open = self._is_merged or running[0].at in wanted
                 if running[0].at is not None:
                     kept.keep(running[0].at, running)
+
+    def _merged_sources(self) -> list[MergedSource]:
+        """The merge so far, as each model names its tensors."""
+        return [
+            MergedSource(model.weights, self._tensors, index, self._options) for index, model in enumerate(self._models)
+        ]
+
+    def _merged_steps(
+        self,
+        stack: ExitStack,
+        running: Sequence[Layerwise],
+        skeletons: Sequence[Any],
+        sinks: Sequence[Moments],
+        merged: Sequence[MergedSource | None],
+    ) -> Iterator[int]:
+        """Have all models look at what comes behind the layers that are merged, layer after layer.
+
+        Gives each layer's index twice: when its moments are there, and when the layer is merged and everything has gone through it.
+        """
+        layer_of = self._layers_of(self._tensors, skeletons[0])
+        names = [name for name, _ in running[0].layers]
+        own = [Weights(model, skeleton, self._device) for model, skeleton in zip(self._models, skeletons, strict=True)]
+        for weights in own:
+            stack.callback(weights.close)
+        while (at := running[0].at) is not None:
+            for layers, weights in zip(running, own, strict=True):
+                layers.look(weights)
+            yield at
+            made: Made = {}
+            here = [tensor for tensor in self._tensors if self._is_in_layer(tensor, names[at])]
+            whole = merged_whole(
+                [
+                    self._prepared(tensor, sinks, made) if layer_of.get(tensor.spec.name) == at else tensor
+                    for tensor in here
+                ],
+                self._options,
+            )
+            for sink in sinks:
+                sink.is_open = False
+            for layers, source in zip(running, merged, strict=True):
+                assert source is not None
+                source.hold(whole)
+                layers.advance()
+            yield at
+
+    def _is_in_layer(self, tensor: PlannedTensor, layer: str) -> bool:
+        """Whether the first model's tensor belongs to a layer, by the name of its module."""
+        model = self._models[0]
+        ref = tensor.inputs[0] if tensor.inputs else tensor.base
+        placement = model.architecture.placements.get(ref.name)
+        return placement is not None and placement.parameter.startswith(f"{layer}.")
 
     def _skeleton(self, model: Model) -> Any:
         skeleton = build_skeleton(model, torch.float32)
@@ -287,8 +355,10 @@ class MomentsPass:
             skeleton.set_experts_implementation("eager")
         return skeleton
 
-    def _layerwise(self, stack: ExitStack, model: Model, skeleton: Any, sink: Moments) -> Layerwise:
-        """A model that is watched while it runs; closed with the stack."""
+    def _layerwise(
+        self, stack: ExitStack, model: Model, skeleton: Any, sink: Moments, merged: MergedSource | None
+    ) -> Layerwise:
+        """A model that is watched while it runs, or the merge in its place; closed with the stack."""
         parameters = {
             placement.parameter
             for placement in model.architecture.placements.values()
@@ -301,7 +371,10 @@ class MomentsPass:
                 f"{model.label}: a {model.architecture.model_class} cannot be run on its text: {type(error).__name__}: {first_line(error)}. Use another method."
             )
 
-        return Layerwise(model, skeleton, self._device, watch=watch, counts=sink, fails=fails)
+        runs = model if merged is None else replace(model, weights=cast(Any, merged))
+        return Layerwise(
+            runs, skeleton, self._device, watch=watch, counts=sink, fails=fails, reads_ahead=merged is None
+        )
 
     def _layers_of(self, todo: Sequence[PlannedTensor], skeleton: Any) -> dict[str, int]:
         """Output tensor -> its layer, of those that get moments: matrices inside the layers, which every model stores as they are."""

@@ -134,7 +134,7 @@ def _prepare_moments(
 ) -> tuple[MomentsPass, list[dict[str, Any]], list[str]]:
     """What runs the models, what on, and what to say of it. Raises Refusals: texts that cannot be read or are too short, models that cannot be run."""
     from merging.input_moments import MomentsPass, texts_as_json
-    from merging.model_texts import ModelText, read_model_text
+    from merging.model_texts import ModelText, check_tokens, read_model_text
 
     recipe, problems = plan.recipe, Problems()
     by_key = {source_key(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
@@ -143,21 +143,29 @@ def _prepare_moments(
         raise ArgumentError(
             f"{setting('models')}: {recipe.merge_method} merges whole models, which it runs. Name no layers."
         )
-    chosen = recipe.parameters["data_tokens"]
-    if not chosen.is_constant:
-        raise ArgumentError(f"{setting('data_tokens')}: expected one number for all tensors, got several.")
-    tokens, has_base = int(chosen.at("", 0.0)), recipe.uses("base_weight")
+    chosen = {key: recipe.parameters[key] for key in ("data_tokens", "inputs")}
+    for key, value in chosen.items():
+        if not value.is_constant:
+            raise ArgumentError(f"{setting(key)}: expected one value for all tensors, got several.")
+    tokens, has_base = int(chosen["data_tokens"].at("", 0.0)), recipe.uses("base_weight")
+    is_merged = chosen["inputs"].at("", 0.0) == "merged"
+    if is_merged and has_base:
+        raise ArgumentError(
+            f"{setting('inputs', 'merged')}: {setting('base_weight')} takes the base's own inputs. Leave one of them out."
+        )
     sources = [source.data or "" for source in recipe.models]
     asked = [(model, [source]) for model, source in zip(models, sources, strict=True)]
     asked += [(opened[0], sources)] if has_base else []
     texts: list[ModelText] = []
     for model, files in asked:
         with problems.collect():
-            texts.append(ModelText.joined([read_model_text(model, file, tokens) for file in files]))
+            text = ModelText.joined([read_model_text(model, file, tokens) for file in files])
+            check_tokens(text, model, opened[0], is_merged=is_merged)
+            texts.append(text)
     problems.raise_if_any()
     models = [model for model, _ in asked]
-    moments = MomentsPass(models, texts, options.stream.device, has_base=has_base)
-    count = moments.check(plan.tensors)
+    moments = MomentsPass(models, texts, options.stream, plan.tensors, has_base=has_base, is_merged=is_merged)
+    count = moments.check()
     lines = [
         f"{entry['model']}: runs on {entry['documents']} documents of {'all tasks' if has_base and at == len(models) - 1 else 'its own task'}, {entry['tokens']} tokens."
         for at, entry in enumerate(texts_as_json(models, texts))

@@ -63,10 +63,7 @@ def read_model_text(model: Model, source: str, tokens: int) -> ModelText:
 
     Raises: InputError: no such file, rows of another kind, no tokenizer or chat template, no text.
     """
-    path = Path(source).expanduser()
-    where = setting("model_data", source)
-    if not path.is_file():
-        raise InputError(f"{where}: no such file. Give a file of texts of {model.label}'s own task.")
+    path, where = _found(model, source), setting("model_data", source)
     tokenizer = tokenizer_of(model)
     documents: list[torch.Tensor] = []
     count = 0
@@ -80,6 +77,67 @@ def read_model_text(model: Model, source: str, tokens: int) -> ModelText:
     if not documents:
         raise InputError(f"{where}: expected texts of {model.label}'s own task, got none. Give another file.")
     return ModelText(tuple(documents))
+
+
+def read_examples(model: Model, source: str, tokens: int) -> list[tuple[torch.Tensor, int]]:
+    """Examples of a task, as `read_model_text` reads them: token ids `[1, tokens]`, and where the answer begins, at least 1.
+
+    All of a text but its first token is its answer. Examples whose answer is cut off or empty are left out.
+    """
+    tokenizer = tokenizer_of(model)
+    examples = []
+    rows = iter(read_rows(_found(model, source)))
+    for document in read_model_text(model, source, tokens).documents:
+        row = next(row for row in rows if not _is_empty(row))
+        begin = 1
+        if isinstance(row, dict) and not isinstance(row.get("text"), str):
+            asked = render_chat([{"role": "user", "content": row["prompt"]}], tokenizer, model, begin_answer=True)
+            begin = max(1, len(tokenizer.encode(asked, add_special_tokens=False)))
+        if begin < document.shape[1]:
+            examples.append((document, begin))
+    if not examples:
+        raise InputError(
+            f"{setting('model_data', source)}: expected examples with answers, got none of at most {LONGEST} tokens. Give another file."
+        )
+    return examples
+
+
+def _is_empty(row: Any) -> bool:
+    """Whether a row gives no document: a text of nothing."""
+    text = row.get("text") if isinstance(row, dict) else row
+    return isinstance(text, str) and not text.strip()
+
+
+def _found(model: Model, source: str) -> Path:
+    """A file that is there."""
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise InputError(
+            f"{setting('model_data', source)}: no such file. Give a file of texts of {model.label}'s own task."
+        )
+    return path
+
+
+def check_tokens(text: ModelText, model: Model, base: Model, *, is_merged: bool) -> None:
+    """Refuse a text whose tokens are others to the base: the merge's embedding would answer something else.
+
+    Args:
+        text: in the model's tokens.
+        is_merged: whether the merge itself runs on it, which has the base's tokens alone.
+
+    Raises: InputError.
+    """
+    if model.vocabulary_digest == base.vocabulary_digest or model.vocabulary is None or base.vocabulary is None:
+        return
+    own, known = ({index: token for token, index in one.vocabulary.ids.items()} for one in (model, base))  # type: ignore[union-attr]
+    for index in sorted({int(index) for document in text.documents for index in document.flatten()}):
+        there = known.get(index)
+        if there == own.get(index) or (there is None and not is_merged):
+            continue
+        raise InputError(
+            f"{model.label}: expected the tokenizer of {base.label}, got another: token {index} is {own.get(index)!r:.60} here and "
+            f"{'none' if there is None else repr(there)[:60]} there. Merge models of one tokenizer, or use another method."
+        )
 
 
 def tokenizer_of(model: Model) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -123,7 +123,7 @@ def tile(tensor: TensorSpec, max_elements: int) -> Iterator[Region]:
             yield from _cut(tensor, row, row + columns, max_elements)
 
 
-def in_groups(regions: Sequence[Region]) -> Iterator[list[Region]]:
+def in_groups(regions: Iterable[Region]) -> Iterator[list[Region]]:
     """Small regions that follow each other together, of at most `GRID_ELEMENTS` in all, larger ones by themselves."""
     group: list[Region] = []
     elements = 0

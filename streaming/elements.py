@@ -210,11 +210,11 @@ class Tensors:
 
     def number(self, value: float) -> Number:
         """See `Element`."""
-        return torch.tensor(value, dtype=torch.float32)
+        return torch.full((), value, dtype=torch.float32, device=self._device)  # on a GPU without waiting for it
 
     def integer(self, value: int) -> Number:
         """See `Element`."""
-        return torch.tensor(value, dtype=torch.int32)
+        return torch.full((), value, dtype=torch.int32, device=self._device)
 
     def channel(self, values: torch.Tensor) -> Number:
         """See `Element`."""

@@ -19,6 +19,7 @@ from checkpoints.folder import Folder
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
 from checkpoints.staging import Stage
 from checkpoints.writer import CheckpointWriter, HashName, Shard
+from streaming.ahead import fits_in_memory
 from streaming.commits import Commits
 from streaming.log import Log, no_log
 from streaming.stream import (
@@ -127,12 +128,15 @@ def write_checkpoints(
 
     # One writer for each variant, on the files that are there.
     writers: dict[str, CheckpointWriter] = {}
+    drops = not fits_in_memory(bytes_read(todo, transforms) + len(variants) * bytes_written(todo))
     places = {each.folder: stage.work.subfolder(each.folder) if each.folder else stage.work for each in variants}
     try:
         for number, (name, folder) in enumerate(places.items()):
             digest = options.digest_hash if options.digest != "none" else None
             chunks = stage.finished.chunks[number] if number < len(stage.finished.chunks) else {}
-            writers[name] = CheckpointWriter(folder, work.shards, digest=digest, finished=usable, chunks=chunks)
+            writers[name] = CheckpointWriter(
+                folder, work.shards, digest=digest, finished=usable, chunks=chunks, drops=drops
+            )
         stage.work.sync()
         # Stream into all of them, committing meanwhile and once more at the end.
         changed = set(stage.finished.changed)
@@ -281,7 +285,6 @@ def identity_of(work: Work, options: RunOptions, **more: Any) -> dict[str, Any]:
         "files": headers,
         "side_files": work.files.digest(),
         "digest": options.digest,
-        "digest_hash": options.digest_hash,
         "report": options.report,
         "device": options.stream.device.type,
         "allow_non_finite": options.stream.allow_non_finite,

@@ -17,6 +17,7 @@ from checkpoints.errors import InputError
 from checkpoints.pieces import Origin
 from checkpoints.settings import setting
 from checkpoints.source import TensorRef, dtype_name
+from streaming.ahead import read_ahead
 from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Block, Partial, Region, Scan, TensorSpec, in_groups, tile
 from streaming.elements import Answer, Ask, Change, Formula, Number, Tensors, answer
 from streaming.fused import Asking, Fusion, Lend, Loading, Seen, can_loop
@@ -319,7 +320,8 @@ class _Stream:
                 fusion.compile()
             if fusion and fusion.is_ready and self._options.block_elements is None:
                 elements = FUSED_ELEMENTS
-        for _ in self._workers.map_ordered(work, list(tile(tensor.spec, elements))):
+        regions = list(tile(tensor.spec, elements))
+        for _ in self._workers.map_ordered(work, read_ahead(tensor.sources(self._transforms), regions)):
             pass
 
     def _fuse(self, tensor: PlannedTensor, statistics: Any, measured: Any) -> Fusion | None:
@@ -351,7 +353,7 @@ class _Stream:
         )
 
     def _scan(self, tensor: PlannedTensor, block_of: Callable[[Region], Block]) -> _Scan:
-        return _Scan(tensor, block_of, self._workers)
+        return _Scan(tensor, tensor.sources(self._transforms), block_of, self._workers)
 
     def _scan_inputs(self, tensor: PlannedTensor) -> _Scan:
         """A scan of what a method merges, by loops where there are any."""
@@ -396,10 +398,7 @@ class _Stream:
         assert tensor.method is not None
         if tensor.method.space == "task_vectors":
             self._look_for_changes(tensor, region)
-        results = [
-            self._lend(("result", at), region.numel * fusion.dtype.itemsize).view(fusion.dtype)
-            for at in range(len(self._outputs))
-        ]
+        results = [self._numbers(("result", at), region.numel, fusion.dtype) for at in range(len(self._outputs))]
         observed = self._observer.sampled(region) if self._observer else ()
         tallied = sample_of(region) if any(fusion.changes) else []
         position = 0
@@ -506,6 +505,13 @@ class _Stream:
             self.changed.add(model)
         return values
 
+    def _numbers(self, key: object, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer of this thread's as numbers: `[count]`. Kept as such: each call into torch is a turn of Python's lock."""
+        known: dict[object, torch.Tensor] = self._local.__dict__.setdefault("numbers", {})
+        if (key, count, dtype) not in known:
+            known[key, count, dtype] = self._lend(key, count * dtype.itemsize).view(dtype)
+        return known[key, count, dtype]
+
     def _lend(self, key: object, nbytes: int) -> torch.Tensor:
         return self._buffer(key, nbytes)
 
@@ -528,8 +534,10 @@ class _Scan:
         lend: gives threads their buffers.
     """
 
-    def __init__(self, tensor: PlannedTensor, block_of: Callable[[Region], Block], workers: Workers):
-        self._tensor, self._block_of, self._workers = tensor, block_of, workers
+    def __init__(
+        self, tensor: PlannedTensor, refs: Sequence[TensorRef], block_of: Callable[[Region], Block], workers: Workers
+    ):
+        self._tensor, self._block_of, self._workers, self._refs = tensor, block_of, workers, refs
         self.asking: Callable[[Ask], Asking] | None = None
         self.lend: Lend | None = None
 
@@ -552,8 +560,9 @@ class _Scan:
 
         return itertools.chain.from_iterable(self._workers.map_ordered(work, self._groups(regions)))
 
-    def _groups(self, regions: Sequence[Region] | None) -> list[list[Region]]:
-        return list(in_groups(list(tile(self._tensor.spec, GRID_ELEMENTS)) if regions is None else regions))
+    def _groups(self, regions: Sequence[Region] | None) -> Iterator[list[Region]]:
+        chosen = list(tile(self._tensor.spec, GRID_ELEMENTS)) if regions is None else regions
+        return in_groups(read_ahead(self._refs, chosen))
 
 
 def _within(region: Region, part: slice) -> Region:

@@ -13,7 +13,7 @@ from checkpoints.settings import Show, as_in_python
 from checkpoints.sidecars import SideFiles
 from checkpoints.staging import Stage
 from checkpoints.writer import Shard, file_names
-from streaming.stream import Merger, Observer, PlannedTensor, Transform, bytes_read
+from streaming.stream import Merger, Observer, PlannedTensor, Transform
 
 CARD_FILE = "README.md"
 
@@ -97,11 +97,6 @@ class Work(ABC):
     def base(self) -> Model:
         """The base, or the model that stands in for it: gives what is no number."""
         return self.inputs[0]
-
-    @property
-    def bytes_to_read(self) -> int:
-        """Bytes of every input tensor that may be needed, each counted once."""
-        return bytes_read(self.tensors)
 
     @property
     def bytes_to_write(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -51,7 +51,7 @@ class Workers:
         )
         self._tensors = ThreadPoolExecutor(self.count + 1, thread_name_prefix="tensor")
 
-    def map_ordered(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    def map_ordered(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`work` of each item, several at a time, in the order of the items; few results wait at any time."""
         waiting: deque[Future[Result]] = deque()
         try:

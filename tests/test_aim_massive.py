@@ -177,3 +177,14 @@ def test_what_excludes_each_other(values: dict[str, str], message: str) -> None:
     with pytest.raises(Refusals) as error:
         Relaxing(**values)  # type: ignore[arg-type]
     assert str(error.value) == message
+
+
+def test_groups_of_rows_have_factors_of_their_own() -> None:
+    values = torch.arange(12.0).view(2, 6)  # for the rows 0 to 3, and 4 to 7
+    spec = TensorSpec("w", (8, 6))
+    factors = ChannelFactors(values, 1)
+    whole = values.repeat_interleave(4, dim=0)
+    assert torch.equal(factors.of(Region(spec, 0, 48))[0], whole)
+    assert torch.equal(factors.of(Region(spec, 18, 36))[0], whole[3:6])
+    assert torch.equal(factors.of(Region(spec, 26, 29))[0], whole[4:5, 2:5])  # a piece of a row
+    assert factors.formula(spec) is None

@@ -16,7 +16,7 @@ from tests.architectures.tiny import Tiny, make_unique, tiny_models
 SAMPLE = {
     "Zamba2ForCausalLM": "modules that share parameters, bare matrices",
     "XLNetLMHeadModel": "weights of three dimensions, whose input channels are the first or the last two",
-    "DbrxForCausalLM": "experts in one matrix, sliced",
+    "DbrxForCausalLM": "experts below each other in one matrix",
     "MambaForCausalLM": "a weight that is multiplied without its module",
     "MiniMaxM2ForCausalLM": "a router with a second argument",
     "CpmAntForCausalLM": "rows beside those of the tokens, in a model that does not read from left to right",

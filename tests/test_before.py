@@ -63,7 +63,7 @@ def settled(content: Any, folder: Path) -> Any:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_differs_in_time_version_and_command_only(here: Path, name: str):
     main, flags = RUNS[name]
-    assert main([*flags, "--save_path=out", "--quiet"]) == 0
+    assert main([*flags, "--save_path=out", "--quiet", "--digest_hash=sha256"]) == 0
     written = sorted(Path("out").rglob("merge_recipe.json"))
     assert len(written) == (2 if name == "sweep" else 1)
     for ours in written:

@@ -12,7 +12,9 @@ from benchmarks.synthetic import Shape, make_checkpoints
 from checkpoints.model import open_model
 from commands import merge, perform_aim
 from merging.methods import METHODS, get_method
-from merging.randomness import drop_, hash_indices
+from merging.randomness import drop
+from streaming.blocks import Block, Region, TensorSpec
+from streaming.elements import Tensors, hash_range
 from tests.in_memory import required_flags
 from tests.reference.of_method import find
 from tests.scene import call
@@ -55,12 +57,14 @@ def on_both(command, flags, tmp_path):
 
 def test_hashes_and_masks_are_the_cpus_to_the_bit():
     for start, count in ((0, 1000), ((1 << 31) - 500, 1000), ((1 << 40) + 3, 1000)):
-        on_cpu = hash_indices(start, count, (7, 11), torch.device("cpu"))
-        assert torch.equal(hash_indices(start, count, (7, 11), torch.device(DEVICE)).cpu(), on_cpu)
+        of = (start, start + count, lambda high: (7, 11))
+        on_cpu = hash_range(*of, torch.device("cpu"))
+        assert torch.equal(hash_range(*of, torch.device(DEVICE)).cpu(), on_cpu)
     values = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    draw = {"seed": 3, "tensor": "w", "model": 1, "start": 5, "density": 0.3}
-    kept = [drop_(values.clone().to(device), **draw).cpu() for device in ("cpu", DEVICE)]
-    assert torch.equal(kept[0] == 0, kept[1] == 0)
+    region = Region(TensorSpec("w", (1 << 20,)), 5, 100_005)
+    blocks = [Block(region, None, [values.to(device)], []) for device in ("cpu", DEVICE)]
+    kept = [drop(Tensors(block), block.task_vectors[0], 0.3, seed=3, tensor="w", model=1).cpu() for block in blocks]
+    assert torch.equal(*kept)
 
 
 @pytest.mark.parametrize("method", SMOOTH)

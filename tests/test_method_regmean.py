@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import merge
@@ -556,3 +558,76 @@ def test_the_grid_is_the_engines() -> None:
     from merging.methods import regmean as module
 
     assert module.GRID_ELEMENTS == blocks.GRID_ELEMENTS
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss"])
+def test_with_inputs_merged_a_layer_looks_at_what_the_merged_ones_before_it_give(
+    architecture: str, scene_of: Callable[[str], Scene], tmp_path: Path
+) -> None:
+    """Each layer against the formula, with the inputs of models that are the merge but for this one layer, which is a model's own."""
+    scene = scene_of(architecture)
+    assert merge.main(scene.command(tmp_path / "out", *FLAGS, "--inputs", "merged")) == 0
+    base, *models = (load(folder) for folder in (scene.family.base, *scene.family.models))
+    merged = load(tmp_path / "out")
+    matrices = 0
+    for layer in range(2):
+        hybrids = []
+        for number, model in enumerate(models):
+            folder = tmp_path / f"{layer}-{number}"
+            shutil.copytree(scene.family.base, folder)
+            for old in folder.glob("*.safetensors*"):
+                old.unlink()
+            own = {name: (model if re.search(rf"\.(layers|h)\.{layer}\.", name) else merged)[name] for name in merged}
+            save_file({name: tensor.float().contiguous() for name, tensor in own.items()}, folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+            hybrids.append(folder)
+        inputs = {
+            folder: reference.watch_inputs(folder, [torch.tensor(encoder().encode(text.strip()).ids) for text in texts])  # type: ignore[arg-type]
+            for folder, texts in zip(hybrids, TEXTS, strict=True)
+        }
+        for name, b in base.items():
+            seen = inputs[hybrids[0]].get(name)
+            if b.dim() != 2 or seen is None or not re.search(rf"\.(layers|h)\.{layer}\.", name):
+                continue
+            grams = [grams_of(folder, list(texts), name, None, inputs) for folder, texts in zip(hybrids, TEXTS, strict=True)]  # fmt: skip
+            if any(gram is None for gram in grams):
+                continue
+            parts = [one if seen.input_dim == 1 else one.T for one in (b, *(model[name] for model in models), merged[name])]  # fmt: skip
+            expected = regmean(parts[0], parts[1:-1], grams, lambda_=0.9, ridge=0.01)  # type: ignore[arg-type]
+            torch.testing.assert_close(parts[-1].double(), expected, rtol=1e-4, atol=1e-5)
+            matrices += 1
+    assert matrices >= 8
+    own = scene.command(tmp_path / "own", *FLAGS)
+    assert merge.main(own) == 0
+    first, last = (next(name for name in merged if re.search(rf"\.(layers|h)\.{at}\..*(q_proj|c_attn)\.weight", name)) for at in (0, 1))  # fmt: skip
+    other = load(tmp_path / "own")
+    assert not torch.equal(other[last], merged[last])
+    if architecture == "llama":  # the first layer's inputs come from the embedding, which is merged too
+        assert not torch.equal(other[first], merged[first])
+
+
+def test_a_tokenizer_with_other_tokens_is_refused(
+    scene_of: Callable[[str], Scene], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene = scene_of("llama")
+    other = tmp_path / "other"
+    shutil.copytree(scene.family.models[1], other)
+    file = other / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    used = next(token for token in vocabulary if token in TEXTS[1][0])
+    vocabulary[used], vocabulary[last] = vocabulary[last], vocabulary[used]
+    file.write_text(json.dumps(content))
+    command = scene.command(tmp_path / "out")
+    command[command.index("--models_to_merge") + 1] = f"{scene.family.models[0]},{other}"
+    assert merge.main(command) == 1
+    message = capsys.readouterr().err
+    assert f"{other}: expected the tokenizer of {scene.family.base}, got another: token " in message
+    assert "Merge models of one tokenizer, or use another method." in message
+
+
+def test_inputs_merged_and_a_base_weight_exclude_each_other(
+    scene_of: Callable[[str], Scene], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert merge.main(scene_of("llama").command(tmp_path / "out", "--inputs", "merged", "--base_weight", "0.1")) == 2
+    assert "--inputs merged: --base_weight takes the base's own inputs" in capsys.readouterr().err

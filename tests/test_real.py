@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
 import sqlite3
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,14 +17,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from aim.activations import ChannelStatistics
 from checkpoints.errors import InputError
-from examples.real import base, extract, run, statistics, texts, workspace
+from examples.real import base, extract, outliers, prototypes, run, statistics, texts, workspace
 from examples.real.domains import DOMAINS, make_documents
 from examples.real.domains.documents import split_of
 from examples.real.domains.functions import function
 from examples.real.domains.maths import problem
 from examples.real.losses import batches, score
-from examples.real.rules import AIM, REFERENCE, Rule, rules
+from examples.real.pool import Pool
+from examples.real.rules import REFERENCE, SUM, Rule, rules
 from examples.real.texts import Encoded
 from examples.real.train import Recipe, order
 
@@ -259,7 +262,7 @@ def test_holm_by_hand():
 
 
 def test_rules_become_commands():
-    rule = Rule("x", AIM + " --control uniform", {"lambda": (0.5, 1.0)})
+    rule = Rule("x", f"{SUM} --omega 0 {{statistics}} --control uniform", {"lambda": (0.5, 1.0)})
     assert rule.candidates() == [{"lambda": 0.5}, {"lambda": 1.0}]
     command = rule.command({"lambda": 0.5}, {"statistics": "--activations f", "texts": "t"})
     assert command == [
@@ -283,14 +286,25 @@ def compared(tmp_path_factory: pytest.TempPathFactory, chat_base: Path) -> Path:
     folder = tmp_path_factory.mktemp("real") / "folder"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "LONGEST", 1000)
-        patch.setattr(workspace, "Recipe", lambda seed: Recipe(tokens=2000, seed=seed))
+        patch.setattr(workspace, "Recipe", SmallRecipe)
         patch.setattr(run, "FULL", {"val": 2, "test": 3})
-        patch.setattr(run, "chosen_rules", lambda **_: [rule for rule in rules((0.6, 1.0)) if rule.name in CHOSEN])
+        patch.setattr(run, "studies", lambda *_, **__: [run.Study(few())])
         assert run.main(["--folder", str(folder), "--base_model", str(chat_base), "--domains", "sql,maths"]) == 0
     return folder
 
 
 CHOSEN = (REFERENCE, "AIM", "AIM, uniform control")
+
+
+def few() -> list[Rule]:
+    return [rule for rule in rules((0.6, 1.0)) if rule.name in CHOSEN]
+
+
+@dataclass(frozen=True)
+class SmallRecipe(Recipe):
+    """Little training."""
+
+    tokens: int = 2000
 
 
 def test_the_table_has_every_model_once(compared: Path):
@@ -316,7 +330,7 @@ def test_a_merge_is_the_command_that_its_scores_hold(compared: Path):
     """Merged again by that command, the loss is the same."""
     import merge
 
-    file = compared / "seed_1/scores/AIM-lambda_1-val.json"
+    file = compared / "seed_1/scores/AIM-omega_0-lambda_1-val.json"
     stored = json.loads(file.read_text())
     program, *command = stored["command"]
     assert program == "merge.py"
@@ -332,7 +346,7 @@ def test_a_merge_is_the_command_that_its_scores_hold(compared: Path):
 def test_what_is_finished_stays(compared: Path, chat_base: Path, monkeypatch, capsys):
     monkeypatch.setattr(texts, "LONGEST", 1000)
     monkeypatch.setattr(run, "FULL", {"val": 2, "test": 3})
-    monkeypatch.setattr(run, "chosen_rules", lambda **_: [rule for rule in rules((0.6, 1.0)) if rule.name in CHOSEN])
+    monkeypatch.setattr(run, "studies", lambda *_, **__: [run.Study(few())])
     monkeypatch.setattr(workspace, "run_command", lambda *_: pytest.fail("merged again"))
     monkeypatch.setattr(workspace, "train", lambda *_: pytest.fail("trained again"))
     before = (compared / "seed_1/table.json").read_text()
@@ -373,3 +387,66 @@ def test_committed_adapters_are_what_was_made():
     assert (extract.OUT / extract.SUMS).read_text() == extract.sums(extract.OUT)
     assert {path.name for path in extract.OUT.iterdir() if path.is_dir()} == set(DOMAINS)
     assert sum(path.stat().st_size for path in extract.OUT.rglob("*") if path.is_file()) < 10_000_000
+
+
+# --------------------------------------------------------------------------------- lines, prototypes, outlier channels
+
+
+def test_points_of_a_line_score_as_their_merges_do(compared: Path, chat_base: Path, monkeypatch, tmp_path):
+    """Three values of lambda are scored on the line through 0 and 1, one by one by merge.py: the same losses."""
+    monkeypatch.setattr(texts, "LONGEST", 1000)
+    scores = []
+    for at in ("line", "merges"):
+        folder = tmp_path / at
+        space = workspace.Workspace(folder, base_model=chat_base, chosen=["sql", "maths"], counts={"val": 2, "test": 3})
+        shutil.copytree(compared / "seed_1/experts", folder / "seed_1/experts")
+        rule = Rule("x", "--method task_arithmetic --lambda {lambda}", {"lambda": (0.4, 0.7, 1.2)})
+        if at == "line":
+            space.score_line(rule, rule.candidates(), "val")
+        scores.append([space.score_merge(rule, settings, "val").losses for settings in rule.candidates()])
+    for one, other in zip(*scores, strict=True):
+        for domain in one:
+            assert one[domain] == pytest.approx(other[domain], abs=1e-4)
+
+
+def test_rules_of_one_line_differ_in_lambda_alone():
+    rule = Rule("x", "", {"density": (0.2, 0.5), "lambda": (1.0, 2.0)})
+    assert rule.lines() == [
+        [{"density": 0.2, "lambda": 1.0}, {"density": 0.2, "lambda": 2.0}],
+        [{"density": 0.5, "lambda": 1.0}, {"density": 0.5, "lambda": 2.0}],
+    ]
+
+
+def test_prototypes_by_hand():
+    pairs = torch.tensor([1.0, 1.0, 2.0, 2.0]), torch.tensor([1.0, 2.0, 1.0, 2.0])
+    assert prototypes.mutual_information(pairs[0], pairs[0]) == pytest.approx(0.693147, abs=1e-6)  # ln 2
+    assert prototypes.mutual_information(*pairs) == pytest.approx(0.0, abs=1e-12)
+    shared = torch.tensor([[0.6931471805599453], [0.0]], dtype=torch.float64)
+    assert float(prototypes.acm_shares(shared)) == pytest.approx(0.559488, abs=1e-6)
+    # alpha of length 1: (.6, .8) and (1, 0); z = alpha tau / 2: (.075, .1) and (.375, 0)
+    found = prototypes.sens_shares(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([0.25, 0.75]))
+    expected = [2 / (1 + math.exp(0.3)), 2 / (1 + math.exp(-0.1))]
+    assert found[0].tolist() == pytest.approx(expected)
+    assert prototypes.one_bit(torch.tensor([[1.0, -3.0], [0.0, 2.0]])).tolist() == [[1.5, -1.5], [1.5, 1.5]]
+
+
+def test_outlier_channels_are_told_loudest_first():
+    loud = torch.ones(20)
+    loud[3], loud[7] = 12.0, 40.0
+    own = ChannelStatistics(loud, loud.square(), torch.tensor(8), mean=loud / 2)
+    assert outliers.outliers(own) == [7, 3]
+    table = outliers.as_markdown([("model.layers.0.self_attn.q_proj.weight", own)])
+    assert "| self_attn.q_proj | 1 | 0.087 | 5.0 % | 40 | 25 % | 7 (1), 3 (1) |" in table
+
+
+def test_jobs_that_fail_stop_none_of_the_others():
+    done: list[int] = []
+
+    def job(number: int) -> None:
+        if number == 1:
+            raise InputError("x: broken")
+        done.append(number)
+
+    with Pool(1).running() as pool, pytest.raises(InputError, match="x: broken"):
+        pool.do([(job, (number,)) for number in range(3)], "jobs")
+    assert done == [0, 2]

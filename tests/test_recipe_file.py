@@ -489,6 +489,13 @@ def test_the_plan_shows_gradients_filters_and_coefficients(scene: Scene):
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of: expected a whole number above 0, got 0"),
         ({"tie_word_embeddings": "maybe"}, "tie_word_embeddings: expected true or false, got 'maybe'"),
         ({"aim": 0.4}, "aim: expected keys such as omega, got 0.4"),
+        ({"tokenizer": "union"}, "tokenizer: expected keys such as source, got 'union'"),
+        ({"models": None, "slices": ["in/math"]}, "slices[0]: expected the key sources, got 'in/math'"),
+        ({"models": [{"model": "in/math+"}]}, "models[0].model: "),
+        ({"merge_method": "slerp", "models": [{"model": "in/math"}], "parameters": {"t": []}}, "parameters.t: expected a value, got an empty list"),
+        ({"merge_method": "karcher", "parameters": {"max_iter": 1.5}}, "parameters.max_iter: expected a finite whole number, 0 or above, got 1.5"),
+        ({"merge_method": "regmean", "parameters": {"moments": ["full", "diagonal"]}}, "parameters.moments: expected full or diagonal, got ['full', 'diagonal']"),
+        ({"merge_method": "regmean"}, "models: in/math: regmean needs text of the model's own task. Add the key data, a file."),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_place(here: Path, change: dict[str, Any], message: str):

@@ -168,6 +168,8 @@ def test_omegas_are_told_apart_by_value():
         ({"exclude": "no_such_tensor"}, "recipe.yml: exclude: 'no_such_tensor' is found in no tensor's name"),
         ({"merge_method": "slerp", "models": MODELS[:1], "parameters": {"t": [{"filter": "mlp", "value": 0.5}]}}, "recipe.yml: parameters.t: says nothing of"),
         ({"models": [{"model": "in/math"}, {"model": "in/../in/math"}]}, "recipe.yml: models"),
+        ({"aim": {"omega": 0.4, "calibration": {**CALIBRATION, "tolerance": [1]}}}, "recipe.yml: aim.calibration.tolerance: expected a number, got [1]."),
+        ({"aim": {"omega": 0.4, "calibration": {**CALIBRATION, "source": True}}}, "recipe.yml: aim.calibration.source: expected text, got"),
     ],
     ids=str,
 )  # fmt: skip
@@ -187,6 +189,9 @@ def test_a_flag_beside_a_recipe_is_named_as_a_flag(here: Path, capsys: pytest.Ca
     assert "--n_samples: expected at least 1, got 0." in said
     said = refusal(capsys, TIES, "--exclude=no_such_tensor")
     assert "--exclude: 'no_such_tensor' is found in no tensor's name" in said
+    said = refusal(capsys, {**TIES, "aim": aim}, "--max_memory=much", "--calibration_mode=fast", "--figures= ")
+    assert "--max_memory: expected a size such as 500MB or 8GB, got 'much'." in said
+    assert "--calibration_mode: unknown mode 'fast'." in said or "--figures: expected a folder, got nothing." in said
 
 
 def test_python_names_settings_bare(here: Path):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from tqdm import tqdm
-
-from examples.real.domains import Split
+from examples.real.pool import Job, Pool
 from examples.real.rules import REFERENCE, Rule, Settings
 from examples.real.statistics import Difference, difference, holm, mean
 from examples.real.workspace import Scores, Workspace
@@ -56,45 +53,58 @@ class Comparison:
         domains: in the order of the models.
         tried: label -> candidate, of all that were scored on validation.
         rows: single models first, then by test loss.
+        options: variant of a rule -> on validation, its loss and that minus its rule's, paired by document.
         verdicts: rule -> sentence.
     """
 
     domains: Sequence[str]
     tried: Mapping[str, Candidate]
     rows: Sequence[Row]
+    options: Mapping[str, tuple[float, Difference]]
     verdicts: Mapping[str, str]
 
 
-def compare(space: Workspace, rules: Sequence[Rule]) -> Comparison:
+def compare(space: Workspace, rules: Sequence[Rule], pool: Pool) -> Comparison:
     """Merge and score what is missing, and compare.
 
     Args:
         space: with texts and experts.
         rules: `REFERENCE` is one of them, and so is the rule of every control.
+        pool: does the work.
 
     Raises: CommandFailed.
     """
-    for domain in space.domains:
-        space.expert(domain)
-    tried = _validate(space, rules)
-    best = {rule.name: _best(rule, tried) for rule in rules}
-    picks = [(rule, best[rule.name], "own") for rule in rules]
-    picks += [
-        (rule, best[rule.control_of], "rule")
-        for rule in rules
-        if rule.control_of and best[rule.control_of] != best[rule.name]
+    lines = [(rule, line) for rule in rules for line in rule.lines()]
+    missing: list[Job] = [
+        (space.score_line, (rule, line, "val"))
+        for rule, line in lines
+        if not all(space.is_done(rule.label(settings), "val") for settings in line)
     ]
-    singles: dict[str, Scores] = {}
-    scored: list[tuple[Rule, Settings, str, Scores]] = []
-    with _bar("test", 1 + len(space.domains) + len(picks)) as bar:
-        singles["base"] = space.score_base("test")
-        bar.update()
-        for domain in space.domains:
-            singles[f"expert {domain}"] = space.score_expert(domain, "test")
-            bar.update()
-        for rule, settings, choice in picks:
-            scored.append((rule, settings, choice, space.score_merge(rule, settings, "test")))
-            bar.update()
+    with pool.running():
+        if missing:
+            pool.do([(space.expert, (domain,)) for domain in space.domains], "experts")
+            space.calibrate()
+            pool.do(missing, "validation")
+        tried = {
+            rule.label(settings): Candidate(rule.name, settings, space.scores(rule.label(settings), "val"))
+            for rule, line in lines
+            for settings in line
+        }
+        best = {rule.name: _best(rule, tried) for rule in rules}
+        picks = [(rule, best[rule.name], "own") for rule in rules if not rule.variant_of]
+        picks += [
+            (rule, best[rule.control_of], "rule")
+            for rule in rules
+            if rule.control_of and best[rule.control_of] != best[rule.name]
+        ]
+        jobs: list[tuple[str, Job]] = [("base", (space.score_base, ("test",)))]
+        jobs += [(f"expert {domain}", (space.score_expert, (domain, "test"))) for domain in space.domains]
+        jobs += [(rule.label(settings), (space.score_merge, (rule, settings, "test"))) for rule, settings, _ in picks]
+        missing = [job for label, job in jobs if not space.is_done(label, "test")]
+        if missing:
+            pool.do(missing, "test")
+    singles = {label: space.scores(label, "test") for label in ("base", *(f"expert {one}" for one in space.domains))}
+    scored = [(rule, settings, choice, space.scores(rule.label(settings), "test")) for rule, settings, choice in picks]
     reference = next(scores for rule, _, _, scores in scored if rule.name == REFERENCE)
     differences = {
         rule.name: difference(scores.losses, reference.losses)
@@ -107,7 +117,7 @@ def compare(space: Workspace, rules: Sequence[Rule]) -> Comparison:
             rule.name,
             settings,
             choice,
-            tried[rule.label(settings)].scores,
+            tried[rule.label(settings)].scores if rule.label(settings) in tried else None,
             scores,
             difference(scores.losses, reference.losses),
             p_values.get(rule.name),
@@ -123,18 +133,13 @@ def compare(space: Workspace, rules: Sequence[Rule]) -> Comparison:
         for row in rows
         if row.p is not None
     }
-    return Comparison(space.domains, tried, [*first, *rows], verdicts)
-
-
-def _validate(space: Workspace, rules: Sequence[Rule]) -> dict[str, Candidate]:
-    """Scores of every candidate of every rule."""
-    candidates = [(rule, settings) for rule in rules for settings in rule.candidates()]
-    found = {}
-    with _bar("validation", len(candidates)) as bar:
-        for rule, settings in candidates:
-            found[rule.label(settings)] = Candidate(rule.name, settings, space.score_merge(rule, settings, "val"))
-            bar.update()
-    return found
+    validated = {rule.name: tried[rule.label(best[rule.name])].scores.losses for rule in rules}
+    options = {
+        rule.name: (mean(validated[rule.name]), difference(validated[rule.name], validated[rule.variant_of]))
+        for rule in rules
+        if rule.variant_of
+    }
+    return Comparison(space.domains, tried, [*first, *rows], options, verdicts)
 
 
 def _best(rule: Rule, tried: Mapping[str, Candidate]) -> dict[str, float]:
@@ -156,7 +161,3 @@ def _verdict(row: Row, controls: Sequence[Row]) -> str:
         beaten = sum(one.value < -2 * one.stderr for one in against)
         parts.append(f"better than {beaten} of its {len(controls)} controls")
     return ", ".join(parts)
-
-
-def _bar(label: Split | str, total: int) -> Any:
-    return tqdm(total=total, desc=label, unit="model", dynamic_ncols=True)

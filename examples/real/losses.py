@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from examples.real.texts import Encoded
 
-BATCH_TOKENS = 2048
-"""Of a batch that is scored, padding included."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Of a batch that is scored, padding included, by the kind of device."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Score:
 
 def answers(model: Any, documents: Sequence[Encoded]) -> Answers:
     """Run a batch. Padding stands at the right, where causal attention never looks at it."""
-    length = max(map(len, documents))
+    length, device = max(map(len, documents)), model.device
     first = min(len(document.prompt) for document in documents)
     ids = torch.zeros(len(documents), length, dtype=torch.long)
     asked = torch.zeros(len(documents), length, dtype=torch.bool)
@@ -49,6 +49,7 @@ def answers(model: Any, documents: Sequence[Encoded]) -> Answers:
         ids[row, : len(document)] = torch.tensor(document.prompt + document.answer)
         asked[row, len(document.prompt) : len(document)] = True
     # Logits of the tokens from `first` on: each is read where the token before it is.
+    ids, asked = ids.to(device), asked.to(device)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=length - first + 1).logits[:, :-1]
     asked = asked[:, first:]
     chosen, targets = logits[asked].float(), ids[:, first:][asked]
@@ -65,15 +66,16 @@ def score(model: Any, documents: Sequence[Encoded]) -> list[Score]:
     what greedy decoding would have written, with one forward pass instead of one for each token.
     """
     found: dict[int, Score] = {}
-    for batch in batches(documents):
-        result = answers(model, [documents[index] for index in batch])
+    for batch in batches(documents, BATCH_TOKENS[model.device.type]):
+        on_device = answers(model, [documents[index] for index in batch])
+        result = Answers(on_device.losses.cpu(), on_device.rows.cpu(), on_device.right.cpu())
         for row, index in enumerate(batch):
             mine = result.rows == row
             found[index] = Score(float(result.losses[mine].mean()), bool(result.right[mine].all()))
     return [found[index] for index in range(len(documents))]
 
 
-def batches(documents: Sequence[Encoded], tokens: int = BATCH_TOKENS) -> list[list[int]]:
+def batches(documents: Sequence[Encoded], tokens: int = BATCH_TOKENS["cpu"]) -> list[list[int]]:
     """Indices of the documents by length, in batches of at most `tokens` with padding (or of one document)."""
     found: list[list[int]] = []
     for index in sorted(range(len(documents)), key=lambda index: len(documents[index])):

@@ -10,6 +10,9 @@ from examples.real.compare import Comparison, Row
 from examples.real.statistics import mean
 from reports.figures import STYLE, save, subplots
 
+SHOWN = 0.4
+"""Nats above the best that a curve is drawn for."""
+
 
 def write(found: Comparison, folder: Path) -> list[Path]:
     """Write table.md, table.json and the figures. Returns: the files."""
@@ -30,6 +33,12 @@ def as_markdown(found: Comparison) -> str:
     own = sum(sum(values) / len(values) for values in experts) / len(experts)
     lines += ["", f"Each expert on its own domain: {own:.4f}.", ""]
     lines += [f"- {name}: {verdict}." for name, verdict in found.verdicts.items()]
+    if found.options:
+        lines += ["", "Options, on validation:", "", "| option | validation | minus its rule |", "|---|---:|---:|"]
+        lines += [
+            f"| {name} | {value:.4f} | {one.value:+.4f} ± {one.stderr:.4f} |"
+            for name, (value, one) in found.options.items()
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -66,32 +75,56 @@ def as_json(found: Comparison) -> dict[str, Any]:
         for one in found.tried.values()
     ]
     documents = {domain: len(values) for domain, values in found.rows[0].test.losses.items()}
-    return {"documents": documents, "rows": rows, "validation": tried, "verdicts": dict(found.verdicts)}
+    options = {
+        name: {"validation": value, "minus_rule": one.value, "stderr": one.stderr}
+        for name, (value, one) in found.options.items()
+    }
+    return {
+        "documents": documents,
+        "rows": rows,
+        "validation": tried,
+        "options": options,
+        "verdicts": dict(found.verdicts),
+    }
 
 
 def draw(found: Comparison, folder: Path) -> list[Path]:
-    """Validation loss over lambda, and the differences on test with 95 % intervals; each as PNG and SVG."""
+    """Validation loss over lambda and omega, and the differences on test with 95 % intervals; each as PNG and SVG."""
     from matplotlib import rc_context
 
     with rc_context(STYLE):
-        return [*save(_lambda_figure(found), folder, "lambda"), *save(_difference_figure(found), folder, "differences")]
+        curves = [path for key in ("lambda", "omega") for path in _curves(found, folder, key)]
+        return [*curves, *save(_difference_figure(found), folder, "differences")]
 
 
-def _lambda_figure(found: Comparison) -> Any:
-    """A line for each rule: at each lambda, the best of its other settings."""
-    figure, (axes,) = subplots(1, columns=1, size=(6.4, 4.2))
+def _curves(found: Comparison, folder: Path, key: str) -> list[Path]:
+    """The figure of a setting, where a rule tried several values of it."""
+    lines = _points(found, key)
+    return save(_curve_figure(lines, key), folder, key) if lines else []
+
+
+def _points(found: Comparison, key: str) -> dict[str, dict[float, float]]:
+    """Rule -> value of a setting -> validation loss, the best of its other settings; of rules that tried several values."""
     lines: dict[str, dict[float, float]] = {}
     for one in found.tried.values():
-        if "lambda" in one.settings:
+        if key in one.settings:
             points, value = lines.setdefault(one.rule, {}), mean(one.scores.losses)
-            points[one.settings["lambda"]] = min(value, points.get(one.settings["lambda"], value))
+            points[one.settings[key]] = min(value, points.get(one.settings[key], value))
+    return {rule: points for rule, points in lines.items() if len(points) > 1}
+
+
+def _curve_figure(lines: dict[str, dict[float, float]], key: str) -> Any:
+    """A line for each rule."""
+    figure, (axes,) = subplots(1, columns=1, size=(6.4, 4.2))
+    least = min(min(points.values()) for points in lines.values())
     for rule, points in lines.items():
         xs = sorted(points)
         style = "--" if "control" in rule else "-"
         axes.plot(xs, [points[x] for x in xs], linestyle=style, marker="o", markersize=3, label=rule)
-    axes.set(xlabel="lambda", ylabel="validation loss (nats per answer token)")
+    axes.set(xlabel=key, ylabel="validation loss (nats per answer token)")
+    axes.set_ylim(least - 0.05 * SHOWN, least + SHOWN)  # what is far off is cut off
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=6 if len(lines) > 8 else 8)
     return figure
 
 

@@ -7,14 +7,14 @@ much; it is scored twice, at its rule's settings and at its own best.
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 LAMBDAS = (0.4, 0.6, 0.8, 1.0)
 QUICK_LAMBDAS = (0.6, 1.0)
-DENSITIES = (0.2, 0.5)
 ALL_LAMBDAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5)
+OMEGAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
 Grid = Mapping[str, tuple[float, ...]]
 Settings = Mapping[str, float]
@@ -27,19 +27,33 @@ class Rule:
     Attributes:
         name: of its rows.
         flags: of merge.py, besides inputs and output. `{lambda}` and other names of the grid stand for a setting,
-            `{statistics}` for the flags that give AIM the base's activations, `{texts}` for the experts' training texts, separated by commas.
+            `{statistics}` for the flags that give AIM the base's activations, `{texts}` for the experts' training texts, separated by commas,
+            `{other_texts}` for the same with each expert's text at the next one's place, `{all_texts}` for one file with some of all.
         grid: setting -> values to try.
         control_of: the rule that it is a control of; empty for a rule.
+        variant_of: the rule of which it shows an option, on validation alone; empty for all others.
+        on_device: it multiplies and factorises matrices, which a GPU does faster; all others are bound by reading and writing.
+        prototype: what makes the merge in place of merge.py, a name of `prototypes.PROTOTYPES`; flags are then those of that module.
     """
 
     name: str
     flags: str
     grid: Grid = field(default_factory=dict)
     control_of: str = ""
+    variant_of: str = ""
+    on_device: bool = False
+    prototype: str = ""
 
     def candidates(self) -> list[dict[str, float]]:
         """Every combination of the grid's values."""
         return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
+
+    def lines(self) -> list[list[dict[str, float]]]:
+        """The candidates, those that differ in lambda alone together: they lie on one line."""
+        found: dict[tuple[tuple[str, float], ...], list[dict[str, float]]] = {}
+        for settings in self.candidates():
+            found.setdefault(tuple(pair for pair in settings.items() if pair[0] != "lambda"), []).append(settings)
+        return list(found.values())
 
     def command(self, settings: Settings, places: Mapping[str, str]) -> list[str]:
         """The flags with settings and places filled in."""
@@ -54,22 +68,104 @@ class Rule:
 REFERENCE = "task arithmetic"
 """The rule that all others are compared with, at its best lambda."""
 SUM = "--method task_arithmetic --lambda {lambda}"
-AIM = f"{SUM} --omega 0 {{statistics}}"
+TIES = "--method ties --density {density} --lambda {lambda}"
+AIM = "--omega {omega} {statistics}"
 MEAN = f"{AIM} --protect mean"
+REGMEAN = "--method regmean --model_data {texts} --lambda {lambda}"
+REGMEAN_OTHER = REGMEAN.replace("{texts}", "{other_texts}")
+SHUFFLED = REGMEAN.replace("regmean", "examples.real.controls:ShuffledRegMean")
 
 
-def rules(lambdas: tuple[float, ...], densities: tuple[float, ...] = (0.2,)) -> list[Rule]:
-    """All rules, with the values of lambda and density that are tried."""
-    grid = {"lambda": lambdas}
+def rules(
+    lambdas: tuple[float, ...],
+    *,
+    densities: tuple[float, ...] = (0.2,),
+    omegas: tuple[float, ...] = (0.0,),
+    controls: Sequence[str] = ("uniform", "permuted"),
+    regmean_lambdas: tuple[float, ...] = (1.0,),
+) -> list[Rule]:
+    """The rules of `make real`, with the values that are tried.
+
+    Args:
+        controls: of AIM and the mean input.
+        regmean_lambdas: of RegMean's controls; it has itself nothing to choose.
+    """
+    own = {"omega": omegas, "lambda": lambdas}
+    theirs = {"omega": (0.0,), "lambda": lambdas}
     # TIES averages what agrees, where the others sum, so its lambdas are twice as large.
     doubled = {"density": densities, "lambda": tuple(2 * value for value in lambdas)}
+    found = [Rule(REFERENCE, SUM, {"lambda": lambdas})]
+    for name, flags in (("AIM", AIM), ("mean input", MEAN)):
+        found.append(Rule(name, f"{SUM} {flags}", own if name == "AIM" else theirs))
+        found += [
+            Rule(f"{name}, {control} control", f"{SUM} {flags} --control {control}", theirs, control_of=name)
+            for control in controls
+            if control != "random" or name != "AIM"
+        ]
+    once, regmean = {"lambda": (1.0,)}, {"lambda": regmean_lambdas}
     return [
-        Rule(REFERENCE, SUM, grid),
-        Rule("AIM", AIM, grid),
-        Rule("AIM, uniform control", f"{AIM} --control uniform", grid, control_of="AIM"),
-        Rule("AIM, permuted control", f"{AIM} --control permuted", grid, control_of="AIM"),
-        Rule("mean input", MEAN, grid),
-        Rule("RegMean", "--method regmean --model_data {texts}"),
-        Rule("TIES", "--method ties --density {density} --lambda {lambda}", doubled),
-        Rule("DARE", "--method dare_linear --density {density} --lambda {lambda}", {"density": densities, **grid}),
-    ]
+        *found,
+        Rule("RegMean", REGMEAN, once, on_device=True),
+        Rule("RegMean, other texts control", REGMEAN_OTHER, regmean, control_of="RegMean", on_device=True),
+        Rule("RegMean, shuffled control", SHUFFLED, regmean, control_of="RegMean", on_device=True),
+        Rule("TIES", TIES, doubled),
+        Rule("DARE", "--method dare_linear --density {density} --lambda {lambda}", {"density": densities, "lambda": lambdas}),
+    ]  # fmt: skip
+
+
+def quick_rules() -> list[Rule]:
+    """Those of `make real-quick`."""
+    names = (REFERENCE, "AIM", "AIM, uniform control", "mean input")
+    return [rule for rule in rules(QUICK_LAMBDAS) if rule.name in names]
+
+
+def few_rules() -> list[Rule]:
+    """Those that pairs of experts and overtrained ones are merged with in `make real-full`."""
+    names = (REFERENCE, "AIM", "mean input", "RegMean", "TIES")
+    return [rule for rule in rules(ALL_LAMBDAS) if rule.name in names]
+
+
+def all_rules() -> list[Rule]:
+    """Those of `make real-full`."""
+    lambdas, line = ALL_LAMBDAS, {"lambda": ALL_LAMBDAS}
+    doubled = {"density": (0.2, 0.5), "omega": (0.0,), "lambda": tuple(2 * value for value in lambdas)}
+    both = "--lambda {lambda} --rest_lambda {lambda}"
+    regmean = Rule("RegMean", REGMEAN, {"lambda": (1.0,)}, variant_of="RegMean", on_device=True)
+    variants = {
+        "lambda": REGMEAN,
+        "inputs of the merge (RegMean++)": f"{REGMEAN} --inputs merged",
+        "first token as any other": f"{REGMEAN} --first_token_weight 1",
+        "no first token": f"{REGMEAN} --first_token_weight 0",
+        "diagonal moments": f"{REGMEAN} --moments diagonal",
+        "gram_scale 0.9": f"{REGMEAN} --gram_scale 0.9",
+        "gram_scale 0.5": f"{REGMEAN} --gram_scale 0.5",
+        "base_weight 0.1": f"{REGMEAN} --base_weight 0.1",
+        "base_weight 1": f"{REGMEAN} --base_weight 1",
+        "ridge 0.01": f"{REGMEAN} --ridge 0.01",
+        "800 tokens": f"{REGMEAN} --data_tokens 800",
+    }
+    return [
+        *rules(
+            lambdas,
+            densities=(0.1, 0.2, 0.5),
+            omegas=OMEGAS,
+            controls=("uniform", "permuted", "random"),
+            regmean_lambdas=lambdas,
+        ),
+        *(
+            replace(regmean, name=f"RegMean, {name}", flags=flags, grid=line if name == "lambda" else regmean.grid)
+            for name, flags in variants.items()
+        ),
+        Rule("AIM on TIES", f"{TIES} {AIM}", doubled),
+        Rule("mean input on TIES", f"{TIES} {MEAN}", doubled),
+        Rule("Iso-C", f"--method iso_c {both}", line, on_device=True),
+        Rule("WUDI, ridge", f"--method wudi --ridge {{ridge}} {both}", {"ridge": (0.3, 1.0, 3.0), **line}, on_device=True),
+        Rule("WUDI, spectral", f"--method wudi --solver spectral {both}", line, on_device=True),
+        Rule("LM-Cocktail", "--method linear --weights loss --model_data {all_texts}", on_device=True),
+        Rule("ACM", "--lambda {lambda}", line, prototype="acm"),
+        Rule("ACM, permuted control", "--lambda {lambda}", line, control_of="ACM", prototype="acm_permuted"),
+        Rule("Sens-Merging", "--lambda {lambda}", line, prototype="sens"),
+        Rule("Sens-Merging, permuted control", "--lambda {lambda}", line, control_of="Sens-Merging", prototype="sens_permuted"),
+        Rule("1bit-Merging", "--lambda {lambda}", line, prototype="one_bit"),
+        Rule("1bit-Merging, MLP alone", "--lambda {lambda}", line, prototype="one_bit_mlp"),
+    ]  # fmt: skip

@@ -10,59 +10,102 @@ The base is SmolLM2-135M-Instruct. Settings are chosen on validation, and test i
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+from checkpoints.errors import ArgumentError
 from examples.miniature import guarded
 from examples.real import rules
 from examples.real.domains import Split
 from examples.real.rules import Rule
 
-FULL: dict[Split, int] = {"val": 16, "test": 32}
+FULL: dict[Split, int] = {"val": 12, "test": 24}
 QUICK: dict[Split, int] = {"val": 6, "test": 12}
 """Documents of each domain that are scored."""
 
 
-def chosen_rules(*, quick: bool, full: bool) -> list[Rule]:
-    """Rules with as many values of lambda as there is time for."""
+FULL_COUNTS: dict[Split, int] = {"val": 32, "test": 96}
+LONGER = 5
+"""How many times as long overtrained experts are trained."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One comparison.
+
+    Attributes:
+        rules: that are compared.
+        pair: domains whose experts are merged; empty for all.
+        longer: how many times as long the experts are trained.
+    """
+
+    rules: Sequence[Rule]
+    pair: tuple[str, ...] = ()
+    longer: int = 1
+
+
+def studies(domains: Sequence[str], *, quick: bool, full: bool) -> list[Study]:
+    """What there is time for."""
     if quick:
-        names = (rules.REFERENCE, "AIM", "AIM, uniform control")
-        return [rule for rule in rules.rules(rules.QUICK_LAMBDAS) if rule.name in names]
-    return rules.rules(rules.ALL_LAMBDAS, rules.DENSITIES) if full else rules.rules(rules.LAMBDAS)
+        return [Study(rules.quick_rules())]
+    if not full:
+        return [Study(rules.rules(rules.LAMBDAS))]
+    few = rules.few_rules()
+    pairs = [Study(few, pair) for pair in combinations(domains, 2)] if len(domains) > 2 else []
+    return [Study(rules.all_rules()), *pairs, Study(few, longer=LONGER)]
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train, merge and score what is missing; write the table and the figures. Raises: InputError, CommandFailed."""
+    """Train, merge and score what is missing; write the tables and the figures. Raises: InputError, CommandFailed."""
     import torch
     from transformers.utils import logging
 
     from examples.real.compare import compare
+    from examples.real.outliers import write as write_outliers
+    from examples.real.pool import Pool
     from examples.real.report import as_markdown, write
     from examples.real.workspace import Workspace
 
     logging.disable_progress_bar()  # of every model that is loaded; our own bars stay
-    started = time.monotonic()
+    started, pool = time.monotonic(), Pool(arguments.processes)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("--device cuda: expected an NVIDIA GPU, got none. Use --device cpu.")
     if arguments.fresh and Workspace.is_ours(arguments.folder):
         shutil.rmtree(arguments.folder)
-    space = Workspace(
-        arguments.folder,
-        base_model=arguments.base_model,
-        data=arguments.data,
-        chosen=[name for name in arguments.domains.split(",") if name],
-        counts=QUICK if arguments.quick else FULL,
-        seed=arguments.seed,
-        adapters=arguments.quick,
-    )
-    print(f"{', '.join(space.domains)}: experts, merges and scores in {space.results}", flush=True)
+    settings: dict[str, Any] = {
+        "base_model": arguments.base_model,
+        "data": arguments.data,
+        "chosen": [name for name in arguments.domains.split(",") if name],
+        "counts": QUICK if arguments.quick else FULL_COUNTS if arguments.full else FULL,
+        "seed": arguments.seed,
+        "adapters": arguments.quick,
+        "device": arguments.device,
+        "workers": pool.workers if arguments.processes > 1 else None,
+    }
     torch.manual_seed(0)
-    found = compare(space, chosen_rules(quick=arguments.quick, full=arguments.full))
-    print(as_markdown(found))
-    for path in write(found, space.results):
-        print(f"{path}: written")
-    print(f"in {time.monotonic() - started:.0f} s")
+    for study in studies(Workspace(arguments.folder, **settings).domains, quick=arguments.quick, full=arguments.full):
+        space = Workspace(arguments.folder, **settings, pair=study.pair, longer=study.longer)
+        print(f"{', '.join(space.domains)}: experts, merges and scores in {space.results}", flush=True)
+        found = compare(space, study.rules, pool)
+        print(as_markdown(found))
+        for path in write(found, space.results):
+            print(f"{path}: written")
+        if space.activations.exists():
+            print(f"{write_outliers(space.activations, space.folder)}: written")
+    print(f"in {time.monotonic() - started:.0f} s, {processor_seconds():.0f} s of processor time")
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,9 +117,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--domains", default="", metavar="A,B,C", help="which of them (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="of the trainings (default 1)")
     parser.add_argument("--quick", action="store_true", help="with the committed adapters, few documents and few rules")
-    parser.add_argument("--full", action="store_true", help="with a fine grid of lambda")
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="with all rules, fine grids, more documents, pairs of experts and overtrained ones",
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where models are trained and run (default cpu)")  # fmt: skip
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="that merge and score at once (default 1)"
+    )
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier run left there, and begin again")
     arguments = parser.parse_args(argv)
+    if arguments.processes < 1:
+        parser.error("--processes: expected 1 or more.")
     if arguments.quick and (arguments.data or arguments.full or arguments.base_model):
         parser.error("--quick: its adapters are for our own texts and base. Leave --data, --base_model and --full out.")
     return guarded("examples.real.run", lambda: run(arguments))

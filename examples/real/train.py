@@ -66,7 +66,7 @@ def order(documents: Sequence[Encoded], recipe: Recipe) -> list[list[int]]:
     return found[:steps]
 
 
-def train(base: Path, documents: Sequence[Encoded], out: Path, recipe: Recipe, label: str) -> None:
+def train(base: Path, documents: Sequence[Encoded], out: Path, recipe: Recipe, label: str, device: str = "cpu") -> None:
     """Train one expert and write it.
 
     Args:
@@ -75,6 +75,7 @@ def train(base: Path, documents: Sequence[Encoded], out: Path, recipe: Recipe, l
         out: folder that appears when it is complete: a float32 checkpoint with tokenizer.
         recipe: how.
         label: of the progress bar.
+        device: where it is trained.
     """
     import torch
     from tqdm import tqdm
@@ -83,7 +84,7 @@ def train(base: Path, documents: Sequence[Encoded], out: Path, recipe: Recipe, l
     from examples.real.losses import answers
 
     torch.manual_seed(recipe.seed)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
     model.get_input_embeddings().weight.requires_grad_(False)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)

@@ -48,9 +48,9 @@ class RegMean(Method):
         out = b + lambda * D
 
     G_b being the base's moments on the texts of all models, for matrices of the layers, d_i `[out, in]`; with lambda 1 and ridge 0 it is RegMean. An expert that no model's text used gets the mean of d_i
-    for D. Everything else (norms, embeddings, the head) is task arithmetic, b + rest_lambda * sum d_i. All of it in float64.
+    for D. With inputs merged, X_i are those of the weight in layer l of model i behind the merge's first l layers: RegMean++. Everything else (norms, embeddings, the head) is task arithmetic, b + rest_lambda * sum d_i. All of it in float64.
 
-    Source: arXiv:2212.09849, equation 2. Deviations: on task vectors, which lambda may scale; a ridge towards the mean; the first token
+    Source: arXiv:2212.09849, equation 2; inputs merged: arXiv:2508.03121. Deviations: on task vectors, which lambda may scale; a ridge towards the mean; the first token
     of a document, which takes massive activations on itself, has a weight of its own; not the weights' mean but a sum for all
     else; gram_scale 1 (the paper's 0.9 is for models without a base in common).
     """
@@ -88,6 +88,13 @@ class RegMean(Method):
         "of the base's own inputs, over the texts of all models, which D should not answer at all; above 0 the base is run too",
         default=0.0,
         low=0.0,
+    )
+    inputs: Literal["own", "merged"] = parameter(
+        "inputs",
+        "own: each model's, as it runs by itself; merged: what the layers that are merged already give, as in RegMean++",
+        default="own",
+        kind="word",
+        words=("own", "merged"),
     )
     rest_lambda: float = parameter(
         "rest_lambda", "what the sum of the task vectors is multiplied with where there are no moments", default=0.7

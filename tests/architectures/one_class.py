@@ -177,6 +177,8 @@ def _compare(measured: Measured, activations: Any, base: Path, merged: Path, out
             continue
         got = statistics.mean_abs.double()
         first, by_matrix = activations.input_dims[name], got.ndim > 1
+        if stored.ndim == got.ndim == 2:  # groups of rows
+            got = got.repeat_interleave(len(stored) // len(got), dim=0)
         dims = _dims(first, got.shape[-1], stored.shape)
         want = measured.means(stored, dims, by_matrix=by_matrix)
         if want is None:
