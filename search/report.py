@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,16 @@ def importances(study: Study) -> dict[str, float]:
     varied = [name for name in sorted(shared) if len({str(trial.params[name]) for trial in complete}) > 1]
     if len(complete) < 8 or not varied:
         return {}
-    target = None if len(study.goals) == 1 else (lambda trial: float(trial.values[0]))
-    found = get_param_importances(study.study, evaluator=PedAnovaImportanceEvaluator(), params=varied, target=target)
+    several = len(study.goals) > 1
+    sign = -1.0 if study.goals[0].is_gain else 1.0  # of low values, as the evaluator has it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # which says that low values are meant
+        found = get_param_importances(
+            study.study,
+            evaluator=PedAnovaImportanceEvaluator(),
+            params=varied,
+            target=(lambda trial: sign * float(trial.values[0])) if several else None,
+        )
     return {name: float(share) for name, share in found.items()}
 
 

@@ -16,7 +16,7 @@ from aim.activations import Activations, load_activations
 from aim.calibrate import CalibrationOptions, calibrate, check_runs_on_text, read_blocks
 from aim.choices import Calibration
 from aim.passes import fits
-from checkpoints.errors import AlreadyComplete, InputError
+from checkpoints.errors import AlreadyComplete, InputError, Interrupted
 from checkpoints.escaping import markdown_code
 from checkpoints.model import Model, close_all, open_and_plan
 from checkpoints.problems import Problems
@@ -201,8 +201,14 @@ def tune(request: SearchRequest, console: Console | None = None) -> Outcome:
 def run(prepared: Prepared, console: Console | None = None) -> Outcome:
     """Carry out what was prepared; see `tune`."""
     console = console or Console()
+    folder = prepared.request.folder
     with closing(prepared):
-        return _Search(prepared, console).run()
+        try:
+            return _Search(prepared, console).run()
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted. Run the same command again to go on; {folder} holds what is done."
+            ) from None
 
 
 def time_one(prepared: Prepared, console: Console) -> str:

@@ -313,8 +313,9 @@ def test_the_winner_is_compared_with_all_that_it_has_to_beat():
     assert rivals[4].position == 2
     assert [rival.tree["aim"]["control"] for rival in rivals[6:9] if rival.tree] == ["uniform", "permuted", "random"]
     assert soup_of(winner)["models"] == [{"model": name, "parameters": {"weight": 1.0}} for name in ("a", "b")]
-    generator = np.random.default_rng(0)
-    scored = [{"t": list(1.0 + 0.01 * generator.normal(size=5) + 0.001 * at)} for at in range(len(rivals))]
+    own = [1.0, 1.1, 0.9, 1.05, 0.95]
+    near = [value + change for value, change in zip(own, (0.01, -0.01, 0.012, -0.012, 0.001), strict=True)]
+    scored: list[Any] = [{"t": own}, *({"t": near} for _ in rivals[1:])]
     scored[4] = {"t": [1.5, 1.6, 1.4, 1.5, 1.55]}
     rows = compare(rivals, scored, inputs, [GOALS["loss"]])
     assert rows[0].differences == []

@@ -391,6 +391,23 @@ def test_flags_that_are_wrong_are_said_at_once(scene: Scene, texts: Path, family
     scene.refuse("--methods=regmean", says=("runs every model on its own text",))
 
 
+def test_ctrl_c_while_the_best_are_compared(scene: Scene, monkeypatch: pytest.MonkeyPatch):
+    """What was scored on the held-out texts by then is not scored again."""
+    flags = ("--methods=task_arithmetic", "--trials=2", "--no-early_stopping")
+    make, calls = Candidates.make, []
+
+    def cut_off(self: Candidates, candidate: Any) -> None:
+        calls.append(candidate)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        make(self, candidate)
+
+    monkeypatch.setattr(Candidates, "make", cut_off)
+    assert "Run the same command again to go on; " in scene.run(*flags, code=130).err
+    scene.run(*flags)
+    assert len(calls) == 4 + 2  # the second best or the default, and the soup
+
+
 def test_a_study_of_another_search_is_refused(scene: Scene, texts: Path):
     scene.run("--methods=task_arithmetic", "--trials=1", "--no-early_stopping")
     shutil.rmtree(scene.out)
