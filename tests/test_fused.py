@@ -202,7 +202,6 @@ METHODS = [
     ("nuslerp", {"nuslerp_flatten": False}, 2), ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}, 2),
     ("slerp", {"t": 0.3}, 1), ("nearswap", {"t": 0.001}, 1), ("arcee_fusion", {}, 1), ("passthrough", {"scale": 0.5}, 1),
 ]  # fmt: skip
-WITHOUT_LOOPS = {"della", "arcee_fusion"}
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +231,8 @@ def test_whole_merges(tmp_path, monkeypatch, families, method, parameters, model
         written.append(((out / "model.safetensors").read_bytes(), report))
         assert use or not looped
     assert written[0] == written[1]
+    assert looped
     assert all(looped)
-    assert bool(looped) == (method not in WITHOUT_LOOPS and not parameters.get("select_topk"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
