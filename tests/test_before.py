@@ -38,7 +38,7 @@ RUNS: dict[str, tuple[Callable[[list[str]], int], list[str]]] = {
 }
 CHANGING = {"versions", "command", "identity", "mtime_ns", "torch", "transformers"}
 """Keys whose values are of the machine, the moment, or the version."""
-NEW = {"attention", "difference", "mean_energy", "mode", "side_files", "threads", "tokens", "tolerance"}
+NEW = {"attention", "difference", "largest_abs", "mean_energy", "mode", "side_files", "threads", "tokens", "tolerance"}
 """Keys that the version of before did not write."""
 
 

@@ -343,6 +343,7 @@ def test_what_the_gpu_benchmark_cannot_measure_has_a_row_that_says_why(tmp_path)
     assert found["machine"]["card"] == {"name": "none"}
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_commands_on_its_device_and_reads_what_they_say(tmp_path, tiny):
     """With small models on the CPU, as --dry has it."""
     small = dataclasses.replace(gpu_parts.SMALL, middle=TINY)

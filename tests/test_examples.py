@@ -331,6 +331,7 @@ def test_the_method_of_the_page_works(unpacked: Path, tmp_path: Path):
     assert "equal_norm" in run_python("merge.py", "--help", cwd=copy).stdout
 
 
+@pytest.mark.slow
 def test_the_method_of_the_page_works_outside_of_the_tree(tmp_path: Path):
     """The same file in a folder of one's own: flags, help, a recipe that is trusted and one that is not."""
     block = next(one for one in code_blocks(METHOD_PAGE, "python") if "class EqualNorm" in one)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.grading.sentences import no_download
 from examples.family import calibration, code_items, documents, instruct_items, maths_items, prompts, splits, world
 from examples.family.benchmarks import BENCHMARKS, ITEMS, SEEDS, items, rows
 from examples.family.make_family import FINE_TUNES, MAX_RELATIVE_NORM, STAGES
@@ -185,7 +186,8 @@ def test_equations_in_the_answers_hold():
 def test_the_lazy_answers_are_wrong_everywhere():
     assert not re.search(r"\d", maths_items.LAZY)
     assert ast.parse("def f():\n" + code_items.LAZY_BODY)
-    checks = pytest.importorskip("lm_eval.tasks.ifeval.instructions_registry")
+    with no_download():
+        checks = pytest.importorskip("lm_eval.tasks.ifeval.instructions_registry")
     rng = random.Random(0)
     for _ in range(60):
         row = instruct_items.item(rng).row
@@ -196,7 +198,8 @@ def test_the_lazy_answers_are_wrong_everywhere():
 
 
 def test_the_written_answers_follow_their_instructions():
-    checks = pytest.importorskip("lm_eval.tasks.ifeval.instructions_registry")
+    with no_download():
+        checks = pytest.importorskip("lm_eval.tasks.ifeval.instructions_registry")
     langdetect = pytest.importorskip("langdetect")
     langdetect.DetectorFactory.seed = 0
     rng = random.Random(1)

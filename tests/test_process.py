@@ -132,6 +132,7 @@ def test_a_plain_merge_loads_few_modules(plain: code_size.Size):
     assert len(plain.modules) <= MOST_MODULES, plain.modules
 
 
+@pytest.mark.slow
 def test_the_count_sees_aim(tmp_path: Path):
     calibration = [f"--calibration_data={INPUTS / 'calib.jsonl.gz'}", "--n_samples=4", "--block_size=64"]
     found = code_size.measure(ROOT, "--omega=0.4", *calibration)
