@@ -68,7 +68,7 @@ test: $(DEV)  ## what every change must pass, without network: all tests but the
 test-fast: $(DEV)  ## unit and value tests alone: no whole commands, nothing slow (a minute and a half)
 	$(PYTEST) -m 'not command and not slow' $(PYTEST_ARGS)
 
-test-all: $(DEV)  ## all tests and the slow ones: a fault at every write and flush, thousands of drawn merges, tensors of 4 GiB
+test-all: $(DEV)  ## all tests and the slow ones: the demo, a fault at every write and flush, thousands of drawn merges, tensors of 4 GiB
 	$(PYTEST) $(ALL_CORES) $(PYTEST_ARGS)
 
 coverage: $(DEV)  ## make test, and which share of each package's lines it runs; COVERAGE_ARGS="--missing aim" lists the others

@@ -60,7 +60,10 @@ QUICK = Shape(hidden=512, layers=12, intermediate=1408, heads=8, kv_heads=4, voc
 PARTS = ("methods", "digest", "aim", "sweep", "performAIM", "calibration", "start")
 OMEGAS = "0,0.2,0.4,0.6,0.8,1"
 FREE = tuple(
-    name for name, entry in METHODS.items() if all(one.default is not REQUIRED for one in entry.parameters.values())
+    name
+    for name, entry in METHODS.items()
+    if all(parameter.default is not REQUIRED for parameter in entry.parameters.values())
+    and not get_method(name).needs_data
 )
 PROFILED = ("linear", "task_arithmetic", "ties", "dare_ties", "widen")
 MARKER = "merge_speed.folder"

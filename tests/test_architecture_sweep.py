@@ -24,11 +24,17 @@ SAMPLE = {
 }
 
 
+MORE = {"DbrxForCausalLM", "MiniMaxM2ForCausalLM", "CpmAntForCausalLM", "ChameleonForConditionalGeneration"}
+"""Of the sample, what make test-all looks at."""
+
+
 def tiny_of(name: str) -> Tiny:
     return next(tiny for tiny in tiny_models() if tiny.name == name)
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in MORE else ()) for name in SAMPLE]
+)
 def test_every_multiplied_weight_is_relaxed_by_what_it_is_multiplied_with(name: str, tmp_path: Path) -> None:
     outcome = look_at(tiny_of(name), tmp_path)
     assert (outcome.merged, outcome.runs, outcome.refusal, outcome.wrong, outcome.left) == ("", "yes", "", [], [])

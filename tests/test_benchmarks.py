@@ -304,6 +304,7 @@ def test_too_little_disk_is_said_before_anything_is_made(tmp_path, capsys, monke
     assert [path.name for path in tmp_path.iterdir()] == [merge_speed.MARKER]
 
 
+@pytest.mark.slow
 def test_quick_from_start_to_page(tmp_path, capsys):
     folder, page = tmp_path / "folder", tmp_path / "page.md"
     page.write_text(f"{speed_report.BEGIN}{speed_report.END}")

@@ -86,6 +86,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo") / "folder"
 
 
+@pytest.mark.slow
 def test_the_demo_prints_the_papers_table(demo_folder: Path, monkeypatch, capsys):
     """With fewer models and items; a second run finds everything done."""
     plain = Candidate("task_arithmetic", ("code", "math"))
@@ -106,6 +107,7 @@ def test_the_demo_prints_the_papers_table(demo_folder: Path, monkeypatch, capsys
     ]
 
 
+@pytest.mark.slow
 def test_the_demo_scores_as_the_command_does(demo_folder: Path, tmp_path: Path):
     """Every score and every verdict, from a process of its own with the command's own batches."""
     merge = Candidate("task_arithmetic", ("code", "math"))
@@ -296,6 +298,7 @@ def test_the_files_that_a_page_names_are_there(page: str):
 # ----------------------------------------------------------------------------------------- docs/adding-a-method.md
 
 
+@pytest.mark.slow
 def test_the_method_of_the_page_works(unpacked: Path, tmp_path: Path):
     """Do what the page says in a copy of the tree, and run what it says to run, and the tests of all methods on it."""
     copy = tmp_path / "toolkit"
