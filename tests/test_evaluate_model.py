@@ -184,6 +184,7 @@ def test_resume_refuses_other_settings(folder, tmp_path):
     assert save_path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(folder, tmp_path):
     """A kill that leaves no time for anything: what was finished is there, whole."""
     save_path = tmp_path / "out.json"
