@@ -13,6 +13,7 @@ from tests.architectures.one_class import look_at
 from tests.architectures.sweep import page
 from tests.architectures.tiny import Tiny, make_unique, tiny_models
 
+pytestmark = pytest.mark.command
 SAMPLE = {
     "Zamba2ForCausalLM": "modules that share parameters, bare matrices",
     "XLNetLMHeadModel": "weights of three dimensions, whose input channels are the first or the last two",

@@ -32,7 +32,7 @@ from tests.test_twins import numbers
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHAPES = [(1,), (15,), (16,), (17,), (40_003,), (3, 5), (33, 1), (2, 7, 19), (5, 9001)]
 
-pytestmark = pytest.mark.skipif(not can_compile(), reason="no LLVM")
+pytestmark = [pytest.mark.command, pytest.mark.skipif(not can_compile(), reason="no LLVM")]  # merges with every method
 
 
 class InMemory:
