@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ BATCH_TOKENS = 2048
 """Of a batch, padding included; a longer document is a batch by itself."""
 
 
-def batches(documents: Sequence[Document], tokens: int = BATCH_TOKENS) -> list[list[int]]:
+def batches(documents: Sequence[Sized], tokens: int = BATCH_TOKENS) -> list[list[int]]:
     """Indices of the documents by length, in batches of at most `tokens` with padding."""
     found: list[list[int]] = []
     for index in sorted(range(len(documents)), key=lambda index: len(documents[index])):

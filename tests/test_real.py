@@ -24,11 +24,12 @@ from examples.real.domains import DOMAINS, make_documents
 from examples.real.domains.documents import split_of
 from examples.real.domains.functions import function
 from examples.real.domains.maths import problem
-from examples.real.losses import batches, score
+from examples.real.losses import score
 from examples.real.pool import Pool
 from examples.real.rules import REFERENCE, SUM, Rule, rules
 from examples.real.texts import Encoded
 from examples.real.train import Recipe, order
+from search.losses import batches
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILY = ROOT / "examples/family/models"

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from examples.real.texts import Encoded
+from search.losses import batches
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 """Of a batch that is scored, padding included, by the kind of device."""
@@ -73,14 +74,3 @@ def score(model: Any, documents: Sequence[Encoded]) -> list[Score]:
             mine = result.rows == row
             found[index] = Score(float(result.losses[mine].mean()), bool(result.right[mine].all()))
     return [found[index] for index in range(len(documents))]
-
-
-def batches(documents: Sequence[Encoded], tokens: int = BATCH_TOKENS["cpu"]) -> list[list[int]]:
-    """Indices of the documents by length, in batches of at most `tokens` with padding (or of one document)."""
-    found: list[list[int]] = []
-    for index in sorted(range(len(documents)), key=lambda index: len(documents[index])):
-        if found and len(documents[index]) * (len(found[-1]) + 1) <= tokens:
-            found[-1].append(index)
-        else:
-            found.append([index])
-    return found
