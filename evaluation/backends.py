@@ -200,16 +200,7 @@ def _load_vllm(folder: Path, label: str, options: ModelOptions) -> Model:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     window = min(options.max_model_len, _own_window(config, tokenizer, options.max_model_len))
-    lm = VllmModel(
-        str(folder),
-        window=window,
-        dtype=options.dtype,
-        n_gpu=max(1, options.n_gpu),
-        on_cpu=on_cpu,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        trust_remote_code=options.trust_remote_code,
-    )
+    lm = VllmModel(str(folder), options, window=window, on_cpu=on_cpu)
     return Model(lm, label, options, window, {})
 
 
