@@ -43,6 +43,7 @@ FLAGS = {
 }
 """Setting -> its flag, where that has another name."""
 LESS_MEMORY = "Use fewer --workers, or --device cpu."
+OWN_CODE = "Python code that comes with a model, or a method of your own that a recipe file names,"
 SIZE_UNITS = {
     "": 1,
     "K": 10**3,
@@ -259,18 +260,29 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
     running.add_argument(
         "--workers", type=positive, metavar="N", help="threads (default: one per core); the result is the same"
     )
-    running.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="let Python code that comes with a model, or a method of your own that a recipe file names, run (default: off)",
-    )
-    running.add_argument(
-        "--dry_run", action="store_true", common=True, help="print the plan or every refusal; write nothing"
-    )
-    running.add_argument("--json", action="store_true", help="with --dry_run: the plan as JSON")
-    running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    add_running_flags(running, code=OWN_CODE)
     running.add_argument("--log_file", metavar="FILE", help="append to FILE, as JSON Lines: the plan, each tensor with its time and change, warnings, the end")  # fmt: skip
     running.add_argument("--allow_non_finite", action="store_true", help="let NaN and infinity through, from inputs and by overflow, and say where they are")  # fmt: skip
+
+
+def add_running_flags(
+    group: Group,
+    *,
+    code: str = "Python code that comes with a model",
+    dry_run: str = "print the plan or every refusal; write nothing",
+    plan: str = "the plan",
+) -> None:
+    """The flags of every command that plans before it runs.
+
+    Args:
+        code: what may run under `--trust_remote_code`.
+        dry_run: what `--dry_run` does.
+        plan: what it prints as JSON.
+    """
+    group.add_argument("--trust_remote_code", action="store_true", help=f"let {code} run (default: off)")
+    group.add_argument("--dry_run", common=True, action="store_true", help=dry_run)
+    group.add_argument("--json", action="store_true", help=f"with --dry_run: {plan} as JSON")
+    group.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
 def add_layout_flags(group: Group) -> None:

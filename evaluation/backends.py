@@ -153,8 +153,6 @@ def _load_hf(folder: Path, label: str, options: ModelOptions) -> Model:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from evaluation.transformers_model import TransformersModel
-
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     placement: dict[str, Any] = {}
     if options.n_gpu > 1:
@@ -174,6 +172,20 @@ def _load_hf(folder: Path, label: str, options: ModelOptions) -> Model:
         )
     if options.n_gpu == 1:
         loaded = loaded.to("cuda:0")
+    return wrap(loaded, tokenizer, label, options)
+
+
+def wrap(loaded: Any, tokenizer: Any, label: str, options: ModelOptions) -> Model:
+    """A model that transformers has loaded, ready to be asked.
+
+    Args:
+        loaded: whose generation settings are replaced by greedy decoding; on the meta device it can build prompts only.
+        tokenizer: its own.
+
+    Raises: InputError: no token ends a text.
+    """
+    from evaluation.transformers_model import TransformersModel
+
     window = min(options.max_model_len, _own_window(loaded.config, tokenizer, options.max_model_len))
     lm = TransformersModel(loaded, tokenizer, window=window, batch_size=options.batch_size or 1)
     if tokenizer.eos_token_id is None:
