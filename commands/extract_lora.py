@@ -43,12 +43,7 @@ def build_parser() -> shell.Parser:
     what.add_argument("--no_resume", action="store_true", help="begin anew where an interrupted run left something to go on with")  # fmt: skip
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", metavar="DEVICE", help="where matrices are taken apart: auto (a GPU where there is one; default), cpu, cuda or cuda:1")  # fmt: skip
-    running.add_argument("--trust_remote_code", action="store_true", help="let Python code that comes with a model run (default: off)")  # fmt: skip
-    running.add_argument(
-        "--dry_run", common=True, action="store_true", help="print the plan or every refusal; write nothing"
-    )
-    running.add_argument("--json", action="store_true", help="with --dry_run: the plan as JSON")
-    running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    shell.add_running_flags(running)
     return parser
 
 

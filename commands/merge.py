@@ -200,7 +200,11 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
     if arguments.write_config is not None:
         write_config(arguments)
         return
-    with shell.refusals_as_json(arguments), shell.run_log(arguments.log_file, command) as log:
+    with (
+        shell.processes("merge.py", arguments) as processes,
+        shell.refusals_as_json(arguments),
+        shell.run_log(arguments.log_file, command) as log,
+    ):
         from merging.merge_work import prepare
 
         asked = read_flags(arguments, command)
@@ -210,7 +214,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
 
             carry_out(prepare_adapter(asked, arguments, command), arguments)
             return
-        options = replace(asked.options, log=log)
+        options = replace(asked.options, log=log, processes=processes)
         asked = replace(asked, recipe=keep_intermediate(asked, arguments, options))
         step = asked.aim.step(asked.save_path, options, dry_run=arguments.dry_run) if asked.aim else None
         upload = shell.read_upload(arguments, step.folders if step else list(asked.sweep) or [""])

@@ -51,11 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace, command: list[str]) -> None:
     """Flags -> request -> matched models -> statistics -> relaxed checkpoints."""
-    with shell.refusals_as_json(arguments), shell.run_log(arguments.log_file, command) as log:
+    with (
+        shell.processes("performAIM.py", arguments) as processes,
+        shell.refusals_as_json(arguments),
+        shell.run_log(arguments.log_file, command) as log,
+    ):
         from aim.relax_work import prepare
 
         asked = read_flags(arguments, command)
-        options, how = replace(asked.options, log=log), asked.request.relaxing
+        options, how = replace(asked.options, log=log, processes=processes), asked.request.relaxing
         step = asked.request.step(asked.save_path, options, dry_run=arguments.dry_run)
         upload = shell.read_upload(arguments, step.folders)
         job = prepare(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from checkpoints import VERSION
 from checkpoints.chat_templates import known_templates
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
-from checkpoints.process import own_process
+from checkpoints.process import Launch, launch_of, own_process
 from checkpoints.screen import discard, flush_all, open_closed_streams, shown_safely
 from checkpoints.screen import say as say_on_stderr
 from checkpoints.settings import as_flag, setting, shown
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from streaming.job import Job, Result
     from streaming.log import Log
     from streaming.output import RunOptions, Written
+    from streaming.processes import Processes
 
 INTERRUPTED = 130
 FLAGS = {
@@ -43,6 +44,7 @@ FLAGS = {
 }
 """Setting -> its flag, where that has another name."""
 LESS_MEMORY = "Use fewer --workers, or --device cpu."
+OWN_CODE = "Python code that comes with a model, or a method of your own that a recipe file names,"
 SIZE_UNITS = {
     "": 1,
     "K": 10**3,
@@ -259,18 +261,30 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
     running.add_argument(
         "--workers", type=positive, metavar="N", help="threads (default: one per core); the result is the same"
     )
-    running.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="let Python code that comes with a model, or a method of your own that a recipe file names, run (default: off)",
-    )
-    running.add_argument(
-        "--dry_run", action="store_true", common=True, help="print the plan or every refusal; write nothing"
-    )
-    running.add_argument("--json", action="store_true", help="with --dry_run: the plan as JSON")
-    running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    add_running_flags(running, code=OWN_CODE)
+    running.add_argument("--process_timeout", type=positive, default=300, metavar="S", help="under torchrun: seconds after which a process that gives no sign of life ends the run (default 300)")  # fmt: skip
     running.add_argument("--log_file", metavar="FILE", help="append to FILE, as JSON Lines: the plan, each tensor with its time and change, warnings, the end")  # fmt: skip
     running.add_argument("--allow_non_finite", action="store_true", help="let NaN and infinity through, from inputs and by overflow, and say where they are")  # fmt: skip
+
+
+def add_running_flags(
+    group: Group,
+    *,
+    code: str = "Python code that comes with a model",
+    dry_run: str = "print the plan or every refusal; write nothing",
+    plan: str = "the plan",
+) -> None:
+    """The flags of every command that plans before it runs.
+
+    Args:
+        code: what may run under `--trust_remote_code`.
+        dry_run: what `--dry_run` does.
+        plan: what it prints as JSON.
+    """
+    group.add_argument("--trust_remote_code", action="store_true", help=f"let {code} run (default: off)")
+    group.add_argument("--dry_run", common=True, action="store_true", help=dry_run)
+    group.add_argument("--json", action="store_true", help=f"with --dry_run: {plan} as JSON")
+    group.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
 def add_layout_flags(group: Group) -> None:
@@ -336,6 +350,8 @@ def parse_device(text: str) -> torch.device | None:
         raise ArgumentError(f"--device: expected auto, cpu, cuda or cuda:N, got {text!r}.")
     device = torch.device(text)
     gpus = torch.cuda.device_count()
+    if text == "cuda" and gpus and (launch := launch_of(os.environ)) is not None:
+        return _own_gpu(launch)
     if device.type == "cuda" and (device.index or 0) >= gpus:
         there = f"cuda:0 to cuda:{gpus - 1}" if gpus else "no GPU that torch can use"
         raise ArgumentError(f"--device: {text}: there is {there} here. Use --device {'cuda' if gpus else 'cpu'}.")
@@ -346,7 +362,17 @@ def gpu_or_cpu() -> torch.device:
     """Where heavy work goes by itself: a GPU where there is one."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    launch = launch_of(os.environ)
+    return torch.device("cuda") if launch is None else _own_gpu(launch)
+
+
+def _own_gpu(launch: Launch) -> torch.device:
+    """The GPU of one of several processes on a machine: one each, in turns where there are more processes than GPUs."""
+    import torch
+
+    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
 
 
 def read_run(
@@ -367,8 +393,14 @@ def run_options(arguments: argparse.Namespace, device: torch.device, command: li
 
     if arguments.public and arguments.push_to_hub is None:
         raise ArgumentError("--public: nothing is pushed. Add --push_to_hub NAME, or leave it out.")
+    launch = launch_of(os.environ)
+    workers = arguments.workers
+    if workers is None and launch is not None:  # the processes of a machine share its cores
+        from streaming.workers import available_cores
+
+        workers = max(1, available_cores() // launch.local_size)
     return RunOptions(
-        stream=StreamOptions(device, arguments.workers, allow_non_finite=arguments.allow_non_finite),
+        stream=StreamOptions(device, workers, allow_non_finite=arguments.allow_non_finite),
         max_shard_bytes=parse_size("max_shard_bytes", arguments.max_shard_size),
         digest=parse_choice("digest", arguments.digest, ("none", "outputs", "full")),  # type: ignore[arg-type]
         digest_hash=parse_choice("digest_hash", arguments.digest_hash, ("blake3", "sha256")),  # type: ignore[arg-type]
@@ -396,10 +428,14 @@ def read_upload(arguments: argparse.Namespace, folders: Sequence[str]) -> Upload
 def carry_out(job: Job, upload: Upload | None, arguments: argparse.Namespace) -> None:
     """Run a job and push what it made, or print its plan under `--dry_run`. Raises InputError as `Job.run`, `Upload.push`."""
     if arguments.dry_run:
-        show_plan(job, upload, as_json=arguments.json)
+        job.agree()
+        if speaks(job.options):
+            show_plan(job, upload, as_json=arguments.json)
         return
     options, speech = job.options, console(job.options)
     result = job.run(speech)
+    if not speaks(options):
+        return
     if result.was_complete:
         print(result.message)
     else:
@@ -438,6 +474,34 @@ def tell(result: Result, console: Console) -> None:
 
 
 @contextmanager
+def processes(prog: str, arguments: argparse.Namespace) -> Iterator[Processes | None]:
+    """The processes that torchrun or its like started together with this one; None for one that is alone.
+
+    What one of them refuses is said once, by the first.
+    """
+    launch = launch_of(os.environ)
+    if launch is None:
+        yield None
+        return
+    from streaming.processes import join
+
+    joined = join(launch, arguments.process_timeout)
+    try:
+        with joined:
+            yield joined
+            return
+    except InputError as error:
+        if joined.is_first or not joined.has_been_said():
+            say_on_stderr(f"{prog}: {error.shown(show_flag)}")
+        joined.tell_said()
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if joined.is_first:
+            raise
+        raise SystemExit(INTERRUPTED) from None
+
+
+@contextmanager
 def refusals_as_json(arguments: argparse.Namespace) -> Iterator[None]:
     """Under `--dry_run --json`, print what is refused as JSON too. Raises ArgumentError where --json stands alone."""
     if arguments.json and not arguments.dry_run:
@@ -467,8 +531,17 @@ def progress_bar(title: str, total: int, unit: str = "B", *, quiet: bool) -> Ite
         yield bar.update
 
 
+def speaks(options: RunOptions) -> bool:
+    """Whether this process tells the user what comes of a run: of several the first."""
+    return options.processes is None or options.processes.is_first
+
+
 def console(options: RunOptions) -> Console:
     """How a command that writes a checkpoint speaks to the user; see `speaker`."""
+    if not speaks(options):
+        from streaming.console import Console
+
+        return Console(show=show_flag)
     return speaker(quiet=options.quiet, log=options.log)
 
 
@@ -505,7 +578,9 @@ def run_log(path: str | None, command: list[str]) -> Iterator[Log]:
     if path is None:
         yield no_log
         return
-    file = RunLog(Path(path).expanduser())
+    launch = launch_of(os.environ)
+    suffix = f".process-{launch.rank}" if launch is not None and launch.rank else ""
+    file = RunLog(Path(path + suffix).expanduser())
     ended = False
 
     def log(event: str, **fields: Any) -> None:
