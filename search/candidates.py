@@ -17,7 +17,7 @@ import torch
 from aim.activations import Activations
 from aim.reading import read_request
 from aim.request import AimRequest
-from aim.transforms import make_relaxations, names_of, outputs_of
+from aim.transforms import make_transforms
 from alignment.layout import Layout
 from checkpoints.errors import InputError
 from checkpoints.model import Model
@@ -186,11 +186,8 @@ class Candidates:
         transform: Transform | None = None
         if candidate.aim is not None and any(omega.of(t.spec.name) != 1.0 for omega in candidate.aim.relaxing.omegas for t in tensors):  # fmt: skip
             assert self.activations is not None
-            relaxations = make_relaxations(
-                self.base, self.activations, candidate.aim.relaxing,
-                device=self._options.device, outputs=outputs_of(tensors), names=names_of(tensors),
-            )  # fmt: skip
-            transform = relaxations.transforms[0]
+            relaxing, device = candidate.aim.relaxing, self._options.device
+            transform = make_transforms(self.base, self.activations, relaxing, tensors, device)[0]
         remembering = (
             dataclasses.replace(tensor, method=cast(Merger, Remembering(tensor.method, self._statistics)))
             if isinstance(tensor.method, Method)
