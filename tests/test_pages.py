@@ -133,14 +133,18 @@ def test_every_page_is_on_the_index():
     assert {name for name in PAGES if name.startswith("docs/")} - linked == {"docs/index.md"}
 
 
-def test_pictures_are_drawn_for_light_and_for_dark():
-    """Each `<picture>` has a version of its figure for either, and every picture says what it shows."""
+def test_figures_suit_light_and_dark_pages_and_say_what_to_see():
+    """Each is an SVG with colours for either; a sentence stands for it where it is not shown, and one below says what to see."""
+    shown = set()
     for name, text in TEXTS.items():
-        for alt in re.findall(r"!\[(.*?)\]", text) + re.findall(r'<img\b[^>]*?alt="([^"]*)"', text):
-            assert len(alt) > 10, f"{name}: {alt!r}"
-        for dark, light in re.findall(r'<source media="\(prefers-color-scheme: dark\)" srcset="([^"]+)">\s*<img[^>]*src="([^"]+)"', text):  # fmt: skip
-            assert dark == light.replace(".svg", "_dark.svg").replace(".png", "_dark.png"), name
-        assert text.count("<picture>") == text.count("prefers-color-scheme: dark"), name
+        for alt, target, rest in re.findall(r"!\[(.*?)\]\((.*?)\)\n\n(.*)", text):
+            path = (ROOT / name).parent / target
+            assert "@media (prefers-color-scheme: dark)" in path.read_text(), target
+            assert len(alt.split()) > 4, f"{name}: {alt!r}"
+            assert name == "README.md" or re.fullmatch(r"\*[^*]{40,}\*", rest), f"{name}: {target}"
+            shown.add(path.resolve())
+        assert len(re.findall(r"!\[", text)) == len(re.findall(r"!\[.*?\]\(.*?\.svg\)\n\n.", text)), name
+    assert set((ROOT / "docs/figures").iterdir()) == shown
 
 
 # -------------------------------------------------------------------------------------------------------- the README
