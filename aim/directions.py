@@ -56,9 +56,13 @@ class MeanDirection:
         """See `Pull`."""
         return replace(self, u=self.u.to(device))
 
+    def measures(self, tensor: TensorSpec) -> bool:
+        """See `Pull`."""
+        return not self._in_rows(tensor) or tensor.columns > GRID_ELEMENTS or self.is_uniform
+
     def measure(self, tensor: TensorSpec, scan: Scan) -> Answers | None:
         """See `Pull`; None where each region will know its answers."""
-        if self._in_rows(tensor) and tensor.columns <= GRID_ELEMENTS and not self.is_uniform:
+        if not self.measures(tensor):
             return None
         out = tensor.rows if self._in_rows(tensor) else tensor.columns
         along = torch.zeros(tensor.matrices, out, dtype=torch.float64)

@@ -44,6 +44,7 @@ class Keep:
     space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
     reads_base: ClassVar[bool] = False
     whole_rows: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> None:
         """Nothing to measure."""

@@ -39,6 +39,9 @@ class Pull(Protocol):
     def to(self, device: torch.device) -> Pull:
         """The same, on a device."""
 
+    def measures(self, tensor: TensorSpec) -> bool:
+        """See `streaming.stream.Transform`."""
+
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """See `streaming.stream.Transform`."""
 
@@ -78,6 +81,10 @@ class ChannelFactors:
     def to(self, device: torch.device) -> ChannelFactors:
         """See `Pull`."""
         return replace(self, values=self.values.to(device))
+
+    def measures(self, tensor: TensorSpec) -> bool:
+        """See `Pull`."""
+        return False
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> None:
         """See `Pull`."""
@@ -165,6 +172,10 @@ class Relaxation:
     def whole_rows(self, tensor: str) -> bool:
         """See `Transform`."""
         return self._pulls[tensor].whole_rows
+
+    def measures(self, tensor: TensorSpec) -> bool:
+        """See `Transform`."""
+        return self._pulls[tensor.name].measures(tensor)
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """See `Transform`."""

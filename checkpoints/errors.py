@@ -29,6 +29,8 @@ class InputError(Exception):
     """
 
     exit_code = 1
+    keeps_work = False
+    """Whether what a run has finished can be gone on with: the inputs are not at fault."""
 
     def __init__(self, message: str, *more: str):
         self.marked = "\n".join(map(printable, (message, *more)))
@@ -85,6 +87,8 @@ class WriteError(InputError):
     Attributes:
         reason: the system's words.
     """
+
+    keeps_work = True
 
     def __init__(self, path: Path, error: OSError):
         self.reason = error.strerror

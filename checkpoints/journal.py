@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 from checkpoints.errors import WriteError
@@ -16,13 +17,27 @@ from checkpoints.folder import READ_BYTES, Folder
 
 DIGEST_DIGITS = 16
 FILE = "journal"
+ANY_FILE = re.compile(rf"{FILE}(-\d{{1,6}})?")
+"""The journal of a run, and those of the further processes of a run in several."""
+
+
+def journal_of(process: int) -> str:
+    """The file name of a process's journal: that of the first is a run's only one where it is alone."""
+    return f"{FILE}-{process}" if process else FILE
+
+
+def other_records(folder: Folder, own: str = FILE) -> list[dict[str, Any]]:
+    """The records of all journals in a folder but one's own. Raises ForeignFolder: something else has such a name."""
+    names = [name for name in folder.names() if ANY_FILE.fullmatch(name) and name != own]
+    return [record for name in sorted(names) for record in _parse_all(folder.read(name) or b"")[0]]
 
 
 class Journal:
     """The records of a run so far, and a file that more are appended to.
 
     Args:
-        folder: with the file `journal`, which is read where it exists and made where it does not.
+        folder: with the file, which is read where it exists and made where it does not.
+        name: of the file.
 
     Attributes:
         records: JSON objects, the oldest first.
@@ -30,19 +45,13 @@ class Journal:
     Raises: WriteError: the file cannot be read or written; ForeignFolder: it is no plain file of ours.
     """
 
-    def __init__(self, folder: Folder):
-        self.path = folder / FILE
+    def __init__(self, folder: Folder, name: str = FILE):
+        self.path = folder / name
         self.records: list[dict[str, Any]] = []
-        there = folder.open_file(FILE)
-        self._descriptor = folder.new_file(FILE) if there is None else there
+        there = folder.open_file(name)
+        self._descriptor = folder.new_file(name) if there is None else there
         try:
-            whole = 0
-            for line in _read(self._descriptor).splitlines(keepends=True):
-                record = _parse(line)
-                if record is None:
-                    break
-                self.records.append(record)
-                whole += len(line)
+            self.records, whole = _parse_all(_read(self._descriptor))
             os.ftruncate(self._descriptor, whole)
             os.lseek(self._descriptor, whole, os.SEEK_SET)
         except OSError as error:
@@ -70,6 +79,19 @@ def _read(descriptor: int) -> bytes:
     while part := os.read(descriptor, READ_BYTES):
         parts.append(part)
     return b"".join(parts)
+
+
+def _parse_all(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The records up to the first line that is damaged, and how many bytes they take."""
+    records: list[dict[str, Any]] = []
+    whole = 0
+    for line in content.splitlines(keepends=True):
+        record = _parse(line)
+        if record is None:
+            break
+        records.append(record)
+        whole += len(line)
+    return records, whole
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -14,12 +14,14 @@ import ctypes
 import gc
 import importlib
 import os
+import re
 import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,6 +45,46 @@ two threads, which wait for each other thousands of times, becomes slower than t
 GUESSES = "transformers.generation.candidate_generator"
 
 _owners = 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which of several processes this is that were started together, as torchrun and its like say it in the environment.
+
+    Attributes:
+        rank, size: from 0 on, of how many.
+        local_rank, local_size: the same of those on this machine.
+        address, port: where the first, or who started it, is to be met.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+    port: int
+
+
+def launch_of(environment: Mapping[str, str]) -> Launch | None:
+    """How this process was started together with others; None where it is alone. Raises InputError: half of it is said, or nonsense."""
+    if environment.get("WORLD_SIZE", "1") == "1":
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    # Who starts one process on each machine may leave the two of the machine out.
+    given = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **environment}
+    for name in (*names, "MASTER_ADDR"):
+        value = given.get(name, "")
+        if not (value if name == "MASTER_ADDR" else re.fullmatch(r"\d{1,6}", value)):
+            raise InputError(
+                f"{name}: expected what torchrun sets beside WORLD_SIZE={environment['WORLD_SIZE']}, got {value!r}. Start the processes with torchrun or "
+                "accelerate launch, set all of MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK, or none of them."
+            )
+    rank, size, local_rank, local_size, port = (int(given[name]) for name in names)
+    if not 0 <= rank < size:
+        raise InputError(
+            f"RANK: expected a number below WORLD_SIZE={size}, got {rank}. Start the processes with torchrun."
+        )
+    return Launch(rank, size, local_rank, max(1, local_size), given["MASTER_ADDR"], port)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints.errors import AlreadyComplete, InputError, Interrupted, WriteError
-from checkpoints.finished import Finished, find_finished, places_in
+from checkpoints.errors import AlreadyComplete, InputError, Interrupted
+from checkpoints.finished import Finished, find_finished, places_in, read_finished
 from checkpoints.folder import Folder, ForeignFolder
-from checkpoints.journal import Journal
+from checkpoints.journal import Journal, journal_of, other_records
 from checkpoints.save_path import check_existing
 from checkpoints.settings import setting
-from checkpoints.work_folder import WorkFolder, digest_of, holds, lock, remove_empty
+from checkpoints.work_folder import STATE, WorkFolder, digest_of, holds, lock, lock_members, member, remove_empty
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Stage:
         finished: what an earlier run has done, as far as its files bear the journal out.
         identity: digest of what decides the output's bytes, for merge_recipe.json.
         notes: what a user should know of the folder.
+        others: records of other journals there: of the further processes of this run, or of an earlier one.
     """
 
     folder: Path
@@ -43,6 +44,12 @@ class Stage:
     finished: Finished
     identity: str
     notes: list[str] = field(default_factory=list)
+    others: list[dict[str, Any]] = field(default_factory=list)
+
+    def gather(self) -> Finished:
+        """What all processes have finished by now, as their journals say it. Raises ForeignFolder."""
+        self.others[:] = other_records(self.state, self.journal.path.name)
+        return read_finished([*self.others, *self.journal.records])
 
 
 def refuse_if_written(save_path: Path, folders: Sequence[str], identity: Mapping[str, Any]) -> None:
@@ -92,6 +99,7 @@ def staged(
     job = WorkFolder(target, json.loads(json.dumps(dict(identity or {}))), digest_of(identity or {}), known)
     made = [parent for parent in reversed(job.path.parents) if not parent.exists()]
     journal: Journal | None = None
+    others: list[dict[str, Any]] = []
     # Open the work folder, and remove on failure what was made on the way to it.
     try:
         work = job.open()
@@ -116,18 +124,23 @@ def staged(
                 # Work in it, unless only the rename is left to do.
                 if not done:
                     state = job.claim(work, resume=resume)
+                    if not lock_members(state):
+                        raise ForeignFolder(
+                            f"{save_path}: a process of an earlier run is still writing it. Wait for it to end, or choose another {setting('save_path')}."
+                        )
                     journal = Journal(state)
-                    finished = find_finished(work, journal.records)
+                    others += other_records(state)
+                    finished = find_finished(work, [*others, *journal.records])
                     if finished.lost:
                         job.notes.append(_say_lost(job.path, finished))
-                    yield Stage(job.path, work, state, journal, finished, job.digest, job.notes)
-                job.publish(work, {} if journal is None else places_in(journal.records))
+                    yield Stage(job.path, work, state, journal, finished, job.digest, job.notes, others)
+                job.publish(work, {} if journal is None else places_in([*others, *journal.records]))
             except ForeignFolder:
                 raise
             except BaseException as error:
                 # A failing disk, Ctrl-C or a crash leaves what can be gone on with; an input that is at fault leaves nothing.
-                stays = isinstance(error, WriteError) or not isinstance(error, InputError)
-                if journal is not None and not (stays and journal.records):
+                stays = not isinstance(error, InputError) or error.keeps_work
+                if journal is not None and not (stays and (journal.records or others)):
                     job.discard(work)
                 elif journal is not None and isinstance(error, KeyboardInterrupt):
                     raise Interrupted(
@@ -143,6 +156,33 @@ def staged(
     except BaseException:
         remove_empty(made)
         raise
+
+
+@contextmanager
+def joined(save_path: Path, process: int, token: str, finished: Finished, identity: str) -> Iterator[Stage | None]:
+    """Give a further process of a run the folder that the first one has staged; None where it is not the same folder.
+
+    Args:
+        save_path: the folder to be.
+        process: which one, from 1 on: it has a journal of its own.
+        token: that the first process wrote (`checkpoints.work_folder.member`).
+        finished, identity: what the first process found.
+    """
+    job = WorkFolder(save_path.resolve(), {}, identity, None)
+    if not (job.path / STATE).is_dir():
+        yield None
+        return
+    with job.open() as work:
+        state = work.subfolder(STATE)
+        with member(state, token, writes=False) as is_ours:
+            if not is_ours:
+                yield None
+                return
+            journal = Journal(state, journal_of(process))
+            try:
+                yield Stage(job.path, work, state, journal, finished, identity)
+            finally:
+                journal.close()
 
 
 def _say_lost(path: Path, finished: Finished) -> str:

@@ -14,8 +14,8 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 from checkpoints.errors import WriteError
 from checkpoints.finished import find_lost, is_record
 from checkpoints.folder import Folder, ForeignFolder, umask
-from checkpoints.journal import FILE as JOURNAL
+from checkpoints.journal import ANY_FILE as JOURNALS
 from checkpoints.save_path import RECIPE_FILE, is_result, partial_folder, replaced_folder
 from checkpoints.settings import setting
 
@@ -31,6 +31,8 @@ STATE = ".merge-in-progress"
 """Folder in the work folder, which no result has: what it is (`work-folder`), whose run (`run.json`), its journal, and what else
 the run keeps."""
 RUN = "run.json"
+MEMBERS = "processes"
+"""File in the state of a run in several processes: a token of the first, which the others have to see; each holds a lock on it."""
 MARKER = "work-folder"
 WHAT = "the work folder of an unfinished run of merge.py or performAIM.py"
 FORMAT = 2
@@ -352,10 +354,47 @@ def lock(work: Folder) -> bool:
         return False
 
 
+def lock_members(state: Folder) -> bool:
+    """Whether no process of an earlier run in several still writes: each holds a lock on a file as long as it lives."""
+    members = state.open_file(MEMBERS)
+    if members is None:
+        return True
+    try:
+        fcntl.flock(members, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(members)
+
+
+@contextmanager
+def member(state: Folder, token: str, *, writes: bool) -> Iterator[bool]:
+    """Be one of a run's processes for the length of the context. Yields whether the token is the one that the first has written.
+
+    Args:
+        writes: whether we are the first, and write it.
+    """
+    opened = state.open_file(MEMBERS)
+    members = opened if opened is not None or not writes else state.new_file(MEMBERS)
+    if members is None:
+        yield False
+        return
+    try:
+        fcntl.flock(members, fcntl.LOCK_SH)
+        if writes:
+            os.ftruncate(members, 0)
+            os.pwrite(members, token.encode(), 0)
+            os.fsync(members)
+        yield os.pread(members, len(token) + 1, 0) == token.encode()
+    finally:
+        os.close(members)
+
+
 def _has_records(state: Folder) -> bool:
     """Whether a journal has anything to go on with."""
-    status = state.look(JOURNAL)
-    return status is not None and status.st_size > 0
+    found = (state.look(name) for name in state.names() if JOURNALS.fullmatch(name))
+    return any(status is not None and status.st_size > 0 for status in found)
 
 
 def differences(earlier: Any, other: Any, path: str = "") -> list[str]:

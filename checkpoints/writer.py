@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ CHUNK_BYTES = 64 << 20
 READ_BACK_BYTES = 1 << 20
 ONE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+Parts = Mapping[str, Sequence[tuple[int, int]]]
+"""Tensor -> parts of it: first element, and the one after the last."""
 ChunkDigests = Mapping[str, Mapping[str, str]]
 """File name -> number of a chunk, as text -> its digest in hexadecimal, after the name of the hash and a colon where that is not sha256."""
 HashName = Literal["blake3", "sha256"]
@@ -47,6 +50,7 @@ class Shard:
         file_name: relative to the checkpoint's folder.
         offsets, nbytes: of each tensor in it.
         size: of the whole file.
+        itemsizes: bytes of an element of each tensor.
     """
 
     file_name: str
@@ -54,6 +58,14 @@ class Shard:
     offsets: Mapping[str, int]
     nbytes: Mapping[str, int]
     size: int
+    itemsizes: Mapping[str, int]
+
+    def bytes_of(self, name: str, part: tuple[int, int] | None = None) -> tuple[int, int]:
+        """The first byte of a tensor, or of a part of its elements, and the one after the last."""
+        begin = self.offsets[name]
+        if part is None:
+            return begin, begin + self.nbytes[name]
+        return begin + part[0] * self.itemsizes[name], begin + part[1] * self.itemsizes[name]
 
     @property
     def is_of_module(self) -> bool:
@@ -97,7 +109,8 @@ def _lay_out(file_name: str, group: Mapping[str, TensorInfo], *, prefix: str) ->
     header, offsets = build_header({name.removeprefix(prefix): info for name, info in ordered})
     nbytes = {name: info.nbytes for name, info in group.items()}
     placed = {prefix + name: offset for name, offset in offsets.items()}
-    return Shard(file_name, header, placed, nbytes, len(header) + sum(nbytes.values()))
+    itemsizes = {name: info.dtype.itemsize for name, info in group.items()}
+    return Shard(file_name, header, placed, nbytes, len(header) + sum(nbytes.values()), itemsizes)
 
 
 def _indexed(shards: Sequence[Shard]) -> list[Shard]:
@@ -121,7 +134,9 @@ class CheckpointWriter:
             it; None to take none.
         finished: tensors that an earlier writer of the same shards wrote and made durable, whose bytes are known to be there
             (`checkpoints.finished`); its files are gone on with.
+        parts: the same of parts of tensors, elements from and to.
         chunks: the digests that its `sync` gave.
+        makes: whether files that are not there are made; another process has made them where not.
         drops: let the system forget what is on the disk: its memory is wanted for the inputs.
 
     Raises: WriteError: a file cannot be made; ForeignFolder: something else lies in its place.
@@ -134,16 +149,19 @@ class CheckpointWriter:
         *,
         digest: HashName | None,
         finished: Collection[str] = (),
+        parts: Parts | None = None,
         chunks: ChunkDigests | None = None,
+        makes: bool = True,
         drops: bool = False,
     ):
         self.folder = folder
         self.shards = shards
         known = chunks or {}
-        self._files = [
-            _OpenShard(folder, shard, digest, set(finished), known.get(shard.file_name, {}), drops=drops)
-            for shard in shards
-        ]
+        self._files: list[_OpenShard] = []
+        for shard in shards:
+            ranges = _ranges(shard, finished, parts or {})
+            own = known.get(shard.file_name, {})
+            self._files.append(_OpenShard(folder, shard, digest, ranges, own, makes=makes, drops=drops))
         self._owner = {name: file for file in self._files for name in file.shard.offsets}
         self._pieces: dict[str, list[tuple[int, int, int]]] = {name: [] for name in self._owner}
 
@@ -158,10 +176,18 @@ class CheckpointWriter:
         self._pieces[name].append((offset, len(raw), xxhash.xxh3_64_intdigest(raw)))
         file.write(raw, offset)
 
-    def written(self, name: str) -> tuple[str, list[int]]:
-        """The file of a tensor, and what was written of it: first byte, bytes and checksum of each piece, in their order."""
-        pieces = sorted(self._pieces[name])
-        return self._owner[name].shard.file_name, [number for piece in pieces for number in piece]
+    def written(self, name: str, part: tuple[int, int] | None = None) -> tuple[str, list[int]]:
+        """The file of a tensor, and what was written of it, or of a part of its elements: first byte, bytes and checksum of each
+        piece, in their order."""
+        shard = self._owner[name].shard
+        begin, end = shard.bytes_of(name, part)
+        pieces = sorted(piece for piece in self._pieces[name] if begin <= piece[0] < end or part is None)
+        return shard.file_name, [number for piece in pieces for number in piece]
+
+    def adopt(self, finished: Collection[str], parts: Parts, chunks: ChunkDigests) -> None:
+        """Take what writers of other processes have written and made durable; see the arguments of the class."""
+        for file in self._files:
+            file.adopt(_ranges(file.shard, finished, parts), chunks.get(file.shard.file_name, {}))
 
     def sync(self) -> ChunkDigests:
         """Make everything durable that has been written so far. Raises WriteError: the disk is full or fails.
@@ -190,6 +216,12 @@ class CheckpointWriter:
             file.release()
 
 
+def _ranges(shard: Shard, finished: Collection[str], parts: Parts) -> list[tuple[int, int]]:
+    """The bytes of a file that are written: of whole tensors, and of parts."""
+    whole = [shard.bytes_of(name) for name in shard.offsets if name in finished]
+    return whole + [shard.bytes_of(name, part) for name in shard.offsets for part in parts.get(name, ())]
+
+
 class _OpenShard:
     """One shard on disk, the bytes still missing in each chunk, and the digests of the chunks that are complete."""
 
@@ -198,9 +230,10 @@ class _OpenShard:
         folder: Folder,
         shard: Shard,
         digest: HashName | None,
-        finished: set[str],
+        ranges: Sequence[tuple[int, int]],
         known: Mapping[str, str],
         *,
+        makes: bool,
         drops: bool,
     ):
         self.path = folder / shard.file_name
@@ -213,17 +246,24 @@ class _OpenShard:
         self._digests: list[bytes] | None = [b""] * len(self._missing) if digest else None
         self._told: set[int] = set()
         self._dropped: set[int] = set()
-        there = folder.open_file(shard.file_name) if finished & shard.offsets.keys() else None
+        there = folder.open_file(shard.file_name) if ranges or not makes else None
+        if there is None and not makes:
+            raise WriteError(self.path, FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
         self._descriptor = folder.new_file(shard.file_name) if there is None else there
         try:
-            os.ftruncate(self._descriptor, shard.size)
+            if makes:
+                os.ftruncate(self._descriptor, shard.size)
         except OSError as error:
             self.release()
             raise WriteError(self.path, error) from error
-        for name in finished & shard.offsets.keys():
-            for chunk in self._completed(shard.offsets[name], shard.offsets[name] + shard.nbytes[name]):
-                self._restore(chunk, known)
+        self.adopt(ranges, known)
         self.write(memoryview(shard.header), 0)
+
+    def adopt(self, ranges: Sequence[tuple[int, int]], known: Mapping[str, str]) -> None:
+        """Count bytes as written that are on the disk; `known`: digests of chunks among them."""
+        for begin, end in ranges:
+            for chunk in self._completed(begin, end):
+                self._restore(chunk, known)
 
     def _restore(self, chunk: int, known: Mapping[str, str]) -> None:
         """Take the digest of a chunk that an earlier run completed from what that run noted, else from the disk."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from checkpoints import VERSION
 from checkpoints.chat_templates import known_templates
 from checkpoints.errors import ArgumentError, InputError, Refusals, unknown
-from checkpoints.process import own_process
+from checkpoints.process import Launch, launch_of, own_process
 from checkpoints.screen import discard, flush_all, open_closed_streams, shown_safely
 from checkpoints.screen import say as say_on_stderr
 from checkpoints.settings import as_flag, setting, shown
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from streaming.job import Job, Result
     from streaming.log import Log
     from streaming.output import RunOptions, Written
+    from streaming.processes import Processes
 
 INTERRUPTED = 130
 FLAGS = {
@@ -67,12 +68,91 @@ def show_flag(name: str, value: str | None) -> str:
     return as_flag(flag, value)
 
 
+class Help(argparse.Action):
+    """Print the help and exit: the common flags for `--help`, every flag for `--help-all`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any):
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **keywords)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> NoReturn:
+        assert isinstance(parser, Parser)
+        print(parser.help_text(whole=option == "--help-all"), end="")
+        parser.exit()
+
+
+class Group(argparse._ArgumentGroup):
+    """Flags under one title, each common or not.
+
+    Attributes:
+        common: those that `--help` shows; the others are left to `--help-all`.
+    """
+
+    def __init__(self, container: argparse.ArgumentParser, *names: Any, **keywords: Any):
+        super().__init__(container, *names, **keywords)
+        self.common: list[argparse.Action] = []
+
+    @property
+    def flags(self) -> list[argparse.Action]:
+        """All of them."""
+        return self._group_actions
+
+    def add_argument(self, *names: str, common: bool = False, **keywords: Any) -> argparse.Action:
+        """Add a flag as argparse does, a common one where most runs need it; one that is required always is."""
+        action = super().add_argument(*names, **keywords)
+        if common or action.required:
+            self.common.append(action)
+        return action
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with `--version`, and with the nearest flag named where one is unknown."""
+    """argparse without abbreviations, with a short help and a whole one, with `--version`, and with the nearest flag named
+    where one is unknown.
+
+    Attributes:
+        groups: the groups of flags, in the order of the help.
+    """
 
     def __init__(self, **keywords: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
-        self.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+        self.groups: list[Group] = []
+        super().__init__(
+            allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords
+        )
+        self.groups.clear()  # of argparse's own two, which stay empty
+        self._about = Group(self, "about this command")
+        self._about.add_argument("-h", "--help", action=Help, common=True, help="show the flags that most runs need")
+        self._about.add_argument("--help-all", action=Help, common=True, help="show every flag")
+        self._about.add_argument("--version", action="version", common=True, version=f"%(prog)s {VERSION}", help="show the version")  # fmt: skip
+
+    def add_argument_group(self, *names: Any, **keywords: Any) -> Group:
+        """A group whose flags can be common."""
+        group = Group(self, *names, **keywords)
+        self.groups.append(group)
+        return group
+
+    def help_text(self, *, whole: bool) -> str:
+        """What the command does, and its flags in groups: every flag, or the common ones."""
+        formatter = self.formatter_class(prog=self.prog)
+        groups = [*self.groups, self._about]
+        required = [action for group in groups for action in group.flags if action.required]
+        needed = " ".join(f"{' '.join([*action.option_strings[:1], str(action.metavar)])}" for action in required)
+        formatter.add_usage(f"%(prog)s {f'{needed} ' if needed else ''}[flags]", [], [])
+        formatter.add_text(self.description)
+        for group in groups:
+            flags = group.flags if whole else group.common
+            if flags:
+                formatter.start_section(group.title)
+                formatter.add_arguments(flags)
+                formatter.end_section()
+        left = sum(len(group.flags) - len(group.common) for group in groups)
+        if left and not whole:
+            formatter.add_text(f"{left} more flags: {self.prog} --help-all, or docs/flags.md.")
+        return formatter.format_help()
+
+    def format_help(self) -> str:
+        """The short help, as `--help` prints it."""
+        return self.help_text(whole=False)
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse; a list that starts with a negative number may stand apart from its flag (`--weights -1,0.5`)."""
@@ -165,6 +245,7 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
     output.add_argument(
         "--overwrite",
         action="store_true",
+        common=True,
         help="replace SAVE_PATH where it holds an earlier result, and so the repo of --push_to_hub",
     )
     output.add_argument("--no_resume", action="store_true", help="begin anew where an interrupted run left something to go on with")  # fmt: skip
@@ -181,12 +262,13 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         "--workers", type=positive, metavar="N", help="threads (default: one per core); the result is the same"
     )
     add_running_flags(running, code=OWN_CODE)
+    running.add_argument("--process_timeout", type=positive, default=300, metavar="S", help="under torchrun: seconds after which a process that gives no sign of life ends the run (default 300)")  # fmt: skip
     running.add_argument("--log_file", metavar="FILE", help="append to FILE, as JSON Lines: the plan, each tensor with its time and change, warnings, the end")  # fmt: skip
     running.add_argument("--allow_non_finite", action="store_true", help="let NaN and infinity through, from inputs and by overflow, and say where they are")  # fmt: skip
 
 
 def add_running_flags(
-    group: argparse._ArgumentGroup,
+    group: Group,
     *,
     code: str = "Python code that comes with a model",
     dry_run: str = "print the plan or every refusal; write nothing",
@@ -200,12 +282,12 @@ def add_running_flags(
         plan: what it prints as JSON.
     """
     group.add_argument("--trust_remote_code", action="store_true", help=f"let {code} run (default: off)")
-    group.add_argument("--dry_run", action="store_true", help=dry_run)
+    group.add_argument("--dry_run", common=True, action="store_true", help=dry_run)
     group.add_argument("--json", action="store_true", help=f"with --dry_run: {plan} as JSON")
     group.add_argument("--quiet", action="store_true", help="print warnings and errors only")
 
 
-def add_layout_flags(group: argparse._ArgumentGroup) -> None:
+def add_layout_flags(group: Group) -> None:
     """The flags of what a checkpoint with another vocabulary or head than its base's looks like."""
     group.add_argument("--new_token_rows", metavar="R", help="rows of a token that a model lacks: owner (the row of the first model that has it), owners_mean (the mean of the rows of all that have it; default where several do) or mean (of the model's own rows)")  # fmt: skip
     group.add_argument("--tie_word_embeddings", metavar="YES|NO", help="whether the output's head is its embedding (default: as in the model that gives its config)")  # fmt: skip
@@ -268,6 +350,8 @@ def parse_device(text: str) -> torch.device | None:
         raise ArgumentError(f"--device: expected auto, cpu, cuda or cuda:N, got {text!r}.")
     device = torch.device(text)
     gpus = torch.cuda.device_count()
+    if text == "cuda" and gpus and (launch := launch_of(os.environ)) is not None:
+        return _own_gpu(launch)
     if device.type == "cuda" and (device.index or 0) >= gpus:
         there = f"cuda:0 to cuda:{gpus - 1}" if gpus else "no GPU that torch can use"
         raise ArgumentError(f"--device: {text}: there is {there} here. Use --device {'cuda' if gpus else 'cpu'}.")
@@ -278,7 +362,17 @@ def gpu_or_cpu() -> torch.device:
     """Where heavy work goes by itself: a GPU where there is one."""
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    launch = launch_of(os.environ)
+    return torch.device("cuda") if launch is None else _own_gpu(launch)
+
+
+def _own_gpu(launch: Launch) -> torch.device:
+    """The GPU of one of several processes on a machine: one each, in turns where there are more processes than GPUs."""
+    import torch
+
+    return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
 
 
 def read_run(
@@ -299,8 +393,14 @@ def run_options(arguments: argparse.Namespace, device: torch.device, command: li
 
     if arguments.public and arguments.push_to_hub is None:
         raise ArgumentError("--public: nothing is pushed. Add --push_to_hub NAME, or leave it out.")
+    launch = launch_of(os.environ)
+    workers = arguments.workers
+    if workers is None and launch is not None:  # the processes of a machine share its cores
+        from streaming.workers import available_cores
+
+        workers = max(1, available_cores() // launch.local_size)
     return RunOptions(
-        stream=StreamOptions(device, arguments.workers, allow_non_finite=arguments.allow_non_finite),
+        stream=StreamOptions(device, workers, allow_non_finite=arguments.allow_non_finite),
         max_shard_bytes=parse_size("max_shard_bytes", arguments.max_shard_size),
         digest=parse_choice("digest", arguments.digest, ("none", "outputs", "full")),  # type: ignore[arg-type]
         digest_hash=parse_choice("digest_hash", arguments.digest_hash, ("blake3", "sha256")),  # type: ignore[arg-type]
@@ -328,10 +428,14 @@ def read_upload(arguments: argparse.Namespace, folders: Sequence[str]) -> Upload
 def carry_out(job: Job, upload: Upload | None, arguments: argparse.Namespace) -> None:
     """Run a job and push what it made, or print its plan under `--dry_run`. Raises InputError as `Job.run`, `Upload.push`."""
     if arguments.dry_run:
-        show_plan(job, upload, as_json=arguments.json)
+        job.agree()
+        if speaks(job.options):
+            show_plan(job, upload, as_json=arguments.json)
         return
     options, speech = job.options, console(job.options)
     result = job.run(speech)
+    if not speaks(options):
+        return
     if result.was_complete:
         print(result.message)
     else:
@@ -370,6 +474,34 @@ def tell(result: Result, console: Console) -> None:
 
 
 @contextmanager
+def processes(prog: str, arguments: argparse.Namespace) -> Iterator[Processes | None]:
+    """The processes that torchrun or its like started together with this one; None for one that is alone.
+
+    What one of them refuses is said once, by the first.
+    """
+    launch = launch_of(os.environ)
+    if launch is None:
+        yield None
+        return
+    from streaming.processes import join
+
+    joined = join(launch, arguments.process_timeout)
+    try:
+        with joined:
+            yield joined
+            return
+    except InputError as error:
+        if joined.is_first or not joined.has_been_said():
+            say_on_stderr(f"{prog}: {error.shown(show_flag)}")
+        joined.tell_said()
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if joined.is_first:
+            raise
+        raise SystemExit(INTERRUPTED) from None
+
+
+@contextmanager
 def refusals_as_json(arguments: argparse.Namespace) -> Iterator[None]:
     """Under `--dry_run --json`, print what is refused as JSON too. Raises ArgumentError where --json stands alone."""
     if arguments.json and not arguments.dry_run:
@@ -399,8 +531,17 @@ def progress_bar(title: str, total: int, unit: str = "B", *, quiet: bool) -> Ite
         yield bar.update
 
 
+def speaks(options: RunOptions) -> bool:
+    """Whether this process tells the user what comes of a run: of several the first."""
+    return options.processes is None or options.processes.is_first
+
+
 def console(options: RunOptions) -> Console:
     """How a command that writes a checkpoint speaks to the user; see `speaker`."""
+    if not speaks(options):
+        from streaming.console import Console
+
+        return Console(show=show_flag)
     return speaker(quiet=options.quiet, log=options.log)
 
 
@@ -437,7 +578,9 @@ def run_log(path: str | None, command: list[str]) -> Iterator[Log]:
     if path is None:
         yield no_log
         return
-    file = RunLog(Path(path).expanduser())
+    launch = launch_of(os.environ)
+    suffix = f".process-{launch.rank}" if launch is not None and launch.rank else ""
+    file = RunLog(Path(path + suffix).expanduser())
     ended = False
 
     def log(event: str, **fields: Any) -> None:

@@ -30,25 +30,29 @@ def build_parser() -> shell.Parser:
     """The flags of tune_merge.py."""
     parser = shell.Parser(prog="tune_merge.py", description=__doc__)
     what = parser.add_argument_group("what to search")
-    what.add_argument("--config", metavar="FILE", help="a recipe with free entries, such as lambda: {search: [0.2, 1.2]} or merge_method: {search: [ties, dare_ties]} (docs/tuning.md)")  # fmt: skip
-    what.add_argument("--base_model", metavar="MODEL", help="instead of --config: what the models were fine-tuned from")
-    what.add_argument("--models_to_merge", metavar="A,B,C", help="and the models; folders, hub names, adapters as BASE+ADAPTER")  # fmt: skip
-    what.add_argument("--methods", metavar="M,M", help=f"methods to choose from (default {METHODS}), with weight, lambda and density of each")  # fmt: skip
-    what.add_argument("--calibration_data", metavar="DATA", help="text for AIM's statistics of the base, as in merge.py: searches omega and protect too")  # fmt: skip
+    what.add_argument("--config", common=True, metavar="FILE", help="a recipe with free entries, such as lambda: {search: [0.2, 1.2]} or merge_method: {search: [ties, dare_ties]} (docs/tuning.md)")  # fmt: skip
+    what.add_argument(
+        "--base_model", common=True, metavar="MODEL", help="instead of --config: what the models were fine-tuned from"
+    )
+    what.add_argument("--models_to_merge", common=True, metavar="A,B,C", help="and the models; folders, hub names, adapters as BASE+ADAPTER")  # fmt: skip
+    what.add_argument("--methods", common=True, metavar="M,M", help=f"methods to choose from (default {METHODS}), with weight, lambda and density of each")  # fmt: skip
+    what.add_argument("--calibration_data", common=True, metavar="DATA", help="text for AIM's statistics of the base, as in merge.py: searches omega and protect too")  # fmt: skip
     goal = parser.add_argument_group("what for")
-    goal.add_argument("--texts", metavar="NAME=FILE,...", help="a file for each task, .jsonl, .json, .txt or .parquet: of texts, or of prompt and answer, of which the answer is scored")  # fmt: skip
-    goal.add_argument("--benchmarks", metavar="A,B", help="tasks that are benchmarks of evaluate_model.py: their items are answered and graded for accuracy, their reference answers have the losses")  # fmt: skip
+    goal.add_argument("--texts", common=True, metavar="NAME=FILE,...", help="a file for each task, .jsonl, .json, .txt or .parquet: of texts, or of prompt and answer, of which the answer is scored")  # fmt: skip
+    goal.add_argument("--benchmarks", common=True, metavar="A,B", help="tasks that are benchmarks of evaluate_model.py: their items are answered and graded for accuracy, their reference answers have the losses")  # fmt: skip
     goal.add_argument("--data_dir", metavar="FOLDER", help="local copies of the benchmarks' data, as in evaluate_model.py (default: the hub and its cache)")  # fmt: skip
     goal.add_argument("--apply_chat_template", action="store_true", help="wrap prompts of benchmarks in the base's chat template, as in evaluate_model.py")  # fmt: skip
     goal.add_argument("--math_max_tokens", type=shell.positive, default=1024, metavar="N", help="new tokens for the benchmarks math and gsm8k (default 1024)")  # fmt: skip
-    goal.add_argument("--goal", metavar="G", help="loss (mean over tasks; default with --texts), worst (the worst task's loss), hypervolume (gain over the inputs), accuracy (mean over --benchmarks; default without --texts), accuracy:NAME (of one), accuracy_hypervolume; several, such as loss,worst, give a Pareto front")  # fmt: skip
+    goal.add_argument("--goal", common=True, metavar="G", help="loss (mean over tasks; default with --texts), worst (the worst task's loss), hypervolume (gain over the inputs), accuracy (mean over --benchmarks; default without --texts), accuracy:NAME (of one), accuracy_hypervolume; several, such as loss,worst, give a Pareto front")  # fmt: skip
     goal.add_argument("--held_out", type=float, default=0.5, metavar="S", help="share of the texts that nothing is chosen by, split by content (default 0.5)")  # fmt: skip
     goal.add_argument("--documents", type=shell.positive, default=16, metavar="N", help="texts of a task on either side at most (default 16)")  # fmt: skip
     how = parser.add_argument_group("how long, and where to")
-    how.add_argument("--trials", type=shell.positive, metavar="N", help="finished trials, of all processes and runs together")  # fmt: skip
-    how.add_argument("--minutes", type=float, metavar="M", help="of this run; the comparison at the end comes on top")
+    how.add_argument("--trials", common=True, type=shell.positive, metavar="N", help="finished trials, of all processes and runs together")  # fmt: skip
+    how.add_argument(
+        "--minutes", common=True, type=float, metavar="M", help="of this run; the comparison at the end comes on top"
+    )
     how.add_argument("--study", required=True, metavar="FOLDER", help="journal, trials.csv, recipe.yml, report and figures; the same command goes on with it, and several may share it")  # fmt: skip
-    how.add_argument("--save_path", metavar="FOLDER", help="write the best merge as a checkpoint, too")
+    how.add_argument("--save_path", common=True, metavar="FOLDER", help="write the best merge as a checkpoint, too")
     how.add_argument("--seed", type=shell.whole, default=0, metavar="N", help="of what is drawn (default 0)")
     how.add_argument("--early_stopping", action=argparse.BooleanOptionalAction, default=None, help="give up candidates that fare badly on a quarter or half of the texts (default: with one goal)")  # fmt: skip
     running = parser.add_argument_group("running")

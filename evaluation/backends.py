@@ -137,8 +137,16 @@ def load_model(folder: Path, label: str, options: ModelOptions) -> Model:
     except LOAD_ERRORS as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
-            f"{label}: cannot be loaded by {options.backend}: {type(error).__name__}: {reason:.300}"
+            f"{label}: a {_class_name(folder, label)} cannot be loaded by {options.backend}: {type(error).__name__}: {reason:.300}"
         ) from error
+
+
+def _class_name(folder: Path, label: str) -> str:
+    """The class that config.json names, or the type of model where it names none."""
+    config = read_config(folder, label)
+    names = config.get("architectures")
+    named = names[0] if isinstance(names, list) and names else config.get("model_type")
+    return named if isinstance(named, str) else "model of no named class"
 
 
 def _load_hf(folder: Path, label: str, options: ModelOptions) -> Model:

@@ -93,9 +93,10 @@ class Remembering:
     space: Literal["task_vectors", "weights"] = field(init=False)
     reads_base: bool = field(init=False)
     whole_rows: bool = field(init=False)
+    measures: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("space", "reads_base", "whole_rows"):
+        for name in ("space", "reads_base", "whole_rows", "measures"):
             object.__setattr__(self, name, getattr(self.method, name))
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:

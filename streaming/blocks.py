@@ -105,22 +105,28 @@ class Region:
         return values.view(self.shape)
 
 
-def tile(tensor: TensorSpec, max_elements: int) -> Iterator[Region]:
+def tile(tensor: TensorSpec, max_elements: int, part: tuple[int, int] | None = None) -> Iterator[Region]:
     """Cut a tensor into regions of at most `max_elements` >= 1, in order: as many whole matrices as fit, else as many whole
-    rows, else pieces of a row."""
+    rows, else pieces of a row.
+
+    Args:
+        part: first element and the one after the last, of a part that begins and ends where regions of some size do; None for all.
+    """
     rows, columns = tensor.rows, tensor.columns
-    if not tensor.numel:
+    begin, end = part or (0, tensor.numel)
+    if begin == end:
         return
     per_matrix = rows * columns
-    if per_matrix <= max_elements:
-        yield from _cut(tensor, 0, tensor.numel, max_elements // per_matrix * per_matrix)
+    if per_matrix <= max_elements and begin % per_matrix == end % per_matrix == 0:
+        yield from _cut(tensor, begin, end, max_elements // per_matrix * per_matrix)
         return
-    for origin in range(0, tensor.numel, per_matrix):
-        if columns <= max_elements:
-            yield from _cut(tensor, origin, origin + per_matrix, max_elements // columns * columns)
+    for origin in range(begin // per_matrix * per_matrix, end, per_matrix):
+        first, last = max(begin, origin), min(end, origin + per_matrix)
+        if columns <= max_elements and first % columns == last % columns == 0:
+            yield from _cut(tensor, first, last, max_elements // columns * columns)
             continue
-        for row in range(origin, origin + per_matrix, columns):
-            yield from _cut(tensor, row, row + columns, max_elements)
+        for row in range(first // columns * columns, last, columns):
+            yield from _cut(tensor, max(first, row), min(last, row + columns), max_elements)
 
 
 def in_groups(regions: Iterable[Region]) -> Iterator[list[Region]]:

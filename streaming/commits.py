@@ -29,22 +29,27 @@ class Commits:
         self._writers = writers
         self._lock = threading.Lock()
         self._waiting: dict[str, Any] = {}
+        self._parts: list[tuple[str, tuple[int, int], Any]] = []
         self._changed: set[int] = set()
         self._end = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="commits", daemon=True)
 
-    def add(self, tensor: str, notes: Any, changed: set[int]) -> None:
+    def add(self, tensor: str, notes: Any, changed: set[int], part: tuple[int, int] | None = None) -> None:
         """Leave a tensor, all of whose elements are written, to the next commit; from any thread.
 
         Args:
             notes: JSON, kept with it.
             changed: see `streaming.stream.stream`.
+            part: elements from and to, where they are those of a part of it.
         """
         if self._error is not None:
             raise self._error
         with self._lock:
-            self._waiting[tensor] = notes
+            if part is None:
+                self._waiting[tensor] = notes
+            else:
+                self._parts.append((tensor, part, notes))
             self._changed |= changed
 
     def __enter__(self) -> Commits:
@@ -72,13 +77,19 @@ class Commits:
     def _commit(self) -> None:
         with self._lock:
             tensors, self._waiting = self._waiting, {}
+            waiting, self._parts = self._parts, []
             changed = sorted(self._changed)
-        if tensors:
+        if tensors or waiting:
             chunks = [writer.sync() for writer in self._writers.values()]
-            written = {name: [self._place(name, folder) for folder in self._writers] for name in tensors}
-            self._journal.append({"tensors": tensors, "written": written, "changed": changed, "chunks": chunks})
+            written = {name: self._places(name) for name in tensors}
+            parts = [(name, *part, notes, self._places(name, part)) for name, part, notes in waiting]
+            record = {"tensors": tensors, "written": written, "changed": changed, "chunks": chunks}
+            self._journal.append({**record, **({"parts": parts} if parts else {})})
 
-    def _place(self, tensor: str, folder: str) -> tuple[str, list[int]]:
-        """The file of a tensor in one checkpoint, and its pieces there."""
-        file, pieces = self._writers[folder].written(tensor)
-        return (f"{folder}/{file}" if folder else file), pieces
+    def _places(self, tensor: str, part: tuple[int, int] | None = None) -> list[tuple[str, list[int]]]:
+        """The file of a tensor, or of a part of it, in each checkpoint, and its pieces there."""
+        places = []
+        for folder, writer in self._writers.items():
+            file, pieces = writer.written(tensor, part)
+            places.append((f"{folder}/{file}" if folder else file, pieces))
+        return places

@@ -169,6 +169,7 @@ class Job:
         """
         console = console or Console()
         with closing(self):
+            self.agree()
             if self.complete:
                 return self._as_it_was(self.complete)
             self.options.log("plan", **shown(self.work.as_json(), console.show))
@@ -181,9 +182,23 @@ class Job:
             except AlreadyComplete as done:
                 return self._as_it_was(str(done))
 
+    def _staged(self) -> AbstractContextManager[Stage]:
+        """The folder to write in, which several processes share where they were started together."""
+        processes = self.options.processes
+        if processes is None:
+            return self.staged()
+        from streaming.shared_stage import follow, lead
+
+        return lead(self.staged, processes) if processes.is_first else follow(self.save_path, processes)
+
+    def agree(self) -> None:
+        """See that all processes that share the run are about to do the same. Raises InputError."""
+        if self.options.processes is not None:
+            self.options.processes.agree({**self.identity, "output": {"is_complete": bool(self.complete)}})
+
     def _run(self, console: Console) -> Result:
-        work, observer = self.work, self.work.start()
-        with self.staged() as stage:
+        work, observer, processes = self.work, self.work.start(), self.options.processes
+        with self._staged() as stage:
             for note in stage.notes:
                 console.note(f"note: {shown(note, console.show)}")
             changes = self.step.prepare(work.base, work.tensors, console, stage) if self.step else None
@@ -195,6 +210,8 @@ class Job:
             moved = read + bytes_written(todo) * len(variants)
             with console.bar(work.verb, moved, "B") as advance:
                 written = write_checkpoints(work, variants, stage, self.options, observer, advance)
+            if processes is not None and not processes.is_first:
+                return Result(self.save_path, work, None, [], written)
             for variant, outputs in zip(variants, written.outputs, strict=True):
                 self._describe(stage, variant, outputs, written.findings, work.closing_record(observer))
         report = work.closing_record(observer).get("report")

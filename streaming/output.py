@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import resource
 import sys
 import time
@@ -11,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from checkpoints.files import in_utf8
-from checkpoints.finished import Finished
+from checkpoints.finished import Finished, Part
 from checkpoints.folder import Folder
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
 from checkpoints.staging import Stage
@@ -33,7 +34,10 @@ from streaming.stream import (
     stream,
 )
 from streaming.tally import Tally
-from streaming.work import CARD_FILE, Findings, Variant, Work, bytes_written
+from streaming.work import CARD_FILE, Findings, Variant, Work, bytes_written, remaining
+
+if TYPE_CHECKING:
+    from streaming.processes import Processes
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 TURN_BYTES = 512_000_000
@@ -56,6 +60,7 @@ class RunOptions:
         quiet: no progress bars.
         command: what the model card shows.
         log: told of every tensor.
+        processes: those that share the run; None where one does all of it.
     """
 
     stream: StreamOptions = field(default_factory=StreamOptions)
@@ -69,6 +74,7 @@ class RunOptions:
     quiet: bool = False
     command: Sequence[str] | None = None
     log: Log = no_log
+    processes: Processes | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class Written:
         bytes_read: every input tensor counts once; what an earlier run had finished does not.
         peak_memory_bytes: the largest resident memory the process ever had.
         findings: of the numbers.
-        outputs: for each variant, weight file -> its digest and size.
+        outputs: for each variant, weight file -> its digest and size; nothing in a process that is not the first of several.
+        processes: how many shared the run.
     """
 
     bytes_read: int
@@ -88,6 +95,7 @@ class Written:
     peak_memory_bytes: int
     findings: Findings
     outputs: Sequence[Mapping[str, Mapping[str, int | str]]] = ()
+    processes: int = 1
 
 
 def write_checkpoints(
@@ -98,7 +106,8 @@ def write_checkpoints(
     observer: Observer | None = None,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Written:
-    """Stream a work's tensors into every variant's folder, but for those that an earlier run of the stage finished.
+    """Stream a work's tensors into every variant's folder, but for those that an earlier run of the stage finished; where several
+    processes share the run, one's share of them, and the first finishes what all have written.
 
     Args:
         work: whose inputs must be unchanged at the end.
@@ -108,40 +117,69 @@ def write_checkpoints(
 
     Raises: InputError: as `stream`.
     """
-    started = time.monotonic()
+    started, processes = time.monotonic(), options.processes
     transforms = [variant.transform for variant in variants]
     groups = group_variants(variants)
-    non_finite = [count_non_finite() for _ in groups]
+    non_finite = [count_non_finite(len(group)) for group in groups]
     tallies = [*non_finite, *(each.tally for each in (observer, *transforms) if each is not None)]
     # What an earlier run finished is not streamed again; its sums go into the tallies.
-    usable = _usable(stage.finished, tallies, work.shards, variants)
-    todo = [tensor for tensor in work.tensors if tensor.spec.name not in usable]
+    there = There(stage.finished, tallies, work.shards, variants)
+    usable = there.whole
+    todo = remaining(work.tensors, usable, there.spans)
     for name in usable:
         for tally, numbers in zip(tallies, stage.finished.tensors[name], strict=True):
             tally.restore(name, numbers)
+    mine: list[tuple[str, tuple[int, int] | None]] = []
+    moved = [0, 0]
+    if processes is not None:
+        from streaming.shares import share_of
 
-    def finish(name: str, changed: set[int], seconds: float) -> None:
+        progress = processes.counting(progress)
+
+    def finish(tensor: PlannedTensor, changed: set[int], seconds: float) -> None:
+        name = tensor.spec.name
+        if tensor.part is not None:
+            commits.add(name, [tally.take(name, tensor.part) for tally in tallies], changed, tensor.part)
+            options.log("part", name=name, elements=tensor.part, seconds=round(seconds, 6))
+            return
         notes = [tally.close(name) for tally in tallies]
         commits.add(name, notes, changed)
         seen = [note for tally, numbers in zip(tallies, notes, strict=True) if (note := tally.describe(numbers))]
         options.log("tensor", name=name, seconds=round(seconds, 6), seen=seen)
 
-    # One writer for each variant, on the files that are there.
+    # One writer for each variant, on the files that are there, which the first of several processes makes.
     writers: dict[str, CheckpointWriter] = {}
     drops = not fits_in_memory(bytes_read(todo, transforms) + len(variants) * bytes_written(todo))
     places = {each.folder: stage.work.subfolder(each.folder) if each.folder else stage.work for each in variants}
+    if processes is not None and not processes.is_first:
+        processes.hear("files")
     try:
         for number, (name, folder) in enumerate(places.items()):
-            digest = options.digest_hash if options.digest != "none" else None
-            chunks = stage.finished.chunks[number] if number < len(stage.finished.chunks) else {}
             writers[name] = CheckpointWriter(
-                folder, work.shards, digest=digest, finished=usable, chunks=chunks, drops=drops
+                folder,
+                work.shards,
+                digest=options.digest_hash if options.digest != "none" else None,
+                finished=usable,
+                parts=there.spans,
+                chunks=_chunks_of(stage.finished, number),
+                makes=processes is None or processes.is_first,
+                drops=drops,
             )
         stage.work.sync()
+        if processes is not None and processes.is_first:
+            processes.say("files")
         # Stream into all of them, committing meanwhile and once more at the end.
         changed = set(stage.finished.changed)
         with Commits(stage.journal, writers) as commits, closing(work.parts(todo, stage)) as coming:
-            for part in coming:
+            for coming_part in coming:
+                part = (
+                    coming_part
+                    if processes is None
+                    else share_of(processes, coming_part, work.shards, variants, options.stream.elements)
+                )
+                mine += [(tensor.spec.name, tensor.part) for tensor in part]
+                moved[0] += bytes_read(part, transforms)
+                moved[1] += len(variants) * bytes_written(part)
                 # Several methods take turns at a few tensors, which are in the system's cache after the first.
                 for some in [part] if len(groups) == 1 else _in_turns(part):
                     for number, group in enumerate(groups):
@@ -155,25 +193,42 @@ def write_checkpoints(
                             changed=changed,
                             non_finite=non_finite[number],
                         )
+        # Every weight of ours is on the disk: look at the inputs once more.
+        for model in work.inputs:
+            model.weights.check_unchanged()
+        moved.append(peak_memory_bytes())
+        everyone = [moved]
+        if processes is not None:
+            answers = processes.gather("done", json.dumps(moved))
+            if not processes.is_first:
+                return Written(moved[0], moved[1], time.monotonic() - started, moved[2], Findings(frozenset(), {}))
+            everyone = [json.loads(answer) for answer in answers]
+        if processes is not None or there.spans:
+            from streaming.shares import take_over
+
+            changed |= take_over(stage, work.tensors, (usable, there.spans), mine, list(writers.values()), tallies)
         digests = [writer.close() for writer in writers.values()]
     finally:
         for writer in writers.values():
             writer.release()
-    # Every weight is on the disk: look at the inputs once more.
-    for model in work.inputs:
-        model.weights.check_unchanged()
     counts: Counter[str] = Counter()
     for tally in non_finite:
         counts.update({name: int(count) for name, (count,) in tally.by_tensor().items()})
     findings = Findings(frozenset(expect_changes(work.tensors) - changed), counts)
     return Written(
-        bytes_read(todo, transforms),
-        len(variants) * (bytes_written(todo) + sum(len(shard.header) for shard in work.shards)),
+        sum(each[0] for each in everyone),
+        sum(each[1] for each in everyone) + len(variants) * sum(len(shard.header) for shard in work.shards),
         time.monotonic() - started,
-        peak_memory_bytes(),
+        max(*(each[2] for each in everyone), peak_memory_bytes()),
         findings,
         digests,
+        len(everyone),
     )
+
+
+def _chunks_of(finished: Finished, variant: int) -> Mapping[str, Mapping[str, str]]:
+    """The digests of a variant's complete pieces that are known."""
+    return finished.chunks[variant] if variant < len(finished.chunks) else {}
 
 
 def group_variants(variants: Sequence[Variant]) -> list[list[Variant]]:
@@ -205,30 +260,48 @@ def _in_turns(part: Sequence[PlannedTensor]) -> Iterator[list[PlannedTensor]]:
         yield some
 
 
-def _go_on(name: str, changed: set[int], seconds: float) -> None:
+def _go_on(tensor: PlannedTensor, changed: set[int], seconds: float) -> None:
     """A tensor that other methods have yet to merge is not finished."""
 
 
-def _usable(
-    finished: Finished, tallies: Sequence[Tally], shards: Sequence[Shard], variants: Sequence[Variant]
-) -> frozenset[str]:
-    """The tensors that an earlier run finished for every variant, whole, and with notes that these tallies can have made."""
-    place = {name: (shard, shard.offsets[name], shard.nbytes[name]) for shard in shards for name in shard.offsets}
+class There:
+    """What an earlier run finished for every variant, with notes that these tallies can have made.
 
-    def is_whole(name: str) -> bool:
-        shard, begin, count = place[name]
-        written = finished.written[name]
-        files = [f"{variant.folder}/{shard.file_name}" if variant.folder else shard.file_name for variant in variants]
-        pieces = [pieces_of_file for _, pieces_of_file in written]
-        return [file for file, _ in written] == files and all(
-            _cover(pieces_of_file, begin, count) for pieces_of_file in pieces
+    Attributes:
+        whole: tensors.
+        spans: parts of others, elements from and to.
+    """
+
+    def __init__(
+        self, finished: Finished, tallies: Sequence[Tally], shards: Sequence[Shard], variants: Sequence[Variant]
+    ):
+        self._tallies, self._folders = tallies, [variant.folder for variant in variants]
+        self._shards = {name: shard for shard in shards for name in shard.offsets}
+        noted = (name for name, notes in finished.tensors.items() if self._is_noted(name, notes, Tally.accepts))
+        self.whole = frozenset(name for name in noted if self._is_written(name, None, finished.written[name]))
+        parts = {name: [part for part in parts if self._has(name, part)] for name, parts in finished.parts.items()}
+        self.spans = {name: [(part.start, part.stop) for part in known] for name, known in parts.items() if known}
+
+    def _has(self, name: str, part: Part) -> bool:
+        is_noted = self._is_noted(name, part.notes, Tally.accepts_rows)
+        return is_noted and self._is_written(name, (part.start, part.stop), part.written)
+
+    def _is_noted(self, name: str, notes: Sequence[Any], accepts: Callable[[Tally, Any], bool]) -> bool:
+        is_known = name in self._shards and len(notes) == len(self._tallies)
+        return is_known and all(map(accepts, self._tallies, notes))
+
+    def _is_written(
+        self, name: str, part: tuple[int, int] | None, written: Sequence[tuple[str, Sequence[int]]]
+    ) -> bool:
+        shard = self._shards[name]
+        begin, end = shard.bytes_of(name, part)
+        files = [f"{folder}/{shard.file_name}" if folder else shard.file_name for folder in self._folders]
+        is_inside = end <= shard.bytes_of(name)[1]
+        return (
+            is_inside
+            and [file for file, _ in written] == files
+            and all(_cover(pieces, begin, end - begin) for _, pieces in written)
         )
-
-    def is_noted(notes: Sequence[Any]) -> bool:
-        return len(notes) == len(tallies) and all(map(Tally.accepts, tallies, notes))
-
-    noted = (name for name, notes in finished.tensors.items() if name in place and is_noted(notes))
-    return frozenset(name for name in noted if is_whole(name))
 
 
 def _cover(pieces: Sequence[int], begin: int, count: int) -> bool:
@@ -242,8 +315,10 @@ def _cover(pieces: Sequence[int], begin: int, count: int) -> bool:
 
 
 def unfinished(tensors: Sequence[PlannedTensor], stage: Stage) -> list[PlannedTensor]:
-    """The tensors that no earlier run of the stage finished."""
-    return [tensor for tensor in tensors if tensor.spec.name not in stage.finished.tensors]
+    """The tensors, and parts of them, that no earlier run of the stage finished."""
+    parts = stage.finished.parts
+    spans = {name: [(part.start, part.stop) for part in known] for name, known in parts.items()}
+    return remaining(tensors, stage.finished.tensors.keys(), spans)
 
 
 def write_description(

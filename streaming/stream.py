@@ -45,6 +45,11 @@ class Merger(Protocol):
     whole_rows: ClassVar[bool]
     """Whether its blocks must hold whole rows, where a row has at most `GRID_ELEMENTS`."""
 
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` may read the tensor."""
+        ...
+
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """Statistics of a whole tensor, which `combine` needs; None where it needs none."""
         ...
@@ -105,6 +110,10 @@ class Transform(Protocol):
         """Whether the blocks of a tensor must hold whole rows; see `Merger.whole_rows`."""
         ...
 
+    def measures(self, tensor: TensorSpec) -> bool:
+        """Whether `measure` reads a tensor."""
+        ...
+
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """Statistics of a whole merged tensor, which all transforms of a run share; None where it needs none.
 
@@ -162,6 +171,7 @@ class PlannedTensor:
         dtype: of the output.
         note: why it is copied.
         origins: what it is in the base's files, where that is no tensor of its name: one, or one for each of its experts.
+        part: first element, and the one after the last, of what is to be written of it; None for all.
     """
 
     spec: TensorSpec
@@ -171,6 +181,12 @@ class PlannedTensor:
     method: Merger | None
     note: str = ""
     origins: tuple[Origin, ...] = ()
+    part: tuple[int, int] | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements to be written."""
+        return self.part[1] - self.part[0] if self.part else self.spec.numel
 
     def needs_base(self, transforms: Sequence[Transform | None]) -> bool:
         """Whether the base is read: not for a method that has no use for it, unless a transform asks for it."""
@@ -187,8 +203,12 @@ class PlannedTensor:
 
 
 def bytes_read(tensors: Sequence[PlannedTensor], transforms: Sequence[Transform | None] = ()) -> int:
-    """Bytes of every input tensor that a stream needs, each counted once."""
-    return sum(ref.info.nbytes for tensor in tensors for ref in tensor.sources(transforms))
+    """Bytes of every input tensor that a stream needs, each counted once; of a part its share."""
+    return sum(
+        ref.info.nbytes * tensor.numel // max(1, tensor.spec.numel)
+        for tensor in tensors
+        for ref in tensor.sources(transforms)
+    )
 
 
 @dataclass(frozen=True)
@@ -222,7 +242,7 @@ def stream(
     options: StreamOptions,
     observer: Observer | None = None,
     progress: Callable[[int], object] = lambda count: None,
-    finished: Callable[[str, set[int], float], object] = lambda name, changed, seconds: None,
+    finished: Callable[[PlannedTensor, set[int], float], object] = lambda tensor, changed, seconds: None,
     changed: Iterable[int] = (),
     non_finite: Tally | None = None,
 ) -> set[int]:
@@ -234,7 +254,7 @@ def stream(
         options: device, threads, size of a block.
         observer: shown some of the blocks, where given.
         progress: called with the number of bytes read and written, from several threads.
-        finished: called with the name of each tensor when all of it is written, `changed` so far, and the seconds it took,
+        finished: called with each tensor when all of it is written, `changed` so far, and the seconds it took,
             from several threads.
         changed: positions of models that are known to differ from the base.
         non_finite: gets the numbers of elements that are NaN or infinite in the outputs, where the options let them be.
@@ -245,14 +265,14 @@ def stream(
     """
     compiled = options.device.type == "cpu" and _is_worth_compiling(tensors, options)
     with compiling() if compiled else nullcontext(), closing(Workers(options.workers, compiled=compiled)) as workers:
-        counted = non_finite or count_non_finite()
+        counted = non_finite or count_non_finite(len(outputs))
         state = _Stream(workers, outputs, options, observer, progress, counted, uses_loops=compiled and can_compile())
         state.changed.update(changed)
 
         def merge_tensor(tensor: PlannedTensor) -> None:
             started = time.monotonic()
             state.merge_tensor(tensor)
-            finished(tensor.spec.name, set(state.changed), time.monotonic() - started)
+            finished(tensor, set(state.changed), time.monotonic() - started)
 
         workers.run_tensors(merge_tensor, tensors)
     return state.changed
@@ -264,9 +284,9 @@ def _is_worth_compiling(tensors: Sequence[PlannedTensor], options: StreamOptions
     return bytes_read(tensors) >= WORTH_COMPILING
 
 
-def count_non_finite() -> Tally:
-    """A tally of elements that are NaN or infinite."""
-    return Tally(1, lambda sums: {"non_finite": int(sums[0])})
+def count_non_finite(outputs: int = 1) -> Tally:
+    """A tally of elements that are NaN or infinite, in so many outputs together."""
+    return Tally(1, lambda sums: {"non_finite": int(sums[0])}, places=outputs)
 
 
 def expect_changes(tensors: Sequence[PlannedTensor]) -> set[int]:
@@ -325,7 +345,7 @@ class _Stream:
                 fusion.compile()
             if fusion and fusion.is_ready and self._options.block_elements is None:
                 elements = FUSED_ELEMENTS
-        regions = list(tile(tensor.spec, elements))
+        regions = list(tile(tensor.spec, elements, tensor.part))
         for _ in self._workers.map_ordered(work, read_ahead(tensor.sources(self._transforms), regions)):
             pass
 

@@ -11,6 +11,8 @@ from checkpoints.tensor_names import kind_of
 from streaming.blocks import GRID_ELEMENTS, Region
 
 SAMPLE_EVERY = 16
+Rows = list[list[float]]
+"""Place and numbers of each row that was added, in the order of the places."""
 
 
 def sample_of(region: Region, every: int = SAMPLE_EVERY) -> list[slice]:
@@ -31,10 +33,12 @@ class Tally:
     Args:
         width: how many numbers a row has.
         describe: what a tensor's sums mean, as JSON, for logs.
+        places: rows that `add` may get for each element: those of the element `e` have the places `e * places` and so on.
     """
 
-    def __init__(self, width: int, describe: Callable[[Sequence[float]], dict[str, Any]]) -> None:
+    def __init__(self, width: int, describe: Callable[[Sequence[float]], dict[str, Any]], *, places: int = 1) -> None:
         self._width = width
+        self._places = places
         self._describe = describe
         self._open: dict[str, dict[int, Sequence[float]]] = {}
         self._closed: dict[str, list[float]] = {}
@@ -53,11 +57,36 @@ class Tally:
         self._closed[tensor] = _add_up(numbers for _, numbers in sorted(parts.items()))
         return self._closed[tensor]
 
+    def take(self, tensor: str, part: tuple[int, int]) -> Rows:
+        """What was seen in a part of a tensor, of which nothing more will be added; `put` gives it to the tally that closes the tensor.
+
+        Args:
+            part: first element, and the one after the last.
+        """
+        with self._lock:
+            rows = self._open.get(tensor, {})
+            # A place below 0 is that of a second kind of rows, counted backwards.
+            inside = [at for at in sorted(rows) if part[0] <= (at if at >= 0 else -1 - at) // self._places < part[1]]
+            return [[at, *rows.pop(at)] for at in inside]
+
+    def put(self, tensor: str, rows: Rows) -> None:
+        """Add what another tally, or an earlier run's, saw in a part of a tensor: the sums are those of one tally that saw all."""
+        for at, *numbers in rows:
+            self.add(tensor, int(at), numbers)
+
     def accepts(self, numbers: Any) -> bool:
         """Whether `close` of such a tally can have given this, which was read from a file."""
-        if numbers is None:
-            return True
-        is_row = isinstance(numbers, list) and len(numbers) == self._width
+        return numbers is None or self._is_row(numbers, self._width)
+
+    def accepts_rows(self, rows: Any) -> bool:
+        """Whether `take` of such a tally can have given this, which was read from a file."""
+        return isinstance(rows, list) and all(
+            self._is_row(row, 1 + self._width) and type(row[0]) is int for row in rows
+        )
+
+    @staticmethod
+    def _is_row(numbers: Any, width: int) -> bool:
+        is_row = isinstance(numbers, list) and len(numbers) == width
         return is_row and all(type(number) in (int, float) and abs(number) <= sys.float_info.max for number in numbers)
 
     def restore(self, tensor: str, numbers: Sequence[float] | None) -> None:

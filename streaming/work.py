@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from checkpoints.model import Model
@@ -16,6 +16,8 @@ from checkpoints.writer import Shard, file_names
 from streaming.stream import Merger, Observer, PlannedTensor, Transform
 
 CARD_FILE = "README.md"
+Spans = Mapping[str, Sequence[tuple[int, int]]]
+"""Tensor -> parts of it, in their order: first element, and the one after the last."""
 
 
 @dataclass(frozen=True)
@@ -147,4 +149,29 @@ class Work(ABC):
 
 def bytes_written(tensors: Sequence[PlannedTensor]) -> int:
     """Bytes of output tensors."""
-    return sum(tensor.spec.numel * tensor.dtype.itemsize for tensor in tensors)
+    return sum(tensor.numel * tensor.dtype.itemsize for tensor in tensors)
+
+
+def remaining(tensors: Sequence[PlannedTensor], whole: Collection[str], parts: Spans) -> list[PlannedTensor]:
+    """What is left of tensors of which some are finished, and parts of others.
+
+    Args:
+        whole: names of those that are finished.
+        parts: finished parts of others.
+    """
+    left: list[PlannedTensor] = []
+    for tensor in tensors:
+        name = tensor.spec.name
+        if name in whole:
+            continue
+        if not parts.get(name):
+            left.append(tensor)
+        else:
+            left += [replace(tensor, part=span) for span in gaps(tensor.spec.numel, parts[name])]
+    return left
+
+
+def gaps(numel: int, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The elements of a tensor that are in none of some parts, which are in their order."""
+    edges = [0, *(edge for span in spans for edge in span), numel]
+    return [(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True) if begin < end]

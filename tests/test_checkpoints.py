@@ -846,6 +846,7 @@ def test_tokens_of_a_tokenizer(tmp_path):
     assert Vocabulary({}).size == 0
 
 
+@pytest.mark.command
 def test_tokens_of_another_kind_of_tokenizer(tmp_path):
     """No tokenizer.json: transformers is asked."""
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')

@@ -57,6 +57,11 @@ class Method(ABC):
             for number in value if parameter.per_model else (value,):
                 parameter.check(number)
 
+    @property
+    def measures(self) -> bool:
+        """Whether `measure` may read the tensor, which one process then merges whole."""
+        return type(self).measure is not Method.measure
+
     def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
         """Reduce one tensor to the statistics that `combine` needs; None where it needs none."""
         return None

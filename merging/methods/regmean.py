@@ -206,6 +206,7 @@ class Projected:
     space: ClassVar[Literal["task_vectors", "weights"]] = "task_vectors"
     reads_base: ClassVar[bool] = True
     whole_rows: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
 
     projections: torch.Tensor
     input_dim: int

@@ -69,12 +69,22 @@ class SparseTaskVectors(Method):
             selection: what `select` found.
         """
 
+    @property
+    def measures(self) -> bool:
+        """See `Method.measures`."""
+        return type(self).select is not SparseTaskVectors.select or self._restores
+
+    @property
+    def _restores(self) -> bool:
+        """Whether the l1 norm of what is thinned is restored."""
+        wanted = self.restores_norm if self.rescale is None else self.rescale
+        return wanted and any(density < 1.0 for density in self.densities)
+
     def measure(self, tensor: TensorSpec, scan: Scan) -> Thinning:
         """See `Thinning`; one reading more where l1 norms are restored."""
         selection = self.select(tensor, scan)
         thinned = [density < 1.0 for density in self.densities]
-        wanted = self.restores_norm if self.rescale is None else self.rescale
-        if not (wanted and any(thinned) and tensor.numel):
+        if not (self._restores and tensor.numel):
             return Thinning(selection)
 
         def norms(block: Block) -> torch.Tensor:
