@@ -150,7 +150,8 @@ def staged(
             except BaseException as error:
                 # A failing disk, Ctrl-C or a crash leaves what can be gone on with; an input that is at fault leaves nothing.
                 stays = not isinstance(error, InputError) or error.keeps_work
-                if journal is not None and not (stays and has_records(state)):
+                has_done = journal is not None and bool(journal.records or others or has_records(state))
+                if journal is not None and not (stays and has_done):
                     job.discard(work)
                 elif journal is not None and isinstance(error, KeyboardInterrupt):
                     raise Interrupted(
