@@ -26,10 +26,10 @@ COMMANDS := $(wildcard *.py)
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .DEFAULT_GOAL := help
-.PHONY: help demo-quick demo experiments family real real-quick real-full real-base test test-fast test-all coverage architectures test-vllm fuzz check clean
+.PHONY: help demo-quick demo experiments family real real-quick real-options real-full real-base test test-fast test-all coverage architectures test-vllm fuzz check clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: PYTHON=python3.12 (creates .venv), PYTEST_ARGS="-k ties -x", DEMO_ARGS=--fresh'
 
 demo-quick: $(RUNTIME)  ## one merge without and with AIM, evaluated, in under a minute
@@ -51,6 +51,9 @@ real: real-base  ## a real model: three experts trained, merged in every way and
 
 real-quick: real-base  ## the same with adapters that are there, and fewer documents and merges (5 minutes)
 	PYTHONPATH=. $(PY) -m examples.real.run --quick $(REAL_ARGS)
+
+real-options: real-base  ## RegMean's options, Iso-C, WUDI and prototypes with the experts of make real, on validation
+	$(REAL_RUN) --options
 
 real-full: real-base  ## all rules and controls, fine grids, pairs, overtrained experts, two seeds (many hours; REAL_ARGS="--device cuda --processes 4")
 	$(REAL_RUN) --full

@@ -288,7 +288,7 @@ class Extraction:
         modules = {target.module for target in (*self.targets, *tied)}
         config = config_of(
             factors, whole, ranks,
-            base=self.base.label, revision=self.base.location.revision, modules=modules, keeps_ties=bool(tied),
+            base=self.base, modules=modules, keeps_ties=bool(tied),
         )  # fmt: skip
         stage.work.write(ADAPTER_CONFIG, in_utf8(json.dumps(config, indent=2) + "\n"))
 
@@ -297,7 +297,7 @@ class Extraction:
     ) -> None:
         card = f"A LoRA adapter that makes {markdown_code(self.made)} of {markdown_code(self.base.label)}, to these errors:\n\n```text\n{table(compared)}\n```"
         text = model_card(
-            title=self.save_path.resolve().name, base=self.base, models=self.inputs[1:], text=card,
+            title=self.save_path.resolve().name, models=self.inputs, text=card,
             command=self.options.command, library="peft", tag="lora",
         )  # fmt: skip
         stage.work.write(CARD_FILE, in_utf8(text))

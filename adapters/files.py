@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from adapters.low_rank import LoraChoice
 from adapters.targets import PREFIX, Target, short_names
 from checkpoints.safetensors_format import build_header
 from checkpoints.source import READ_ELEMENTS, TensorInfo, TensorRef
+
+if TYPE_CHECKING:
+    from checkpoints.model import Model
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 Slot = tuple[str, str, TensorInfo]
@@ -66,8 +69,7 @@ def config_of(
     whole: Sequence[Target],
     ranks: Mapping[str, int],
     *,
-    base: str,
-    revision: str | None,
+    base: Model,
     modules: Collection[str],
     keeps_ties: bool,
 ) -> dict[str, Any]:
@@ -76,6 +78,7 @@ def config_of(
     Args:
         factors, whole: what the adapter has.
         ranks: of each tensor with factors.
+        base: that it is for.
         modules: dotted names of all modules that have weights.
         keeps_ties: whether the embedding is stored with the head that is tied to it.
     """
@@ -86,8 +89,8 @@ def config_of(
     saved = [module for module in kept if module not in by_module]
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": base.rpartition("@")[0] if revision else base,
-        "revision": revision,
+        "base_model_name_or_path": base.label.rpartition("@")[0] if base.location.revision else base.label,
+        "revision": base.location.revision,
         "inference_mode": True,
         "r": most,
         "lora_alpha": most,

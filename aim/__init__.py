@@ -4,9 +4,9 @@ from aim import CalibrationData, Omega, Relaxing, relax_checkpoint
 from aim.calibrate import calibrate
 from checkpoints import open_model
 
-base, merged = open_model("BASE"), open_model("MERGED")
+base, merged = open_model("./base"), open_model("./merged")
 activations = calibrate(base, CalibrationData("texts.jsonl"))
-relax_checkpoint(merged, base, activations, "OUT", Relaxing((Omega(0.4),)))
+relax_checkpoint(merged, base, activations, "./relaxed", Relaxing((Omega(0.4),)))
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class MeanDirection:
 
         def look(block: Block) -> tuple[Region, torch.Tensor, torch.Tensor]:
             assert block.base is not None
-            change = block.region.as_stack(block.weights[0] - block.base)
+            change = block.region.as_stack(block.weights[0] - block.base).double()
             looked = answers(*self._oriented(block.region, change))
             return block.region, looked.cpu(), _squares(change).cpu()
 
@@ -85,7 +85,7 @@ class MeanDirection:
         """See `Pull`."""
         turned, u = self._oriented(region, merged)
         if statistics is None:
-            change = merged - base
+            change = (merged - base).double()  # once, for both sums
             along = answers(change, u)
             energies = float(along.square().sum()), float(_squares(change).sum())
         else:
@@ -122,5 +122,5 @@ class MeanDirection:
 
 
 def _squares(change: torch.Tensor) -> torch.Tensor:
-    """|D|^2 of each matrix of a region, `[matrices]` float64."""
-    return change.double().square().sum(dim=(1, 2))
+    """|D|^2 of each matrix of a region, `[matrices]` float64; `change` float64."""
+    return change.square().sum(dim=(1, 2))

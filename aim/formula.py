@@ -184,7 +184,7 @@ def answers(change: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """D u, `[..., out]` float64; 0 for an output whose task vector is not finite, so that it stays as merged.
 
     Args:
-        change: `[..., out, in]` float32, D.
+        change: `[..., out, in]` float32 or float64, D.
         u: `[..., in]` float64.
     """
     # By elements and not as a product of matrices, whose sums depend on how many rows there are.

@@ -34,7 +34,9 @@ RESULTS = (
     "kept",
     "mean_change",
 )
-"""What merge_recipe.json has in the section besides: it says what came of it, and is passed over."""
+"""What merge_recipe.json has in the section besides: it says what came of it, and is passed over there."""
+RECORD = "base_fingerprint"
+"""The one that every record has, and no recipe that somebody wrote."""
 CALIBRATION = "calibration"
 CALIBRATION_RESULTS = (
     "numerics",
@@ -191,8 +193,9 @@ def read_section(section: Mapping[str, Any], where: str) -> Given:
     problems = Problems()
     content: dict[str, Any] = {}
     places: dict[str, str] = {}
+    results, calibration_results = (RESULTS, CALIBRATION_RESULTS) if RECORD in section else ((), ())
     for key, value in section.items():
-        if key in RESULTS or key == CALIBRATION or (key == "statistics" and isinstance(value, Mapping)):
+        if key in results or key == CALIBRATION or (key == "statistics" and isinstance(value, Mapping)):
             continue
         if key in READERS and key not in {*NO_KEYS, *CALIBRATION_KEYS.values()}:
             content[key], places[key] = value, f"{where}: aim.{key}"
@@ -206,9 +209,15 @@ def read_section(section: Mapping[str, Any], where: str) -> Given:
         )
     elif content.get("statistics") is None:  # a file of statistics says how they were taken, which is passed over
         for key, value in (calibration or {}).items():
-            if key in CALIBRATION_RESULTS:
+            if key in calibration_results:
                 continue
-            if key in CALIBRATION_KEYS:
+            if key in MACHINE:
+                problems.add(
+                    ArgumentError(
+                        f"{where}: aim.{CALIBRATION}.{key}: belongs to a machine, and to no recipe. Use {setting(MACHINE[key])}."
+                    )
+                )
+            elif key in CALIBRATION_KEYS:
                 name = CALIBRATION_KEYS[key]
                 content[name], places[name] = value, f"{where}: aim.{CALIBRATION}.{key}"
             else:

@@ -208,8 +208,7 @@ def make_relaxations(
         [], summarise(importance, mean_energy, activations.statistics), kept, importance, mean_energy, warnings=warnings
     )
     for omega, folder in zip(how.omegas, how.folders, strict=True):
-        pulls = make_pulls(activations, selection, how, omega)
-        pulls = {name: pull for name, pull in pulls.items() if outputs.get(name) == ""}
+        pulls = _merged_pulls(make_pulls(activations, selection, how, omega), outputs)
         stored = base.weights.tensors
         weights = {name: _numel((names or {}).get(name, (Origin(name),)), stored) for name in pulls}
         relaxations.transforms.append(Relaxation(pulls, device))
@@ -225,6 +224,30 @@ def make_relaxations(
             )
         )
     return relaxations
+
+
+def make_transforms(
+    base: Model, activations: Activations, how: Relaxing, tensors: Sequence[PlannedTensor], device: torch.device
+) -> list[Relaxation]:
+    """The transforms alone, one for each omega, without what reports and cards say of the statistics.
+
+    Args:
+        base, activations, how, device: see `make_relaxations`, which raises the same.
+        tensors: of the output.
+    """
+    selection, _ = select(base, how.numerics)
+    check_activations(activations, base, selection, how, "the statistics")
+    names, outputs = names_of(tensors), outputs_of(tensors)
+    selection, activations = selection.renamed(names), activations.renamed(names)
+    return [
+        Relaxation(_merged_pulls(make_pulls(activations, selection, how, omega), outputs), device)
+        for omega in how.omegas
+    ]
+
+
+def _merged_pulls(pulls: Mapping[str, Pull], outputs: Mapping[str, str]) -> dict[str, Pull]:
+    """Those of tensors that are merged, not copied."""
+    return {name: pull for name, pull in pulls.items() if outputs.get(name) == ""}
 
 
 def _words(how: Relaxing) -> str:

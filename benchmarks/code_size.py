@@ -23,7 +23,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ROOT / "tests" / "goldens" / "inputs"
-PACKAGES = ("checkpoints", "streaming", "alignment", "forward", "merging", "aim", "evaluation", "reports", "commands")
+PACKAGES = (
+    "checkpoints",
+    "streaming",
+    "alignment",
+    "forward",
+    "merging",
+    "aim",
+    "evaluation",
+    "reports",
+    "adapters",
+    "search",
+    "commands",
+)
 MANY = 6
 
 # Runs a command under a tracer that looks at our own files only, and prints what it saw. It must not import anything of ours.

@@ -111,7 +111,6 @@ def common_licence(models: Sequence[Model]) -> str | None:
 def model_card(
     *,
     title: str,
-    base: Model,
     models: Sequence[Model],
     text: str,
     command: Sequence[str] | None,
@@ -122,12 +121,12 @@ def model_card(
 
     Args:
         title: the model's name.
-        base, models: the inputs; the front matter names those that are on the hub, without their revisions.
+        models: the inputs, the base first; the front matter names those that are on the hub, without their revisions.
         text: Markdown between the title and the command: what was made of which models, and how.
         command: argument list as run; None where it was called from Python.
         library, tag: what loads it and what it is, as the hub has it.
     """
-    origins = [origin for model in (base, *models) for origin in model.origins]
+    origins = [origin for model in models for origin in model.origins]
     named = [location.name for model in origins for location, _ in model.parts]
     on_hub = dict.fromkeys(
         name.path_or_id for name in named if not name.is_local

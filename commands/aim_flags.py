@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from checkpoints.errors import ArgumentError
 from checkpoints.settings import setting
+from commands.shell import Group, Parser
 
 if TYPE_CHECKING:
     from aim.reading import Given
@@ -38,15 +39,18 @@ NOT_ALONE = [flag for flag in SETTINGS if flag not in ("omega", "omegas", "seed"
 """Flags of merge.py that mean nothing without omega."""
 
 
-def add_aim_flags(parser: argparse.ArgumentParser, *, omega_help: str) -> argparse._ArgumentGroup:
+def add_aim_flags(parser: Parser, *, omega_help: str, alone: bool = False) -> Group:
     """The flags of relaxing and of calibrating. Their defaults are None, so that it shows which were given.
+
+    Args:
+        alone: AIM is all that the command does, so that more of them are common.
 
     Returns: the group of the flags of relaxing.
     """
     how = parser.add_argument_group("activation-informed merging (AIM)")
-    how.add_argument("--omega", metavar="O", help=omega_help)
-    how.add_argument("--omegas", metavar="O,O", help="a sweep, such as 0,0.2,0.4: one checkpoint each, in SAVE_PATH/omega_0.2 and so on, from one calibration and one reading of the weights")  # fmt: skip
-    how.add_argument("--protect", metavar="P", help="what of the base: channels (default; by the importance s of each input channel, as published) or mean (its answer to the mean input of each weight: W_merged - (1 - omega) (D u) u^T)")  # fmt: skip
+    how.add_argument("--omega", common=True, metavar="O", help=omega_help)
+    how.add_argument("--omegas", common=alone, metavar="O,O", help="a sweep, such as 0,0.2,0.4: one checkpoint each, in SAVE_PATH/omega_0.2 and so on, from one calibration and one reading of the weights")  # fmt: skip
+    how.add_argument("--protect", common=True, metavar="P", help="what of the base: channels (default; by the importance s of each input channel, as published) or mean (its answer to the mean input of each weight: W_merged - (1 - omega) (D u) u^T)")  # fmt: skip
     how.add_argument("--scaling", metavar="S", help="of the importance s: identity (default), sqrt or square; after_first, after_first_sqrt, after_first_square: the same without the first token of each block, which takes massive activations on itself")  # fmt: skip
     how.add_argument("--control", metavar="C", help="uniform or permuted, with --protect mean also random: relax as much, without knowing the base's inputs (a merge that AIM helps no more than these was only too large); without_top: as AIM, but the channels that stand out stay as merged")  # fmt: skip
     how.add_argument(
@@ -54,11 +58,13 @@ def add_aim_flags(parser: argparse.ArgumentParser, *, omega_help: str) -> argpar
         metavar="N",
         help="float32 (default; rounds once) or reference (the published program, bit for bit)",
     )
-    how.add_argument("--activations", metavar="FILE", help="use these statistics of the base instead of calibrating")
-    how.add_argument("--save_activations", metavar="FILE", help="keep the statistics for --activations")
+    how.add_argument(
+        "--activations", common=alone, metavar="FILE", help="use these statistics of the base instead of calibrating"
+    )
+    how.add_argument("--save_activations", common=alone, metavar="FILE", help="keep the statistics for --activations")
     how.add_argument("--figures", metavar="FOLDER", help="draw s per kind of layer and over layers")
     text = parser.add_argument_group("calibration of the base model")
-    text.add_argument("--calibration_data", metavar="DATA", help="a hub dataset NAME:CONFIG:SPLIT; a .txt (one text a line), .json, .jsonl or .parquet file, or .gz of one; a saved dataset folder (default: mit-han-lab/pile-val-backup::validation, as published)")  # fmt: skip
+    text.add_argument("--calibration_data", common=True, metavar="DATA", help="a hub dataset NAME:CONFIG:SPLIT; a .txt (one text a line), .json, .jsonl or .parquet file, or .gz of one; a saved dataset folder (default: mit-han-lab/pile-val-backup::validation, as published)")  # fmt: skip
     text.add_argument("--text_field", metavar="F", help="the field of a row that holds the text (default text)")
     text.add_argument("--n_samples", metavar="N", help="texts (default 256)")
     text.add_argument("--block_size", metavar="N", help="tokens of a block, and of the longest text (default 512)")

@@ -24,14 +24,15 @@ if TYPE_CHECKING:
 def build_parser() -> shell.Parser:
     """The flags of compare_models.py."""
     parser = shell.Parser(prog="compare_models.py", description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="results of evaluate_model.py (.json), of merges and of the models that were merged; or a table of scores in percent (.csv)")  # fmt: skip
-    parser.add_argument("--population", metavar="A,B", help="the models that HV gain is measured against: their names, or a column of the CSV that names them (default: the models that were merged)")  # fmt: skip
-    parser.add_argument("--benchmarks", metavar="A,B", help="columns (default: those of the paper's six that were evaluated)")  # fmt: skip
+    what = parser.add_argument_group("what to compare")
+    what.add_argument("files", common=True, nargs="+", metavar="FILE", help="results of evaluate_model.py (.json), of merges and of the models that were merged; or a table of scores in percent (.csv)")  # fmt: skip
+    what.add_argument("--population", common=True, metavar="A,B", help="the models that HV gain is measured against: their names, or a column of the CSV that names them (default: the models that were merged)")  # fmt: skip
+    what.add_argument("--benchmarks", common=True, metavar="A,B", help="columns (default: those of the paper's six that were evaluated)")  # fmt: skip
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="FILE", help="write the table too: .md, .tex (two digits), .csv (percent) or .json (fractions)")  # fmt: skip
-    output.add_argument("--overwrite", action="store_true", help="replace --out where it exists")
-    output.add_argument("--figures", metavar="FOLDER", help="draw HV gain over omega, changes by benchmark and Pareto fronts, as PNG and SVG")  # fmt: skip
-    output.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    output.add_argument("--out", common=True, metavar="FILE", help="write the table too: .md, .tex (two digits), .csv (percent) or .json (fractions)")  # fmt: skip
+    output.add_argument("--overwrite", common=True, action="store_true", help="replace --out where it exists")
+    output.add_argument("--figures", common=True, metavar="FOLDER", help="draw HV gain over omega, changes by benchmark and Pareto fronts, as PNG and SVG")  # fmt: skip
+    output.add_argument("--quiet", common=True, action="store_true", help="print warnings and errors only")
     return parser
 
 

@@ -33,18 +33,17 @@ def build_parser() -> shell.Parser:
         "--base_model", required=True, metavar="MODEL", help="what it was fine-tuned from; the adapter goes on this"
     )
     what.add_argument("--save_path", required=True, metavar="FOLDER", help="the adapter; appears when it is complete")
-    what.add_argument("--rank", type=shell.positive, metavar="N", help="directions kept of each matrix at most (default 16, with --energy none)")  # fmt: skip
-    what.add_argument("--energy", type=float, metavar="E", help="keep as many directions of each matrix as hold this share of the squares of its change, such as 0.95")  # fmt: skip
-    what.add_argument("--modules_to_save", metavar="A,B", help="modules that are stored whole where they changed, by the ends of their names, such as embed_tokens,norm; bias for all biases; all for everything that is no matrix product (default: none; what is lost is reported)")  # fmt: skip
-    what.add_argument("--dtype", default="float32", metavar="DTYPE", help="of the factors: float32 (default), bfloat16 or float16")  # fmt: skip
-    what.add_argument("--overwrite", action="store_true", help="replace SAVE_PATH where it holds an earlier result")
+    what.add_argument("--rank", common=True, type=shell.positive, metavar="N", help="directions kept of each matrix at most (default 16, with --energy none)")  # fmt: skip
+    what.add_argument("--energy", common=True, type=float, metavar="E", help="keep as many directions of each matrix as hold this share of the squares of its change, such as 0.95")  # fmt: skip
+    what.add_argument("--modules_to_save", common=True, metavar="A,B", help="modules that are stored whole where they changed, by the ends of their names, such as embed_tokens,norm; bias for all biases; all for everything that is no matrix product (default: none; what is lost is reported)")  # fmt: skip
+    what.add_argument("--dtype", common=True, default="float32", metavar="DTYPE", help="of the factors: float32 (default), bfloat16 or float16")  # fmt: skip
+    what.add_argument(
+        "--overwrite", common=True, action="store_true", help="replace SAVE_PATH where it holds an earlier result"
+    )
     what.add_argument("--no_resume", action="store_true", help="begin anew where an interrupted run left something to go on with")  # fmt: skip
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", metavar="DEVICE", help="where matrices are taken apart: auto (a GPU where there is one; default), cpu, cuda or cuda:1")  # fmt: skip
-    running.add_argument("--trust_remote_code", action="store_true", help="let Python code that comes with a model run (default: off)")  # fmt: skip
-    running.add_argument("--dry_run", action="store_true", help="print the plan or every refusal; write nothing")
-    running.add_argument("--json", action="store_true", help="with --dry_run: the plan as JSON")
-    running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    shell.add_running_flags(running)
     return parser
 
 

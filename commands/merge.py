@@ -25,7 +25,7 @@ from checkpoints.problems import Problems
 from checkpoints.screen import say
 from checkpoints.settings import setting, show_settings
 from commands import aim_flags, shell
-from merging.methods import METHODS, get_method, is_outside, parameters_by_key
+from merging.methods import METHODS, canonical, get_method, is_outside, parameters_by_key
 from merging.parameters import REQUIRED, Parameter
 
 if TYPE_CHECKING:
@@ -42,11 +42,12 @@ BY_LOSS = "loss"
 """What `--weights` says for weights by the models' losses on examples."""
 
 
-def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
+def build_parser(named: Sequence[str] = ()) -> shell.Parser:
     """The flags of merge.py.
 
     Args:
-        outside: methods outside of this program, `package.module:Class`, whose parameters become flags too; imported.
+        named: the methods that the command line names, whose parameters are common flags. Those outside of this program,
+            `package.module:Class`, are imported, and their parameters become flags too.
 
     Raises: ArgumentError: one of them cannot be imported, or its parameters cannot be flags.
     """
@@ -54,19 +55,24 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
     what = parser.add_argument_group("what to merge")
     what.add_argument(
         "--method",
+        common=True,
         metavar="METHOD",
         help=", ".join(METHODS) + " (in any case); or one of your own, package.module:Class (docs/adding-a-method.md)",
     )
-    what.add_argument("--base_model", metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name, NAME@REVISION, a .safetensors or .gguf file; gives config, tokenizer and vocabulary")  # fmt: skip
-    what.add_argument("--models_to_merge", metavar="A,B,C", help="folders, hub names, NAME@REVISION, .safetensors or .gguf files; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
+    what.add_argument("--base_model", common=True, metavar="MODEL", help="what the models were fine-tuned from: a folder, a hub name, NAME@REVISION, a .safetensors or .gguf file; gives config, tokenizer and vocabulary")  # fmt: skip
+    what.add_argument("--models_to_merge", common=True, metavar="A,B,C", help="folders, hub names, NAME@REVISION, .safetensors or .gguf files; LoRA adapters too, by themselves or as BASE+ADAPTER; with weights A:0.5,B:0.3")  # fmt: skip
     what.add_argument("--model_data", metavar="A,B,C", help=f"{', '.join(name for name, entry in METHODS.items() if entry.needs_data)}: text of each model's own task, in the order of the models: .jsonl, .json, .txt or .parquet files (or .gz) of texts, or of prompt and answer; with --weights loss one such file of the task that the merge is for")  # fmt: skip
-    what.add_argument("--config", metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
+    what.add_argument("--config", common=True, metavar="FILE", help="instead of the three above: a recipe, in mergekit's YAML or the merge_recipe.json of another merge (docs/from-mergekit.md)")  # fmt: skip
     what.add_argument("--write_config", metavar="FILE", help="write what the flags say as such a recipe, and do nothing else")  # fmt: skip
     what.add_argument("--keep_intermediate", metavar="NAME", help="write the recipe's merge of this name too, as SAVE_PATH-NAME, and read it from there; several separated by commas")  # fmt: skip
-    what.add_argument("--save_path", metavar="FOLDER", help="the merged checkpoint; appears when it is complete")
+    what.add_argument(
+        "--save_path", common=True, metavar="FOLDER", help="the merged checkpoint; appears when it is complete"
+    )
     what.add_argument("--as_lora", action="store_true", help="write the merge as a LoRA adapter of the base, where its changes have low rank: those of adapters added up (docs/adapters.md)")  # fmt: skip
     what.add_argument("--verify", metavar="FOLDER", help="merge nothing: check that every file of a result is what its run wrote (sizes, digests) and that none was added, that every number is finite, and shapes")  # fmt: skip
-    how = parser.add_argument_group("how (a flag that the method does not use is an error)")
+    how = parser.add_argument_group(
+        "how (a flag that the method does not use is an error; --method NAME --help shows those of the method)"
+    )
     how.add_argument(
         "--seed",
         type=shell.whole,
@@ -92,15 +98,20 @@ def build_parser(outside: Sequence[str] = ()) -> shell.Parser:
         "--report", default="sample", metavar="WHAT", help="sample (one block in 16; default), full or none"
     )
     # Last, so that a method's key that is a flag already is refused as the method's slip.
-    more = [(name, parameter) for name in outside for parameter, _ in get_method(name).parameters().values()]
+    more = [
+        (name, parameter)
+        for name in filter(is_outside, named)
+        for parameter, _ in get_method(name).parameters().values()
+    ]
     keys = parameters_by_key(more)
     for key, users in keys.items():
-        add_parameter(how, key, users)
+        is_common = any(parameter.common or name in named for name, parameter in users)
+        add_parameter(how, key, users, common=is_common)
     parser.set_defaults(parameter_keys=tuple(keys))
     return parser
 
 
-def add_parameter(group: argparse._ArgumentGroup, key: str, users: Sequence[tuple[str, Parameter]]) -> None:
+def add_parameter(group: shell.Group, key: str, users: Sequence[tuple[str, Parameter]], *, common: bool) -> None:
     """Add the flag of a recipe key; its help says what each method means by it, and does without.
 
     Raises: ArgumentError: a method outside of this program has a key that is another flag already.
@@ -118,7 +129,10 @@ def add_parameter(group: argparse._ArgumentGroup, key: str, users: Sequence[tupl
         if len(kinds) != 1:
             raise ValueError("for other methods it is a number where it is a switch here, or the other way round")
         group.add_argument(
-            shell.show_flag(key, None), help=show_settings(text, shell.show_flag).replace("%", "%%"), **form
+            shell.show_flag(key, None),
+            common=common,
+            help=show_settings(text, shell.show_flag).replace("%", "%%"),
+            **form,
         )
     except (argparse.ArgumentError, ValueError) as error:
         name = users[-1][0]
@@ -137,10 +151,10 @@ def default_text(parameter: Parameter) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    outside = outside_methods(sys.argv[1:] if argv is None else argv)
+    named = named_method(sys.argv[1:] if argv is None else argv)
     parser = shell.Parser(prog="merge.py")
     try:
-        parser = build_parser(outside)
+        parser = build_parser(named)
     except InputError as error:
         parser.error(str(error.shown(shell.show_flag)))
 
@@ -151,17 +165,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return shell.run(parser, body, argv)
 
 
-def outside_methods(argv: Sequence[str]) -> list[str]:
-    """The method outside of this program that `--method` names: its parameters are flags, so it is needed before they are read.
+def named_method(argv: Sequence[str]) -> list[str]:
+    """The method that `--method` names, if it is there: needed before the flags are read, as parameters of one outside of this
+    program are flags.
 
-    The current folder becomes the last place that modules are looked for, as with `python -m`.
+    For such a one the current folder becomes the last place that modules are looked for, as with `python -m`.
     """
     named = [argument.partition("=")[2] for argument in argv if argument.startswith("--method=")]
     named += [value for flag, value in pairwise(argv) if flag == "--method"]
-    outside = list(filter(is_outside, named))[-1:]
-    if outside or ("--trust_remote_code" in argv and any(argument.startswith("--config") for argument in argv)):
+    named = [canonical(name) for name in named[-1:]]
+    if any(map(is_outside, named)) or (
+        "--trust_remote_code" in argv and any(argument.startswith("--config") for argument in argv)
+    ):
         sys.path.append(os.getcwd())
-    return outside
+    return named
 
 
 def check_required(parser: shell.Parser, arguments: argparse.Namespace) -> None:

@@ -36,7 +36,7 @@ def build_parser() -> shell.Parser:
     what.add_argument(
         "--save_path", required=True, metavar="FOLDER", help="the relaxed checkpoint; appears when it is complete"
     )
-    how = aim_flags.add_aim_flags(parser, omega_help="0 puts the most active channel back to the base, 1 changes nothing (default 0.4); also by filter, mlp=0.2,self_attn=0.6,0.4: the first that is part of a tensor's name counts, the last number is for the rest")  # fmt: skip
+    how = aim_flags.add_aim_flags(parser, alone=True, omega_help="0 puts the most active channel back to the base, 1 changes nothing (default 0.4); also by filter, mlp=0.2,self_attn=0.6,0.4: the first that is part of a tensor's name counts, the last number is for the rest")  # fmt: skip
     how.add_argument("--seed", type=shell.whole, metavar="N", help="of --control permuted and random (default 0)")
     shell.add_layout_flags(parser.add_argument_group("vocabulary and head of the output"))
     shell.add_output_flags(parser, dtype_of="the merged model")

@@ -44,6 +44,7 @@ FLAGS = {
 }
 """Setting -> its flag, where that has another name."""
 LESS_MEMORY = "Use fewer --workers, or --device cpu."
+OWN_CODE = "Python code that comes with a model, or a method of your own that a recipe file names,"
 SIZE_UNITS = {
     "": 1,
     "K": 10**3,
@@ -67,12 +68,91 @@ def show_flag(name: str, value: str | None) -> str:
     return as_flag(flag, value)
 
 
+class Help(argparse.Action):
+    """Print the help and exit: the common flags for `--help`, every flag for `--help-all`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **keywords: Any):
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **keywords)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> NoReturn:
+        assert isinstance(parser, Parser)
+        print(parser.help_text(whole=option == "--help-all"), end="")
+        parser.exit()
+
+
+class Group(argparse._ArgumentGroup):
+    """Flags under one title, each common or not.
+
+    Attributes:
+        common: those that `--help` shows; the others are left to `--help-all`.
+    """
+
+    def __init__(self, container: argparse.ArgumentParser, *names: Any, **keywords: Any):
+        super().__init__(container, *names, **keywords)
+        self.common: list[argparse.Action] = []
+
+    @property
+    def flags(self) -> list[argparse.Action]:
+        """All of them."""
+        return self._group_actions
+
+    def add_argument(self, *names: str, common: bool = False, **keywords: Any) -> argparse.Action:
+        """Add a flag as argparse does, a common one where most runs need it; one that is required always is."""
+        action = super().add_argument(*names, **keywords)
+        if common or action.required:
+            self.common.append(action)
+        return action
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, with `--version`, and with the nearest flag named where one is unknown."""
+    """argparse without abbreviations, with a short help and a whole one, with `--version`, and with the nearest flag named
+    where one is unknown.
+
+    Attributes:
+        groups: the groups of flags, in the order of the help.
+    """
 
     def __init__(self, **keywords: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords)
-        self.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+        self.groups: list[Group] = []
+        super().__init__(
+            allow_abbrev=False, add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter, **keywords
+        )
+        self.groups.clear()  # of argparse's own two, which stay empty
+        self._about = Group(self, "about this command")
+        self._about.add_argument("-h", "--help", action=Help, common=True, help="show the flags that most runs need")
+        self._about.add_argument("--help-all", action=Help, common=True, help="show every flag")
+        self._about.add_argument("--version", action="version", common=True, version=f"%(prog)s {VERSION}", help="show the version")  # fmt: skip
+
+    def add_argument_group(self, *names: Any, **keywords: Any) -> Group:
+        """A group whose flags can be common."""
+        group = Group(self, *names, **keywords)
+        self.groups.append(group)
+        return group
+
+    def help_text(self, *, whole: bool) -> str:
+        """What the command does, and its flags in groups: every flag, or the common ones."""
+        formatter = self.formatter_class(prog=self.prog)
+        groups = [*self.groups, self._about]
+        required = [action for group in groups for action in group.flags if action.required]
+        needed = " ".join(f"{' '.join([*action.option_strings[:1], str(action.metavar)])}" for action in required)
+        formatter.add_usage(f"%(prog)s {f'{needed} ' if needed else ''}[flags]", [], [])
+        formatter.add_text(self.description)
+        for group in groups:
+            flags = group.flags if whole else group.common
+            if flags:
+                formatter.start_section(group.title)
+                formatter.add_arguments(flags)
+                formatter.end_section()
+        left = sum(len(group.flags) - len(group.common) for group in groups)
+        if left and not whole:
+            formatter.add_text(f"{left} more flags: {self.prog} --help-all, or docs/flags.md.")
+        return formatter.format_help()
+
+    def format_help(self) -> str:
+        """The short help, as `--help` prints it."""
+        return self.help_text(whole=False)
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """Parse; a list that starts with a negative number may stand apart from its flag (`--weights -1,0.5`)."""
@@ -165,6 +245,7 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
     output.add_argument(
         "--overwrite",
         action="store_true",
+        common=True,
         help="replace SAVE_PATH where it holds an earlier result, and so the repo of --push_to_hub",
     )
     output.add_argument("--no_resume", action="store_true", help="begin anew where an interrupted run left something to go on with")  # fmt: skip
@@ -180,20 +261,33 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
     running.add_argument(
         "--workers", type=positive, metavar="N", help="threads (default: one per core); the result is the same"
     )
-    running.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="let Python code that comes with a model, or a method of your own that a recipe file names, run (default: off)",
-    )
+    add_running_flags(running, code=OWN_CODE)
     running.add_argument("--process_timeout", type=positive, default=300, metavar="S", help="under torchrun: seconds after which a process that gives no sign of life ends the run (default 300)")  # fmt: skip
-    running.add_argument("--dry_run", action="store_true", help="print the plan or every refusal; write nothing")
-    running.add_argument("--json", action="store_true", help="with --dry_run: the plan as JSON")
-    running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
     running.add_argument("--log_file", metavar="FILE", help="append to FILE, as JSON Lines: the plan, each tensor with its time and change, warnings, the end")  # fmt: skip
     running.add_argument("--allow_non_finite", action="store_true", help="let NaN and infinity through, from inputs and by overflow, and say where they are")  # fmt: skip
 
 
-def add_layout_flags(group: argparse._ArgumentGroup) -> None:
+def add_running_flags(
+    group: Group,
+    *,
+    code: str = "Python code that comes with a model",
+    dry_run: str = "print the plan or every refusal; write nothing",
+    plan: str = "the plan",
+) -> None:
+    """The flags of every command that plans before it runs.
+
+    Args:
+        code: what may run under `--trust_remote_code`.
+        dry_run: what `--dry_run` does.
+        plan: what it prints as JSON.
+    """
+    group.add_argument("--trust_remote_code", action="store_true", help=f"let {code} run (default: off)")
+    group.add_argument("--dry_run", common=True, action="store_true", help=dry_run)
+    group.add_argument("--json", action="store_true", help=f"with --dry_run: {plan} as JSON")
+    group.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+
+
+def add_layout_flags(group: Group) -> None:
     """The flags of what a checkpoint with another vocabulary or head than its base's looks like."""
     group.add_argument("--new_token_rows", metavar="R", help="rows of a token that a model lacks: owner (the row of the first model that has it), owners_mean (the mean of the rows of all that have it; default where several do) or mean (of the model's own rows)")  # fmt: skip
     group.add_argument("--tie_word_embeddings", metavar="YES|NO", help="whether the output's head is its embedding (default: as in the model that gives its config)")  # fmt: skip

@@ -2,6 +2,7 @@
 
     python tune_merge.py --base_model ./base --models_to_merge ./math,./code --texts math=math.jsonl,code=code.jsonl \\
         --trials 60 --study ./study --save_path ./best
+    python tune_merge.py --base_model ./base --models_to_merge ./math,./code --benchmarks gsm8k,humaneval --trials 30 --study ./study
     python tune_merge.py --config recipe.yml --texts math.jsonl,code.jsonl --goal loss,worst --minutes 30 --study ./study
 """
 
@@ -29,31 +30,41 @@ def build_parser() -> shell.Parser:
     """The flags of tune_merge.py."""
     parser = shell.Parser(prog="tune_merge.py", description=__doc__)
     what = parser.add_argument_group("what to search")
-    what.add_argument("--config", metavar="FILE", help="a recipe with free entries, such as lambda: {search: [0.2, 1.2]} or merge_method: {search: [ties, dare_ties]} (docs/tuning.md)")  # fmt: skip
-    what.add_argument("--base_model", metavar="MODEL", help="instead of --config: what the models were fine-tuned from")
-    what.add_argument("--models_to_merge", metavar="A,B,C", help="and the models; folders, hub names, adapters as BASE+ADAPTER")  # fmt: skip
-    what.add_argument("--methods", metavar="M,M", help=f"methods to choose from (default {METHODS}), with weight, lambda and density of each")  # fmt: skip
-    what.add_argument("--calibration_data", metavar="DATA", help="text for AIM's statistics of the base, as in merge.py: searches omega and protect too")  # fmt: skip
+    what.add_argument("--config", common=True, metavar="FILE", help="a recipe with free entries, such as lambda: {search: [0.2, 1.2]} or merge_method: {search: [ties, dare_ties]} (docs/tuning.md)")  # fmt: skip
+    what.add_argument(
+        "--base_model", common=True, metavar="MODEL", help="instead of --config: what the models were fine-tuned from"
+    )
+    what.add_argument("--models_to_merge", common=True, metavar="A,B,C", help="and the models; folders, hub names, adapters as BASE+ADAPTER")  # fmt: skip
+    what.add_argument("--methods", common=True, metavar="M,M", help=f"methods to choose from (default {METHODS}), with weight, lambda and density of each")  # fmt: skip
+    what.add_argument("--calibration_data", common=True, metavar="DATA", help="text for AIM's statistics of the base, as in merge.py: searches omega and protect too")  # fmt: skip
     goal = parser.add_argument_group("what for")
-    goal.add_argument("--texts", required=True, metavar="NAME=FILE,...", help="a file for each task, .jsonl, .json, .txt or .parquet: of texts, or of prompt and answer, of which the answer is scored")  # fmt: skip
-    goal.add_argument("--goal", default="loss", metavar="G", help="loss (mean over tasks; default), worst (the worst task's loss), hypervolume (gain over the inputs); several, such as loss,worst, give a Pareto front")  # fmt: skip
+    goal.add_argument("--texts", common=True, metavar="NAME=FILE,...", help="a file for each task, .jsonl, .json, .txt or .parquet: of texts, or of prompt and answer, of which the answer is scored")  # fmt: skip
+    goal.add_argument("--benchmarks", common=True, metavar="A,B", help="tasks that are benchmarks of evaluate_model.py: their items are answered and graded for accuracy, their reference answers have the losses")  # fmt: skip
+    goal.add_argument("--data_dir", metavar="FOLDER", help="local copies of the benchmarks' data, as in evaluate_model.py (default: the hub and its cache)")  # fmt: skip
+    goal.add_argument("--apply_chat_template", action="store_true", help="wrap prompts of benchmarks in the base's chat template, as in evaluate_model.py")  # fmt: skip
+    goal.add_argument("--math_max_tokens", type=shell.positive, default=1024, metavar="N", help="new tokens for the benchmarks math and gsm8k (default 1024)")  # fmt: skip
+    goal.add_argument("--goal", common=True, metavar="G", help="loss (mean over tasks; default with --texts), worst (the worst task's loss), hypervolume (gain over the inputs), accuracy (mean over --benchmarks; default without --texts), accuracy:NAME (of one), accuracy_hypervolume; several, such as loss,worst, give a Pareto front")  # fmt: skip
     goal.add_argument("--held_out", type=float, default=0.5, metavar="S", help="share of the texts that nothing is chosen by, split by content (default 0.5)")  # fmt: skip
     goal.add_argument("--documents", type=shell.positive, default=16, metavar="N", help="texts of a task on either side at most (default 16)")  # fmt: skip
     how = parser.add_argument_group("how long, and where to")
-    how.add_argument("--trials", type=shell.positive, metavar="N", help="finished trials, of all processes and runs together")  # fmt: skip
-    how.add_argument("--minutes", type=float, metavar="M", help="of this run; the comparison at the end comes on top")
+    how.add_argument("--trials", common=True, type=shell.positive, metavar="N", help="finished trials, of all processes and runs together")  # fmt: skip
+    how.add_argument(
+        "--minutes", common=True, type=float, metavar="M", help="of this run; the comparison at the end comes on top"
+    )
     how.add_argument("--study", required=True, metavar="FOLDER", help="journal, trials.csv, recipe.yml, report and figures; the same command goes on with it, and several may share it")  # fmt: skip
-    how.add_argument("--save_path", metavar="FOLDER", help="write the best merge as a checkpoint, too")
+    how.add_argument("--save_path", common=True, metavar="FOLDER", help="write the best merge as a checkpoint, too")
     how.add_argument("--seed", type=shell.whole, default=0, metavar="N", help="of what is drawn (default 0)")
     how.add_argument("--early_stopping", action=argparse.BooleanOptionalAction, default=None, help="give up candidates that fare badly on a quarter or half of the texts (default: with one goal)")  # fmt: skip
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", metavar="DEVICE", help="auto (a GPU where there is one; default), cpu, cuda or cuda:1")  # fmt: skip
     running.add_argument("--mode", default="auto", metavar="M", help="whole (the model in memory), layerwise (one layer of it at a time, merged when its turn comes) or auto (what fits; default)")  # fmt: skip
     running.add_argument("--workers", type=shell.positive, metavar="N", help="threads for weights (default: one per core)")  # fmt: skip
-    running.add_argument("--trust_remote_code", action="store_true", help="let Python code that comes with a model run (default: off)")  # fmt: skip
-    running.add_argument("--dry_run", action="store_true", help="say what will be searched, and how long a trial takes, or every refusal; write nothing")  # fmt: skip
-    running.add_argument("--json", action="store_true", help="with --dry_run: what will be searched as JSON")
-    running.add_argument("--quiet", action="store_true", help="print warnings and errors only")
+    shell.add_running_flags(
+        running,
+        code=shell.OWN_CODE,
+        dry_run="say what will be searched, and how long a trial takes, or every refusal; write nothing",
+        plan="what will be searched",
+    )
     return parser
 
 
@@ -89,6 +100,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
 
 def read_flags(arguments: argparse.Namespace, command: list[str]) -> SearchRequest:
     """Everything the flags say. Raises Refusals: every flag that is wrong."""
+    from evaluation.benchmarks.settings import Settings
     from search.goals import read_goals
     from search.request import SearchRequest
     from search.texts import parse_texts
@@ -98,8 +110,9 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> SearchReque
     folder = problems.attempt(lambda: read_folder(arguments.study))
     save_path = problems.attempt(lambda: shell.parse_save_path(arguments.save_path)) if arguments.save_path is not None else None  # fmt: skip
     tree = problems.attempt(lambda: read_tree(arguments))
-    texts = problems.attempt(lambda: parse_texts(arguments.texts))
-    goals = problems.attempt(lambda: read_goals(arguments.goal))
+    texts = problems.attempt(lambda: parse_texts(arguments.texts)) if arguments.texts is not None else {}
+    benchmarks = problems.attempt(lambda: read_benchmarks(arguments)) or ()
+    goals = problems.attempt(lambda: read_goals(arguments.goal or ("accuracy" if arguments.texts is None else "loss")))
     budget = problems.attempt(lambda: read_budget(arguments))
     if goals and len(goals) > 1 and arguments.early_stopping:
         problems.add(
@@ -117,6 +130,9 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> SearchReque
     return SearchRequest(
         tree=tree,
         texts=texts,
+        benchmarks=benchmarks,
+        data_dir=Path(arguments.data_dir).expanduser() if arguments.data_dir else None,
+        evaluation=Settings(chat=arguments.apply_chat_template, math_max_tokens=arguments.math_max_tokens),
         folder=folder,
         budget=budget,
         goals=goals,
@@ -133,6 +149,21 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> SearchReque
         quiet=arguments.quiet,
         command=command,
     )
+
+
+def read_benchmarks(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """The benchmarks of `--benchmarks`, which the flags of how they are asked need. Raises ArgumentError."""
+    from evaluation.request import choose_benchmarks
+
+    if arguments.benchmarks is None:
+        given = [name for name in ("data_dir", "apply_chat_template") if vars(arguments)[name]]
+        if given:
+            raise ArgumentError(f"--{given[0]}: is about {setting('benchmarks')}. Name some, or leave it out.")
+        return ()
+    data_dir = arguments.data_dir
+    if data_dir and not Path(data_dir).expanduser().is_dir():
+        raise ArgumentError(f"{setting('data_dir', data_dir)}: no such folder.")
+    return choose_benchmarks(arguments.benchmarks, None, False)
 
 
 def read_folder(text: str) -> Path:

@@ -137,15 +137,21 @@ def load_model(folder: Path, label: str, options: ModelOptions) -> Model:
     except LOAD_ERRORS as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
-            f"{label}: cannot be loaded by {options.backend}: {type(error).__name__}: {reason:.300}"
+            f"{label}: a {_class_name(folder, label)} cannot be loaded by {options.backend}: {type(error).__name__}: {reason:.300}"
         ) from error
+
+
+def _class_name(folder: Path, label: str) -> str:
+    """The class that config.json names, or the type of model where it names none."""
+    config = read_config(folder, label)
+    names = config.get("architectures")
+    named = names[0] if isinstance(names, list) and names else config.get("model_type")
+    return named if isinstance(named, str) else "model of no named class"
 
 
 def _load_hf(folder: Path, label: str, options: ModelOptions) -> Model:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from evaluation.transformers_model import TransformersModel
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     placement: dict[str, Any] = {}
@@ -166,6 +172,20 @@ def _load_hf(folder: Path, label: str, options: ModelOptions) -> Model:
         )
     if options.n_gpu == 1:
         loaded = loaded.to("cuda:0")
+    return wrap(loaded, tokenizer, label, options)
+
+
+def wrap(loaded: Any, tokenizer: Any, label: str, options: ModelOptions) -> Model:
+    """A model that transformers has loaded, ready to be asked.
+
+    Args:
+        loaded: whose generation settings are replaced by greedy decoding; on the meta device it can build prompts only.
+        tokenizer: its own.
+
+    Raises: InputError: no token ends a text.
+    """
+    from evaluation.transformers_model import TransformersModel
+
     window = min(options.max_model_len, _own_window(loaded.config, tokenizer, options.max_model_len))
     lm = TransformersModel(loaded, tokenizer, window=window, batch_size=options.batch_size or 1)
     if tokenizer.eos_token_id is None:
@@ -188,16 +208,7 @@ def _load_vllm(folder: Path, label: str, options: ModelOptions) -> Model:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     window = min(options.max_model_len, _own_window(config, tokenizer, options.max_model_len))
-    lm = VllmModel(
-        str(folder),
-        window=window,
-        dtype=options.dtype,
-        n_gpu=max(1, options.n_gpu),
-        on_cpu=on_cpu,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        trust_remote_code=options.trust_remote_code,
-    )
+    lm = VllmModel(str(folder), options, window=window, on_cpu=on_cpu)
     return Model(lm, label, options, window, {})
 
 

@@ -218,22 +218,58 @@ def _prepare_resume(prepared: Prepared) -> None:
 
 
 def _prepare_graders(prepared: Prepared) -> None:
-    """Open the sandbox, which proves itself by a real run, and look for punkt's data."""
     request = prepared.request
-    if "ifeval" in prepared.benchmarks:
+    graders = open_graders(
+        list(prepared.benchmarks.values()), request.data_dir, prepared.resources,
+        workers=request.workers, unsafe=request.unsafe_code_execution,
+    )  # fmt: skip
+    prepared.sandbox, prepared.punkt = graders.sandbox, graders.punkt
+    prepared.notes += graders.notes
+
+
+@dataclass(frozen=True)
+class Graders:
+    """What some benchmarks are graded with; see `Prepared`."""
+
+    sandbox: Sandbox | None
+    punkt: str | None
+    notes: Sequence[str]
+
+
+def open_graders(
+    benchmarks: Sequence[Benchmark],
+    data_dir: Path | None,
+    resources: ExitStack,
+    *,
+    workers: int = 0,
+    unsafe: bool = False,
+) -> Graders:
+    """Open the sandbox, which proves itself by a real run, and look for punkt's data, where they are needed.
+
+    Args:
+        resources: closes the sandbox.
+        workers: processes; 0 for one per core.
+        unsafe: run programs without a lock where none works.
+
+    Raises: InputError: no sandbox works here.
+    """
+    notes: list[str] = []
+    punkt: str | None = None
+    sandbox: Sandbox | None = None
+    if any(benchmark.name == "ifeval" for benchmark in benchmarks):
         from evaluation.grading.sentences import find_punkt
 
-        prepared.punkt = find_punkt(request.data_dir)
-        if prepared.punkt is None:
-            prepared.notes.append(NO_PUNKT)
-    if any(benchmark.runs_code for benchmark in prepared.benchmarks.values()):
+        punkt = find_punkt(data_dir)
+        notes += [] if punkt is not None else [NO_PUNKT]
+    if any(benchmark.runs_code for benchmark in benchmarks):
         from evaluation.sandbox import Sandbox
 
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            sandbox = Sandbox(workers=request.workers or None, unsafe=request.unsafe_code_execution)
-        prepared.sandbox = prepared.resources.enter_context(sandbox)
-        prepared.notes += [str(warning.message) for warning in caught]
+            made = Sandbox(workers=workers or None, unsafe=unsafe)
+        sandbox = resources.enter_context(made)
+        notes += [str(warning.message) for warning in caught]
+    return Graders(sandbox, punkt, notes)
 
 
 def _generated_beside(request: Request) -> dict[str, Any] | None:

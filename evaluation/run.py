@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import InputError, Interrupted
 from checkpoints.settings import setting
+from evaluation.asking import answer, build, grade
 from evaluation.benchmarks.contract import Benchmark, Grade, Response, Row
 from evaluation.benchmarks.settings import Settings
 from evaluation.data import Data
@@ -31,7 +32,7 @@ from evaluation.results import (
     update_summary,
     write_results,
 )
-from evaluation.thinking import answers_of, describe_thinking, to_think
+from evaluation.thinking import describe_thinking
 
 if TYPE_CHECKING:
     from evaluation.model import Model
@@ -180,34 +181,16 @@ class _Job:
 
     def _ask(self, model: Model, benchmark: Benchmark, data: Data) -> tuple[list[Response], Asked]:
         """Have the model answer a benchmark."""
-        from evaluation.chat_template import confined
-        from evaluation.generation import check_bos, choose, generate
-        from evaluation.prompts import build_requests, prompts_sha256
+        from evaluation.generation import check_bos
+        from evaluation.prompts import prompts_sha256
 
         started = time.monotonic()
-        model.lm.add_bos_token = False if benchmark.adds_no_bos(self.settings) else None
-        # Prompts, then responses: generated, or the likeliest choice.
         chosen = _chosen_rows(benchmark, data.rows, self.request.limit)
-        with (
-            item_bar(f"{benchmark.name}: preparing", len(chosen), quiet=self.request.quiet) as advance,
-            confined(model.label),
-        ):
-            requests = build_requests(
-                benchmark,
-                [(index, data.rows[index]) for index in chosen],
-                self.settings,
-                fewshots=data.fewshots,
-                chat_template=model.lm.apply_chat_template,
-                count_tokens=lambda text: len(model.lm.tok_encode(text)),
-                advance=advance,
-            )
+        with item_bar(f"{benchmark.name}: preparing", len(chosen), quiet=self.request.quiet) as advance:
+            requests = build(model, benchmark, data, chosen, self.settings, advance)
         bos = check_bos(model, requests[0].prompt)
-        generation = to_think(benchmark.generation(self.settings), self.settings.think_end)
         with item_bar(f"{benchmark.name}: generating", len(requests), quiet=self.request.quiet) as advance:
-            if generation is None:
-                responses = choose(model, requests, benchmark.choices, advance)
-            else:
-                responses = generate(model, requests, generation, advance)
+            responses = answer(model, benchmark, requests, self.settings, advance)
         # How they were asked.
         template = model.lm.tokenizer.chat_template if benchmark.uses_chat_template(self.settings) else None
         asked = Asked(
@@ -227,18 +210,11 @@ class _Job:
     def _grade(self, benchmark: Benchmark, data: Data, responses: Sequence[Response], tools: Tools) -> None:
         """Grade a benchmark whose entry waits for it, and write what came of it."""
         started = time.monotonic()
-        sent = [number for number, response in enumerate(responses) if response.finish != "no_room"]
+        answered = sum(response.finish != "no_room" for response in responses)
+        with item_bar(f"{benchmark.name}: grading", answered, quiet=self.request.quiet) as advance:
+            grades = grade(benchmark, data, responses, self.settings, tools, advance)
         mark, generation = self.settings.think_end, benchmark.generation(self.settings)
         stop = () if generation is None else generation.stop
-        answers = answers_of(responses, mark, stop)
-        with item_bar(f"{benchmark.name}: grading", len(sent), quiet=self.request.quiet) as advance:
-            rows = [data.rows[responses[number].index] for number in sent]
-            given = benchmark.grade(rows, [answers[number] for number in sent], tools, advance)
-        by_number = dict(zip(sent, given, strict=True))
-        grades = [
-            by_number.get(number) or benchmark.unanswered(data.rows[response.index])
-            for number, response in enumerate(responses)
-        ]
         sandbox = self.prepared.sandbox
         grader = describe_grader(
             benchmark,
@@ -272,9 +248,9 @@ class _Job:
 def sample_lines(name: str, responses: Sequence[Response], grades: Sequence[Grade]) -> str:
     """Each response with its grade, as JSON Lines; every line is one of a responses file too."""
     lines = []
-    for line, grade in zip(to_lines(name, responses, prompts=True).splitlines(), grades, strict=True):
-        judged = {"score": grade.score, "status": grade.status, "answer": grade.answer, "detail": grade.detail}
-        extra = {"checks": dict(grade.extra)} if grade.extra else {}
+    for line, given in zip(to_lines(name, responses, prompts=True).splitlines(), grades, strict=True):
+        judged = {"score": given.score, "status": given.status, "answer": given.answer, "detail": given.detail}
+        extra = {"checks": dict(given.extra)} if given.extra else {}
         lines.append(json.dumps({**json.loads(line), **judged, **extra}))
     return "\n".join(lines) + "\n"
 

@@ -13,6 +13,7 @@ import psutil
 import vllm
 from vllm import SamplingParams, TokensPrompt
 
+from evaluation.model import ModelOptions
 from evaluation.transformers_model import Finish
 
 # lm_eval asks for the version of the distribution `vllm`, which the one for CPUs is not: the package itself knows.
@@ -42,30 +43,19 @@ class VllmModel(VLLM):
         advance: called with numbers of requests as they finish.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        *,
-        window: int,
-        dtype: str,
-        n_gpu: int,
-        on_cpu: bool,
-        seed: int,
-        batch_size: int | None,
-        trust_remote_code: bool = False,
-    ):
+    def __init__(self, folder: str, options: ModelOptions, *, window: int, on_cpu: bool):
         memory = cpu_arguments() if on_cpu else {"gpu_memory_utilization": GPU_MEMORY_SHARE}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of torch, about vLLM's use of it
             super().__init__(
                 pretrained=folder,
-                dtype=dtype,
+                dtype=options.dtype,
                 max_model_len=window,
-                tensor_parallel_size=n_gpu,
-                seed=seed,
+                tensor_parallel_size=max(1, options.n_gpu),
+                seed=options.seed,
                 batch_size="auto",
-                max_batch_size=batch_size,  # vLLM's max_num_seqs
-                trust_remote_code=trust_remote_code,
+                max_batch_size=options.batch_size,  # vLLM's max_num_seqs
+                trust_remote_code=options.trust_remote_code,
                 use_tqdm_on_load=False,
                 **memory,
             )

@@ -190,8 +190,13 @@ class Part:
             ranges[axis] = (first, first + 1)
         for dim, axes in enumerate(spans):
             if dim != contracted and (dim or index is None):
-                for axis, size, step in axes:
-                    ranges[axis] = (start[axis], start[axis] + (size - 1) * step + 1)
+                for (
+                    axis,
+                    size,
+                    step,
+                ) in axes:  # of an axis that the batch runs over too, the index has said where it begins
+                    low, high = ranges[axis]
+                    ranges[axis] = (low, high + (size - 1) * step)
         run = spans[contracted]
         if not run:  # one channel
             width = view.shape[contracted]
@@ -211,5 +216,5 @@ class Part:
                 self.parameter, min(order), tuple(ranges), len(order), () if list(order) == sorted(order) else order
             )
         axis, size, _ = run[0]
-        ranges[axis] = (start[axis], start[axis] + size)
+        ranges[axis] = (ranges[axis][0], ranges[axis][0] + size)
         return Use(self.parameter, axis, tuple(ranges))

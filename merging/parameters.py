@@ -40,6 +40,8 @@ class Parameter:
         low, high: the closed range of a number.
         above: an open lower bound.
         in_files: the default in a recipe file, where that is not the method's.
+        words: what a word can be.
+        common: the short help of merge.py shows it, whatever the method is.
 
     Raises: ValueError: the default is outside of the range.
     """
@@ -54,6 +56,7 @@ class Parameter:
     above: float = -math.inf
     in_files: Any = SAME
     words: tuple[str, ...] = ()
+    common: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -144,7 +147,7 @@ def _field(parameter: Parameter) -> Any:
 SHARED = {
     parameter.key: parameter
     for parameter in (
-        Parameter("weight", "one number, or one for each model: 0.5,0.3,0.2", 1.0, per_model=True),
+        Parameter("weight", "one number, or one for each model: 0.5,0.3,0.2", 1.0, per_model=True, common=True),
         Parameter(
             "density",
             "share of each task vector that is kept, likewise; 0.5 is the setting of WIDEN's authors for the models of the AIM paper, the AIM authors' program passes none, which means 1.0: no trimming and no dropping",
@@ -153,8 +156,9 @@ SHARED = {
             low=0.0,
             high=1.0,
             in_files=1.0,
+            common=True,
         ),
-        Parameter("lambda", "what the merged task vector is multiplied with", 1.0),
+        Parameter("lambda", "what the merged task vector is multiplied with", 1.0, common=True),
         Parameter(
             "normalize", "divide by the sum of weights, of the agreeing models where signs are elected", False, "switch"
         ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
@@ -17,7 +17,7 @@ import torch
 from aim.activations import Activations
 from aim.reading import read_request
 from aim.request import AimRequest
-from aim.transforms import make_relaxations, names_of, outputs_of
+from aim.transforms import make_transforms
 from alignment.layout import Layout
 from checkpoints.errors import InputError
 from checkpoints.model import Model
@@ -26,7 +26,7 @@ from merging.methods.contract import Method
 from merging.plan import make_plan
 from merging.recipe import Recipe, source_key
 from merging.recipe_reader import Reader
-from search.texts import Document
+from search.texts import Document, Part
 from streaming.blocks import Block, Scan, TensorSpec
 from streaming.output import DEFAULT_SHARD_BYTES
 from streaming.stream import Merger, PlannedTensor, StreamOptions, Transform
@@ -125,6 +125,8 @@ class Remembering:
 class Place(Protocol):
     """Where the weights of a candidate go: a model in memory, or one of which a layer is there at a time."""
 
+    model: Any
+    """As transformers loads it; without weights where a layer is there at a time."""
     can_score_in_parts: bool
     """Whether scoring some documents, and then others, takes no longer than all at once."""
     shapes: Mapping[str, tuple[int, ...]]
@@ -149,6 +151,7 @@ class Candidates:
         place: where their weights go, and what scores them.
         options: of the stream.
         activations: of the base; None where no recipe asks for AIM.
+        score_items: has the place's model answer items of benchmarks, and says what each answer is worth.
 
     Attributes:
         seconds: where the time went.
@@ -161,9 +164,10 @@ class Candidates:
         place: Place,
         options: StreamOptions,
         activations: Activations | None = None,
+        score_items: Callable[[Sequence[Any]], Sequence[float]] = lambda items: (),
     ):
         self._opened, self._keys, self.place, self._options = opened, list(keys), place, options
-        self.activations = activations
+        self.activations, self._score_items = activations, score_items
         self._statistics: dict[Any, Any] = {}
         self.seconds = Seconds()
 
@@ -182,11 +186,8 @@ class Candidates:
         transform: Transform | None = None
         if candidate.aim is not None and any(omega.of(t.spec.name) != 1.0 for omega in candidate.aim.relaxing.omegas for t in tensors):  # fmt: skip
             assert self.activations is not None
-            relaxations = make_relaxations(
-                self.base, self.activations, candidate.aim.relaxing,
-                device=self._options.device, outputs=outputs_of(tensors), names=names_of(tensors),
-            )  # fmt: skip
-            transform = relaxations.transforms[0]
+            relaxing, device = candidate.aim.relaxing, self._options.device
+            transform = make_transforms(self.base, self.activations, relaxing, tensors, device)[0]
         remembering = (
             dataclasses.replace(tensor, method=cast(Merger, Remembering(tensor.method, self._statistics)))
             if isinstance(tensor.method, Method)
@@ -216,12 +217,15 @@ class Candidates:
         self.place.check(planned)
         self.place.put(planned, None, self._options)
 
-    def score(self, documents: Sequence[Document]) -> list[float]:
-        """The loss of each document under the weights that are in memory."""
+    def score(self, parts: Sequence[Part]) -> list[float]:
+        """The loss of each document, or what each answer to an item is worth, under the weights that are in memory."""
         started = time.monotonic()
-        losses = self.place.score(documents)
+        documents = [one for one in parts if isinstance(one, Document)]
+        items = [one for one in parts if not isinstance(one, Document)]
+        losses = iter(self.place.score(documents) if documents else ())
+        worths = iter(self._score_items(items) if items else ())
         self.seconds.forward += time.monotonic() - started
-        return losses
+        return [next(losses) if isinstance(one, Document) else next(worths) for one in parts]
 
 
 def _of_base(layout: Layout) -> Layout:

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.errors import ArgumentError, unknown
 from checkpoints.settings import setting
+from evaluation.benchmarks import BENCHMARKS
 from reports.bootstrap import Estimate, Verdicts, estimate, hv_gain_difference
 from reports.hypervolume import hv_gain
 
 Losses = Mapping[str, Sequence[float]]
-"""Task -> the loss of each of its documents, nats per scored token, in the same order for every candidate."""
+"""Task -> the loss of each of its documents, nats per scored token, or under `accuracy:NAME` what each answer to a benchmark is
+worth, in [0, 1]; in the same order for every candidate."""
 RESAMPLES = 4000
-HYPERVOLUME = "hypervolume"
+ACCURACY = "accuracy:"
+"""Begins the tasks that are items of a benchmark, and the goals that are one benchmark's accuracy."""
 
 
-def mean_loss(losses: Losses) -> float:
-    """The mean over tasks of the mean over documents: every task counts the same."""
-    return float(np.mean([np.mean(values) for values in losses.values()]))
+def losses_of(measured: Losses) -> Losses:
+    """Of what was measured, the losses."""
+    return {task: values for task, values in measured.items() if not task.startswith(ACCURACY)}
 
 
-def worst_loss(losses: Losses) -> float:
-    """The mean loss of the task that fares worst."""
-    return float(max(np.mean(values) for values in losses.values()))
+def accuracies_of(measured: Losses) -> Losses:
+    """Of what was measured, what answers to benchmarks are worth, in [0, 1], by the benchmarks' names."""
+    return {task.removeprefix(ACCURACY): values for task, values in measured.items() if task.startswith(ACCURACY)}
 
 
 def probabilities(losses: Losses) -> dict[str, NDArray[np.float64]]:
@@ -44,35 +47,42 @@ class Goal:
         name: as a user types it.
         text: what it is, for people.
         is_gain: whether more is better.
+        combine: of the tasks' means: their mean, the largest, or the hypervolume gain.
+        measures: losses of documents, or accuracies of benchmarks.
+        benchmark: the one that counts; empty for all.
     """
 
     name: str
     text: str
     is_gain: bool = False
+    combine: Literal["mean", "max", "hypervolume"] = "mean"
+    measures: Literal["losses", "accuracies"] = "losses"
+    benchmark: str = ""
 
-    def value(self, losses: Losses, inputs: Sequence[Losses]) -> float:
+    def value(self, measured: Losses, inputs: Sequence[Losses]) -> float:
         """Of a candidate.
 
         Args:
-            losses: its.
-            inputs: of the base and of every model, on the same documents.
+            measured: of it.
+            inputs: of the base and of every model, on the same documents and items.
         """
-        if self.name == HYPERVOLUME:
-            population = [[float(score.mean()) for score in probabilities(one).values()] for one in inputs]
-            return hv_gain(population, [float(score.mean()) for score in probabilities(losses).values()])
-        return _PLAIN[self.name](losses)
+        if self.combine == "hypervolume":
+            population = [[float(score.mean()) for score in self._scores(one).values()] for one in inputs]
+            return hv_gain(population, [float(score.mean()) for score in self._scores(measured).values()])
+        means = [np.mean(values) for values in self._part(measured).values()]
+        return float(np.mean(means) if self.combine == "mean" else np.max(means))
 
-    def difference(self, losses: Losses, other: Losses, inputs: Sequence[Losses]) -> Estimate:
+    def difference(self, measured: Losses, other: Losses, inputs: Sequence[Losses]) -> Estimate:
         """Of a candidate less that of another, and how sure: both on the same resampled documents (paired bootstrap)."""
-        if self.name == HYPERVOLUME:
+        if self.combine == "hypervolume":
             model, rival, *population = (
-                {task: Verdicts.of(score) for task, score in probabilities(one).items()}
-                for one in (losses, other, *inputs)
+                {task: Verdicts.of(score) for task, score in self._scores(one).items()}
+                for one in (measured, other, *inputs)
             )
             return hv_gain_difference(model, rival, population, resamples=RESAMPLES)
-        value = _PLAIN[self.name](losses) - _PLAIN[self.name](other)
-        drawn = [_resampled(one) for one in (losses, other)]
-        combine = np.mean if self.name == "loss" else np.max
+        value = self.value(measured, ()) - self.value(other, ())
+        drawn = [_resampled(self._part(one)) for one in (measured, other)]
+        combine = np.mean if self.combine == "mean" else np.max
         draws = combine(drawn[0], axis=0) - combine(drawn[1], axis=0)
         return estimate(value, np.asarray(draws, dtype=np.float64))
 
@@ -80,12 +90,46 @@ class Goal:
         """Whether one value is better than another."""
         return one > other if self.is_gain else one < other
 
+    @property
+    def of_inputs(self) -> Goal:
+        """What inputs are compared by: the same, or the mean where all inputs' gain over the inputs is none."""
+        return GOALS["loss" if self.measures == "losses" else "accuracy"] if self.combine == "hypervolume" else self
 
-_PLAIN: dict[str, Callable[[Losses], float]] = {"loss": mean_loss, "worst": worst_loss}
+    def _part(self, measured: Losses) -> Losses:
+        """What counts."""
+        if self.measures == "losses":
+            return losses_of(measured)
+        found = accuracies_of(measured)
+        return {self.benchmark: found[self.benchmark]} if self.benchmark else found
+
+    def _scores(self, measured: Losses) -> dict[str, NDArray[np.float64]]:
+        """Task -> a score of each document or item, in [0, 1]."""
+        part = self._part(measured)
+        if self.measures == "losses":
+            return probabilities(part)
+        return {task: np.asarray(values, float) for task, values in part.items()}
+
+
 GOALS = {
-    "loss": Goal("loss", "mean loss over tasks, nats per token"),
-    "worst": Goal("worst", "loss of the worst task, nats per token"),
-    HYPERVOLUME: Goal(HYPERVOLUME, "hypervolume gain over the inputs, of mean probabilities per token", is_gain=True),
+    goal.name: goal
+    for goal in (
+        Goal("loss", "mean loss over tasks, nats per token"),
+        Goal("worst", "loss of the worst task, nats per token", combine="max"),
+        Goal(
+            "hypervolume",
+            "hypervolume gain over the inputs, of mean probabilities per token",
+            is_gain=True,
+            combine="hypervolume",
+        ),
+        Goal("accuracy", "mean accuracy over benchmarks", is_gain=True, measures="accuracies"),
+        Goal(
+            "accuracy_hypervolume",
+            "hypervolume gain over the inputs, of accuracies of benchmarks",
+            is_gain=True,
+            combine="hypervolume",
+            measures="accuracies",
+        ),
+    )
 }
 
 
@@ -100,14 +144,22 @@ def _resampled(losses: Losses) -> NDArray[np.float64]:
 
 
 def read_goals(text: str) -> tuple[Goal, ...]:
-    """The goals of `loss` or `loss,worst`. Raises ArgumentError: one that is none, or twice."""
+    """The goals of `loss`, `loss,worst` or `accuracy:gsm8k`. Raises ArgumentError: one that is none, or twice."""
     names = [part.strip() for part in text.split(",")]
+    goals = []
     for name in names:
-        if name not in GOALS:
+        benchmark = name.removeprefix(ACCURACY)
+        if name.startswith(ACCURACY) and benchmark in BENCHMARKS:
+            goals.append(Goal(name, f"accuracy of {benchmark}", is_gain=True, measures="accuracies", benchmark=benchmark))  # fmt: skip
+        elif name.startswith(ACCURACY):
+            raise ArgumentError(f"{setting('goal')}: {unknown('benchmark', benchmark, BENCHMARKS)}")
+        elif name not in GOALS:
             raise ArgumentError(f"{setting('goal')}: {unknown('goal', name, GOALS)}")
+        else:
+            goals.append(GOALS[name])
     if len(set(names)) < len(names):
         raise ArgumentError(f"{setting('goal')}: expected each goal once, got {text}. Leave one out.")
-    return tuple(GOALS[name] for name in names)
+    return tuple(goals)
 
 
 def standing(goal: Goal, difference: Estimate) -> str:

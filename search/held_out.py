@@ -85,12 +85,10 @@ def rivals_of(
 
 
 def single_best(inputs: Sequence[Losses], goal: Goal) -> int:
-    """Position of the best model, the base left out; by its mean loss where all inputs' gain over the inputs is none."""
-    from search.goals import GOALS
-
-    plain = GOALS["loss"] if goal.is_gain else goal
+    """Position of the best model, the base left out."""
+    plain = goal.of_inputs
     values = [plain.value(losses, inputs) for losses in inputs[1:]]
-    return 1 + values.index(min(values))
+    return 1 + values.index(max(values) if plain.is_gain else min(values))
 
 
 def soup_of(tree: Mapping[str, Any]) -> dict[str, Any]:

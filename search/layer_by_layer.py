@@ -60,7 +60,7 @@ class LayerByLayer:
     def __init__(self, base: Model, dtype: torch.dtype, device: torch.device):
         self._base, self._device = base, device
         self.shapes: Mapping[str, tuple[int, ...]] = {name: info.shape for name, info in base.weights.tensors.items()}
-        self._skeleton = build_skeleton(base, dtype)
+        self.model = self._skeleton = build_skeleton(base, dtype)
         self._weights: Any = base.weights
         if not find_layers(self._skeleton):
             raise InputError(

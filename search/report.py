@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from checkpoints.files import write_text
-from search.goals import Goal
+from search.goals import ACCURACY, Goal
 from search.study import LOSSES, REASON, SECONDS, Study
 
 FIGURES = "figures"
@@ -26,7 +26,17 @@ def write_trials(study: Study) -> Path:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     tasks = sorted({task for trial in study.complete for task in trial.user_attrs.get(LOSSES, {})})
-    writer.writerow(["number", "state", *goals, *(f"loss: {task}" for task in tasks), *names, "seconds", "reason"])
+    writer.writerow(
+        [
+            "number",
+            "state",
+            *goals,
+            *(task if task.startswith(ACCURACY) else f"loss: {task}" for task in tasks),
+            *names,
+            "seconds",
+            "reason",
+        ]
+    )
     for trial in study.trials:
         values = list(trial.values) if trial.values is not None and trial in study.complete else [""] * len(goals)
         losses = trial.user_attrs.get(LOSSES, {})

@@ -12,6 +12,7 @@ import torch
 from checkpoints.errors import ArgumentError
 from checkpoints.problems import Problems
 from checkpoints.settings import setting
+from evaluation.benchmarks.settings import Settings
 from search.goals import GOALS, Goal
 from search.study import Budget
 
@@ -23,6 +24,9 @@ class SearchRequest:
     Attributes:
         tree: the recipe with its free entries, as a file has it.
         texts: task -> its file.
+        benchmarks: names; each is a task by its reference answers, and by its accuracy, as the goals ask.
+        data_dir: folder with their data; None for the hub.
+        evaluation: what their prompts and limits depend on.
         folder: of the study: journal, trials.csv, recipe.yml, report and figures.
         budget: when it ends.
         goals: what it is for; several give a Pareto front.
@@ -47,6 +51,9 @@ class SearchRequest:
     folder: Path
     budget: Budget
     goals: Sequence[Goal] = (GOALS["loss"],)
+    benchmarks: Sequence[str] = ()
+    data_dir: Path | None = None
+    evaluation: Settings = field(default_factory=Settings)
     where: str = "recipe"
     save_path: Path | None = None
     held_out: float = 0.5
@@ -68,6 +75,44 @@ class SearchRequest:
             )
         if self.documents < 4:
             problems.add(ArgumentError(f"{setting('documents')}: expected at least 4, got {self.documents}."))
-        if not self.texts:
-            problems.add(ArgumentError(f"{setting('texts')}: expected a file of texts for each task, got none."))
+        problems.extend(self._check_tasks())
         problems.raise_if_any()
+
+    @property
+    def measures(self) -> set[str]:
+        """What the goals need: losses, accuracies."""
+        return {goal.measures for goal in self.goals}
+
+    def _check_tasks(self) -> Problems:
+        """Whether texts and benchmarks are what the goals need."""
+        problems = Problems()
+        if not self.texts and not self.benchmarks:
+            problems.add(
+                ArgumentError(
+                    f"{setting('texts')}: expected a file of texts for each task, or {setting('benchmarks')}, got none."
+                )
+            )
+        both = sorted(set(self.texts) & set(self.benchmarks))
+        if both:
+            problems.add(
+                ArgumentError(f"{setting('texts')}: the task {both[0]} is a benchmark's. Name it, as NAME=FILE.")
+            )
+        names = ", ".join(goal.name for goal in self.goals)
+        if self.texts and "losses" not in self.measures:
+            problems.add(
+                ArgumentError(
+                    f"{setting('texts')}: texts have a loss, and {setting('goal', names)} asks for none. Leave them out, or add loss."
+                )
+            )
+        if self.benchmarks or self.texts:
+            asked = {goal.benchmark for goal in self.goals if goal.benchmark}
+            if "accuracies" in self.measures and not self.benchmarks:
+                problems.add(
+                    ArgumentError(f"{setting('goal', names)}: accuracy is of {setting('benchmarks')}. Name some.")
+                )
+            elif asked - set(self.benchmarks):
+                missing = ", ".join(sorted(asked - set(self.benchmarks)))
+                problems.add(
+                    ArgumentError(f"{setting('goal', names)}: {setting('benchmarks')} lacks {missing}. Add it.")
+                )
+        return problems

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,10 +40,13 @@ from search.report import draw, goals_as_json, importances, write_recipe, write_
 from search.request import SearchRequest
 from search.space import Space, Suggest
 from search.study import LOSSES, RECIPE, RUNGS, Evaluation, Study, import_optuna
-from search.texts import Document, Texts, read_texts
+from search.texts import Document, Part, Texts, read_texts
 from streaming.console import Console
 from streaming.output import DEFAULT_SHARD_BYTES, RunOptions
 from streaming.stream import StreamOptions
+
+if TYPE_CHECKING:
+    from search.benchmarks import Benchmarks
 
 ACTIVATIONS = "activations.safetensors"
 INPUTS, HELD_OUT, CHOICE = "inputs", "held_out", "choice"
@@ -76,6 +80,8 @@ class Prepared:
 
     Attributes:
         opened: the inputs, the base first; keys: how recipes name them.
+        texts: documents and items of all tasks.
+        benchmarks: what items are asked and graded with; None without any.
         probes: of each method its untuned recipe, read.
     """
 
@@ -85,6 +91,7 @@ class Prepared:
     keys: list[Any]
     texts: Texts
     probes: Mapping[str, Candidate]
+    benchmarks: Benchmarks | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -94,6 +101,7 @@ class Prepared:
             "goals": [goal.name for goal in self.request.goals],
             "texts": self.texts.digest(),
             "inputs": [describe_input(model, "outputs")["fingerprint"] for model in self.opened],
+            **({"benchmarks": dataclasses.asdict(self.request.evaluation)} if self.benchmarks is not None else {}),
             "stops_early": self.request.stops_early and len(self.request.goals) == 1,
             "device": self.request.device.type,
             "versions": {**versions(), "optuna": import_optuna().__version__},
@@ -115,13 +123,17 @@ class Prepared:
         for part, tasks in self.texts.as_json().items():
             counts = [f"{task} {one['documents']} ({one['tokens']:,} tokens)" for task, one in tasks.items()]
             lines.append(f"texts to {'search with' if part == 'search' else 'score the best on'}: {', '.join(counts)}")
+        if self.benchmarks is not None:
+            lines += [f"note: {note}" for note in self.benchmarks.graders.notes]
         if self.texts.twice:
             lines.append(f"note: {self.texts.twice} texts came more than once, and count once.")
         lines.append(f"ends after {self.request.budget.as_text()}")
         return "\n".join(lines)
 
     def close(self) -> None:
-        """Close the inputs."""
+        """Close the inputs, and what grades."""
+        if self.benchmarks is not None:
+            self.benchmarks.resources.close()
         close_all(self.opened)
 
 
@@ -163,14 +175,44 @@ def prepare(request: SearchRequest) -> Prepared:
         with inner.collect(), quiet_transformers():
             check_runs_on_text(opened[0])
             texts.append(read_texts(opened[0], request.texts, share=request.held_out, documents=request.documents))
+        benchmarks: list[Benchmarks] = []
+        if request.benchmarks:
+            with inner.collect(), quiet_transformers():
+                benchmarks.append(_read_benchmarks(opened[0], request))
         if request.save_path is not None:
             folders = [folder for model in opened for folder in model.folders]
             inner.extend(check_save_path(request.save_path, folders, overwrite=False))
+        if inner:
+            for one in benchmarks:
+                one.resources.close()
         inner.raise_if_any()
         keys = [source_key(name) for name in first.recipe.inputs]
-        return Prepared(request, found, opened, keys, texts[0], probes)
+        if not benchmarks:
+            return Prepared(request, found, opened, keys, texts[0], probes)
+        joined = texts[0].joined(benchmarks[0].searched, benchmarks[0].held_out)
+        return Prepared(request, found, opened, keys, joined, probes, benchmarks[0])
 
     return open_and_plan(first.recipe.inputs, plan, quiet=request.quiet, trust_remote_code=request.trust_remote_code)
+
+
+def _read_benchmarks(base: Model, request: SearchRequest) -> Benchmarks:
+    """The benchmarks of a request. Raises Refusals as `read_benchmarks`, and where the model has to be whole to answer, and is not."""
+    from search.benchmarks import read_benchmarks
+
+    asks = "accuracies" in request.measures
+    if asks and not _is_whole(base, request):
+        raise InputError(
+            f"{setting('goal')}: answering benchmarks needs the model in memory, and {base.label} is run layer by layer. Search for loss, or use {setting('mode', 'whole')}."
+        )
+    return read_benchmarks(
+        base, request.benchmarks, request.data_dir, request.evaluation,
+        scores="losses" in request.measures, asks=asks, share=request.held_out, documents=request.documents,
+    )  # fmt: skip
+
+
+def _is_whole(base: Model, request: SearchRequest) -> bool:
+    """Whether the base is run in memory, by the request or by what fits."""
+    return fits(base, CalibrationOptions(device=request.device, dtype="auto", mode=request.mode))
 
 
 def _given(values: Mapping[str, Any]) -> Suggest:
@@ -243,7 +285,8 @@ class _Search:
         activations = self._activations(keep=not is_dry)
         options = StreamOptions(device, self.request.workers, compiled=device.type == "cpu")
         opened = keep_computed(prepared.opened)
-        self.candidates = Candidates(opened, prepared.keys, self._place(base, device), options, activations)
+        place = self._place(base, device)
+        self.candidates = Candidates(opened, prepared.keys, place, options, activations, self._examiner(place))
 
     def run(self) -> Outcome:
         study = self.study
@@ -264,7 +307,7 @@ class _Search:
     def _place(self, base: Model, device: torch.device) -> Place:
         """The base in memory, or layer by layer where it does not fit."""
         with quiet_transformers():
-            if not fits(base, CalibrationOptions(device=device, dtype="auto", mode=self.request.mode)):
+            if not _is_whole(base, self.request):
                 self.console.note(f"{base.label}: is run layer by layer, each merged when its turn comes")
                 return LayerByLayer(base, auto_dtype(base), device)
             self.console.note(f"loading {base.label}")
@@ -274,14 +317,24 @@ class _Search:
             apply(model, choice)
         return LoadedModel(base, model, device, choice.threads)
 
+    def _examiner(self, place: Place) -> Callable[[Sequence[Any]], Sequence[float]]:
+        """What has the model in memory answer items of benchmarks."""
+        benchmarks = self.prepared.benchmarks
+        if benchmarks is None or not benchmarks.asks:
+            return lambda items: ()
+        from search.benchmarks import Examiner
+
+        with quiet_transformers():
+            return Examiner(self.prepared.opened[0], place.model, benchmarks, torch.get_num_threads()).score
+
     def _choose(self, model: Any) -> Choice:
         """How the model is run: what is fastest here, as calibration finds it; the same for every process and later run."""
         known = self.study.noted(CHOICE) if self.study is not None else None
         if isinstance(known, dict) and is_choice(known):
             return Choice(**known)
         choice = Choice(dtype_name(model.dtype), torch.get_num_threads())
-        documents = [one for part in self.prepared.texts.searched.values() for one in part]
-        if is_worth_timing(model, sum(map(len, documents))):
+        documents = [one for part in self.prepared.texts.searched.values() for one in part if isinstance(one, Document)]
+        if documents and is_worth_timing(model, sum(map(len, documents))):
             length = min(sorted(map(len, documents))[-2:])
             tokens = torch.tensor([one.ids[:length] for one in documents if len(one) >= length][:2])
             fastest, _ = choose(model, tokens.to(self.request.device), choice, dtype=True, batch=False)
@@ -323,7 +376,7 @@ class _Search:
         self.candidates.make_input(position)
         return self._losses(getattr(self.prepared.texts, part))
 
-    def _losses(self, part: Mapping[str, Sequence[Document]]) -> dict[str, list[float]]:
+    def _losses(self, part: Mapping[str, Sequence[Part]]) -> dict[str, list[float]]:
         """Of what is in memory."""
         scores = iter(self.candidates.score([one for documents in part.values() for one in documents]))
         return {task: [next(scores) for _ in documents] for task, documents in part.items()}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.model import Model
@@ -37,33 +37,50 @@ class Document:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def as_json(self) -> list[Any]:
+        """What tells it from others."""
+        return [*self.ids, self.begin]
+
     @property
     def scored(self) -> int:
         """How many tokens are scored."""
         return len(self.ids) - self.begin
 
 
+class Part(Protocol):
+    """What a task consists of: a document, or an item of a benchmark; its length is in tokens."""
+
+    def __len__(self) -> int: ...
+
+    def as_json(self) -> list[Any]:
+        """What tells it from others."""
+
+
 @dataclass(frozen=True)
 class Texts:
-    """Documents of every task.
+    """Documents of every task, and items of benchmarks.
 
     Attributes:
-        searched: task -> the documents that candidates are compared by.
+        searched: task -> what candidates are compared by.
         held_out: task -> those that the best are scored on once.
         twice: texts that came more than once, and count once.
     """
 
-    searched: Mapping[str, Sequence[Document]]
-    held_out: Mapping[str, Sequence[Document]]
+    searched: Mapping[str, Sequence[Part]]
+    held_out: Mapping[str, Sequence[Part]]
     twice: int = 0
 
     def digest(self) -> str:
-        """sha256 of all token ids and of how they are split."""
+        """sha256 of all tokens and prompts and of how they are split."""
         content = [
-            {task: [[*one.ids, one.begin] for one in documents] for task, documents in part.items()}
+            {task: [one.as_json() for one in documents] for task, documents in part.items()}
             for part in (self.searched, self.held_out)
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def joined(self, searched: Mapping[str, Sequence[Part]], held_out: Mapping[str, Sequence[Part]]) -> Texts:
+        """With more tasks."""
+        return Texts({**self.searched, **searched}, {**self.held_out, **held_out}, self.twice)
 
     def as_json(self) -> dict[str, Any]:
         """Counts, for people and programs."""
@@ -111,7 +128,7 @@ def read_texts(base: Model, files: Mapping[str, Path], *, share: float, document
                     ordered[whole] = (key, number, row)
         sides: tuple[list[Document], list[Document]] = ([], [])
         for key, number, row in sorted(ordered.values(), key=lambda entry: entry[0]):
-            side = sides[_share_of(key) < share]
+            side = sides[is_held_out(key, share)]
             if len(side) < documents:
                 with problems.collect():
                     encoded = _encode(row, tokenizer, base, f"{where}: row {number}")
@@ -129,9 +146,14 @@ def read_texts(base: Model, files: Mapping[str, Path], *, share: float, document
     return Texts(searched, held_out, twice)
 
 
-def _share_of(key: str) -> float:
-    """Where a hash is between 0 and 1; not by the digits that texts are sorted by."""
-    return int(key[-16:], 16) / 16**16
+def is_held_out(key: str, share: float) -> bool:
+    """Which side a hash is on; not by the digits that texts are sorted by."""
+    return int(key[-16:], 16) / 16**16 < share
+
+
+def content_of(text: str) -> str:
+    """The hash of a prompt by which it is split, however it is spaced."""
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
 
 
 def _content(row: Any, where: str) -> tuple[str, str]:

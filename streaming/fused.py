@@ -287,13 +287,23 @@ class Loading:
     """The loop that makes blocks for functions of torch's: reads, widens, looks for what is not finite and subtracts the base.
 
     Args: see `Asking`.
+        formula: how an element is merged: then a block's one model is the merge.
     """
 
-    def __init__(self, spec: TensorSpec, base: TensorRef | None, inputs: Sequence[TensorRef], *, is_delta: bool):
+    def __init__(
+        self,
+        spec: TensorSpec,
+        base: TensorRef | None,
+        inputs: Sequence[TensorRef],
+        *,
+        is_delta: bool,
+        formula: Formula | None = None,
+    ):
         refs = [*([base] if base else []), *inputs]
         trace = Trace([ref.info.dtype for ref in refs], has_base=base is not None, is_delta=is_delta)
-        numbers = [*([trace.base] if base else []), *trace.models]
-        self._has_base, self._is_delta, self._count = base is not None, is_delta, len(numbers)
+        models = [formula(trace)] if formula else trace.models
+        numbers = [*([trace.base] if base else []), *models]
+        self._has_base, self._is_delta, self._count = base is not None, is_delta and formula is None, len(numbers)
         self.loop = TensorLoop(spec, refs, trace, [Store(cast(Symbol, one), torch.float32) for one in numbers])
 
     def block(self, region: Region, lend: Lend) -> Block | None:

@@ -337,7 +337,7 @@ def write_description(
     if dtype is None and "float64" in (config.get("dtype"), config.get("torch_dtype")):
         dtype = "float32"  # the widest that is written
     work.files.write(folder, dtype=dtype)
-    text = model_card(title=title, base=work.base, models=work.inputs[1:], text=card, command=options.command)
+    text = model_card(title=title, models=work.inputs, text=card, command=options.command)
     folder.write(CARD_FILE, in_utf8(text))
     write_recipe(folder, recipe)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import threading
@@ -332,10 +333,14 @@ class _Stream:
             work: Callable[[Region], None] = lambda region: self._copy(tensor, region)  # noqa: E731
         else:
             statistics = method.measure(tensor.spec, self._scan_inputs(tensor))
-            scan = self._scan(tensor, lambda region: self._merged(tensor, region, statistics))
+            loading = functools.cache(
+                lambda: self._load_merged(tensor, statistics)
+            )  # where a transform asks for numbers
+            scan = self._scan(tensor, lambda region: self._merged(tensor, region, statistics, loading()))
             measured = transforms[0].measure(tensor.spec, scan) if transforms else None
             fusion = self._fuse(tensor, statistics, measured) if tensor.spec.numel else None
-            work = lambda region: self._combine(tensor, statistics, measured, fusion, region)  # noqa: E731
+            loop = loading() if transforms and fusion is None and tensor.spec.numel else None
+            work = lambda region: self._combine(tensor, statistics, measured, fusion or loop, region)  # noqa: E731
             if fusion and self._options.compiled:
                 fusion.compile()
             if fusion and fusion.is_ready and self._options.block_elements is None:
@@ -398,16 +403,41 @@ class _Stream:
         scan.asking, scan.lend = asking, self._lend
         return scan
 
-    def _merged(self, tensor: PlannedTensor, region: Region, statistics: Any) -> Block:
+    def _load_merged(self, tensor: PlannedTensor, statistics: Any) -> Loading | None:
+        """The loop that makes `_merged`'s blocks; None where torch has to make them."""
+        method = tensor.method
+        assert method is not None
+        refs = [tensor.base, *tensor.inputs]
+        if not self._uses_loops or not can_loop(refs, (), tensor.spec):
+            return None
+        formula = method.formula(tensor.spec, statistics)
+        if formula is None:
+            return None
+        is_delta = method.space == "task_vectors"
+        loading = Loading(tensor.spec, tensor.base, tensor.inputs, is_delta=is_delta, formula=formula)
+        if self._options.compiled:
+            loading.loop.compile()
+        return loading
+
+    def _merged(self, tensor: PlannedTensor, region: Region, statistics: Any, loading: Loading | None) -> Block:
         """The base and the merge of a region, as a block whose one model is the merge."""
         assert tensor.method is not None
+        if loading is not None and loading.loop.loop is not None:
+            if tensor.method.space == "task_vectors":
+                self._look_for_changes(tensor, region)
+            by_loop = loading.block(region, self._lend)
+            if by_loop is not None:
+                return by_loop
         block = self._fetch(tensor, region)
         return Block(region, block.base, [], [tensor.method.combine(block, statistics)])
 
     def _combine(
-        self, tensor: PlannedTensor, statistics: Any, measured: Any, fusion: Fusion | None, region: Region
+        self, tensor: PlannedTensor, statistics: Any, measured: Any, loop: Fusion | Loading | None, region: Region
     ) -> None:
-        if fusion is None or not fusion.is_ready or not self._run_fused(tensor, fusion, region):
+        if isinstance(loop, Loading) and not (self._observer and self._observer.sampled(region)):
+            block = self._merged(tensor, region, statistics, loop)
+            self._transform(tensor, region, block.base, block.weights[0], measured)
+        elif not isinstance(loop, Fusion) or not loop.is_ready or not self._run_fused(tensor, loop, region):
             self._combine_in_torch(tensor, statistics, measured, region)
         read = tensor.sources(self._transforms)
         itemsizes = sum(ref.info.dtype.itemsize for ref in read) + tensor.dtype.itemsize * len(self._outputs)
@@ -469,9 +499,15 @@ class _Stream:
         merged = tensor.method.combine(block, statistics)
         if self._observer and seen is not None:
             self._observer.record(block, merged, sampled, seen)
+        self._transform(tensor, region, block.base, merged, measured)
+
+    def _transform(
+        self, tensor: PlannedTensor, region: Region, base: torch.Tensor | None, merged: torch.Tensor, measured: Any
+    ) -> None:
+        """Make of a merged region what each output wants of it, and write that."""
         for output in self._outputs:
             transform = output.transform if output.transform and output.transform.applies_to(tensor.spec.name) else None
-            result = merged if transform is None else transform(region, block.base, merged, measured)  # type: ignore[arg-type]
+            result = merged if transform is None else transform(region, base, merged, measured)  # type: ignore[arg-type]
             self._write(output, tensor, region, result)
 
     def _write(self, output: Output, tensor: PlannedTensor, region: Region, result: torch.Tensor) -> None:

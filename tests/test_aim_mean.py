@@ -30,8 +30,11 @@ from aim.request import AimRequest
 from aim.transforms import Relaxing
 from checkpoints.errors import ArgumentError, Refusals
 from merging import make_recipe
+from merging.merge_work import merge as run_merge
 from streaming import stream
 from streaming.blocks import Block, Region, TensorSpec, tile
+from streaming.fused import Loading
+from streaming.machine_code import can_compile
 from streaming.output import RunOptions
 from streaming.stream import StreamOptions
 from tests.aim_runs import (
@@ -327,6 +330,38 @@ def test_a_sweep_is_its_single_runs_and_reads_matrices_once_more_where_it_must(
     for omega in ("0", "0.25", "1"):
         relaxed.perform(tmp_path / omega, "--omega", omega)
         assert weight_bytes(tmp_path / "sweep" / f"omega_{omega}") == weight_bytes(tmp_path / omega)
+
+
+@pytest.mark.command
+@pytest.mark.skipif(not can_compile(), reason="no LLVM")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("control", ["none", "uniform"])
+def test_loops_merge_what_is_then_pulled_back(
+    architecture: str,
+    control: str,
+    family_of: Callable[[str], Relaxed],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same bytes and energies as by torch alone, where matrices are measured first, too; also of what is merged at random."""
+    blocks: list[bool] = []
+    right = Loading.block
+    monkeypatch.setattr(Loading, "block", lambda *given: blocks.append((made := right(*given)) is not None) or made)
+    relaxed = family_of(architecture)
+    names = ",".join(map(str, relaxed.family.models))
+    written = []
+    for compiled in (False, True):
+        out = tmp_path / f"out{compiled}"
+        recipe = make_recipe("dare_ties", str(relaxed.base), names, parameters={"density": 0.5})
+        request = AimRequest(Relaxing((Omega(OMEGA),), protect="mean", control=control), statistics=relaxed.saved)  # type: ignore[arg-type]
+        options = RunOptions(stream=StreamOptions(compiled=compiled, workers=2), report="none")
+        run_merge(recipe, out, options, aim=request)
+        energies = json.loads((out / "merge_recipe.json").read_text())["aim"]["along_mean"]
+        written.append(((out / "model.safetensors").read_bytes(), energies))
+        assert compiled or not blocks
+    assert written[0] == written[1]
+    assert blocks
+    assert all(blocks)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

@@ -846,6 +846,7 @@ def test_tokens_of_a_tokenizer(tmp_path):
     assert Vocabulary({}).size == 0
 
 
+@pytest.mark.command
 def test_tokens_of_another_kind_of_tokenizer(tmp_path):
     """No tokenizer.json: transformers is asked."""
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
@@ -904,12 +905,12 @@ def test_what_identifies_an_input(tmp_path):
 def test_card_of_odd_names(tmp_path):
     names = ["org/base@v1", 'a "b": c', "ü/λ", "-", "true", "org/base@v2"]
     models = [model(tmp_path / str(i), name, "mit") for i, name in enumerate(names)]
-    card = model_card(title="T", base=models[0], models=models[1:], text="Text.\n", command=["python", "x y"])
+    card = model_card(title="T", models=models, text="Text.\n", command=["python", "x y"])
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["base_model"] == ["org/base", 'a "b": c', "ü/λ", "-", "true"]
     assert front["license"] == "mit"
     assert "\n# T\n\nText.\n\nMade by\n\n```sh\npython 'x y'\n```\n" in card
-    assert "```" not in model_card(title="T", base=models[0], models=models[1:], text="", command=None)
+    assert "```" not in model_card(title="T", models=models, text="", command=None)
 
 
 def test_common_licence(tmp_path):

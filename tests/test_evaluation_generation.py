@@ -249,9 +249,12 @@ def test_missing_weights_are_refused(folder, tmp_path):
         load_model(tmp_path, "pico", CPU)
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense"}))
-    with pytest.raises(InputError, match="OUT: cannot be loaded by hf: "):
+@pytest.mark.parametrize(
+    ("config", "name"), [({}, "nonsense"), ({"architectures": ["NoSuchForCausalLM"]}, "NoSuchForCausalLM")]
+)
+def test_a_folder_that_is_no_model_is_refused(tmp_path, config, name):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nonsense", **config}))
+    with pytest.raises(InputError, match=f"OUT: a {name} cannot be loaded by hf: "):
         load_model(tmp_path, "OUT", CPU)
 
 

@@ -1,17 +1,14 @@
-"""The examples run and the pages tell the truth: demo, API example, README, docs/adding-a-method.md."""
+"""The examples run: demo, API example, the method of docs/adding-a-method.md. The pages have tests of their own, tests/test_pages.py."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from commands.shell import show_flag
 from evaluation.results import samples_path
 from examples import demo, demo_quick, experiments, merge_api, miniature
 from examples.miniature import FAMILY, SINGLES, Candidate, Workspace
-from merging import make_recipe
-from merging.methods import METHODS, get_method
-from merging.parameters import SHARED
 from reports import Verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
 METHOD_PAGE = (ROOT / "docs/adding-a-method.md").read_text()
 
 
@@ -46,11 +38,18 @@ def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def top_of_the_tree() -> set[str]:
+    """The files and folders at the top that git has; where there is no git, all that are no work of a run."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    names = listed.stdout.split("\0") if listed.returncode == 0 else [path.name for path in ROOT.iterdir()]
+    return {name.split("/")[0] for name in names if name and not name.startswith(".")} - {"results", "real"}
+
+
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tree as an archive has it: no .git, no environment, no caches."""
     target = tmp_path_factory.mktemp("archive")
-    for name in {path.parts[0] for path in tree()}:  # and nothing else that lies here, such as merges of 26 GB
+    for name in top_of_the_tree():  # and nothing else that lies here, such as merges of 26 GB
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
@@ -198,92 +197,7 @@ def test_api_example_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "out").exists()
 
 
-# ----------------------------------------------------------------------------------------------------- the README
-
-
-def commands() -> list[list[str]]:
-    """The command lines of this toolkit in the README, as argument lists: `["merge.py", "--method", ...]`."""
-    lines = "\n".join(code_blocks(README, "sh")).replace("\\\n", " ").splitlines()
-    return [shlex.split(line)[1:] for line in lines if re.match(r"python \w+\.py ", line)]
-
-
-def test_readme_has_the_published_commands():
-    assert [command[0] for command in commands()].count("merge.py") >= 4
-    assert "WizardLMTeam/WizardLM-13B-V1.2,vanillaOVO/WizardMath-13B-V1.0,layoric/llama-2-13b-code-alpaca" in README
-
-
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_readme_commands_parse(command: list[str]):
-    name, *arguments = command
-    parser = importlib.import_module(name.removesuffix(".py")).build_parser()
-    parsed = parser.parse(arguments)  # exits where a flag is unknown or missing
-    if name == "merge.py" and parsed.config is None:
-        keys = {key for method in METHODS for key in get_method(method).parameters()}
-        given = {key: vars(parsed)[show_flag(key, None).removeprefix("--")] for key in keys}
-        # Refuses parameters that the method does not use, and values out of range.
-        make_recipe(parsed.method, parsed.base_model, parsed.models_to_merge, parameters=given, seed=parsed.seed)
-
-
-def test_readme_lists_every_flag_of_merge():
-    """Those of AIM are left to --help, and those of single methods to their cards."""
-    import merge
-
-    groups = [group for group in merge.build_parser()._action_groups if not re.search("AIM|calibration", group.title)]
-    flags = {option for group in groups for action in group._group_actions for option in action.option_strings}
-    keys = {key for method in METHODS for key in get_method(method).parameters()} - set(SHARED)
-    flags -= {text for key in keys for text in (show_flag(key, None), f"--no-{key}")}
-    rows = re.findall(r"^\| (`--.*?) \|", README, re.MULTILINE)
-    assert {flag for row in rows for flag in re.findall(r"--\w+(?:-\w+)*", row)} == flags - {"-h"}
-
-
-def tree() -> Iterator[Path]:
-    """Every path that the README's tree names, relative to the root; a folder's name ends in a slash there."""
-    block = next(block for block in code_blocks(README, "text") if block.startswith("merge.py "))
-    parents: list[Path] = []
-    for line in block.splitlines():
-        found = re.fullmatch(r"((?:  )*)(\S+) +\S.*", line)
-        assert found, f"expected a name and what it is, got {line!r}"
-        depth = len(found[1]) // 2
-        path = Path(*parents[depth - 1 : depth], found[2])
-        parents[depth:] = [path]
-        yield path
-
-
-def test_readme_tree_names_only_what_exists():
-    assert [str(path) for path in tree() if not (ROOT / path).exists()] == []
-
-
-def test_readme_tree_names_every_file_of_the_folders_it_opens():
-    named = set(tree())
-    opened = {path.parent for path in named} - {Path()}
-    there = {path.relative_to(ROOT) for folder in opened for path in (ROOT / folder).glob("*.py")}
-    assert sorted(there - named) == []
-
-
-def test_readme_tree_names_every_top_level_entry():
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        pytest.skip("no git checkout, so nobody knows which files belong to it")
-    top = {name.split("/")[0] for name in listed.stdout.split("\0") if name} - {".gitignore"}
-    assert sorted(top - {path.parts[0] for path in tree()}) == []
-
-
-PAGES = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "SECURITY.md",
-    *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
-]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_between_pages_lead_somewhere(page: str):
-    text = (ROOT / page).read_text()
-    headings = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
-    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
-        file, _, anchor = target.partition("#")
-        assert not file or (ROOT / page).parent.joinpath(file).exists(), target
-        assert file or anchor in headings, target
+# ----------------------------------------------------------------------------------------------------- the pages
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md", "SECURITY.md"])

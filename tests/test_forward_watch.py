@@ -109,6 +109,22 @@ def test_experts_one_by_one_and_in_a_batch() -> None:
     assert {use.axis for use, _ in found} == {1}
 
 
+def test_groups_of_rows_or_of_channels_in_a_batch() -> None:
+    """Block-diagonal layers: each group of a weight's rows, or of its channels, has an input of its own."""
+    x = torch.randn(2, 5, 6)  # [groups, tokens, channels]
+    for run in (
+        lambda m, x: torch.bmm(x, m.w.view(2, 2, 6).transpose(1, 2)),
+        lambda m, x: torch.einsum("gti,goi->gto", x, m.w.view(2, 2, 6)),
+    ):
+        found = seen(run, x)
+        assert [use for use, _ in found] == [Use("w", 1, ((low, low + 2), (0, 6))) for low in (0, 2)]
+        assert all(torch.equal(rows, x[group]) for group, (_, rows) in enumerate(found))
+    x = torch.randn(3, 5, 2)
+    found = seen(lambda m, x: torch.einsum("gti,ogi->gto", x, m.w.view(4, 3, 2)), x)
+    assert [use for use, _ in found] == [Use("w", 1, ((0, 4), (low, low + 2))) for low in (0, 2, 4)]
+    assert all(torch.equal(rows, x[group]) for group, (_, rows) in enumerate(found))
+
+
 def test_all_experts_at_once_are_one_matrix() -> None:
     ((use, _),) = seen(lambda m, x: functional.linear(x, m.e.view(20, 6)), X)
     assert use == Use("e", 2, ((0, 5), (0, 4), (0, 6)))

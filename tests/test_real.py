@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aim.activations import ChannelStatistics
 from checkpoints.errors import InputError
-from examples.real import base, extract, outliers, prototypes, run, statistics, texts, workspace
+from examples.real import base, extract, losses, outliers, prototypes, run, statistics, texts, workspace
 from examples.real.domains import DOMAINS, make_documents
 from examples.real.domains.documents import split_of
 from examples.real.domains.functions import function
 from examples.real.domains.maths import problem
 from examples.real.losses import score
 from examples.real.pool import Pool
-from examples.real.rules import REFERENCE, SUM, Rule, rules
+from examples.real.rules import REFERENCE, SUM, Rule, all_rules, option_rules, rules
 from examples.real.texts import Encoded
 from examples.real.train import Recipe, order
 from search.losses import batches
@@ -202,6 +202,17 @@ def test_losses_are_those_of_one_document_at_a_time(chat_base):
         expected = -sum(float(logits[p - 1, token]) for p, token in zip(places, document.answer, strict=True))
         assert mine.loss == pytest.approx(expected / len(document.answer), abs=1e-5)
         assert not mine.exact
+
+
+def test_what_all_prompts_begin_with_runs_once(chat_base):
+    model = AutoModelForCausalLM.from_pretrained(FAMILY / "math", dtype=torch.float32).eval()
+    documents = [Encoded([*range(3, 23), 40 + row], [50 + row] * (1 + row % 3)) for row in range(6)]
+    alone = [score(model, [document])[0].loss for document in documents]
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
+    assert [one.loss for one in score(model, documents)] == pytest.approx(alone, abs=1e-5)
+    assert seen == [20, 6 * (1 + 3)]
+    assert losses.answers(model, documents).losses.requires_grad  # in training everything runs
 
 
 def test_an_answer_is_exact_where_greedy_decoding_gives_it(chat_base):
@@ -404,10 +415,28 @@ def test_points_of_a_line_score_as_their_merges_do(compared: Path, chat_base: Pa
         rule = Rule("x", "--method task_arithmetic --lambda {lambda}", {"lambda": (0.4, 0.7, 1.2)})
         if at == "line":
             space.score_line(rule, rule.candidates(), "val")
-        scores.append([space.score_merge(rule, settings, "val").losses for settings in rule.candidates()])
+        for settings in rule.candidates():
+            space.score_merge(rule, settings, "val")
+        scores.append([space.scores(rule.label(settings), "val").losses for settings in rule.candidates()])
     for one, other in zip(*scores, strict=True):
         for domain in one:
             assert one[domain] == pytest.approx(other[domain], abs=1e-4)
+
+
+def test_lambda_0_is_the_base_unless_a_rule_says_otherwise():
+    """What has a rest_lambda of its own gives something else at lambda 0: regmean, and iso_c and wudi without the grid's."""
+    for rule in [*rules((0.6, 1.0, 1.2), regmean_lambdas=(0.6, 1.0, 1.2)), *all_rules(), *option_rules()]:
+        own = "--model_data {texts}" in rule.flags or "--model_data {other_texts}" in rule.flags
+        assert rule.fixed_rest == own, rule.name
+        if "iso_c" in rule.flags or "wudi" in rule.flags:
+            assert "--rest_lambda {lambda}" in rule.flags
+
+
+def test_options_are_compared_on_validation_alone():
+    found = option_rules()
+    assert [rule.name for rule in found if not rule.variant_of] == [REFERENCE, "RegMean"]
+    assert not any(rule.control_of for rule in found)
+    assert len({rule.name for rule in found}) == len(found)
 
 
 def test_rules_of_one_line_differ_in_lambda_alone():

@@ -17,6 +17,7 @@ SWEEP = (
     "ties,a+b,yes,45,48,30,40,50,60,0.4", "ties,a+b,uniform,44,40,30,40,50,60,0.4", "widen,a+b,no,41,40,30,40,50,60,",
 )  # fmt: skip
 BENCHMARKS = ("humaneval", "mbpp", "gsm8k")
+pytestmark = pytest.mark.command  # a library that draws is as slow as a command
 PAIRS = 3
 
 

@@ -170,6 +170,8 @@ def test_omegas_are_told_apart_by_value():
         ({"models": [{"model": "in/math"}, {"model": "in/../in/math"}]}, "recipe.yml: models"),
         ({"aim": {"omega": 0.4, "calibration": {**CALIBRATION, "tolerance": [1]}}}, "recipe.yml: aim.calibration.tolerance: expected a number, got [1]."),
         ({"aim": {"omega": 0.4, "calibration": {**CALIBRATION, "source": True}}}, "recipe.yml: aim.calibration.source: expected text, got"),
+        ({"aim": {"omega": 0.4, "calibration": {**CALIBRATION, "mode": "whole"}}}, "recipe.yml: aim.calibration.mode: belongs to a machine, and to no recipe. Use --calibration_mode."),
+        ({"aim": {"omega": 0.4, "calibration": {**CALIBRATION, "texts": 3}}}, "recipe.yml: aim.calibration: unknown key 'texts'."),
     ],
     ids=str,
 )  # fmt: skip

@@ -146,6 +146,11 @@ class Benchmark(ABC):
         """How text is generated; None where a choice is made by loglikelihood."""
         return None
 
+    def reference(self, row: Row, settings: Settings) -> str | None:
+        """A right answer, as it continues the prompt of these settings; None where the data has none. A benchmark with `choices`
+        has it in its requests."""
+        return None
+
     def uses_chat_template(self, settings: Settings) -> bool:
         """Whether the prompts of these settings are wrapped in the chat template."""
         return settings.chat
@@ -201,6 +206,11 @@ def spread(subjects: Sequence[str], limit: int) -> list[int]:
         seen[subject] = rank + 1
         ranks.append((rank, index))
     return sorted(index for _, index in sorted(ranks)[:limit])
+
+
+def question_of(row: Row) -> str:
+    """The text of a row, as `read_row` gives it, that is its question."""
+    return str(next(row[name] for name in ("question", "prompt", "text") if name in row))
 
 
 def text_field(row: Row, *names: str, empty: bool = False) -> str:

@@ -49,6 +49,9 @@ class Gsm8k(Benchmark):
     def generation(self, settings: Settings) -> Generation:
         return wcot_generation(settings)
 
+    def reference(self, row: Row, settings: Settings) -> str:
+        return f" {row['solution']}"
+
     def uses_chat_template(self, settings: Settings) -> bool:
         return False
 

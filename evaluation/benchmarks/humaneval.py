@@ -58,6 +58,9 @@ class HumanEval(Benchmark):
     def generation(self, settings: Settings) -> Generation:
         return Generation(1024, STOP)
 
+    def reference(self, row: Row, settings: Settings) -> str:
+        return str(row["canonical_solution"])
+
     def grade(self, rows: Sequence[Row], responses: Sequence[Response], tools: Tools, advance: Advance) -> list[Grade]:
         sources = [program(row, response, tools.settings) for row, response in zip(rows, responses, strict=True)]
         return grade_programs([judged(row, source) for row, source in zip(rows, sources, strict=True)], tools, advance)

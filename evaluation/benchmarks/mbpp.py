@@ -59,8 +59,7 @@ class Mbpp(Benchmark):
     def tasks(
         self, rows: Sequence[tuple[int, Row]], settings: Settings, fewshots: Sequence[Row] = ()
     ) -> list[TaskRows]:
-        instructed = _instructed(settings)
-        closing = "\n```" if instructed else "\n[DONE]"
+        instructed, closing = _instructed(settings), _closing(settings)
         config: dict[str, Any] = {
             "task": self.name,
             "num_fewshot": self.shots,
@@ -76,6 +75,9 @@ class Mbpp(Benchmark):
     def generation(self, settings: Settings) -> Generation:
         # The paper's program sets no limit, so its backend's 256 tokens applied; longer solutions were cut.
         return Generation(256 if settings.profile == "paper" else 512, () if _instructed(settings) else STOP)
+
+    def reference(self, row: Row, settings: Settings) -> str:
+        return str(row["code"]) + _closing(settings)
 
     def grade(self, rows: Sequence[Row], responses: Sequence[Response], tools: Tools, advance: Advance) -> list[Grade]:
         sources = [program(response, tools.settings) for response in responses]
@@ -121,3 +123,8 @@ def program(response: Response, settings: Settings) -> str:
 
 def _instructed(settings: Settings) -> bool:
     return settings.chat and settings.profile == "fixed"
+
+
+def _closing(settings: Settings) -> str:
+    """What stands behind a program, in the examples and in what a model writes."""
+    return "\n```" if _instructed(settings) else "\n[DONE]"

@@ -73,6 +73,9 @@ class Mmlu(Benchmark):
             "num_fewshot": 0,
         }
 
+    def reference(self, row: Row, settings: Settings) -> str:
+        return self.choices[row["answer"]]
+
     def first(self, rows: Sequence[Row], limit: int) -> list[int]:
         return spread([row["subject"] for row in rows], limit)
 

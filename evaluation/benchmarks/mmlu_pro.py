@@ -71,6 +71,9 @@ class MmluPro(Benchmark):
     def generation(self, settings: Settings) -> Generation:
         return Generation(2048, ("Question:",))
 
+    def reference(self, row: Row, settings: Settings) -> str:
+        return f" The answer is ({row['answer']})."
+
     def uses_chat_template(self, settings: Settings) -> bool:
         return False
 

@@ -22,7 +22,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> None:
             return
         number += 1
         timeout_s, clock_s = map(float, message.split())
-        answer = _run_one(settings, paths, number, timeout_s, clock_s, *descriptors)
+        answer = _run_one(settings, paths, number, (timeout_s, clock_s), descriptors)
         control.sendall(json.dumps(answer).encode())
 
 
@@ -123,24 +123,23 @@ def _run_one(
     settings: Settings,
     paths: list[int],
     number: int,
-    timeout_s: float,
-    clock_s: float,
-    task: int,
-    result: int,
-    leash: int,
+    limits: tuple[float, float],
+    descriptors: Sequence[int],
 ) -> dict[str, int | str]:
     """Run and judge one program until the leash says that it is over, and see to it that nothing of it is left.
 
     Args:
         paths: descriptors of what it may read.
         number: makes the run's folder unique.
-        timeout_s: processor time of program and judge together, looked at from when as much has passed on the clock.
-        clock_s: time on the clock; the outside holds it, and from here it is held too, should the outside fail to.
-        task, result: descriptors, handed to the judge.
-        leash: a descriptor; when it can be read, or its other end is gone, what still runs is killed.
+        limits: seconds. Of processor time of program and judge together, looked at from when as much has passed on the
+            clock; and on the clock, which the outside holds, and from here it is held too, should the outside fail to.
+        descriptors: task and result, handed to the judge, and the leash: when that can be read, or its other end is gone,
+            what still runs is killed.
     Returns: `status` of the program, as waitpid gives it; `late`, whether the run was ended for its processor time;
         `problem`: why it never started, or an empty text.
     """
+    timeout_s, clock_s = limits
+    task, result, leash = descriptors
     folder = settings.folder if NAMESPACES in settings.layers else os.path.join(settings.folder, str(number))
     started, started_end = os.pipe()
     ours, theirs = socket.socketpair()

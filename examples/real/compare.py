@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from examples.real.domains import Split
 from examples.real.pool import Job, Pool
 from examples.real.rules import REFERENCE, Rule, Settings
 from examples.real.statistics import Difference, difference, holm, mean
@@ -46,6 +47,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Option:
+    """A variant of a rule, on validation.
+
+    Attributes:
+        name: of the variant.
+        settings: its best ones.
+        validation: its loss.
+        of: the rule's name.
+        minus_rule: its loss minus the rule's at that one's best settings, paired by document.
+    """
+
+    name: str
+    settings: Settings
+    validation: float
+    of: str
+    minus_rule: Difference
+
+
+@dataclass(frozen=True)
 class Comparison:
     """What `compare` found.
 
@@ -53,14 +73,14 @@ class Comparison:
         domains: in the order of the models.
         tried: label -> candidate, of all that were scored on validation.
         rows: single models first, then by test loss.
-        options: variant of a rule -> on validation, its loss and that minus its rule's, paired by document.
+        options: variants of rules.
         verdicts: rule -> sentence.
     """
 
     domains: Sequence[str]
     tried: Mapping[str, Candidate]
     rows: Sequence[Row]
-    options: Mapping[str, tuple[float, Difference]]
+    options: Sequence[Option]
     verdicts: Mapping[str, str]
 
 
@@ -76,7 +96,7 @@ def compare(space: Workspace, rules: Sequence[Rule], pool: Pool) -> Comparison:
     """
     lines = [(rule, line) for rule in rules for line in rule.lines()]
     missing: list[Job] = [
-        (space.score_line, (rule, line, "val"))
+        (space.score_line, (rule, line, *_splits(rule)))
         for rule, line in lines
         if not all(space.is_done(rule.label(settings), "val") for settings in line)
     ]
@@ -134,12 +154,23 @@ def compare(space: Workspace, rules: Sequence[Rule], pool: Pool) -> Comparison:
         if row.p is not None
     }
     validated = {rule.name: tried[rule.label(best[rule.name])].scores.losses for rule in rules}
-    options = {
-        rule.name: (mean(validated[rule.name]), difference(validated[rule.name], validated[rule.variant_of]))
+    options = [
+        Option(
+            rule.name,
+            best[rule.name],
+            mean(validated[rule.name]),
+            rule.variant_of,
+            difference(validated[rule.name], validated[rule.variant_of]),
+        )
         for rule in rules
         if rule.variant_of
-    }
+    ]
     return Comparison(space.domains, tried, [*first, *rows], options, verdicts)
+
+
+def _splits(rule: Rule) -> tuple[Split, ...]:
+    """What a merge is scored on while it is there: on test too, where a rule has nothing to choose."""
+    return ("val", "test") if len(rule.candidates()) == 1 and not rule.variant_of else ("val",)
 
 
 def _best(rule: Rule, tried: Mapping[str, Candidate]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from examples.real.texts import Encoded
 from search.losses import batches
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Of a batch that is scored, padding included, by the kind of device."""
+BATCH_TOKENS = {"cpu": 768, "cuda": 8192}
+"""Of a batch that is scored, padding included, by the kind of device. Small ones hold little padding, which a CPU would have to compute."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class Score:
 
 
 def answers(model: Any, documents: Sequence[Encoded]) -> Answers:
-    """Run a batch. Padding stands at the right, where causal attention never looks at it."""
+    """Run a batch. Padding stands at the right, where causal attention never looks at it.
+
+    What all prompts begin with (the chat template's system message, say) runs once, and its keys and values serve all documents.
+    """
     length, device = max(map(len, documents)), model.device
     first = min(len(document.prompt) for document in documents)
     ids = torch.zeros(len(documents), length, dtype=torch.long)
@@ -49,14 +53,38 @@ def answers(model: Any, documents: Sequence[Encoded]) -> Answers:
     for row, document in enumerate(documents):
         ids[row, : len(document)] = torch.tensor(document.prompt + document.answer)
         asked[row, len(document.prompt) : len(document)] = True
-    # Logits of the tokens from `first` on: each is read where the token before it is.
     ids, asked = ids.to(device), asked.to(device)
-    logits = model(input_ids=ids, use_cache=False, logits_to_keep=length - first + 1).logits[:, :-1]
+    shared, past = _run_once(model, ids, min(first - 1, _shared([one.prompt for one in documents])))
+    # Logits of the tokens from `first` on: each is read where the token before it is.
+    output = model(ids[:, shared:], past_key_values=past, use_cache=past is not None, logits_to_keep=length - first + 1)
     asked = asked[:, first:]
-    chosen, targets = logits[asked].float(), ids[:, first:][asked]
+    chosen, targets = output.logits[:, :-1][asked].float(), ids[:, first:][asked]
     return Answers(
         cross_entropy(chosen, targets, reduction="none"), asked.nonzero()[:, 0], chosen.detach().argmax(-1) == targets
     )
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with."""
+    columns = zip(*prompts, strict=False)  # as long as the shortest
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def _run_once(model: Any, ids: Tensor, shared: int) -> tuple[int, Any]:
+    """Run the first `shared` tokens, which are the same in all rows.
+
+    Returns: how many ran, and their keys and values for every row; 0 and None where there is nothing to gain, which
+        includes training, or the model keeps its past in another way.
+    """
+    from transformers import DynamicCache
+
+    if shared < 1 or len(ids) < 2 or torch.is_grad_enabled():
+        return 0, None
+    past = model(ids[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+    if type(past) is not DynamicCache:
+        return 0, None
+    past.batch_repeat_interleave(len(ids))
+    return shared, past
 
 
 @torch.no_grad()

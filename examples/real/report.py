@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.real.compare import Comparison, Row
+from examples.real.rules import Settings
 from examples.real.statistics import mean
 from reports.figures import STYLE, save, subplots
 
@@ -15,7 +16,8 @@ SHOWN = 0.4
 
 
 def write(found: Comparison, folder: Path) -> list[Path]:
-    """Write table.md, table.json and the figures. Returns: the files."""
+    """Write table.md, table.json and the figures, in a folder that is made where it is missing. Returns: the files."""
+    folder.mkdir(exist_ok=True)
     table, data = folder / "table.md", folder / "table.json"
     table.write_text(as_markdown(found))
     data.write_text(json.dumps(as_json(found), indent=1) + "\n")
@@ -34,16 +36,26 @@ def as_markdown(found: Comparison) -> str:
     lines += ["", f"Each expert on its own domain: {own:.4f}.", ""]
     lines += [f"- {name}: {verdict}." for name, verdict in found.verdicts.items()]
     if found.options:
-        lines += ["", "Options, on validation:", "", "| option | validation | minus its rule |", "|---|---:|---:|"]
         lines += [
-            f"| {name} | {value:.4f} | {one.value:+.4f} ± {one.stderr:.4f} |"
-            for name, (value, one) in found.options.items()
+            "",
+            "On validation alone:",
+            "",
+            "| variant | settings | validation | minus | |",
+            "|---|---|---:|---|---:|",
+        ]
+        lines += [
+            f"| {one.name} | {_named(one.settings)} | {one.validation:.4f} | {one.of} | {one.minus_rule.value:+.4f} ± {one.minus_rule.stderr:.4f} |"
+            for one in sorted(found.options, key=lambda one: (one.of, one.validation))
         ]
     return "\n".join(lines) + "\n"
 
 
+def _named(settings: Settings) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+
+
 def _cells(row: Row) -> list[str]:
-    settings = ", ".join(f"{name} {value:g}" for name, value in row.settings.items())
+    settings = _named(row.settings)
     settings += " (its rule's)" if row.choice == "rule" else ""
     validation = f"{mean(row.validation.losses):.4f}" if row.validation else ""
     each = [f"{sum(values) / len(values):.4f}" for values in row.test.losses.values()]
@@ -76,8 +88,14 @@ def as_json(found: Comparison) -> dict[str, Any]:
     ]
     documents = {domain: len(values) for domain, values in found.rows[0].test.losses.items()}
     options = {
-        name: {"validation": value, "minus_rule": one.value, "stderr": one.stderr}
-        for name, (value, one) in found.options.items()
+        one.name: {
+            "settings": dict(one.settings),
+            "validation": one.validation,
+            "rule": one.of,
+            "minus_rule": one.minus_rule.value,
+            "stderr": one.minus_rule.stderr,
+        }
+        for one in found.options
     }
     return {
         "documents": documents,

@@ -32,6 +32,7 @@ class Rule:
         grid: setting -> values to try.
         control_of: the rule that it is a control of; empty for a rule.
         variant_of: the rule of which it shows an option, on validation alone; empty for all others.
+        fixed_rest: what it merges in another way than matrices has a lambda of its own, so that lambda 0 is not the base.
         on_device: it multiplies and factorises matrices, which a GPU does faster; all others are bound by reading and writing.
         prototype: what makes the merge in place of merge.py, a name of `prototypes.PROTOTYPES`; flags are then those of that module.
     """
@@ -41,6 +42,7 @@ class Rule:
     grid: Grid = field(default_factory=dict)
     control_of: str = ""
     variant_of: str = ""
+    fixed_rest: bool = False
     on_device: bool = False
     prototype: str = ""
 
@@ -74,6 +76,7 @@ MEAN = f"{AIM} --protect mean"
 REGMEAN = "--method regmean --model_data {texts} --lambda {lambda}"
 REGMEAN_OTHER = REGMEAN.replace("{texts}", "{other_texts}")
 SHUFFLED = REGMEAN.replace("regmean", "examples.real.controls:ShuffledRegMean")
+REGMEAN_RULE = Rule("RegMean", REGMEAN, {"lambda": (1.0,)}, fixed_rest=True, on_device=True)
 
 
 def rules(
@@ -105,9 +108,9 @@ def rules(
     once, regmean = {"lambda": (1.0,)}, {"lambda": regmean_lambdas}
     return [
         *found,
-        Rule("RegMean", REGMEAN, once, on_device=True),
-        Rule("RegMean, other texts control", REGMEAN_OTHER, regmean, control_of="RegMean", on_device=True),
-        Rule("RegMean, shuffled control", SHUFFLED, regmean, control_of="RegMean", on_device=True),
+        replace(REGMEAN_RULE, grid=once),
+        replace(REGMEAN_RULE, name="RegMean, other texts control", flags=REGMEAN_OTHER, grid=regmean, control_of="RegMean"),
+        replace(REGMEAN_RULE, name="RegMean, shuffled control", flags=SHUFFLED, grid=regmean, control_of="RegMean"),
         Rule("TIES", TIES, doubled),
         Rule("DARE", "--method dare_linear --density {density} --lambda {lambda}", {"density": densities, "lambda": lambdas}),
     ]  # fmt: skip
@@ -127,12 +130,27 @@ def few_rules() -> list[Rule]:
 
 def all_rules() -> list[Rule]:
     """Those of `make real-full`."""
-    lambdas, line = ALL_LAMBDAS, {"lambda": ALL_LAMBDAS}
-    doubled = {"density": (0.2, 0.5), "omega": (0.0,), "lambda": tuple(2 * value for value in lambdas)}
-    both = "--lambda {lambda} --rest_lambda {lambda}"
-    regmean = Rule("RegMean", REGMEAN, {"lambda": (1.0,)}, variant_of="RegMean", on_device=True)
+    every = rules(
+        ALL_LAMBDAS,
+        densities=(0.1, 0.2, 0.5),
+        omegas=OMEGAS,
+        controls=("uniform", "permuted", "random"),
+        regmean_lambdas=ALL_LAMBDAS,
+    )
+    return [*every, *regmean_options(ALL_LAMBDAS), *other_rules(ALL_LAMBDAS, (0.2, 0.5), (0.3, 1.0, 3.0))]
+
+
+def option_rules() -> list[Rule]:
+    """Those of `make real-options`: what `make real` leaves out, on validation alone."""
+    known = [rule for rule in rules(LAMBDAS) if rule.name in (REFERENCE, REGMEAN_RULE.name)]
+    others = [replace(rule, control_of="", variant_of=REFERENCE) for rule in other_rules(LAMBDAS, (0.2,), (1.0,))]
+    return [*known, *regmean_options(REGMEAN_RULE.grid["lambda"]), *others]
+
+
+def regmean_options(lambdas: tuple[float, ...]) -> list[Rule]:
+    """RegMean with each of its options, and with other values of lambda than 1, if there are."""
     variants = {
-        "lambda": REGMEAN,
+        **({"lambda": REGMEAN} if len(lambdas) > 1 else {}),
         "inputs of the merge (RegMean++)": f"{REGMEAN} --inputs merged",
         "first token as any other": f"{REGMEAN} --first_token_weight 1",
         "no first token": f"{REGMEAN} --first_token_weight 0",
@@ -145,21 +163,27 @@ def all_rules() -> list[Rule]:
         "800 tokens": f"{REGMEAN} --data_tokens 800",
     }
     return [
-        *rules(
-            lambdas,
-            densities=(0.1, 0.2, 0.5),
-            omegas=OMEGAS,
-            controls=("uniform", "permuted", "random"),
-            regmean_lambdas=lambdas,
-        ),
-        *(
-            replace(regmean, name=f"RegMean, {name}", flags=flags, grid=line if name == "lambda" else regmean.grid)
-            for name, flags in variants.items()
-        ),
+        replace(
+            REGMEAN_RULE,
+            name=f"RegMean, {name}",
+            flags=flags,
+            grid={"lambda": lambdas} if name == "lambda" else REGMEAN_RULE.grid,
+            variant_of=REGMEAN_RULE.name,
+        )
+        for name, flags in variants.items()
+    ]
+
+
+def other_rules(lambdas: tuple[float, ...], densities: tuple[float, ...], ridges: tuple[float, ...]) -> list[Rule]:
+    """AIM and the mean input on TIES, rules that know no text, LM-Cocktail, and prototypes with their controls."""
+    line = {"lambda": lambdas}
+    doubled = {"density": densities, "omega": (0.0,), "lambda": tuple(2 * value for value in lambdas)}
+    both = "--lambda {lambda} --rest_lambda {lambda}"
+    return [
         Rule("AIM on TIES", f"{TIES} {AIM}", doubled),
         Rule("mean input on TIES", f"{TIES} {MEAN}", doubled),
         Rule("Iso-C", f"--method iso_c {both}", line, on_device=True),
-        Rule("WUDI, ridge", f"--method wudi --ridge {{ridge}} {both}", {"ridge": (0.3, 1.0, 3.0), **line}, on_device=True),
+        Rule("WUDI, ridge", f"--method wudi --ridge {{ridge}} {both}", {"ridge": ridges, **line}, on_device=True),
         Rule("WUDI, spectral", f"--method wudi --solver spectral {both}", line, on_device=True),
         Rule("LM-Cocktail", "--method linear --weights loss --model_data {all_texts}", on_device=True),
         Rule("ACM", "--lambda {lambda}", line, prototype="acm"),

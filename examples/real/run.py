@@ -44,17 +44,21 @@ class Study:
         rules: that are compared.
         pair: domains whose experts are merged; empty for all.
         longer: how many times as long the experts are trained.
+        name: of the folder of its table and figures, where it shares experts and scores with another; empty for the one that they are in.
     """
 
     rules: Sequence[Rule]
     pair: tuple[str, ...] = ()
     longer: int = 1
+    name: str = ""
 
 
-def studies(domains: Sequence[str], *, quick: bool, full: bool) -> list[Study]:
+def studies(domains: Sequence[str], *, quick: bool, full: bool, options: bool) -> list[Study]:
     """What there is time for."""
     if quick:
         return [Study(rules.quick_rules())]
+    if options:
+        return [Study(rules.option_rules(), name="options")]
     if not full:
         return [Study(rules.rules(rules.LAMBDAS))]
     few = rules.few_rules()
@@ -90,12 +94,13 @@ def run(arguments: argparse.Namespace) -> None:
         "workers": pool.workers if arguments.processes > 1 else None,
     }
     torch.manual_seed(0)
-    for study in studies(Workspace(arguments.folder, **settings).domains, quick=arguments.quick, full=arguments.full):
+    domains = Workspace(arguments.folder, **settings).domains
+    for study in studies(domains, quick=arguments.quick, full=arguments.full, options=arguments.options):
         space = Workspace(arguments.folder, **settings, pair=study.pair, longer=study.longer)
         print(f"{', '.join(space.domains)}: experts, merges and scores in {space.results}", flush=True)
         found = compare(space, study.rules, pool)
         print(as_markdown(found))
-        for path in write(found, space.results):
+        for path in write(found, space.results / study.name):
             print(f"{path}: written")
         if space.activations.exists():
             print(f"{write_outliers(space.activations, space.folder)}: written")
@@ -122,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="with all rules, fine grids, more documents, pairs of experts and overtrained ones",
     )
+    parser.add_argument("--options", action="store_true", help="RegMean's options, methods that know no text, and prototypes, on validation alone")  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where models are trained and run (default cpu)")  # fmt: skip
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="that merge and score at once (default 1)"
@@ -130,8 +136,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.processes < 1:
         parser.error("--processes: expected 1 or more.")
-    if arguments.quick and (arguments.data or arguments.full or arguments.base_model):
-        parser.error("--quick: its adapters are for our own texts and base. Leave --data, --base_model and --full out.")
+    if arguments.quick and (arguments.data or arguments.base_model):
+        parser.error("--quick: its adapters are for our own texts and base. Leave --data and --base_model out.")
+    if arguments.quick + arguments.full + arguments.options > 1:
+        parser.error("--quick, --full, --options: expected one of them. Leave the others out.")
     return guarded("examples.real.run", lambda: run(arguments))
 
 

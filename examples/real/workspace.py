@@ -208,36 +208,41 @@ class Workspace:
 
     # -------------------------------------------------------------------------------------------------------- scores
 
-    def score_merge(self, rule: Rule, settings: Settings, split: Split) -> Scores:
-        """Merge and score a candidate, unless its scores are there. The merge itself is not kept."""
+    def score_merge(self, rule: Rule, settings: Settings, *splits: Split) -> None:
+        """Merge and score a candidate on the splits that have no scores of it yet. The merge itself is not kept."""
         label = rule.label(settings)
-        if not self.is_done(label, split):
-            if rule.prototype:
-                self.score_line(rule, [settings], split)
-            else:
-                out = self._merged(rule, settings)
-                self._keep(label, split, self._score(self._load(out), split), self.merge_command(rule, settings))
-                shutil.rmtree(out)
-        return self.scores(label, split)
+        missing = [split for split in splits if not self.is_done(label, split)]
+        if not missing:
+            return
+        if rule.prototype:
+            self.score_line(rule, [settings], *missing)
+            return
+        out = self._merged(rule, settings)
+        model = self._load(out)
+        for split in missing:
+            self._keep(label, split, self._score(model, split), self.merge_command(rule, settings))
+        shutil.rmtree(out)
 
-    def score_line(self, rule: Rule, line: Sequence[Settings], split: Split) -> None:
-        """Score candidates that differ in lambda alone, unless their scores are there.
+    def score_line(self, rule: Rule, line: Sequence[Settings], *splits: Split) -> None:
+        """Score candidates that differ in lambda alone, on the splits that have no scores of them yet.
 
-        All that merge.py writes for any lambda lies on the line through what it writes for 0 and for 1, so where there are several, those two
-        are merged, and the models between and beyond them are made in memory, in float32.
+        All that merge.py writes for any lambda lies on the line through what it writes for 0, which is the base for most rules, and for 1. So
+        where there are several, those two are merged, and the models between and beyond them are made in memory, in float32.
         """
-        line = [settings for settings in line if not self.is_done(rule.label(settings), split)]
+        line = [settings for settings in line if not all(self.is_done(rule.label(settings), split) for split in splits)]
         if not line:
             return
         if not rule.prototype and (len(line) < LINE or "lambda" not in line[0]):
             for settings in line:
-                self.score_merge(rule, settings, split)
+                self.score_merge(rule, settings, *splits)
             return
         model, start, change = self._line(rule, line[0])
         for settings in line:
             _move(model, start, change, settings["lambda"])
             command = None if rule.prototype else self.merge_command(rule, settings)
-            self._keep(rule.label(settings), split, self._score(model, split), command, on_line=True)
+            for split in splits:
+                if not self.is_done(rule.label(settings), split):
+                    self._keep(rule.label(settings), split, self._score(model, split), command, on_line=True)
 
     def _line(self, rule: Rule, settings: Settings) -> tuple[Any, Mapping[str, Tensor], Mapping[str, Tensor]]:
         """A model, its weights at lambda 0, and what they change by at lambda 1."""
@@ -248,21 +253,20 @@ class Workspace:
             experts = [self._load(self.expert(domain)) for domain in self.domains]
             texts = [self._documents("train")[domain] for domain in self.domains]
             return model, _weights(model), changes(rule.prototype, model, experts, texts)
-        ends = []
-        for value in (0.0, 1.0):
+        ends = [] if rule.fixed_rest else [self._load(self.base)]
+        for value in (0.0, 1.0)[len(ends) :]:
             out = self._merged(rule, {**settings, "lambda": value})
             ends.append(self._load(out))
             shutil.rmtree(out)
         start, one = map(_weights, ends)
         return ends[0], start, {name: one[name] - start[name] for name in start}
 
-    def score_base(self, split: Split) -> Scores:
+    def score_base(self, split: Split) -> None:
         """Score the base."""
         if not self.is_done("base", split):
             self._keep("base", split, self._score(self._load(self.base), split))
-        return self.scores("base", split)
 
-    def score_expert(self, domain: str, split: Split) -> Scores:
+    def score_expert(self, domain: str, split: Split) -> None:
         """Score an expert on all domains; an adapter is put on the base first."""
         label = f"expert {domain}"
         if not self.is_done(label, split):
@@ -272,7 +276,6 @@ class Workspace:
                 shutil.rmtree(out)
             else:
                 self._keep(label, split, self._score(self._load(self.expert(domain)), split))
-        return self.scores(label, split)
 
     def is_done(self, label: str, split: Split) -> bool:
         """Whether a model's scores are there."""
