@@ -164,7 +164,9 @@ def _prepare_moments(
             texts.append(text)
     problems.raise_if_any()
     models = [model for model, _ in asked]
-    moments = MomentsPass(models, texts, options.stream, plan.tensors, has_base=has_base, is_merged=is_merged)
+    moments = MomentsPass(
+        models, texts, options.stream, plan.tensors, has_base=has_base, is_merged=is_merged, processes=options.processes
+    )
     count = moments.check()
     lines = [
         f"{entry['model']}: runs on {entry['documents']} documents of {'all tasks' if has_base and at == len(models) - 1 else 'its own task'}, {entry['tokens']} tokens."
