@@ -9,9 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 
-import torch
-
-from streaming.elements import TOP_BIT, Element, Number, as_signed, hash_range, where
+from streaming.elements import TOP_BIT, Element, Number, as_signed, where
 
 
 def keys(seed: int, tensor: str, model: int, high: int) -> tuple[int, int]:
@@ -32,20 +30,3 @@ def drop(x: Element, vector: Number, density: float, *, seed: int, tensor: str, 
         return vector
     kept = x.draw(functools.partial(keys, seed, tensor, model)) < x.integer(threshold + TOP_BIT)
     return where(kept, vector, 0.0)
-
-
-def drop_unevenly_(
-    values: torch.Tensor, kept: torch.Tensor, *, seed: int, tensor: str, model: int, start: int
-) -> torch.Tensor:
-    """Set each element to zero, in place, unless it is kept with a probability of its own.
-
-    Args:
-        values: `[n]` float32, the elements `start` to `start + n` of a flattened tensor.
-        kept: `[n]` float64, in [0, 1]; an element stays where its hash, unsigned, is below round(kept * 2^32).
-        seed, tensor, model: see `drop`.
-
-    Returns: `values`.
-    """
-    thresholds = (kept * (1 << 32)).round_().to(torch.int64).add_(TOP_BIT)
-    hashed = hash_range(start, start + values.numel(), functools.partial(keys, seed, tensor, model), values.device)
-    return values.mul_(hashed < thresholds)

@@ -5,7 +5,7 @@
             return x.base + x.models[0] * x.number(0.5)
         return merged
 
-With the tensors of a block (`Tensors`) a formula computes: that is its definition, on any device. With symbols (`streaming.loops`) it
+With the tensors of a block (`Tensors`) a formula computes: that is its definition, on any device. With symbols (`streaming.trace`) it
 writes down what a compiled loop does with each element, in the same order and with the same roundings.
 
 Formulas use `+ - * /`, comparisons, `&`, `|`, `~` and `abs` of numbers, and the functions below. Operands are numbers of an
@@ -24,7 +24,7 @@ import torch
 from streaming.blocks import Block, Region, Scan
 
 Number: TypeAlias = torch.Tensor
-"""A number of each element: float32, int32 or a condition. To type checkers a tensor; a `streaming.loops.Symbol` where a loop is written down."""
+"""A number of each element: float32, int32 or a condition. To type checkers a tensor; a `streaming.trace.Symbol` where a loop is written down."""
 
 MAGNITUDE_BITS = 0x7FFFFFFF
 TOP_BIT = -(1 << 31)

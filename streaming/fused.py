@@ -17,20 +17,8 @@ import torch
 from checkpoints.source import TensorRef
 from streaming.blocks import Block, Region, TensorSpec
 from streaming.elements import Answer, Ask, Change, Formula, Number
-from streaming.loops import (
-    FINE,
-    PIECE_ELEMENTS,
-    STORED,
-    Collect,
-    Count,
-    Sink,
-    Store,
-    Symbol,
-    Trace,
-    loop_key,
-    write_loop,
-)
 from streaming.machine_code import COMPILER, Loop, address_of_pread, has_instructions_for
+from streaming.trace import FINE, PIECE_ELEMENTS, STORED, Collect, Count, Sink, Store, Symbol, Trace, loop_key
 
 MAX_ELEMENTS = 1 << 32
 """Of a tensor: beyond, the index of an element has more bits than a loop's random numbers know."""
@@ -68,11 +56,16 @@ class TensorLoop:
     @property
     def loop(self) -> Loop | None:
         """What is compiled; None as long as it is not. Asks for it."""
-        return COMPILER.get(self._key, lambda: write_loop(self._trace, self._sinks))
+        return COMPILER.get(self._key, self._write)
 
     def compile(self) -> None:
         """Compile at once, unless that is done. Raises RuntimeError: it cannot be."""
-        COMPILER.get_now(self._key, lambda: write_loop(self._trace, self._sinks))
+        COMPILER.get_now(self._key, self._write)
+
+    def _write(self) -> str:
+        from streaming.loops import write_loop  # only where something is compiled
+
+        return write_loop(self._trace, self._sinks)
 
     def run(self, regions: Sequence[Region], lend: Lend, outputs: Sequence[torch.Tensor | None]) -> np.ndarray | None:
         """Work on the elements of some regions.

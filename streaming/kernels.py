@@ -23,10 +23,10 @@ def load(raw: torch.Tensor, values: torch.Tensor, base: torch.Tensor | None, loo
         is_finite = _widen(raw.view(torch.int16).numpy().view(np.uint16), bits) < INFINITY_BFLOAT16
     else:
         values.copy_(raw)
-        is_finite = _largest(bits) < INFINITY_FLOAT32
+        is_finite = largest_magnitude(bits) < INFINITY_FLOAT32
     if base is not None:
         _subtract(values.numpy(), base.numpy())
-    return bool(is_finite), look and bool(_largest(bits))
+    return bool(is_finite), look and bool(largest_magnitude(bits))
 
 
 def round_to(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
@@ -38,7 +38,7 @@ def round_to(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, bo
             return rounded.view(dtype), True
         return values.to(dtype), False  # which knows what to make of a NaN
     rounded = values.to(dtype)
-    return rounded, bool(_largest(bits_of(rounded.float())) < INFINITY_FLOAT32)
+    return rounded, bool(largest_magnitude(bits_of(rounded.float())) < INFINITY_FLOAT32)
 
 
 def bits_of(values: torch.Tensor) -> Any:
@@ -69,7 +69,7 @@ def _narrow(bits: Any, rounded: Any) -> Any:
 
 
 @compiled
-def _largest(bits: Any) -> Any:
+def largest_magnitude(bits: Any) -> Any:
     """The largest magnitude's bits."""
     largest = np.uint32(0)
     for i in range(bits.size):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, gpu_parts, measured, merge_speed, speed_report
+from benchmarks import gpu, gpu_parts, lock_share, measured, merge_speed, speed_report
 from benchmarks.early_stopping import CALIBRATED, difference, mean
 from benchmarks.floor import move
 from benchmarks.peer import Mergekit
@@ -20,6 +20,7 @@ from checkpoints.model import open_model
 from checkpoints.reader import read_tensor
 from merging.methods import METHODS
 from merging.recipe_flags import make_recipe
+from streaming.machine_code import can_compile
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Shape(hidden=64, layers=2, intermediate=128, heads=4, kv_heads=2, vocabulary=320)
@@ -136,12 +137,68 @@ def test_the_first_read_is_seen_and_nothing_is_left(tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(not can_compile(), reason="no LLVM")
+def test_the_first_read_of_a_loop_is_seen(tmp_path):
+    """Which calls the C library's pread, and not Python's."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import torch\n"
+        "from streaming.loops import write_loop\n"
+        "from streaming.machine_code import COMPILER\n"
+        "from streaming.trace import NOT_READ, Store, Trace\n"
+        "trace = Trace([torch.float32], has_base=False, is_delta=False)\n"
+        "text = lambda: write_loop(trace, [Store(trace.models[0], torch.float32)])\n"
+        "COMPILER.get_now('a loop', text)\n"
+        "assert COMPILER.get('a loop', text)(0, 0, 0) == NOT_READ\n"
+    )
+    done = observed("first_byte", [str(program)])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["seconds"] > 0
+
+
 def test_a_profile_names_functions_of_ours(tiny, tmp_path):
     done = observed("profile", merge_flags(tiny, tmp_path / "out"))
     assert done.returncode == 0
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["samples"] == 0 or sum(found["shares"].values()) == pytest.approx(1)
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------- the lock
+
+
+def test_a_share_is_processor_time_outside_of_calls_that_let_go_of_the_lock():
+    clock = lock_share.Clock()
+
+    def spin(seconds: float) -> None:
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    freely = clock.free(spin)
+    freely(0.02)  # outside of a block it counts for nothing
+    assert (clock.blocks, clock.free_s, clock.share) == (0, 0.0, 0.0)
+    for _ in range(2):
+        clock.block(lambda: (spin(0.01), freely(0.05), time.sleep(0.05)))()
+    assert clock.blocks == 2
+    assert clock.free_s == pytest.approx(0.1, rel=0.05)
+    assert clock.cpu_s - clock.free_s == pytest.approx(0.02, abs=0.01)
+    assert clock.share == pytest.approx((clock.cpu_s - clock.free_s) / clock.wall_s)
+    with pytest.raises(ZeroDivisionError):
+        clock.block(lambda: 1 / 0)()
+    assert clock.blocks == 3
+
+
+@pytest.mark.skipif(not can_compile(), reason="no LLVM")
+def test_lock_share_measures_each_method_with_each_number_of_workers(tmp_path, capsys):
+    sizes = [f"--{field.name}={getattr(TINY, field.name)}" for field in dataclasses.fields(TINY)]
+    lock_share.main([f"--folder={tmp_path}", "--methods=linear,ties", "--workers=1,2", "--repeats=1", *sizes])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["method"], row["workers"]) for row in rows] == [("linear", 1), ("linear", 2), ("ties", 1), ("ties", 2)]
+    assert all(0 < row["share"] <= 1 and row["blocks"] > 0 and row["block_ms"] > 0 for row in rows)
+    assert rows[0]["faster"] == rows[2]["faster"] == 1
+    assert rows[2]["blocks"] > rows[0]["blocks"]  # ties reads twice
+    assert not (tmp_path / "lock").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- the peer

@@ -22,10 +22,11 @@ from streaming import fused
 from streaming.blocks import Block, Region, TensorSpec
 from streaming.elements import Element, Formula, Number, Tensors, lerp, magnitude_bits, where
 from streaming.fused import TensorLoop
-from streaming.loops import Collect, Count, Store, Trace
+from streaming.loops import write_loop
 from streaming.machine_code import Compiler, can_compile
 from streaming.output import RunOptions
 from streaming.stream import StreamOptions
+from streaming.trace import Collect, Count, Store, Trace
 from tests.pico import make_family
 from tests.test_twins import numbers
 
@@ -309,7 +310,7 @@ def test_what_is_wanted_is_compiled_beside_it_and_what_cannot_be_never_is():
     compiler = Compiler()
     assert compiler.get("broken", lambda: "this is not LLVM's language") is None
     trace = Trace([torch.float32], has_base=False, is_delta=False)
-    text = fused.write_loop(trace, [Store(trace.models[0], torch.float32)])  # type: ignore[arg-type]
+    text = write_loop(trace, [Store(trace.models[0], torch.float32)])  # type: ignore[arg-type]
     assert compiler.get("right", lambda: text) is None
     (thread,) = [one for one in threading.enumerate() if one.name == "compiler" and one is compiler.thread]
     compiler.stop()

@@ -175,11 +175,15 @@ def test_the_methods_with_mergekits_own_draws(name: str, monkeypatch: pytest.Mon
         ) -> Tensor:
             return values.mul_(masks[model].flatten()[start : start + values.numel()])
 
+        def drop_by_rank_(values: Tensor, *given: Any, drop_: Any = drop_) -> Tensor:
+            keys_of, start = given[-2:]
+            return drop_(values, model=keys_of.args[-1], start=start)
+
         def drop(x: Tensors, values: Tensor, *_: Any, model: int, drop_: Any = drop_, **unused: Any) -> Tensor:
             return drop_(values.clone(), model=model, start=x.region.start)
 
         monkeypatch.setattr(dare, "drop", drop)
-        monkeypatch.setattr(della, "drop_unevenly_", drop_)
+        monkeypatch.setattr(della, "drop_by_rank_", drop_by_rank_)
         if tensor not in of.rows:
             continue
         memory = InMemory(inputs["base"][tensor], [inputs[model][tensor] for model in of.models], tensor)

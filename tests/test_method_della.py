@@ -42,9 +42,9 @@ NAMES = ["della", "della_linear"]
 def test_ranks_and_probabilities_by_hand():
     rows = torch.tensor([[5.0, 1.0, 3.0, 3.0, 0.0]])
     ranks = row_ranks(rows, rows.sort(dim=-1).values)
-    assert ranks.tolist() == [[4, 1, 2.5, 2.5, 0]]
+    assert ranks.tolist() == [[8, 2, 5, 5, 0]]
     torch.testing.assert_close(
-        probabilities(ranks.view(-1), 5, 0.5, 0.1), torch.tensor([0.6, 0.45, 0.525, 0.525, 0.4]).double()
+        probabilities(ranks.view(-1).double() / 2, 5, 0.5, 0.1), torch.tensor([0.6, 0.45, 0.525, 0.525, 0.4]).double()
     )
     assert probabilities(torch.zeros(3).double(), 1, 0.7, 0.2).tolist() == pytest.approx([0.7] * 3)
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from aim import sums
+from merging import randomness
 from merging.merge_work import merge
-from merging.methods import widen
+from merging.methods import della, widen
 from merging.recipe_flags import make_recipe
 from streaming import stream
 from streaming.twins import TWINS, Twins, compile_all, use_compiled
@@ -88,11 +89,11 @@ def test_all_twins_are_compiled_and_tested_here():
     known = TWINS.compiled.keys()
     assert known == {
         *(("streaming.kernels", name) for name in ("load", "round_to")),
-        *(("merging.kernels", name) for name in ("sum_products",)),
+        *(("merging.kernels", name) for name in ("drop_by_rank_", "sum_products")),
         ("aim.kernels", "add_rows"),
     }  # fmt: skip
     for module, name in known:
-        plain = next(getattr(place, name) for place in (stream, widen, sums) if hasattr(place, name))
+        plain = next(getattr(place, name) for place in (stream, widen, della, sums) if hasattr(place, name))
         parameters = [list(inspect.signature(one).parameters.values()) for one in (plain, TWINS.compiled[module, name])]
         assert [one.kind for one in parameters[0]] == [one.kind for one in parameters[1]]
 
@@ -105,6 +106,27 @@ def test_loading(size, dtype, odd):
     for minus in (None, base, raw.float()):
         for look in (False, True):
             check(stream.load, raw, torch.full((size,), 7.0), minus, look, changes=1)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 2), (1, 4096), (7, 513), (16, 2048), (2, 20_000)])
+@pytest.mark.parametrize("kind", ["spread", "odd", "few", "zeros", "normal", "tiny"])
+@pytest.mark.parametrize("start", [0, 3 << 20, (1 << 32) - 4096, (5 << 32) + 2048])
+def test_dropping_by_rank(rows, columns, kind, start):
+    """Of magnitudes that are spread, equal, zero or all in one bucket; at indices of more than 32 bits, and across their boundary."""
+    size = rows * columns
+    values = numbers(size, 5, odd=kind == "odd")
+    if kind == "few":
+        values = values.sign() * (1 + torch.arange(size) % 3) * 2.0**-9
+    elif kind == "zeros":
+        values = torch.where(torch.arange(size) % 3 == 0, values, -0.0)
+    elif kind == "normal":
+        values = torch.randn(size, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    elif kind == "tiny":
+        values = torch.randn(size, generator=torch.Generator().manual_seed(1)) * 1e-40
+    keys_of = functools.partial(randomness.keys, 7, "w", 1)
+    for density, epsilon in ((0.5, 0.15), (0.9, 0.05), (0.3, 0.0)):
+        limits = della.thresholds(columns, density, epsilon)
+        check(della.drop_by_rank_, values, columns, limits, keys_of, start, changes=0)
 
 
 @pytest.mark.parametrize("size", SIZES)

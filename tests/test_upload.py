@@ -95,6 +95,15 @@ def test_each_checkpoint_of_a_sweep_has_a_repo_of_its_own(hub: FakeHub, tmp_path
         assert pushed(hub, f"tester/swept-{omega}") == content(tmp_path / "out" / omega)
 
 
+def test_each_merge_of_a_sweep_has_a_repo_of_its_own(scene: Scene, hub: FakeHub):
+    out = scene.run("--lambdas=0.3,1", "--densities=0.5", "--push_to_hub", "swept").out
+    folders = ("lambda_0.3_density_0.5", "lambda_1_density_0.5")
+    assert {repo for _, repo in hub.repos} == hub.private == {f"tester/swept-{folder}" for folder in folders}
+    for folder in folders:
+        assert pushed(hub, f"tester/swept-{folder}") == content(scene.out / folder)
+    assert out.count("pushed to") == 2
+
+
 def test_a_folder_that_is_complete_already_is_pushed(scene: Scene, hub: FakeHub):
     scene.run()
     weights = [path for path in scene.out.iterdir() if path.name not in ("README.md", "merge_recipe.json")]

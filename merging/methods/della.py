@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,8 +12,12 @@ import torch
 from checkpoints.errors import ArgumentError
 from merging.methods.sparse import SparseTaskVectors
 from merging.parameters import parameter, shared
-from merging.randomness import drop_unevenly_
+from merging.randomness import keys
 from streaming.blocks import GRID_ELEMENTS, Block, Scan, TensorSpec
+from streaming.elements import TOP_BIT, hash_range
+from streaming.twins import twin
+
+Keys = Callable[[int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Della(SparseTaskVectors):
         D_i = w_i d_i;   s = sign(sum D_i), 0 counts as +
         out = b + lambda * sum of D_i with sign s / sum of their w_i        (not divided where `normalize` is false)
 
-    A row longer than a block is sorted once, in memory.
+    A row longer than a block is sorted once, in memory. Masks are of `merging/randomness.py`, with a threshold for each rank.
 
     Source: arXiv:2406.11617; mergekit's `della`. Deviations: float32 inside; masks from `merging/randomness.py` instead of a
     global generator; equal magnitudes share a rank (mergekit's order there is unspecified); a row of one element is kept with probability density (mergekit: not a number); density 0 gives a
@@ -72,14 +78,16 @@ class Della(SparseTaskVectors):
             if density == 0.0:
                 values.zero_()
             elif density < 1.0:
-                magnitudes = values.abs().view(-1, min(columns, region.numel))  # whole rows, or a piece of one
+                limits = thresholds(columns, density, self.epsilons[model])
+                of = functools.partial(keys, self.seed, region.tensor.name, model)
                 if selection is None:
-                    rows = magnitudes.sort(dim=-1).values
+                    drop_by_rank_(values, columns, limits, of, region.start)
                 else:
+                    magnitudes = values.abs().view(-1, min(columns, region.numel))  # whole rows, or a piece of one
                     first = region.start // columns
                     rows = selection[model][first : first + len(magnitudes)].to(values.device)
-                kept = probabilities(row_ranks(magnitudes, rows).view(-1), columns, density, self.epsilons[model])
-                drop_unevenly_(values, kept, seed=self.seed, tensor=region.tensor.name, model=model, start=region.start)
+                    ranks = row_ranks(magnitudes, rows).view(-1)
+                    _drop_at_(values, limits.to(values.device)[ranks], of, region.start)
         return block.task_vectors
 
 
@@ -99,17 +107,47 @@ class DellaLinear(Della):
     normalize: bool = shared("normalize")
 
 
+@twin("merging.kernels")
+def drop_by_rank_(values: torch.Tensor, columns: int, limits: torch.Tensor, keys_of: Keys, start: int) -> torch.Tensor:
+    """Set each element of whole rows to zero, in place, unless its random number is below the limit of its rank.
+
+    Args:
+        values: `[n]` float32, whole rows of so many columns.
+        limits: from `thresholds`, on the CPU.
+        keys_of: see `streaming.elements.Element.draw`.
+        start: the first element's index in its tensor.
+
+    Returns: `values`.
+    """
+    magnitudes = values.abs().view(-1, columns)
+    ranks = row_ranks(magnitudes, magnitudes.sort(dim=-1).values).view(-1)
+    return _drop_at_(values, limits.to(values.device)[ranks], keys_of, start)
+
+
+def _drop_at_(values: torch.Tensor, limits: torch.Tensor, keys_of: Keys, start: int) -> torch.Tensor:
+    """Set each element to zero whose random number is not below its limit; `[n]` each."""
+    return values.mul_(hash_range(start, start + values.numel(), keys_of, values.device) < limits)
+
+
 def row_ranks(magnitudes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Rank of each magnitude in its row, 0 for the smallest; equal ones share the mean of their ranks.
+    """Twice the rank of each magnitude in its row, 0 for the smallest; equal ones share the mean of their ranks.
 
     Args:
         magnitudes: `[rows, n]` float32, whole rows or pieces of them.
         rows: `[rows, columns]`, the whole rows, sorted.
 
-    Returns: `[rows, n]` float64.
+    Returns: `[rows, n]` int64, 0 to 2 (columns - 1), that of a NaN, which stays one, the last.
     """
     below = torch.searchsorted(rows, magnitudes)
-    return torch.searchsorted(rows, magnitudes, right=True).add_(below).sub_(1).double().div_(2)
+    return torch.searchsorted(rows, magnitudes, right=True).add_(below).sub_(1).clamp_(max=2 * rows.shape[-1] - 2)
+
+
+@functools.lru_cache(maxsize=64)
+def thresholds(columns: int, density: float, epsilon: float) -> torch.Tensor:
+    """What the random number (`streaming.elements.hash_of`) of an element that is kept is below: by twice the rank, `[2 columns - 1]` int64."""
+    ranks = torch.arange(2 * columns - 1, dtype=torch.float64).div_(2)
+    kept = probabilities(ranks, columns, density, epsilon)
+    return (kept * (1 << 32)).round_().to(torch.int64).add_(TOP_BIT)
 
 
 def probabilities(ranks: torch.Tensor, columns: int, density: float, epsilon: float) -> torch.Tensor:
