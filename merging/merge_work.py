@@ -58,6 +58,11 @@ class Merge(Work):
         """See `Work.parts`: layer by layer where the method needs its inputs' moments."""
         return super().parts(todo, stage) if self.moments is None else self.moments.parts(todo, stage)
 
+    @property
+    def runs_models(self) -> bool:
+        """See `Work.runs_models`."""
+        return self.moments is not None
+
     def start(self) -> Observer | None:
         """The merge report, where there are task vectors to look at."""
         wanted = self.detail != "none" and self.plan.has_deltas

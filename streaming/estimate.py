@@ -72,7 +72,9 @@ def shares_as_json(work: Work, count: int, options: StreamOptions, folders: int,
         "count": count,
         "threads": threads,
         "expected_seconds": longest,
-        "time_is_of": None if rate is None else f"merging {rate.sample_bytes:,} bytes of it here; without writing, starting and calibrating",
+        "time_is_of": None
+        if rate is None
+        else f"merging {rate.sample_bytes:,} bytes of it here; without writing, starting and calibrating",
         "shares": listed,
     }
 
