@@ -486,3 +486,36 @@ def test_how_a_process_was_started():
 def test_half_of_how_a_process_was_started(name: str, value: str):
     with pytest.raises(InputError, match=f"{name}: expected"):
         launch_of({**ENVIRONMENT, name: value})
+
+
+# ------------------------------------------------------------------------------------------------------------- AIM
+
+
+@pytest.mark.parametrize(
+    ("count", "flags"),
+    [
+        (2, {"mode": "whole", "tolerance": 0.0}),
+        (3, {"mode": "whole"}),
+        (2, {"mode": "layerwise"}),
+    ],
+)
+def test_processes_calibrate_together_and_relax_in_shares(place: Path, count: int, flags: dict[str, Any]):
+    from aim import AimRequest
+    from aim.calibration_run import CalibrationOptions
+    from aim.calibration_text import CalibrationData
+    from aim.choices import Calibration, Relaxing
+
+    data = CalibrationData(str(INPUTS / "calib.jsonl.gz"), n_samples=40, block_size=64)
+    kinds = CalibrationOptions(device=torch.device("cpu"), dtype="float32", batch_size=1, **flags)
+
+    def job(options: RunOptions, name: str) -> Job:
+        request = AimRequest(Relaxing(), Calibration(data, kinds), save_activations=Path(f"{name}.safetensors"))
+        step = request.step(Path("out"), options)
+        return prepare(make_recipe("dare_linear", "in/base", "in/math,in/code"), Path("out"), options, step=step)
+
+    job(SMALL, "alone").run()
+    expected = kept()
+    results = together(count, lambda joined: job(replace(SMALL, processes=joined), "together").run())
+    assert [type(result).__name__ for result in results] == ["Result"] * count, results
+    same_but_time(kept(), expected)
+    assert (place / "together.safetensors").read_bytes() == (place / "alone.safetensors").read_bytes()
