@@ -5,7 +5,7 @@ from aim.calibrate import calibrate
 from checkpoints import open_model
 
 base, merged = open_model("./base"), open_model("./merged")
-activations = calibrate(base, CalibrationData("texts.jsonl"))
+activations = calibrate(base, CalibrationData("texts.jsonl", n_samples=64))
 relax_checkpoint(merged, base, activations, "./relaxed", Relaxing((Omega(0.4),)))
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from aim.activations import Activations
 from aim.calibration_run import CalibrationOptions, CalibrationRun, Numerics
@@ -15,6 +16,9 @@ from checkpoints.errors import InputError, first_line
 from checkpoints.model import Model
 from checkpoints.settings import setting
 from forward.loading import config_of, is_out_of_memory, quiet_transformers
+
+if TYPE_CHECKING:
+    from aim.together import Together
 
 __all__ = ["CalibrationOptions", "Numerics", "calibrate"]
 
@@ -109,6 +113,7 @@ def calibrate(
     unfinished: UnfinishedCalibration | None = None,
     progress: Callable[[int], object] = lambda tokens: None,
     note: Callable[[str], object] = lambda line: None,
+    together: Together | None = None,
 ) -> Activations:
     """Collect the statistics of every weight that AIM relaxes.
 
@@ -119,6 +124,7 @@ def calibrate(
         unfinished: what an earlier run of the same calibration left, and where this one keeps what it has.
         progress: called with numbers of tokens as they are done, the first time with 0, when the model is loaded.
         note: called with lines that say how the model is run.
+        together: one's part, where several processes share the calibration.
 
     Raises: InputError: no causal model, it cannot be loaded or run, out of memory, NaN in a statistic (names the weight).
     """
@@ -135,7 +141,7 @@ def calibrate(
             "all of it is used"
         )
     with quiet_transformers():
-        calibrating = CalibrationRun(base, selection, options, data, blocks, unfinished, progress, note)
+        calibrating = CalibrationRun(base, selection, options, data, blocks, unfinished, progress, note, together)
         try:
             return (whole if fits(base, options) else layerwise)(calibrating)
         except InputError:

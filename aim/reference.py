@@ -43,6 +43,19 @@ class ReferenceWatcher(Watcher):
         super().restore({name: tensor for name, tensor in tensors.items() if not name.startswith(OTHERS)})
         self._means |= {name[len(OTHERS) :]: tensor for name, tensor in tensors.items() if name.startswith(OTHERS)}
 
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See `Watcher.add`; the roundings are those of one process where each has had one block."""
+        super().add({name: tensor for name, tensor in tensors.items() if not name.startswith(OTHERS)})
+        for name, mean in tensors.items():
+            if name.startswith(OTHERS):
+                own = self._means.get(name[len(OTHERS) :])
+                self._means[name[len(OTHERS) :]] = mean if own is None else own + mean.to(own.device)
+
+    def forget(self) -> None:
+        """See `Watcher.forget`."""
+        super().forget()
+        self._means.clear()
+
     def results(self) -> tuple[dict[str, ChannelStatistics], dict[str, int], dict[str, str]]:
         """See `Watcher.results`."""
         statistics, dims, silent = super().results()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aim.activations import Activations, load_activations
 from aim.calibrate import (
@@ -37,6 +37,9 @@ from forward.loading import quiet_transformers
 from streaming.console import Console
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
+
+if TYPE_CHECKING:
+    from aim.together import Together
 
 
 class AimStep:
@@ -196,7 +199,10 @@ class AimStep:
         unfinished, keep, figures = UnfinishedCalibration(stage), self._kept.save_activations, self._kept.figures
         if unfinished.lost and not self._loaded:
             console.note("note: what an earlier run kept of the calibration is not as it wrote it, and is made again.")
-        activations = self._loaded or unfinished.finished() or self._calibrate(base, console, unfinished)
+        activations = self._loaded or self._statistics_of(base, console, unfinished, stage)
+        processes = self._options.processes
+        if processes is not None and not processes.is_first:
+            keep, figures = None, None
         if self._loaded:
             console.say(f"statistics: {self._origin}, taken with {blocks_of(activations)}")
         if keep:
@@ -229,7 +235,28 @@ class AimStep:
         console.say("")
         return relaxations
 
-    def _calibrate(self, base: Model, console: Console, unfinished: UnfinishedCalibration) -> Activations:
+    def _statistics_of(
+        self, base: Model, console: Console, unfinished: UnfinishedCalibration, stage: Stage
+    ) -> Activations:
+        """What an earlier run has kept, or a calibration, which several processes share."""
+        processes, finished = self._options.processes, unfinished.finished()
+        if processes is None:
+            return finished or self._calibrate(base, console, unfinished)
+        from aim.together import Together
+
+        if processes.is_first:
+            processes.say("calibration", "" if finished is None else "there")
+        elif processes.hear("calibration"):
+            return unfinished.of_first()
+        return finished or self._calibrate(base, console, unfinished, Together(processes, stage))
+
+    def _calibrate(
+        self,
+        base: Model,
+        console: Console,
+        unfinished: UnfinishedCalibration,
+        together: Together | None = None,
+    ) -> Activations:
         data = self._calibration.data
         blocks = self._blocks or read_blocks(base, data, quiet=self._options.quiet)
         console.say(blocks.summary(data))
@@ -257,6 +284,7 @@ class AimStep:
                 unfinished=unfinished,
                 progress=progress,
                 note=lambda line: console.note(f"calibration: {line}"),
+                together=together,
             )
         console.say(calibrated(activations, max(time.monotonic() - started, 1e-9), run=run))
         return activations

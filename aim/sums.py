@@ -88,6 +88,14 @@ class Sums:
         made.inputs = 1  # whatever they were
         return made
 
+    def plus(self, other: Sums) -> Sums:
+        """Those of the inputs of both, of which the other's came later."""
+        numbers = self.numbers + other.numbers.to(self.numbers.device)
+        theirs = other.numbers.to(self.numbers.device)
+        larger = theirs[PEAK] > self.numbers[PEAK]
+        numbers[PEAK:] = torch.where(larger, theirs[PEAK:], self.numbers[PEAK:])
+        return Sums.of(numbers, self.first_rows + other.first_rows, self.other_rows + other.other_rows)
+
     def is_equal(self, other: Sums) -> bool:
         """Whether all numbers are those of others."""
         rows = (self.first_rows, self.other_rows) == (other.first_rows, other.other_rows)

@@ -112,6 +112,10 @@ class UnfinishedCalibration:
         """Keep the statistics. Raises WriteError: the disk is full or fails."""
         keep(self._stage, WHOLE, activations.pack(), {"calibrated": True})
 
+    def of_first(self) -> Activations:
+        """The statistics that the first of several processes has just kept. Raises InputError: they are not there."""
+        return unpack_activations(self._stage.state.read(WHOLE) or b"", LABEL)
+
     def _find_statistics(self) -> Activations | None:
         for record in reversed(self._stage.journal.records):
             content = content_of(self._stage.state, record, WHOLE) if "calibrated" in record else None

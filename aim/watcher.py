@@ -261,6 +261,25 @@ class Watcher:
             self._share(use, Sums.of(numbers.clone(), *map(int, rows)))
             self._blind |= {use} if blind else set()
 
+    def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Add what the `sums` of another watcher gave, whose inputs came after one's own."""
+        other = type(self).__new__(type(self))
+        other._sums, other._blind = {}, set()
+        other.restore(tensors)
+        self._settle()
+        own, self._sums = self._sums, {}
+        for use in {**own, **other._sums}:
+            mine, theirs = own.get(use), other._sums.get(use)
+            both = mine.plus(theirs) if mine and theirs else mine or theirs
+            assert both is not None
+            self._share(use, Sums.of(both.numbers, both.first_rows, both.other_rows))
+        self._blind |= other._blind
+
+    def forget(self) -> None:
+        """Forget all sums."""
+        self._sums.clear()
+        self._last = None
+
     def _share(self, use: Use, sums: Sums) -> None:
         """Give a use restored sums, or those that are equal to them: most are of weights that have the same inputs."""
         before = next(reversed(self._sums.values()), None)

@@ -519,7 +519,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.update_docs:
             text = speed_report.as_markdown(results)
             figures = speed_report.draw(results, arguments.update_docs.parent / "figures")
-            links = "\n\n".join(f"![{figure.stem}](figures/{figure.name})" for figure in figures)
+            links = "\n\n".join(map(speed_report.shown, figures))
             speed_report.put_into_page(arguments.update_docs, f"{text}\n\n{links}")
     except (ValueError, OSError) as error:
         parser.error(str(error))

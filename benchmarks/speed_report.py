@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.speed_results import Results, Row, Setting
+from reports.figures import for_dark_too
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -218,8 +219,25 @@ def _plot(cases: dict[str, list[Row]], value: Callable[[Row], float | None], lab
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     figure.savefig(path, metadata={"Date": None})
+    path.write_text(for_dark_too(path.read_text()))
     pyplot.close(figure)
     return path
+
+
+CAPTIONS = {
+    "merge_speed_time": (
+        "Seconds over bytes read and written, each method and the floor",
+        "The black dots are the floor: reading and writing the same bytes alone. What lies above them is the merging.",
+    ),
+    "merge_speed_memory": ("Peak memory over bytes read and written", "Memory hardly depends on how much is merged."),
+}
+"""Figure -> what stands for it where it is not shown, and the caption."""
+
+
+def shown(figure: Path) -> str:
+    """A figure and its caption, for a page beside its folder."""
+    text, caption = CAPTIONS[figure.stem]
+    return f"![{text}](figures/{figure.name})\n\n*{caption}*"
 
 
 def put_into_page(page: Path, text: str) -> None:

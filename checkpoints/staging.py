@@ -19,7 +19,17 @@ from checkpoints.folder import Folder, ForeignFolder
 from checkpoints.journal import Journal, journal_of, other_records
 from checkpoints.save_path import check_existing
 from checkpoints.settings import setting
-from checkpoints.work_folder import STATE, WorkFolder, digest_of, holds, lock, lock_members, member, remove_empty
+from checkpoints.work_folder import (
+    STATE,
+    WorkFolder,
+    digest_of,
+    has_records,
+    holds,
+    lock,
+    lock_members,
+    member,
+    remove_empty,
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,8 @@ def staged(
             except BaseException as error:
                 # A failing disk, Ctrl-C or a crash leaves what can be gone on with; an input that is at fault leaves nothing.
                 stays = not isinstance(error, InputError) or error.keeps_work
-                if journal is not None and not (stays and (journal.records or others)):
+                has_done = journal is not None and bool(journal.records or others or has_records(state))
+                if journal is not None and not (stays and has_done):
                     job.discard(work)
                 elif journal is not None and isinstance(error, KeyboardInterrupt):
                     raise Interrupted(

@@ -153,7 +153,7 @@ class WorkFolder:
         if resume and earlier == self.identity:
             self._mark_state(state)
             return state
-        if resume and _has_records(state):
+        if resume and has_records(state):
             differs = (
                 ", ".join(differences(earlier, self.identity))
                 if earlier is not None
@@ -391,7 +391,7 @@ def member(state: Folder, token: str, *, writes: bool) -> Iterator[bool]:
         os.close(members)
 
 
-def _has_records(state: Folder) -> bool:
+def has_records(state: Folder) -> bool:
     """Whether a journal has anything to go on with."""
     found = (state.look(name) for name in state.names() if JOURNALS.fullmatch(name))
     return any(status is not None and status.st_size > 0 for status in found)

@@ -35,7 +35,7 @@ python merge.py --method ties --help    # and those of a method
 python merge.py --help-all              # all of them
 ```
 
-Every flag of every command, as `--help-all` says them; **bold** ones are those of `--help`. `--flag value` and `--flag=value` are the same. A flag that
+Every flag of every command, as `--help-all` says them; **bold** ones are those of `--help`. `--lambda 0.5` and `--lambda=0.5` are the same. A flag that
 is not known, or that has no effect beside the others, is an error. [methods.md](methods.md) says what each method makes of its parameters, and a
 recipe file ([from-mergekit.md](from-mergekit.md)) has a key for most flags.
 

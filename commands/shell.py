@@ -262,6 +262,7 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         "--workers", type=positive, metavar="N", help="threads (default: one per core); the result is the same"
     )
     add_running_flags(running, code=OWN_CODE)
+    running.add_argument("--processes", type=positive, metavar="N", help="with --dry_run: what each of N processes under torchrun would read, write, hold in memory, and how long it would take")  # fmt: skip
     running.add_argument("--process_timeout", type=positive, default=300, metavar="S", help="under torchrun: seconds after which a process that gives no sign of life ends the run (default 300)")  # fmt: skip
     running.add_argument("--log_file", metavar="FILE", help="append to FILE, as JSON Lines: the plan, each tensor with its time and change, warnings, the end")  # fmt: skip
     running.add_argument("--allow_non_finite", action="store_true", help="let NaN and infinity through, from inputs and by overflow, and say where they are")  # fmt: skip
@@ -430,8 +431,12 @@ def carry_out(job: Job, upload: Upload | None, arguments: argparse.Namespace) ->
     if arguments.dry_run:
         job.agree()
         if speaks(job.options):
-            show_plan(job, upload, as_json=arguments.json)
+            show_plan(job, upload, as_json=arguments.json, processes=arguments.processes)
         return
+    if arguments.processes is not None:
+        raise ArgumentError(
+            f"{setting('processes')}: works with {setting('dry_run')} only. Start as many with torchrun, or leave it out."
+        )
     options, speech = job.options, console(job.options)
     result = job.run(speech)
     if not speaks(options):
@@ -447,15 +452,24 @@ def carry_out(job: Job, upload: Upload | None, arguments: argparse.Namespace) ->
         options.log("end", result=result.message)
 
 
-def show_plan(job: Job, upload: Upload | None, *, as_json: bool) -> None:
-    """Print what would be done, and pushed."""
+def show_plan(job: Job, upload: Upload | None, *, as_json: bool, processes: int | None = None) -> None:
+    """Print what would be done, and pushed, and what each of several processes would do."""
+    shared = processes or (job.options.processes.size if job.options.processes else None)
+    shares = job.shares(shared) if shared and not job.complete else None
     if job.complete:
         print(job.complete)
     elif as_json:
         plan = job.as_json() | ({"push_to_hub": upload.as_json(job.work.inputs, job.work.file_sizes)} if upload else {})
+        plan |= {"processes": shares} if shares else {}
         print(json.dumps(shown(plan, show_flag), indent=2, ensure_ascii=False))
     else:
         print(job.as_text(show_flag))
+        for share in shares["shares"] if shares else ():
+            took = "" if share["expected_seconds"] is None else f", {share['expected_seconds']:g} s without writing"
+            print(
+                f"process {share['process']}: reads {share['bytes_to_read']:,} bytes, writes {share['bytes_to_write']:,} bytes, "
+                f"at most {gigabytes(share['memory_bytes'])} of memory{took}"
+            )
         if upload:
             print(upload.as_text(job.work.inputs, job.work.file_sizes))
 

@@ -20,6 +20,7 @@ from examples.miniature import FINE_TUNES, METHODS, OMEGA, SINGLES, Candidate, W
 from reports import Verdicts, bootstrap
 from reports.bootstrap import Estimate, Model
 from reports.entries import Entry
+from reports.figures import for_dark_too
 from reports.results_files import read_results
 
 SPLITS = ("test_0", "test_1")
@@ -257,6 +258,8 @@ def draw(scored: Scored, folder: Path) -> list[Path]:
             for suffix in ("png", "svg"):
                 path = folder / f"experiments_{name}.{suffix}"
                 figure.savefig(path, dpi=130, metadata={"Date": None} if suffix == "svg" else None)
+                if suffix == "svg":
+                    path.write_text(for_dark_too(path.read_text()))
                 written.append(path)
             pyplot.close(figure)
     return written

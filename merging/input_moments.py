@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -26,6 +26,9 @@ from merging.merged_source import MergedSource, merged_whole
 from merging.methods.regmean import InputMoments, RegMean
 from merging.model_texts import ModelText
 from streaming.stream import Merger, PlannedTensor, StreamOptions
+
+if TYPE_CHECKING:
+    from streaming.processes import Processes
 
 ROWS_AT_ONCE = 4096
 """Of an input that are kept before they are multiplied: one product of many rows costs far less than many of few."""
@@ -207,6 +210,7 @@ class MomentsPass:
         options: of the stream: where models run, and layers are merged.
         tensors: the whole plan.
         has_base: whether the last model is the base.
+        processes: that share the run; each runs some of the models, or all where a layer waits for the merge of the one before.
         is_merged: whether a layer's inputs are what the layers give that are merged already, not the model's own.
     """
 
@@ -219,7 +223,9 @@ class MomentsPass:
         *,
         has_base: bool = False,
         is_merged: bool = False,
+        processes: Processes | None = None,
     ):
+        self._processes = processes
         self._models, self._texts, self._options, self._tensors = models, texts, options, tensors
         self._device, self._has_base, self._is_merged = options.device, has_base, is_merged
 
@@ -266,6 +272,9 @@ class MomentsPass:
             yield [tensor for tensor in todo if tensor.spec.name not in layer_of]
             if not layer_of:
                 return
+            if self._processes is not None and not self._is_merged:
+                yield from self._parts_together(stack, todo, layer_of, skeletons, stage, self._processes)
+                return
             sinks = [Moments(diagonal) for diagonal in self._diagonal(self._tensors if self._is_merged else todo)]
             merged = self._merged_sources() if self._is_merged else [None] * len(self._models)
             running = [
@@ -295,8 +304,54 @@ class MomentsPass:
                 for sink in sinks:
                     sink.clear()
                     sink.is_open = self._is_merged or running[0].at in wanted
-                if running[0].at is not None:
+                if running[0].at is not None and self._processes is None:
                     kept.keep(running[0].at, running)
+
+    def _parts_together(
+        self,
+        stack: ExitStack,
+        todo: Sequence[PlannedTensor],
+        layer_of: Mapping[str, int],
+        skeletons: Sequence[Any],
+        stage: Stage,
+        processes: Processes,
+    ) -> Generator[Sequence[PlannedTensor]]:
+        """The layers of `parts` where several processes share the run: each runs some of the models, from the first layer on."""
+        from merging.moments_together import MomentsTogether
+
+        together = MomentsTogether(processes, stage, [text.tokens for text in self._texts])
+        diagonal = self._diagonal(todo)
+        sinks = {model: Moments(diagonal[model]) for model in together.own}
+        running = [
+            stack.enter_context(self._layerwise(stack, self._models[model], skeletons[model], sink, None))
+            for model, sink in sinks.items()
+        ]
+        wanted = set(layer_of.values())
+        for model, layers in zip(sinks, running, strict=True):
+            sinks[model].is_open = 0 in wanted
+            layers.start(self._texts[model].documents_on(self._device))
+        for layer in range(max(wanted) + 1):
+            processes.check()
+            for layers in running:
+                layers.advance()
+            if layer in wanted:
+                here = [tensor for tensor in todo if layer_of.get(tensor.spec.name) == layer]
+                own = {
+                    model: {tensor.spec.name: self._seen(tensor, model, sinks[model]) for tensor in here}
+                    for model in sinks
+                }
+                known = together.exchange(layer, own)
+                made: Made = {}
+                yield [self._with_moments(tensor, [one[tensor.spec.name] for one in known], made) for tensor in here]
+            for sink in sinks.values():
+                sink.clear()
+                sink.is_open = layer + 1 in wanted
+
+    def _seen(self, tensor: PlannedTensor, model: int, sink: Moments) -> InputMoments | None:
+        """The moments of one model's input of a tensor."""
+        placements = self._placements(tensor)
+        assert placements is not None
+        return sink.of(placements[model], tensor.spec.shape)
 
     def _merged_sources(self) -> list[MergedSource]:
         """The merge so far, as each model names its tensors."""
@@ -415,11 +470,14 @@ class MomentsPass:
 
     def _prepared(self, tensor: PlannedTensor, sinks: Sequence[Moments], made: Made) -> PlannedTensor:
         """A tensor with its moments; as it is where no model's pass has used it. `made`: what merges the weights of an input, once made."""
+        return self._with_moments(tensor, [self._seen(tensor, at, sink) for at, sink in enumerate(sinks)], made)
+
+    def _with_moments(self, tensor: PlannedTensor, moments: Sequence[InputMoments | None], made: Made) -> PlannedTensor:
+        """See `_prepared`; `moments`: of every model."""
         placements = self._placements(tensor)
         assert placements is not None
         assert isinstance(tensor.method, RegMean)
         shape = tensor.spec.shape
-        moments = [sink.of(placement, shape) for sink, placement in zip(sinks, placements, strict=True)]
         if tensor.method.moments == "diagonal":  # of a part of a parameter, say, of which another part needs all
             moments = [
                 moment and moment.diagonal(placements[0].kind == "experts" and len(shape) > 2) for moment in moments

@@ -58,6 +58,11 @@ class Merge(Work):
         """See `Work.parts`: layer by layer where the method needs its inputs' moments."""
         return super().parts(todo, stage) if self.moments is None else self.moments.parts(todo, stage)
 
+    @property
+    def runs_models(self) -> bool:
+        """See `Work.runs_models`."""
+        return self.moments is not None
+
     def start(self) -> Observer | None:
         """The merge report, where there are task vectors to look at."""
         wanted = self.detail != "none" and self.plan.has_deltas
@@ -164,7 +169,9 @@ def _prepare_moments(
             texts.append(text)
     problems.raise_if_any()
     models = [model for model, _ in asked]
-    moments = MomentsPass(models, texts, options.stream, plan.tensors, has_base=has_base, is_merged=is_merged)
+    moments = MomentsPass(
+        models, texts, options.stream, plan.tensors, has_base=has_base, is_merged=is_merged, processes=options.processes
+    )
     count = moments.check()
     lines = [
         f"{entry['model']}: runs on {entry['documents']} documents of {'all tasks' if has_base and at == len(models) - 1 else 'its own task'}, {entry['tokens']} tokens."

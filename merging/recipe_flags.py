@@ -167,7 +167,7 @@ def _split_texts(text: str | None, cls: type[Method], method: str, models: int, 
         got = len([part for part in parts if part])
         problems.add(
             ArgumentError(
-                f"{name}: expected a file for each of the {models} models, in their order, got {got}: {text}."
+                f"{name}: expected a file for each of the {models} models, in their order, got {got}: {text}. Name one for each."
             )
         )
         return [None] * models

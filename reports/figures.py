@@ -114,12 +114,29 @@ def check_folder(folder: Path) -> None:
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and SVG; the same figure gives the same bytes. Returns: both files."""
+    """Write a figure as PNG and SVG, the latter for light and for dark pages; the same figure gives the same bytes.
+
+    Returns: both files.
+    """
     paths = [folder / f"{name}.{suffix}" for suffix in ("png", "svg")]
     for path in paths:
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, dpi=150, bbox_inches="tight", metadata=metadata)
+    paths[1].write_text(for_dark_too(paths[1].read_text(encoding="utf-8")), encoding="utf-8")
     return paths
+
+
+DARK = """<style type="text/css">@media (prefers-color-scheme: dark) {
+svg {fill: #e6edf3}
+[style*="fill: #ffffff"] {fill: #0d1117 !important}
+[style*="stroke: #000000"] {stroke: #e6edf3 !important}
+}</style>"""
+"""Style of a figure on a dark page: text, lines and paper; the colours of the data stay."""
+
+
+def for_dark_too(svg: str) -> str:
+    """An SVG of matplotlib's that is light on black where whoever looks at it prefers dark pages; one that is so already stays."""
+    return svg if DARK in svg else svg.replace("</metadata>\n", f"</metadata>\n {DARK}\n", 1)
 
 
 def subplots(count: int, *, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:

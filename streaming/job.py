@@ -155,6 +155,15 @@ class Job:
         described = [self.step.as_text(self.work.base, self.work.tensors, show)] if self.step else []
         return "\n".join([*described, self.work.as_text(show)])
 
+    def shares(self, count: int) -> dict[str, Any]:
+        """What each of so many processes would do, for programs; time where the weights are here and no model has to be run for it."""
+        from streaming.estimate import measure_rate, shares_as_json
+
+        options = self.options.stream
+        is_known = all(model.weights.is_here for model in self.work.inputs) and not self.work.runs_models
+        rate = measure_rate(self.work, options) if is_known else None
+        return shares_as_json(self.work, count, options, len(self.folders), rate)
+
     def close(self) -> None:
         """Close the inputs, for a job that is not run."""
         close_all(self.work.inputs)

@@ -106,6 +106,11 @@ class Work(ABC):
         return bytes_written(self.tensors)
 
     @property
+    def runs_models(self) -> bool:
+        """Whether models are run while the tensors are written."""
+        return False
+
+    @property
     def file_names(self) -> list[str]:
         """Every file of one checkpoint."""
         return [*file_names(self.shards), *self.files.names, CARD_FILE, RECIPE_FILE]

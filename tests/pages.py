@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import os
 import re
 import shlex
@@ -268,15 +269,19 @@ class Runner:
         elif not runs:
             importlib.import_module(name).build_parser().parse(flags)
             return ""
+        return self.call(name, flags, kept=runs)
+
+    def call(self, module: str, flags: list[str], *, kept: bool = True) -> str:
+        """Call a module's `main` in this process; `kept`: what it prints is the page's."""
         with recorded() as stream:
             try:
-                code = importlib.import_module(name).main(flags)
+                code = importlib.import_module(module).main(flags)
             except SystemExit as end:
                 code = int(end.code or 0)
         lines = str(stream).splitlines()
         assert self.output is not None
-        self.output += lines if runs else []
-        return f"{name}.py {shlex.join(flags)}: exit code {code}\n" + "\n".join(lines[-20:]) if code else ""
+        self.output += lines if kept else []
+        return f"{module} {shlex.join(flags)}: exit code {code}\n" + "\n".join(lines[-20:]) if code else ""
 
     def shell(self, line: str) -> str:
         """Run a line by the shell, its output and errors together."""
@@ -345,12 +350,12 @@ def program(runner: Runner, line: str, arguments: list[str], runs: bool) -> str:
     """`python FILE flags` or `python -m MODULE flags` besides the commands: parsed by its own parser, or run."""
     if arguments[0] == "-m" and arguments[1] in ("pip", "venv"):
         return pip(runner, line, arguments[2:], runs) if arguments[1] == "pip" else ""
-    if runs:
-        return runner.shell(f"PYTHONPATH=. {shlex.quote(sys.executable)} {line.partition('python ')[2]}")
     module = arguments[1] if arguments[0] == "-m" else arguments[0].removesuffix(".py").replace("/", ".")
     flags = arguments[2:] if arguments[0] == "-m" else arguments[1:]
     if importlib.util.find_spec(module) is None:
         return f"{line}: no module {module}"
+    if runs:
+        return runner.call(module, flags)
     source = Path(importlib.util.find_spec(module).origin or "").read_text()
     unknown = [
         flag for flag in flags if flag.startswith("--") and not re.search(rf"\b{flag[2:].partition('=')[0]}\b", source)

@@ -11,9 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
-from checkpoints import early
+from checkpoints import VERSION, early
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -45,6 +46,12 @@ def test_every_tested_version_is_in_its_range_and_every_range_is_tested(file):
         (version,) = (part.version for part in pin.specifier)
         assert version in wide[name].specifier, name
         assert pin.extras == wide[name].extras, name
+
+
+def test_the_citation_names_the_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"], citation["cff-version"]) == (VERSION, "Apache-2.0", "1.2.0")
+    assert {"message", "title", "authors", "references"} <= citation.keys()
 
 
 @pytest.fixture(scope="module")

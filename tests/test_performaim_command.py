@@ -838,17 +838,7 @@ def test_the_packages_own_example(scene):
 # -------------------------------------------------------------------------------------------------------------- page
 
 
-def test_the_page_knows_the_commands():
+def test_the_page_has_the_packages_example():
     page = (Path(__file__).parent.parent / "docs" / "aim.md").read_text()
-    flags = {
-        option
-        for parser in (performAIM.build_parser(), merge.build_parser())
-        for action in parser._actions
-        for option in action.option_strings
-    }
-    assert set(re.findall(r"(?<![\w-])--\w+", page)) <= flags
     example = (aim.__doc__ or "").partition("\n\n")[2].strip()
     assert f"```python\n{example}\n```" in page
-    for command in re.findall(r"^python (performAIM|merge)\.py ((?:.*\\\n)*.*)$", page, re.M):
-        parser = {"performAIM": performAIM, "merge": merge}[command[0]].build_parser()
-        parser.parse(command[1].replace("\\\n", " ").split())

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any
 
 from tqdm import tqdm
@@ -69,9 +70,18 @@ class Pool:
 
 
 def _begin(threads: int) -> None:
-    """Set up a process: its share of the cores, and no bars of libraries beside ours."""
+    """Set up a process: its share of the cores, no bars of libraries beside ours, and no life of its own."""
     import torch
     from transformers.utils import logging
 
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: killed, it cannot tell, and jobs that nobody waits for would go on."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -77,6 +77,9 @@ REGMEAN = "--method regmean --model_data {texts} --lambda {lambda}"
 REGMEAN_OTHER = REGMEAN.replace("{texts}", "{other_texts}")
 SHUFFLED = REGMEAN.replace("regmean", "examples.real.controls:ShuffledRegMean")
 REGMEAN_RULE = Rule("RegMean", REGMEAN, {"lambda": (1.0,)}, fixed_rest=True, on_device=True)
+REGMEAN_FEW = replace(
+    REGMEAN_RULE, name="RegMean, 800 tokens", flags=f"{REGMEAN} --data_tokens 800", variant_of="RegMean"
+)
 
 
 def rules(
@@ -137,40 +140,46 @@ def all_rules() -> list[Rule]:
         controls=("uniform", "permuted", "random"),
         regmean_lambdas=ALL_LAMBDAS,
     )
-    return [*every, *regmean_options(ALL_LAMBDAS), *other_rules(ALL_LAMBDAS, (0.2, 0.5), (0.3, 1.0, 3.0))]
+    options = [REGMEAN_FEW, *regmean_options(REGMEAN_RULE, ALL_LAMBDAS)]
+    return [*every, *options, *other_rules(ALL_LAMBDAS, (0.2, 0.5), (0.3, 1.0, 3.0))]
 
 
 def option_rules() -> list[Rule]:
-    """Those of `make real-options`: what `make real` leaves out, on validation alone."""
+    """Those of `make real-options`: what `make real` leaves out, on validation alone, RegMean's options with fewer tokens."""
     known = [rule for rule in rules(LAMBDAS) if rule.name in (REFERENCE, REGMEAN_RULE.name)]
     others = [replace(rule, control_of="", variant_of=REFERENCE) for rule in other_rules(LAMBDAS, (0.2,), (1.0,))]
-    return [*known, *regmean_options(REGMEAN_RULE.grid["lambda"]), *others]
+    return [*known, *others, REGMEAN_FEW, *regmean_options(REGMEAN_FEW)]
 
 
-def regmean_options(lambdas: tuple[float, ...]) -> list[Rule]:
-    """RegMean with each of its options, and with other values of lambda than 1, if there are."""
-    variants = {
-        **({"lambda": REGMEAN} if len(lambdas) > 1 else {}),
-        "inputs of the merge (RegMean++)": f"{REGMEAN} --inputs merged",
-        "first token as any other": f"{REGMEAN} --first_token_weight 1",
-        "no first token": f"{REGMEAN} --first_token_weight 0",
-        "diagonal moments": f"{REGMEAN} --moments diagonal",
-        "gram_scale 0.9": f"{REGMEAN} --gram_scale 0.9",
-        "gram_scale 0.5": f"{REGMEAN} --gram_scale 0.5",
-        "base_weight 0.1": f"{REGMEAN} --base_weight 0.1",
-        "base_weight 1": f"{REGMEAN} --base_weight 1",
-        "ridge 0.01": f"{REGMEAN} --ridge 0.01",
-        "800 tokens": f"{REGMEAN} --data_tokens 800",
+def regmean_options(of: Rule, lambdas: tuple[float, ...] = ()) -> list[Rule]:
+    """RegMean with each of its options.
+
+    Args:
+        of: RegMean, with as many tokens as all of them read.
+        lambdas: values to try of one that chooses its lambda; none without.
+    """
+    flags = {
+        "lambda": "",
+        "inputs of the merge (RegMean++)": "--inputs merged",
+        "first token as any other": "--first_token_weight 1",
+        "no first token": "--first_token_weight 0",
+        "diagonal moments": "--moments diagonal",
+        "gram_scale 0.9": "--gram_scale 0.9",
+        "gram_scale 0.5": "--gram_scale 0.5",
+        "base_weight 0.1": "--base_weight 0.1",
+        "base_weight 1": "--base_weight 1",
+        "ridge 0.01": "--ridge 0.01",
     }
     return [
         replace(
-            REGMEAN_RULE,
-            name=f"RegMean, {name}",
-            flags=flags,
-            grid={"lambda": lambdas} if name == "lambda" else REGMEAN_RULE.grid,
-            variant_of=REGMEAN_RULE.name,
+            of,
+            name=f"{of.name}, {name}",
+            flags=f"{of.flags} {more}".strip(),
+            grid={"lambda": lambdas} if name == "lambda" else of.grid,
+            variant_of=of.name,
         )
-        for name, flags in variants.items()
+        for name, more in flags.items()
+        if lambdas or name != "lambda"
     ]
 
 
