@@ -26,7 +26,7 @@ COMMANDS := $(wildcard *.py)
 CACHES := .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 
 .DEFAULT_GOAL := help
-.PHONY: help demo-quick demo experiments family real real-quick real-options real-full real-base test test-fast test-all coverage architectures test-vllm fuzz check clean
+.PHONY: help demo-quick demo experiments family real real-quick real-options real-full real-base test test-fast test-pythons test-all coverage architectures test-vllm fuzz check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s  %s\n", $$1, $$2 }' Makefile
@@ -71,6 +71,12 @@ test: $(DEV)  ## what every change must pass, without network: all tests but the
 test-fast: $(DEV)  ## unit and value tests alone: no whole commands, nothing slow (a minute and a half)
 	$(PYTEST) -m 'not command and not slow' $(PYTEST_ARGS)
 
+test-pythons:  ## make test-fast under each of Python 3.11, 3.12 and 3.13 that is installed, each in an environment of its own (.venv-3.12)
+	@for version in 3.11 3.12 3.13; do \
+		if python$$version -c '' 2>/dev/null; then $(MAKE) test-fast VENV=.venv-$$version PYTHON=python$$version || exit 1; \
+		else echo "python$$version: not installed, passed over"; fi; \
+	done
+
 test-all: $(DEV)  ## all tests and the slow ones: the demo, a fault at every write and flush, thousands of drawn merges, tensors of 4 GiB
 	$(PYTEST) $(ALL_CORES) $(PYTEST_ARGS)
 
@@ -97,7 +103,7 @@ endif
 	$(PY) -m pytest tests/test_repository.py -k imports
 
 clean:  ## remove the environments and all caches
-	rm -rf $(VENV) $(VLLM_VENV) $(CACHES)
+	rm -rf $(VENV) .venv-3.1? $(VLLM_VENV) $(CACHES)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing venv puts there: an environment that broke off half-way is made again.

@@ -298,7 +298,12 @@ def test_omega_1_is_the_merge_and_the_base_stays_the_base(
 
 @pytest.mark.parametrize(
     ("architecture", "control"),
-    [*((name, "none") for name in ARCHITECTURES), ("llama", "uniform"), ("mixtral", "random")],
+    [
+        ("llama", "none"),
+        ("llama", "uniform"),
+        ("mixtral", "random"),
+        *(pytest.param(name, "none", marks=pytest.mark.slow) for name in ARCHITECTURES if name != "llama"),
+    ],
 )
 def test_bytes_do_not_depend_on_workers_or_blocks(
     architecture: str,

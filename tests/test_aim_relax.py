@@ -245,7 +245,9 @@ def test_a_sweep_is_its_single_runs(family_of: Callable[[str], Relaxed], tmp_pat
     assert len(different) == 3
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "mixtral", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gpt_oss"))]
+)
 def test_bytes_do_not_depend_on_workers_or_blocks(
     architecture: str, family_of: Callable[[str], Relaxed], tmp_path: Path
 ) -> None:

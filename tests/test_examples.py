@@ -60,6 +60,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------------------------------- examples
 
 
+@pytest.mark.slow
 def test_the_quick_demo_in_an_archive(unpacked: Path):
     """As a newcomer runs it: no git, nothing but the files."""
     done = run_python("examples/demo_quick.py", "--items", "3", cwd=unpacked)

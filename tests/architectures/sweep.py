@@ -130,6 +130,12 @@ def page(outcomes: Iterable[Outcome]) -> str:
     lines = [
         "# Architectures",
         "",
+        "```sh slow",
+        'make architectures ARCHITECTURES_ARGS="--only zamba2"',
+        "```",
+        "",
+        "does for one class what this page says of all.",
+        "",
         f"`make architectures` builds a tiny model of each class that transformers {metadata.version('transformers')} has for text (its causal, image-and-text,",
         "encoder-decoder and masked classes), merges two fine-tunes of it, runs it, and relaxes the merge. What is relaxed is held against a",
         "measurement that knows no names and no modules: all numbers of a tiny model differ, so that every operand of a matrix product says by",
