@@ -194,6 +194,8 @@ def check_required(parser: shell.Parser, arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace, command: list[str]) -> None:
     """Flags -> recipe and options -> plan -> merge, relaxed by AIM where asked."""
+    if (arguments.verify is not None or arguments.write_config is not None) and not shell.is_first():
+        return
     if arguments.verify is not None:
         verify(arguments)
         return
@@ -209,6 +211,10 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
 
         asked = read_flags(arguments, command)
         if arguments.as_lora:
+            if processes is not None:
+                raise ArgumentError(
+                    f"{setting('as_lora')}: an adapter is made by one process. Start it without torchrun."
+                )
             from commands.extract_lora import carry_out
             from commands.merge_as_lora import prepare as prepare_adapter
 
@@ -339,7 +345,7 @@ def read_aim(arguments: argparse.Namespace, recipe: Recipe | None, device: torch
         return None
     from aim.reading import make_request
 
-    return make_request(given, device)
+    return make_request(given, shell.device_of_models(device))
 
 
 def given_of_aim(arguments: argparse.Namespace, recipe: Recipe | None) -> Given | None:
@@ -407,7 +413,7 @@ def weigh_by_loss(arguments: argparse.Namespace) -> None:
         shell.parse_device(arguments.device) or torch.device("cpu"),
         trust_remote_code=arguments.trust_remote_code,
     )
-    if not arguments.quiet:
+    if not arguments.quiet and shell.is_first():
         for name, (weight, loss) in zip(names, found, strict=True):
             say(f"note: {name}: loss {loss:.4f} on {arguments.model_data}, weight {weight:.6f}.")
     arguments.weights, arguments.model_data = ",".join(repr(weight) for weight, _ in found), None

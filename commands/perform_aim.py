@@ -103,7 +103,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> Asked:
         drawing = f"{setting('control', 'permuted')} and {setting('control', 'random')}"
         problems.add(ArgumentError(f"{setting('seed')}: nothing is drawn but by {drawing}. Leave it out."))
     given = aim_flags.read_flags(arguments)
-    request = problems.attempt(lambda: make_request(given, device))
+    request = problems.attempt(lambda: make_request(given, shell.device_of_models(device)))
     layout = problems.attempt(lambda: read_layout(arguments))
     if request and save_path:
         with problems.collect():

@@ -369,6 +369,17 @@ def gpu_or_cpu() -> torch.device:
     return torch.device("cuda") if launch is None else _own_gpu(launch)
 
 
+def device_of_models(device: torch.device | None) -> torch.device | None:
+    """Where models run: where the flags say, else on a GPU of one's own where several processes share a machine; None for all GPUs."""
+    return gpu_or_cpu() if device is None and launch_of(os.environ) is not None else device
+
+
+def is_first() -> bool:
+    """Whether this process is alone, or the first of several that were started together."""
+    launch = launch_of(os.environ)
+    return launch is None or launch.rank == 0
+
+
 def _own_gpu(launch: Launch) -> torch.device:
     """The GPU of one of several processes on a machine: one each, in turns where there are more processes than GPUs."""
     import torch

@@ -74,7 +74,7 @@ class Processes:
         self._store = store
         self._end: dict[str, Any] | None = None
         self._is_ending = False
-        self._has_agreed = False
+        self._turn = 0
         self._over = threading.Event()
         self._hosts: list[str] = [socket.gethostname()] * self.size
         self._thread = threading.Thread(target=self._beat, name="processes", daemon=True)
@@ -121,18 +121,20 @@ class Processes:
             time.sleep(POLL_S if missing else 0)
         if missing:
             named = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            self._store.set(ENDED, "")
-            raise InputError(
+            error = InputError(
                 f"{setting('process_timeout')}: process {named} of {self.size} did not answer within {self.wait_s:g} s. See that every node runs the same "
                 f"command and reaches {self.launch.address}:{self.launch.port}, or give them more time."
             )
+            self._tell_end(error.marked, error.exit_code, keeps_work=True)
+            raise error
         self._hosts = [self._store.get(f"host/{rank}").decode() for rank in range(self.size)]
         self._store.set("hosts", json.dumps(self._hosts))
 
     def _wait_for_first(self) -> None:
         limit = time.monotonic() + 2 * self.wait_s
         while not self._store.check(["hosts"]):
-            if time.monotonic() > limit or self._store.check([ENDED]):
+            self.check()
+            if time.monotonic() > limit:
                 raise InputError(
                     f"{setting('process_timeout')}: process 0 of {self.size} did not answer within {self.wait_s:g} s."
                 )
@@ -140,7 +142,7 @@ class Processes:
         self._hosts = json.loads(self._store.get("hosts"))
 
     def agree(self, identity: Mapping[str, Any]) -> None:
-        """Go on only where all processes are about to do the same.
+        """Go on only where all processes are about to do the same; the beginning of each job that they share, where they share several.
 
         Args:
             identity: what this one is about to do, as JSON: inputs, recipe, versions.
@@ -151,8 +153,8 @@ class Processes:
 
     def _settle(self, seen: dict[str, Any], refused: InputError | None = None) -> None:
         """Tell the first what one is about to do, or refuses; the first decides."""
-        self._has_agreed = True
-        self._store.set(f"seen/{self.rank}", json.dumps(seen))
+        self._turn += 1
+        self.say(f"seen/{self.rank}", json.dumps(seen))
         if not self.is_first:
             verdict = json.loads(self.hear(VERDICT))
             if verdict is not None:
@@ -165,7 +167,7 @@ class Processes:
             if otherwise:
                 error = _refusal(f"{self.name(0)}, not {self.name(otherwise[0])}", seen)
         verdict = None if error is None else {"message": error.marked, "code": error.exit_code}
-        self._store.set(VERDICT, json.dumps(verdict))
+        self.say(VERDICT, json.dumps(verdict))
         if error is not None:
             raise error
 
@@ -187,10 +189,14 @@ class Processes:
 
     def say(self, key: str, content: str = "") -> None:
         """Tell all others something, once."""
-        self._store.set(key, content)
+        self._store.set(self._key(key), content)
+
+    def _key(self, key: str) -> str:
+        return f"{self._turn}/{key}"
 
     def hear(self, key: str) -> bytes:
         """Wait for what another tells, as long as it gives signs of life. Raises ProcessEnded: see `check`."""
+        key = self._key(key)
         while not self._store.check([key]):
             self.check()
             time.sleep(POLL_S)
@@ -234,7 +240,7 @@ class Processes:
             return
         self._is_ending = True
         ours = error if isinstance(error, InputError) else None
-        if ours is not None and not self._has_agreed and not self._store.check([ENDED]):
+        if ours is not None and not self._turn and not self._store.check([ENDED]):
             with suppress(InputError):
                 self._settle({"refuses": ours.marked, "code": ours.exit_code}, ours)
             return
@@ -246,12 +252,12 @@ class Processes:
     def wait_until_stopped(self) -> None:
         """Have the first wait, some seconds at most, until no other process writes any more."""
         with suppress(RuntimeError):
-            self._wait_briefly([f"stopped/{rank}" for rank in range(1, self.size)])
+            self._wait_briefly([self._key(f"stopped/{rank}") for rank in range(1, self.size)])
 
     def stop(self) -> None:
         """Say that this process writes no more."""
         with suppress(RuntimeError):
-            self._store.set(f"stopped/{self.rank}", "")
+            self.say(f"stopped/{self.rank}")
 
     def has_been_said(self) -> bool:
         """Wait, some seconds at most, until the first has told the user why the run ended; whether it has."""

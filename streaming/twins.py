@@ -58,7 +58,7 @@ class Twins:
 
             @functools.wraps(plain)
             def either(*arguments: Arguments.args, **keywords: Arguments.kwargs) -> Returned:
-                if not getattr(_thread, "uses_compiled", False):
+                if not uses_compiled():
                     return plain(*arguments, **keywords)
                 if key not in self.compiled and key not in self._asked_for:
                     self._asked_for.add(key)
@@ -107,6 +107,11 @@ class Twins:
 def use_compiled(use: bool) -> None:
     """Whether this thread, which must work on CPU tensors, may use what is compiled."""
     _thread.uses_compiled = use
+
+
+def uses_compiled() -> bool:
+    """Whether this thread may use what is compiled."""
+    return bool(getattr(_thread, "uses_compiled", False))
 
 
 def can_compile() -> bool:

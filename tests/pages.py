@@ -374,7 +374,7 @@ def foreign(runner: Runner, line: str, arguments: list[str], runs: bool) -> str:
     return f"{line}: mark the block as `sh plan`" if runs else ""
 
 
-OTHERS = {"make": make, "pip": pip, "python": program, "python3.12": program} | dict.fromkeys(("ls", "cat", "head", "cp", "mkdir", "."), plain) | dict.fromkeys(("cd", "git", "hf", "mergekit-yaml", "wsl", "sudo", "sbatch", "kubectl", "torchrun"), foreign)  # fmt: skip
+OTHERS = {"make": make, "pip": pip, "python": program, "python3.12": program} | dict.fromkeys(("ls", "cat", "head", "cp", "mkdir", "."), plain) | dict.fromkeys(("cd", "git", "hf", "mergekit-yaml", "wsl", "sudo", "sbatch", "kubectl", "torchrun", "accelerate"), foreign)  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- pages

@@ -15,6 +15,7 @@ from torch import Tensor
 from aim.relaxation import ChannelFactors, Relaxation
 from checkpoints.source import TensorInfo, TensorRef
 from merging.merge_work import merge
+from merging.methods.sparse import summing
 from merging.methods.trim import Trim
 from merging.randomness import drop
 from merging.recipe_flags import make_recipe
@@ -27,6 +28,8 @@ from streaming.machine_code import Compiler, can_compile
 from streaming.output import RunOptions
 from streaming.stream import StreamOptions
 from streaming.trace import Collect, Count, Store, Trace
+from streaming.twins import use_compiled
+from tests.in_memory import make_method
 from tests.pico import make_family
 from tests.test_twins import numbers
 
@@ -296,6 +299,28 @@ def test_one_loop_serves_tensors_that_differ_in_numbers():
         merged = where(kept, trace.models[0], 0.0) * trace.number(weight)
         keys.add(fused.loop_key(trace, [Store(merged, torch.bfloat16)]))  # type: ignore[arg-type]
     assert len(keys) == 1
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("odd", [False, True])
+def test_thinned_task_vectors_are_summed_by_a_loop(name: str, normalize: bool, odd: bool):
+    """Of tensors in memory, as torch sums them; what is not finite is left to torch."""
+    method = make_method(name, 3, weights=[0.5, -0.3, 0.9], density=0.5, lambda_=0.7, normalize=normalize)
+    base, *vectors = inputs((4_003,), torch.float32, odd=odd)
+    loop = summing(method, (1.5, 1.0, 0.25), 3)  # type: ignore[arg-type]
+    loop.compile()
+    block = Block(Region(TensorSpec("w", (4_003,)), 0, 4_003), base, [], [])
+    made = []
+    for use in (False, True):
+        use_compiled(use)
+        try:
+            made.append(loop(block, vectors))
+        finally:
+            use_compiled(False)
+    whole = [one.masked_fill(one.isnan(), torch.nan) for one in made]
+    assert torch.equal(bits(whole[0]), bits(whole[1]))
+    assert bool(made[0].isfinite().all()) != odd
 
 
 def test_without_llvm_torch_does_it(tmp_path: Path, monkeypatch):

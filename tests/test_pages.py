@@ -87,6 +87,7 @@ FLAG = re.compile(r"(?<![\w-])--(?:no-)?[a-z][\w-]*")
 OF_OTHERS = {
     "--private", "--index-url", "--install", "--share",  # hf, pip, wsl, the method of docs/adding-a-method.md
     "--hidden", "--layers", "--intermediate", "--heads", "--kv_heads", "--vocabulary",  # benchmarks/calibration_speed.py's shape
+    "--nnodes", "--nproc_per_node", "--node_rank", "--master_addr", "--master_port", "--num_processes", "--cpu",  # torchrun, accelerate
 }  # fmt: skip
 
 

@@ -6,7 +6,12 @@ Most tests run the processes as threads of this one, which meet in a store in me
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,14 +20,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from torch import nn
 from torch.distributed import HashStore
 
+import merge
+from aim.watcher import Watcher
+from benchmarks import scale_model
 from checkpoints.errors import InputError, WriteError
 from checkpoints.journal import Journal
 from checkpoints.process import Launch, launch_of
 from checkpoints.save_path import partial_folder
 from checkpoints.work_folder import STATE
 from checkpoints.writer import CheckpointWriter
+from forward.parts import Use
 from merging import make_recipe
 from merging.merge_work import prepare
 from streaming import commits, processes
@@ -34,7 +45,7 @@ from streaming.shares import share_out
 from streaming.stream import PlannedTensor, StreamOptions
 from streaming.tally import Tally
 from streaming.work import Variant, gaps, remaining
-from tests.scene import snapshot
+from tests.scene import call, snapshot
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = Path(__file__).parent / "goldens" / "inputs"
@@ -488,34 +499,190 @@ def test_half_of_how_a_process_was_started(name: str, value: str):
         launch_of({**ENVIRONMENT, name: value})
 
 
-# ------------------------------------------------------------------------------------------------------------- AIM
+# ------------------------------------------------------------------------------------------------------------- sums
 
 
+def watched(blocks: torch.Tensor, tmp: nn.Module) -> Watcher:
+    """A watcher that has seen blocks of inputs `[blocks, tokens, in]` of two weights that share them, and a third that does not."""
+    watcher = Watcher(tmp, {})
+    for block in blocks.split(1):
+        watcher.block = (1, block.shape[1])
+        for name in ("a", "b"):
+            watcher.observe(Use(name, 1, ((0, 4), (0, block.shape[2]))), block)
+        other = block * 2
+        watcher.observe(Use("c", 1, ((0, 4), (0, block.shape[2]))), other)
+    return watcher
+
+
+def test_sums_of_several_processes_are_those_of_one():
+    blocks = torch.randn(6, 40, 5, generator=torch.Generator().manual_seed(0)).round(decimals=3)
+    blocks = (blocks * 1024).round() / 1024  # so that no sum is rounded
+    model = nn.Linear(5, 4)
+    whole, parts = watched(blocks, model).sums(), [watched(blocks[at : at + 2], model) for at in (0, 2, 4)]
+    for other in parts[1:]:
+        parts[0].add(other.sums())
+    added = parts[0].sums()
+    assert added.keys() == whole.keys()
+    for name in whole:
+        assert torch.equal(added[name], whole[name]), name
+    parts[1].forget()
+    assert parts[1].sums() == {}
+
+
+# -------------------------------------------------------------------------------------------------------- as commands
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+RUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+AIM = ["--calibration_data=in/calib.jsonl.gz", "--n_samples=24", "--block_size=64", "--calibration_dtype=float32"]
+DATA = ["--model_data=in/calib.jsonl.gz,in/calib.jsonl.gz", "--data_tokens=200"]
+MERGE = [str(ROOT / "merge.py"), "--base_model=in/base", "--models_to_merge=in/math,in/code", "--save_path=out"]
+RELAX = [
+    str(ROOT / "performAIM.py"),
+    "--merged_model=in/math",
+    "--pretrained_model_name=in/base",
+    "--save_path=out",
+    *AIM,
+]
+
+
+def command(*argv: str, processes: int = 0, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command alone, or as so many processes under torchrun."""
+    start = [*RUN, str(processes)] if processes else [sys.executable]
+    ended = subprocess.run([*start, *argv], env=ENV, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == code, ended.stderr
+    return ended
+
+
+def alone_and_together(argv: list[str], processes: int) -> tuple[str, str]:
+    """Run a command alone and as several; the results must be the same. Returns: what both printed."""
+    alone = command(*argv).stdout
+    expected = kept()
+    together = command(*argv, processes=processes).stdout
+    same_but_time(kept(), expected)
+    return alone, together
+
+
+def test_torchrun_merges_calibrates_and_relaxes_to_the_bytes_of_one(place: Path):
+    """One message of everything, by the first process; then a folder that one of them refuses."""
+    alone, together = alone_and_together([*MERGE, "--method=ties", "--omega=0.3", *AIM], 2)
+    without = [re.sub(r"[\d.,]+ (?:s|tokens/s|GB/s|MB|GB)\b", "", text) for text in (alone, together)]
+    assert without[0] == without[1]
+    ended = command(*MERGE, "--method=ties", "--lambda=x", processes=2, code=1)
+    assert ended.stderr.count("merge.py: --lambda: expected") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "flags"),
+    ("argv", "processes"),
     [
-        (2, {"mode": "whole", "tolerance": 0.0}),
-        (3, {"mode": "whole"}),
-        (2, {"mode": "layerwise"}),
+        ([*RELAX, "--omegas=0,0.4", "--calibration_tolerance=0"], 3),
+        ([*RELAX, "--calibration_mode=layerwise"], 2),
+        ([*MERGE, "--method=regmean", *DATA], 3),
+        ([*MERGE, "--method=regmean", "--inputs=merged", *DATA], 2),
+        ([*MERGE, "--method=dare_linear", "--protect=mean", *AIM], 2),
+        ([*MERGE, "--method=ties", "--lambdas=0.3,0.5"], 2),
     ],
 )
-def test_processes_calibrate_together_and_relax_in_shares(place: Path, count: int, flags: dict[str, Any]):
-    from aim import AimRequest
-    from aim.calibration_run import CalibrationOptions
-    from aim.calibration_text import CalibrationData
-    from aim.choices import Calibration, Relaxing
+def test_torchrun_of_other_commands(place: Path, argv: list[str], processes: int):
+    alone_and_together(argv, processes)
 
-    data = CalibrationData(str(INPUTS / "calib.jsonl.gz"), n_samples=40, block_size=64)
-    kinds = CalibrationOptions(device=torch.device("cpu"), dtype="float32", batch_size=1, **flags)
 
-    def job(options: RunOptions, name: str) -> Job:
-        request = AimRequest(Relaxing(), Calibration(data, kinds), save_activations=Path(f"{name}.safetensors"))
-        step = request.step(Path("out"), options)
-        return prepare(make_recipe("dare_linear", "in/base", "in/math,in/code"), Path("out"), options, step=step)
-
-    job(SMALL, "alone").run()
+@pytest.mark.slow
+def test_accelerate_launch(place: Path):
+    command(*MERGE, "--method=dare_ties")
     expected = kept()
-    results = together(count, lambda joined: job(replace(SMALL, processes=joined), "together").run())
-    assert [type(result).__name__ for result in results] == ["Result"] * count, results
+    command("-m", "accelerate.commands.launch", "--num_processes=2", "--cpu", *MERGE, "--method=dare_ties")
     same_but_time(kept(), expected)
-    assert (place / "together.safetensors").read_bytes() == (place / "alone.safetensors").read_bytes()
+
+
+def shares_of(*flags: str) -> Any:
+    return json.loads(call(merge, *MERGE[1:], "--method=ties", "--dry_run", "--json", *flags).out)["processes"]
+
+
+def test_a_dry_run_says_what_each_process_would_do(place: Path):
+    plan = json.loads(call(merge, *MERGE[1:], "--method=ties", "--dry_run", "--json").out)
+    assert "processes" not in plan
+    shares = shares_of("--processes=3", "--workers=2")
+    assert (shares["count"], shares["threads"], len(shares["shares"])) == (3, 2, 3)
+    assert sum(share["bytes_to_read"] for share in shares["shares"]) == plan["bytes_to_read"]
+    assert 0 < plan["bytes_to_write"] - sum(share["bytes_to_write"] for share in shares["shares"]) < 5000  # the header
+    assert sum(share["tensors"] for share in shares["shares"]) == plan["tensors"]
+    assert shares["expected_seconds"] == max(share["expected_seconds"] for share in shares["shares"]) > 0
+    assert all(2 * 10**8 < share["memory_bytes"] < 10**9 for share in shares["shares"])
+    said = call(merge, *MERGE[1:], "--method=ties", "--dry_run", "--processes=2").out
+    assert len(re.findall(r"^process \d: reads [\d,]+ bytes, writes [\d,]+ bytes, at most", said, re.MULTILINE)) == 2
+    ended = call(merge, *MERGE[1:], "--method=ties", "--processes=2", code=2)
+    assert "--processes: works with --dry_run only" in ended.err
+    assert not Path("out").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- examples
+
+
+def put_stand_ins(folder: Path) -> dict[str, str]:
+    """Programs of Slurm that start a job's two tasks on this machine, and `torchrun` as a program."""
+    folder.mkdir()
+    programs = {
+        "scontrol": "echo 127.0.0.1",
+        "srun": '"$@" & first=$!; "$@" & second=$!; wait $first && wait $second',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    for name, body in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    return {**ENV, "PATH": f"{folder}:{os.environ['PATH']}", "PORT": port}
+
+
+@pytest.mark.slow
+def test_the_slurm_job_runs(place: Path):
+    flags = ["--method=ties", *MERGE[1:]]
+    command(MERGE[0], *flags)
+    expected = kept()
+    (place / "merge.py").symlink_to(ROOT / "merge.py")
+    env = put_stand_ins(place / "bin") | {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"}
+    subprocess.run(["bash", str(ROOT / "examples/slurm/merge.sbatch"), *flags], env=env, check=True, timeout=300)
+    assert kept()["model.safetensors"] == expected["model.safetensors"]
+
+
+@pytest.mark.slow
+def test_the_kubernetes_job_runs(place: Path):
+    service, job = yaml.safe_load_all((ROOT / "examples/kubernetes/merge.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert {entry["name"]: entry["value"] for entry in container["env"]} == {"HEAD": f"merge-0.{service['metadata']['name']}", "MODELS": "/models"}  # fmt: skip
+    assert pod["subdomain"] == service["metadata"]["name"]
+    flags = ["--method=ties", *MERGE[1:]]
+    command(MERGE[0], *flags)
+    expected = kept()
+    (place / "merge.py").symlink_to(ROOT / "merge.py")
+    env = put_stand_ins(place / "bin") | {"HEAD": "127.0.0.1", "MODELS": str(place / "in")}
+    line = [text.replace("29500", env["PORT"]) for text in (*container["command"], *container["args"])]
+    pods = [
+        subprocess.Popen(line, env={**env, "JOB_COMPLETION_INDEX": str(index)})
+        for index in range(job["spec"]["completions"])
+    ]
+    assert [each.wait(300) for each in pods] == [0, 0]
+    assert (place / "in/merged/model.safetensors").read_bytes() == expected["model.safetensors"]
+
+
+# -------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def test_the_scale_model_adds_up():
+    cost = scale_model.Cost(1e-9, 2.0, measures=True)
+    rates = scale_model.Rates(read=1e9, write=5e8, shared=4e9)
+    # 2 s, (8 + 2) s of one thread, 8 s of reading, 4 s of writing
+    assert scale_model.predict(cost, rates, 8e9, 2e9, 1, 1) == pytest.approx(2 + 10 + 8 + 4)
+    # four nodes of two threads; reading at 4 GB/s, writing at 2
+    assert scale_model.predict(cost, rates, 8e9, 2e9, 4, 2) == pytest.approx(2 + 10 / 8 + 2 + 1)
+    # sixteen: the shared file system gives no more; half of the work is one tensor
+    assert scale_model.predict(cost, rates, 8e9, 2e9, 16, 2, 0.5) == pytest.approx(2 + 10 * 0.5 / 2 + 2 + 0.5)
+    point = {"method": "ties", "processes": 1, "threads": 1, "bytes_read": 3e9, "bytes_written": 1e9, "seconds": 9.0, "stream_s": 7.0, "cpu_s": 6.0}  # fmt: skip
+    found = scale_model.costs_of([point, {**point, "method": "dare_ties"}])
+    assert found["ties"] == scale_model.Cost(1e-9, 2.0, measures=True)
+    assert not found["dare_ties"].measures
+    assert scale_model.check([point], found, 1e9 / 3)
+    assert not scale_model.check([{**point, "stream_s": 12.0}], found, 1e9 / 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from merging.methods.signs import elect_and_sum
 from merging.methods.task_arithmetic import add_to_base
 from merging.parameters import shared
 from streaming.blocks import Block, Scan, TensorSpec
+from streaming.buffers import BufferLoop
 from streaming.elements import Element, Formula, Number, Tensors
 
 LEAST_NORM = 1e-7
@@ -100,7 +102,8 @@ class SparseTaskVectors(Method):
     def combine(self, block: Block, statistics: Thinning | None) -> torch.Tensor:
         """See `Method.combine`; without statistics where nothing was measured."""
         selection, factors = statistics or Thinning()
-        return self.summed(Tensors(block), self.thinned(block, selection), factors)
+        vectors = self.thinned(block, selection)
+        return summing(self, factors, len(vectors))(block, vectors)
 
     def summed(self, x: Element, vectors: Sequence[Number], factors: Sequence[float] | None) -> Number:
         """The base and what is made of an element's task vectors, which are thinned; see `Thinning`."""
@@ -114,6 +117,12 @@ class SparseTaskVectors(Method):
             if self.normalize:
                 delta = delta / x.number(sum(self.weights))
         return add_to_base(x.base, delta, x.number(self.lambda_))
+
+
+@functools.lru_cache(maxsize=64)
+def summing(method: SparseTaskVectors, factors: tuple[float, ...] | None, count: int) -> BufferLoop:
+    """How a method adds up so many task vectors that are thinned."""
+    return BufferLoop(lambda x: method.summed(x, x.models, factors), count)
 
 
 class ThinnedByElement(SparseTaskVectors):
