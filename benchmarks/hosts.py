@@ -53,8 +53,9 @@ def hosts(count: int) -> Iterator[list[str]]:
             ip("-n", name, "link", "set", "lo", "up")
         yield names
     finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, stderr=subprocess.DEVNULL)
+        for number, name in enumerate(names):
+            for unwanted in (["ip", "link", "del", f"mh{number}"], ["ip", "netns", "del", name]):
+                subprocess.run(unwanted, check=False, stderr=subprocess.DEVNULL)
         ip("link", "del", BRIDGE)
 
 
