@@ -8,7 +8,7 @@ A page is run in a new folder that has what a checkout has, the tiny family unde
 the family's texts. The first word after a fence says what a block is, the second what is special about it:
 
     sh                command lines: run
-    sh slow           the same, of minutes: run by `make test-all`, planned by `make test`
+    sh slow           the same, of minutes: run by `make test-all`; by `make test` merges are run, the rest is planned
     sh hub            with models of the hub, or of gigabytes: planned with --dry_run and then run, both on small stand-ins of
                       the models that they name, from a hub on this machine; of an evaluation all but the asking
     sh plan           what only a user's machine can do (install, clone, hours): parsed, files and targets looked for
@@ -219,7 +219,7 @@ class Runner:
         if block.language == "sh":
             self.output = []
             runs = block.word in ("", "hub") or (block.word == "slow" and self.slow)
-            problems = [self.command(line, runs, on_hub=block.word == "hub") for line in block.commands]
+            problems = [self.command(line, runs, block.word) for line in block.commands]
             self.output = [line.replace(self.endpoint or "\0", HUGGING_FACE) for line in self.output] if runs else None
             return "\n".join(filter(None, problems))
         if block.language == "python":
@@ -232,7 +232,7 @@ class Runner:
             return compare(block.text.splitlines(), self.output).problem
         return ""
 
-    def command(self, line: str, runs: bool, *, on_hub: bool) -> str:
+    def command(self, line: str, runs: bool, word: str) -> str:
         """Run a command line, or plan it. Returns: what is wrong."""
         variable = re.fullmatch(r"(\w+)=(\S+)", line)
         if variable:
@@ -244,8 +244,9 @@ class Runner:
         program, *arguments = words[len(environment) :] if words[0] in environment else words
         if program == "python" and arguments[0] in SCRIPTS:
             name, *flags = [path for word in arguments for path in self.expanded(word)]
-            if not on_hub:
-                return self.script(name.removesuffix(".py"), flags, runs)
+            if word != "hub":
+                merges = word == "slow" and name == "merge.py"  # what the commands after it work on
+                return self.script(name.removesuffix(".py"), flags, runs or merges)
             if name == "performAIM.py" and not {"--calibration_data", "--activations"} & set(flags):
                 flags += ["--calibration_data", "texts.jsonl"]  # the published text is a download
             planned = self.script(name.removesuffix(".py"), flags, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_commands_inside_sentences_could_be_run(name: str, tmp_path: Path):
     """Their flags, targets and files are there; the values may be placeholders."""
     runner = pages.Runner(ROOT, slow=False)
     for line in COMMAND.findall(outside_blocks(TEXTS[name])):
-        words = line.replace("...", "").split()
+        words = shlex.split(line.replace("...", ""))
         if words[0] == "python" and words[1] in pages.SCRIPTS:
             known = script_flags(words[1])
             assert {word.partition("=")[0] for word in words[2:] if word.startswith("--")} <= known, line
