@@ -6,7 +6,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -16,8 +16,10 @@ from merging.methods.signs import elect_and_sum
 from merging.methods.task_arithmetic import add_to_base
 from merging.parameters import shared
 from streaming.blocks import Block, Scan, TensorSpec
-from streaming.buffers import BufferLoop
 from streaming.elements import Element, Formula, Number, Tensors
+
+if TYPE_CHECKING:
+    from streaming.buffers import BufferLoop
 
 LEAST_NORM = 1e-7
 """An l1 norm below this is not restored, nor restored to: mergekit's bound."""
@@ -122,6 +124,8 @@ class SparseTaskVectors(Method):
 @functools.lru_cache(maxsize=64)
 def summing(method: SparseTaskVectors, factors: tuple[float, ...] | None, count: int) -> BufferLoop:
     """How a method adds up so many task vectors that are thinned."""
+    from streaming.buffers import BufferLoop
+
     return BufferLoop(lambda x: method.summed(x, x.models, factors), count)
 
 
