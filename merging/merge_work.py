@@ -16,7 +16,6 @@ from checkpoints.reader import same_values
 from checkpoints.settings import Remark, Show, as_in_python, setting
 from checkpoints.staging import Stage
 from merging.methods import is_outside
-from merging.methods.outside import source_digest
 from merging.parameters import text_of
 from merging.plan import Plan, make_plan
 from merging.recipe import ModelInput, Recipe, source_key
@@ -115,7 +114,11 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
         plan.notes += moment_notes
         data = {"data": texts}
     name = plan.recipe.merge_method
-    code = {"method_source": source_digest(name)} if is_outside(name) else {}
+    code = {}
+    if is_outside(name):
+        from merging.methods.outside import source_digest
+
+        code = {"method_source": source_digest(name)}
     return Merge(
         verb="merging",
         inputs=opened,
