@@ -272,13 +272,13 @@ def test_merge_too_large_for_float16(scene):
 def test_weights_that_change_while_they_are_read(scene, monkeypatch):
     from checkpoints.writer import CheckpointWriter
 
-    close = CheckpointWriter.close
+    sync = CheckpointWriter.sync
 
-    def touch_and_close(writer):
+    def touch_and_sync(writer):
         os.utime(weights(scene.math), ns=(0, 0))
-        return close(writer)
+        return sync(writer)
 
-    monkeypatch.setattr(CheckpointWriter, "close", touch_and_close)
+    monkeypatch.setattr(CheckpointWriter, "sync", touch_and_sync)
     scene.refuse(code=1, says=(str(scene.math), FILE, "changed while it was read", "Run the command again"))
 
 

@@ -826,9 +826,14 @@ def test_the_packages_own_example(scene):
     assert "relax_checkpoint" in example
     texts = scene.folder / "texts.jsonl"
     texts.write_bytes(gzip.decompress(TEXTS.read_bytes()))
-    for name, path in (("BASE", scene.base), ("MERGED", scene.merged), ("OUT", scene.out), ("texts.jsonl", texts)):
+    for name, path in (
+        ("./base", scene.base),
+        ("./merged", scene.merged),
+        ("./relaxed", scene.out),
+        ("texts.jsonl", texts),
+    ):
         example = example.replace(f'"{name}"', repr(str(path)))
-    exec(example.replace("texts.jsonl')", "texts.jsonl', n_samples=8, block_size=64)"), {})
+    exec(example.replace("n_samples=64", "n_samples=8, block_size=64"), {})
     direct = snapshot(scene.out)["model.safetensors"]
     scene.run("--overwrite")
     assert (scene.out / "model.safetensors").read_bytes() == direct
