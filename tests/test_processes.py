@@ -579,7 +579,7 @@ def test_torchrun_merges_calibrates_and_relaxes_to_the_bytes_of_one(place: Path)
         ([*RELAX, "--calibration_mode=layerwise"], 2),
         ([*MERGE, "--method=regmean", *DATA], 3),
         ([*MERGE, "--method=regmean", "--inputs=merged", *DATA], 2),
-        ([*MERGE, "--method=dare_linear", "--protect=mean", *AIM], 2),
+        ([*MERGE, "--method=dare_linear", "--omega=0.3", "--protect=mean", *AIM], 2),
         ([*MERGE, "--method=ties", "--lambdas=0.3,0.5"], 2),
     ],
 )
