@@ -49,7 +49,7 @@ REAL_RUN = PYTHONPATH=. $(PY) -m examples.real.run --processes 2 $(if $(DATA),--
 real: real-base  ## a real model: three experts trained, merged in every way and compared (25 minutes on two idle cores, 9 GB of memory; DATA=FOLDER, DOMAINS=a,b,c)
 	$(REAL_RUN)
 
-real-quick: real-base  ## the same with adapters that are there, and fewer documents and merges (5 minutes)
+real-quick: real-base  ## the same with adapters that are there, and fewer documents and merges (3 minutes on two idle cores)
 	PYTHONPATH=. $(PY) -m examples.real.run --quick $(REAL_ARGS)
 
 real-options: real-base  ## RegMean's options, Iso-C, WUDI and prototypes with the experts of make real, on validation
