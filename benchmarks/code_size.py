@@ -23,19 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ROOT / "tests" / "goldens" / "inputs"
-PACKAGES = (
-    "checkpoints",
-    "streaming",
-    "alignment",
-    "forward",
-    "merging",
-    "aim",
-    "evaluation",
-    "reports",
-    "adapters",
-    "search",
-    "commands",
-)
+NOT_OURS = {"tests", "examples", "benchmarks"}
+"""Packages that no command loads."""
 MANY = 6
 
 # Runs a command under a tracer that looks at our own files only, and prints what it saw. It must not import anything of ours.
@@ -122,9 +111,15 @@ def measure(checkout: Path = ROOT, *flags: str) -> Size:
     return Size(**found)
 
 
+def packages(checkout: Path = ROOT) -> list[str]:
+    """The packages of a checkout that commands load."""
+    found = (file.parent.name for file in checkout.glob("*/__init__.py"))
+    return sorted(name for name in found if name not in NOT_OURS)
+
+
 def with_many_arguments(checkout: Path = ROOT, more_than: int = MANY) -> Iterator[tuple[str, int]]:
     """(`package/file.py:function`, how many arguments) of each function with more than so many, `self` and `cls` excepted."""
-    paths = [path for package in PACKAGES for path in sorted((checkout / package).rglob("*.py"))]
+    paths = [path for package in packages(checkout) for path in sorted((checkout / package).rglob("*.py"))]
     for path in [*paths, *sorted(checkout.glob("*.py"))]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

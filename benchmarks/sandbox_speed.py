@@ -55,6 +55,7 @@ def measure(sandbox: Sandbox, program: Program, count: int) -> tuple[float, floa
 
 
 def main() -> None:
+    """Measure each level and print a row of the table for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=int, default=500, help="how many programs a measurement runs")
     parser.add_argument("--workers", type=int, default=available_cores(), help="how many run at once")

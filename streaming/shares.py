@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from checkpoints.staging import Stage
 from checkpoints.writer import CheckpointWriter, Shard
-from streaming.blocks import GRID_ELEMENTS, tile
+from streaming.blocks import tile
 from streaming.processes import Processes
-from streaming.stream import PlannedTensor, Transform, bytes_read
+from streaming.stream import PlannedTensor, Transform, applied_to, block_elements, bytes_read
 from streaming.tally import Tally
 from streaming.work import Spans, Variant, bytes_written, gaps
 
@@ -56,8 +56,9 @@ def is_measured(tensor: PlannedTensor, variants: Sequence[Variant]) -> bool:
     methods = {id(one.methods): one.methods[tensor.spec.name] if one.methods else tensor.method for one in variants}
     if any(method is not None and method.measures for method in methods.values()):
         return True
-    applied = [each for each in _transforms(variants) if each and each.applies_to(tensor.spec.name)]
-    return tensor.method is not None and any(each.measures(tensor.spec) for each in applied)
+    return tensor.method is not None and any(
+        each.measures(tensor.spec) for each in applied_to(tensor.spec.name, _transforms(variants))
+    )
 
 
 def _transforms(variants: Sequence[Variant]) -> list[Transform | None]:
@@ -65,12 +66,10 @@ def _transforms(variants: Sequence[Variant]) -> list[Transform | None]:
 
 
 def _block_of(tensor: PlannedTensor, variants: Sequence[Variant], elements: int) -> int:
-    """Elements of a block, which has to hold whole rows for some methods."""
-    applied = [each for each in _transforms(variants) if each and each.applies_to(tensor.spec.name)]
-    methods = [tensor.method, *(one.methods[tensor.spec.name] for one in variants if one.methods)]
-    whole_rows = any(method is not None and method.whole_rows for method in methods)
-    whole_rows = whole_rows or any(each.whole_rows(tensor.spec.name) for each in applied)
-    return max(elements, GRID_ELEMENTS if whole_rows else 1)
+    """Elements of a block, for whatever is made of the tensor."""
+    name = tensor.spec.name
+    methods = [tensor.method, *(one.methods[name] for one in variants if one.methods)]
+    return block_elements(elements, name, methods, applied_to(name, _transforms(variants)))
 
 
 def _cut(tensor: PlannedTensor, at: Sequence[float], elements: int) -> list[PlannedTensor | None]:

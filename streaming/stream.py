@@ -202,6 +202,18 @@ class PlannedTensor:
         return (self.base, *inputs) if self.needs_base(transforms) else inputs
 
 
+def applied_to(name: str, transforms: Sequence[Transform | None]) -> list[Transform]:
+    """The transforms that change a tensor."""
+    return [each for each in transforms if each and each.applies_to(name)]
+
+
+def block_elements(elements: int, name: str, methods: Sequence[Merger | None], transforms: Sequence[Transform]) -> int:
+    """Elements of a tensor's blocks: as asked for, and more where a block has to hold whole rows."""
+    whole_rows = any(method is not None and method.whole_rows for method in methods)
+    whole_rows = whole_rows or any(each.whole_rows(name) for each in transforms)
+    return max(elements, GRID_ELEMENTS if whole_rows else 1)
+
+
 def bytes_read(tensors: Sequence[PlannedTensor], transforms: Sequence[Transform | None] = ()) -> int:
     """Bytes of every input tensor that a stream needs, each counted once; of a part its share."""
     return sum(
@@ -324,11 +336,8 @@ class _Stream:
     def merge_tensor(self, tensor: PlannedTensor) -> None:
         """Write one tensor to every output."""
         name, method = tensor.spec.name, tensor.method
-        transforms = (
-            [transform for transform in self._transforms if transform and transform.applies_to(name)] if method else []
-        )
-        whole_rows = bool(method and method.whole_rows) or any(transform.whole_rows(name) for transform in transforms)
-        elements = max(self._options.elements, GRID_ELEMENTS if whole_rows else 1)
+        transforms = applied_to(name, self._transforms) if method else []
+        elements = block_elements(self._options.elements, name, [method], transforms)
         if method is None:
             work: Callable[[Region], None] = lambda region: self._copy(tensor, region)  # noqa: E731
         else:

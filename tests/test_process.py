@@ -110,7 +110,7 @@ def test_no_other_file_changes_the_process():
         "checkpoints/early.py",
         "checkpoints/strangers_program.py",
     )  # a command's first import; a process of its own
-    paths = [path for package in code_size.PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    paths = [path for package in code_size.packages() for path in sorted((ROOT / package).rglob("*.py"))]
     names = [path.relative_to(ROOT).as_posix() for path in paths if effect.search(path.read_text())]
     assert "checkpoints/process.py" in names
     assert [name for name in names if not name.startswith(apart)] == []

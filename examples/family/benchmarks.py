@@ -57,6 +57,7 @@ def write(folder: Path, split: Split, count: int = ITEMS) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Write the benchmarks; returns the exit code."""
     parser = argparse.ArgumentParser(description="Write the six mini benchmarks of one split.")
     parser.add_argument("--split", default="validation", choices=tuple(SHARES))
     parser.add_argument("--out", type=Path, required=True)

@@ -44,6 +44,7 @@ def random_texts(count: int) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Write the text; returns the exit code."""
     parser = argparse.ArgumentParser(description="Write calibration text for AIM.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--texts", type=int, default=COUNT)

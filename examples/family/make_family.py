@@ -112,6 +112,7 @@ def compare_with_committed(out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Train what is not there yet; returns the exit code."""
     parser = argparse.ArgumentParser(description="Build the tiny model family.")
     parser.add_argument("--out", type=Path, default=Path("build/family/models"), help="folder of the checkpoints")
     parser.add_argument("--work", type=Path, default=Path("build/family/work"), help="folder of the training states")

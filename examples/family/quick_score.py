@@ -162,6 +162,7 @@ def run(sources: Sequence[str]) -> list[float]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Score the models; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--split", default="validation", choices=("validation", "train"))
