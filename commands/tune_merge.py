@@ -35,8 +35,9 @@ def build_parser() -> shell.Parser:
         "--base_model", common=True, metavar="MODEL", help="instead of --config: what the models were fine-tuned from"
     )
     what.add_argument("--models_to_merge", common=True, metavar="A,B,C", help="and the models; folders, hub names, adapters as BASE+ADAPTER")  # fmt: skip
-    what.add_argument("--methods", common=True, metavar="M,M", help=f"methods to choose from (default {METHODS}), with weight, lambda and density of each")  # fmt: skip
+    what.add_argument("--methods", common=True, metavar="M,M", help=f"methods to choose from (default {METHODS}), with weight, lambda and density of each, and of regmean ridge and rest_lambda")  # fmt: skip
     what.add_argument("--calibration_data", common=True, metavar="DATA", help="text for AIM's statistics of the base, as in merge.py: searches omega and protect too")  # fmt: skip
+    what.add_argument("--model_data", metavar="A,B,C", help="with methods that run the models (regmean): text of each model's own task, in the order of the models, as in merge.py (default: what is searched with of the task of its name, or in its place)")  # fmt: skip
     goal = parser.add_argument_group("what for")
     goal.add_argument("--texts", common=True, metavar="NAME=FILE,...", help="a file for each task, .jsonl, .json, .txt or .parquet: of texts, or of prompt and answer, of which the answer is scored")  # fmt: skip
     goal.add_argument("--benchmarks", common=True, metavar="A,B", help="tasks that are benchmarks of evaluate_model.py: their items are answered and graded for accuracy, their reference answers have the losses")  # fmt: skip
@@ -183,7 +184,7 @@ def read_budget(arguments: argparse.Namespace) -> Budget:
 
 def read_tree(arguments: argparse.Namespace) -> Mapping[str, Any]:
     """The recipe with its free entries, from a file or from flags. Raises InputError."""
-    beside = ("base_model", "models_to_merge", "methods", "calibration_data")
+    beside = ("base_model", "models_to_merge", "methods", "calibration_data", "model_data")
     if arguments.config is not None:
         from merging.safe_yaml import read_documents
 
@@ -199,6 +200,7 @@ def read_tree(arguments: argparse.Namespace) -> Mapping[str, Any]:
                 f"{arguments.config}: expected one recipe with keys such as merge_method, got {got}. Give one."
             )
         return content
+    from merging.methods import get_method
     from search.space import space_from_methods
 
     missing = [f"--{name}" for name in beside[:2] if vars(arguments)[name] is None]
@@ -210,4 +212,9 @@ def read_tree(arguments: argparse.Namespace) -> Mapping[str, Any]:
         raise ArgumentError(
             f"{setting('models') if not all(models) else '--methods'}: expected different names separated by commas."
         )
-    return space_from_methods(methods, arguments.base_model, models, calibration=arguments.calibration_data)
+    data = [] if arguments.model_data is None else [part.strip() for part in arguments.model_data.split(",")]
+    if data and not any(get_method(method).needs_data for method in methods):
+        raise ArgumentError(
+            f"{setting('model_data')}: none of {', '.join(methods)} runs the models. Add --methods regmean, or leave it out."
+        )
+    return space_from_methods(methods, arguments.base_model, models, calibration=arguments.calibration_data, data=data)

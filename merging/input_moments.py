@@ -23,7 +23,7 @@ from forward.skeleton import Weights, build_skeleton
 from forward.watch import Watch
 from merging.kept_hidden import KeptHidden
 from merging.merged_source import MergedSource, merged_whole
-from merging.methods.regmean import InputMoments, RegMean
+from merging.methods.regmean import InputMoments, Projected, RegMean
 from merging.model_texts import ModelText
 from streaming.stream import Merger, PlannedTensor, StreamOptions
 
@@ -200,6 +200,38 @@ def _has(use: Use, expert: int) -> bool:
     return use.ranges[0][0] <= expert < use.ranges[0][1]
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A tensor that is merged by its inputs' moments.
+
+    Attributes:
+        name: of the tensor.
+        input_dim: its dimension that runs over the input channels.
+        is_stacked: whether it is several experts', with moments each.
+        count: models merged; the moments of the base may stand behind theirs.
+    """
+
+    name: str
+    input_dim: int
+    is_stacked: bool
+    count: int
+
+    def complete(self, moments: Sequence[InputMoments | None], method: RegMean) -> list[InputMoments]:
+        """Those of every model, zeros where it saw none, as the method wants them; empty where no model saw any."""
+        if method.moments == "diagonal":  # of a part of a parameter, say, of which another part needs all
+            moments = [one and one.diagonal(self.is_stacked) for one in moments]
+        seen = next((one for one in moments[: self.count] if one is not None), None)
+        if seen is None:
+            return []
+        empty = replace(seen, rest=torch.zeros_like(seen.rest), first=torch.zeros_like(seen.first))
+        return [empty if one is None else one for one in moments]
+
+    def projected(self, moments: Sequence[InputMoments], method: RegMean) -> Projected:
+        """What merges it by complete moments. Raises InputError: see `RegMean.with_moments`."""
+        base = moments[-1] if len(moments) > self.count else None
+        return method.with_moments(moments[: self.count], self.input_dim, self.name, base)
+
+
 class MomentsPass:
     """Runs all models layer by layer, and gives the tensors of each layer with their moments, ready to be merged.
 
@@ -228,6 +260,16 @@ class MomentsPass:
         self._processes = processes
         self._models, self._texts, self._options, self._tensors = models, texts, options, tensors
         self._device, self._has_base, self._is_merged = options.device, has_base, is_merged
+
+    @property
+    def models(self) -> int:
+        """How many are run."""
+        return len(self._models)
+
+    @property
+    def tensors(self) -> Sequence[PlannedTensor]:
+        """The whole plan."""
+        return self._tensors
 
     def check(self) -> int:
         """Raise Refusals: models that cannot be run layer by layer, or lack weights; text that is too short for a merge without a ridge.
@@ -474,26 +516,57 @@ class MomentsPass:
 
     def _with_moments(self, tensor: PlannedTensor, moments: Sequence[InputMoments | None], made: Made) -> PlannedTensor:
         """See `_prepared`; `moments`: of every model."""
+        matrix, method = self.matrix(tensor), tensor.method
+        assert isinstance(method, RegMean)
+        known = matrix.complete(moments, method)
+        if not known:
+            return tensor
+        key = (*map(id, known), method, matrix.input_dim == len(tensor.spec.shape) - 1)
+        if key not in made:
+            made[key] = (known, matrix.projected(known, method))
+        return replace(tensor, method=made[key][1])
+
+    def matrix(self, tensor: PlannedTensor) -> Matrix:
+        """What a tensor that gets moments is."""
         placements = self._placements(tensor)
         assert placements is not None
-        assert isinstance(tensor.method, RegMean)
-        shape = tensor.spec.shape
-        if tensor.method.moments == "diagonal":  # of a part of a parameter, say, of which another part needs all
-            moments = [
-                moment and moment.diagonal(placements[0].kind == "experts" and len(shape) > 2) for moment in moments
+        assert placements[0].input_dim is not None
+        is_stacked = placements[0].kind == "experts" and len(tensor.spec.shape) > 2
+        return Matrix(tensor.spec.name, placements[0].input_dim, is_stacked, len(tensor.inputs))
+
+    def take(self) -> Generator[tuple[int, dict[int, dict[str, InputMoments | None]]]]:
+        """Run all models once, and give every layer's moments: of each model, those of each tensor's input; see `parts`.
+
+        Raises: InputError: a model cannot be run.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(quiet_transformers())
+            stack.enter_context(out_of_memory("the layer-by-layer pass", "Give less text"))
+            skeletons = [self._skeleton(model) for model in self._models]
+            layer_of = self._layers_of(self._tensors, skeletons[0])
+            sinks = [Moments(diagonal) for diagonal in self._diagonal(self._tensors)]
+            running = [
+                stack.enter_context(self._layerwise(stack, *parts, None))
+                for parts in zip(self._models, skeletons, sinks, strict=True)
             ]
-        seen = [moment for moment in moments[: len(tensor.inputs)] if moment is not None]
-        if not seen:
-            return tensor
-        empty = replace(seen[0], rest=torch.zeros_like(seen[0].rest), first=torch.zeros_like(seen[0].first))
-        input_dim = placements[0].input_dim
-        assert input_dim is not None
-        known = [empty if moment is None else moment for moment in moments]
-        key = (*map(id, known), tensor.method, input_dim == len(shape) - 1)
-        if key not in made:
-            own, base = known[: len(tensor.inputs)], known[-1] if self._has_base else None
-            made[key] = (known, tensor.method.with_moments(own, input_dim, tensor.spec.name, base))
-        return replace(tensor, method=made[key][1])
+            for layers, text in zip(running, self._texts, strict=True):
+                layers.start(text.documents_on(self._device))
+            for layer in in_step(running):
+                here = [tensor for tensor in self._tensors if layer_of.get(tensor.spec.name) == layer]
+                yield (
+                    layer,
+                    {
+                        model: {tensor.spec.name: self._seen(tensor, model, sink) for tensor in here}
+                        for model, sink in enumerate(sinks)
+                    },
+                )
+                for sink in sinks:
+                    sink.clear()
+
+    def layer_of(self) -> dict[str, int]:
+        """The tensors that get moments -> their layers. Raises InputError: layers that cannot be told apart."""
+        with quiet_transformers():
+            return self._layers_of(self._tensors, self._skeleton(self._models[0]))
 
 
 def texts_as_json(models: Sequence[Model], texts: Sequence[ModelText]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from streaming.work import Findings, Work
 
 if TYPE_CHECKING:
     from merging.input_moments import MomentsPass
+    from merging.model_texts import ModelText
 
 
 @dataclass(kw_only=True)
@@ -110,7 +111,9 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
     plan.notes += [note for model in opened for note in model.notes]
     moments, data = None, {}
     if plan.recipe.method_class.needs_data:
-        moments, texts, moment_notes = _prepare_moments(plan, opened, options)
+        from merging.model_texts import read_model_text
+
+        moments, texts, moment_notes = prepare_moments(plan, opened, options, read_model_text)
         plan.notes += moment_notes
         data = {"data": texts}
     name = plan.recipe.merge_method
@@ -137,12 +140,18 @@ def make_work(recipe: Recipe, opened: list[Model], options: RunOptions) -> Merge
     )
 
 
-def _prepare_moments(
-    plan: Plan, opened: Sequence[Model], options: RunOptions
+def prepare_moments(
+    plan: Plan, opened: Sequence[Model], options: RunOptions, read: Callable[[Model, str, int], ModelText]
 ) -> tuple[MomentsPass, list[dict[str, Any]], list[str]]:
-    """What runs the models, what on, and what to say of it. Raises Refusals: texts that cannot be read or are too short, models that cannot be run."""
+    """What runs the models, what on, and what to say of it.
+
+    Args:
+        read: gives a model's text, as `read_model_text` does.
+
+    Raises: Refusals: texts that cannot be read or are too short, models that cannot be run.
+    """
     from merging.input_moments import MomentsPass, texts_as_json
-    from merging.model_texts import ModelText, check_tokens, read_model_text
+    from merging.model_texts import ModelText, check_tokens
 
     recipe, problems = plan.recipe, Problems()
     by_key = {source_key(name): model for name, model in zip(recipe.inputs, opened, strict=True)}
@@ -167,7 +176,7 @@ def _prepare_moments(
     texts: list[ModelText] = []
     for model, files in asked:
         with problems.collect():
-            text = ModelText.joined([read_model_text(model, file, tokens) for file in files])
+            text = ModelText.joined([read(model, file, tokens) for file in files])
             check_tokens(text, model, opened[0], is_merged=is_merged)
             texts.append(text)
     problems.raise_if_any()

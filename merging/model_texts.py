@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,15 @@ def read_model_text(model: Model, source: str, tokens: int) -> ModelText:
 
     Raises: InputError: no such file, rows of another kind, no tokenizer or chat template, no text.
     """
-    path, where = _found(model, source), setting("model_data", source)
+    return text_of_rows(read_rows(_found(model, source)), model, setting("model_data", source), tokens)
+
+
+def text_of_rows(rows: Iterable[Any], model: Model, where: str, tokens: int) -> ModelText:
+    """See `read_model_text`; of rows that have been read, `where` naming them in messages."""
     tokenizer = tokenizer_of(model)
     documents: list[torch.Tensor] = []
     count = 0
-    for number, row in enumerate(read_rows(path), 1):
+    for number, row in enumerate(rows, 1):
         ids = _encode(row, tokenizer, model, f"{where}: row {number}")[:LONGEST]
         if ids:
             documents.append(torch.tensor([ids], dtype=torch.int64))

@@ -27,7 +27,7 @@ from forward.skeleton import build_skeleton
 from forward.tuning import threads
 from merging.model_texts import tokenizer_of
 from search.goals import ACCURACY
-from search.texts import LEAST, LONGEST, Document, content_of, is_held_out
+from search.texts import LEAST, LONGEST, Document, Texts, content_of, is_held_out
 
 if TYPE_CHECKING:
     from evaluation.model import Model as AskedModel
@@ -67,6 +67,7 @@ class Benchmarks:
         benchmarks, data: by name.
         settings: what prompts and limits depend on.
         searched, held_out: task -> its items, or its reference answers as documents.
+        held_out_keys: hashes of the questions held out.
         graders, resources: what grades, and what closes it.
     """
 
@@ -75,8 +76,14 @@ class Benchmarks:
     data: dict[str, Data] = field(default_factory=dict)
     searched: dict[str, Task] = field(default_factory=dict)
     held_out: dict[str, Task] = field(default_factory=dict)
+    held_out_keys: set[str] = field(default_factory=set)
     graders: Graders = field(default_factory=lambda: Graders(None, None, ()))
     resources: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def texts(self) -> Texts:
+        """Its tasks."""
+        return Texts(self.searched, self.held_out, held_out_keys=frozenset(self.held_out_keys))
 
     @property
     def asks(self) -> bool:
@@ -133,6 +140,8 @@ def read_benchmarks(
                     )
                 )
                 continue
+            keys = (content_of(question_of(found.data[name].rows[index])) for index in sides[True])
+            found.held_out_keys.update(keys)
             with problems.collect():
                 for side, indices in zip((found.searched, found.held_out), sides, strict=True):
                     _fill(side, model, benchmark, found.data[name], indices, settings, scores=scores, asks=asks)
@@ -174,7 +183,11 @@ def _fill(
     if scores:
         answers = (_reference(benchmark, data, request, settings) for request in requests)
         read = [
-            Document(tuple(model.lm.tok_encode(request.prompt + text))[:LONGEST], max(1, len(ids)))
+            Document(
+                tuple(model.lm.tok_encode(request.prompt + text))[:LONGEST],
+                max(1, len(ids)),
+                {"text": request.prompt + text},
+            )
             for request, ids, text in zip(requests, prompts, answers, strict=True)
         ]
         side[benchmark.name] = [document for document in read if document.scored > 0]

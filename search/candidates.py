@@ -7,6 +7,7 @@ method measures of a whole tensor (the thresholds of TIES, say) is kept for ever
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,10 @@ from aim.activations import Activations
 from aim.reading import read_request
 from aim.request import AimRequest
 from aim.transforms import make_transforms
-from alignment.layout import Layout
 from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.source import TensorRef
+from forward.memory import available_bytes
 from merging.methods.contract import Method
 from merging.plan import make_plan
 from merging.recipe import Recipe, source_key
@@ -31,8 +32,8 @@ from streaming.blocks import Block, Scan, TensorSpec
 from streaming.output import DEFAULT_SHARD_BYTES
 from streaming.stream import Merger, PlannedTensor, StreamOptions, Transform
 
-KEPT_STATISTICS = 200_000
-"""Tensors' statistics that are kept, of all candidates together."""
+SHARE_KEPT = 0.25
+"""Of the memory that is free when a search begins, what tensors' statistics may take, of all candidates together."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,48 @@ class Seconds:
         )
 
 
+class KeptStatistics:
+    """Statistics of tensors by what decides them; what there is no room for is measured each time.
+
+    Args:
+        most: bytes of all together.
+    """
+
+    def __init__(self, most: int):
+        self._left = most
+        self._kept: dict[Any, Any] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Any, measure: Callable[[], Any]) -> Any:
+        """What was kept under a key, or else is measured now; no two threads ask for one key."""
+        if key in self._kept:
+            return self._kept[key]
+        statistics = measure()
+        size = _bytes_of(statistics)
+        with self._lock:
+            if size <= self._left:
+                self._left -= size
+                self._kept[key] = statistics
+        return statistics
+
+
+def _bytes_of(statistics: Any) -> int:
+    """What statistics take in memory: their tensors, and something for what holds them."""
+    if isinstance(statistics, torch.Tensor):
+        return 256 + statistics.untyped_storage().nbytes()
+    if dataclasses.is_dataclass(statistics):
+        statistics = [getattr(statistics, one.name) for one in dataclasses.fields(statistics)]
+    if isinstance(statistics, Mapping):
+        statistics = list(statistics.values())
+    return 256 + (sum(map(_bytes_of, statistics)) if isinstance(statistics, list | tuple) else 0)
+
+
 @dataclass(frozen=True)
 class Remembering:
     """A method whose statistics of a tensor are kept for candidates that measure the same; a `streaming.stream.Merger`."""
 
     method: Method
-    kept: dict[Any, Any]
+    kept: KeptStatistics
     space: Literal["task_vectors", "weights"] = field(init=False)
     reads_base: bool = field(init=False)
     whole_rows: bool = field(init=False)
@@ -107,11 +144,7 @@ class Remembering:
             if one.name not in self.method.unmeasured
         }
         key = (tensor.name, type(self.method), tuple(fields.items()))
-        if key not in self.kept:
-            if len(self.kept) >= KEPT_STATISTICS:
-                self.kept.clear()
-            self.kept[key] = self.method.measure(tensor, scan)
-        return self.kept[key]
+        return self.kept.get(key, lambda: self.method.measure(tensor, scan))
 
     def formula(self, tensor: TensorSpec, statistics: Any) -> Any:
         """See `Merger.formula`."""
@@ -152,6 +185,7 @@ class Candidates:
         options: of the stream.
         activations: of the base; None where no recipe asks for AIM.
         score_items: has the place's model answer items of benchmarks, and says what each answer is worth.
+        prepare: gives the tensors of a plan what their method wants of the models beforehand.
 
     Attributes:
         seconds: where the time went.
@@ -165,10 +199,11 @@ class Candidates:
         options: StreamOptions,
         activations: Activations | None = None,
         score_items: Callable[[Sequence[Any]], Sequence[float]] = lambda items: (),
+        prepare: Callable[[Sequence[PlannedTensor]], Sequence[PlannedTensor]] = lambda tensors: tensors,
     ):
         self._opened, self._keys, self.place, self._options = opened, list(keys), place, options
-        self.activations, self._score_items = activations, score_items
-        self._statistics: dict[Any, Any] = {}
+        self.activations, self._score_items, self._prepare = activations, score_items, prepare
+        self._statistics = KeptStatistics(int(SHARE_KEPT * available_bytes()))
         self.seconds = Seconds()
 
     @property
@@ -178,10 +213,10 @@ class Candidates:
 
     def plan(self, candidate: Candidate) -> tuple[tuple[PlannedTensor, ...], Transform | None]:
         """Every tensor of a candidate, and what AIM does to it. Raises InputError: the recipe does not fit the models."""
-        recipe = dataclasses.replace(candidate.recipe, layout=_of_base(candidate.recipe.layout))
+        recipe = of_base(candidate.recipe)
         if [source_key(name) for name in recipe.inputs] != self._keys:
             raise InputError("models: expected the same models for every candidate. Mark no name of a model as free.")
-        tensors = make_plan(recipe, self._opened, max_shard_bytes=DEFAULT_SHARD_BYTES).tensors
+        tensors = self._prepare(make_plan(recipe, self._opened, max_shard_bytes=DEFAULT_SHARD_BYTES).tensors)
         self.place.check(tensors)
         transform: Transform | None = None
         if candidate.aim is not None and any(omega.of(t.spec.name) != 1.0 for omega in candidate.aim.relaxing.omegas for t in tensors):  # fmt: skip
@@ -228,6 +263,8 @@ class Candidates:
         return [next(losses) if isinstance(one, Document) else next(worths) for one in parts]
 
 
-def _of_base(layout: Layout) -> Layout:
-    """The layout of an output in the base's shapes."""
-    return dataclasses.replace(layout, tokenizer_source="base") if layout.tokenizer_source == "auto" else layout
+def of_base(recipe: Recipe) -> Recipe:
+    """A recipe whose output has the base's shapes where it leaves that open."""
+    if recipe.layout.tokenizer_source != "auto":
+        return recipe
+    return dataclasses.replace(recipe, layout=dataclasses.replace(recipe.layout, tokenizer_source="base"))

@@ -13,7 +13,9 @@ from checkpoints.errors import ArgumentError
 from checkpoints.problems import Problems
 from checkpoints.settings import setting
 from evaluation.benchmarks.settings import Settings
+from search.candidates import Candidate, read_candidate
 from search.goals import GOALS, Goal
+from search.model_data import with_data
 from search.study import Budget
 
 
@@ -77,6 +79,10 @@ class SearchRequest:
             problems.add(ArgumentError(f"{setting('documents')}: expected at least 4, got {self.documents}."))
         problems.extend(self._check_tasks())
         problems.raise_if_any()
+
+    def read(self, tree: Mapping[str, Any]) -> Candidate:
+        """The candidate of a recipe without free entries. Raises Refusals: everything that is wrong with it."""
+        return read_candidate(with_data(tree, self.folder), self.where)
 
     @property
     def measures(self) -> set[str]:

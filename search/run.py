@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +30,14 @@ from forward.tuning import Choice, apply, choose, is_choice, is_worth_timing
 from merging.merge_work import prepare as prepare_merge
 from merging.plan import make_plan
 from merging.recipe import source_key
-from search.candidates import Candidate, Candidates, Place, Seconds, read_candidate
+from search.beforehand import Beforehand, look_ahead
+from search.candidates import Candidate, Candidates, Place, Seconds
 from search.goals import Losses
 from search.held_out import Rival, Row, as_text, compare, names_of, rivals_of, verdict
 from search.kept import keep_computed
 from search.layer_by_layer import LayerByLayer
 from search.memory import LoadedModel
+from search.model_data import with_data
 from search.report import draw, goals_as_json, importances, write_recipe, write_report, write_trials
 from search.request import SearchRequest
 from search.space import Space, Suggest
@@ -83,6 +85,7 @@ class Prepared:
         texts: documents and items of all tasks.
         benchmarks: what items are asked and graded with; None without any.
         probes: of each method its untuned recipe, read.
+        beforehand: what methods that run models find out once.
     """
 
     request: SearchRequest
@@ -91,6 +94,7 @@ class Prepared:
     keys: list[Any]
     texts: Texts
     probes: Mapping[str, Candidate]
+    beforehand: Beforehand
     benchmarks: Benchmarks | None = None
 
     @property
@@ -101,6 +105,7 @@ class Prepared:
             "goals": [goal.name for goal in self.request.goals],
             "texts": self.texts.digest(),
             "inputs": [describe_input(model, "outputs")["fingerprint"] for model in self.opened],
+            **self.beforehand.as_json(),
             **({"benchmarks": dataclasses.asdict(self.request.evaluation)} if self.benchmarks is not None else {}),
             "stops_early": self.request.stops_early and len(self.request.goals) == 1,
             "device": self.request.device.type,
@@ -114,6 +119,8 @@ class Prepared:
             "searches": [{"entry": free.name, "values": free.as_text()} for free in self.space.free],
             "goals": goals_as_json(self.request.goals),
             "texts": self.texts.as_json(),
+            **self.beforehand.as_json(),
+            "bytes_of_moments": self.beforehand.nbytes,
             "budget": {"trials": self.request.budget.trials, "minutes": self.request.budget.minutes},
         }
 
@@ -125,6 +132,7 @@ class Prepared:
             lines.append(f"texts to {'search with' if part == 'search' else 'score the best on'}: {', '.join(counts)}")
         if self.benchmarks is not None:
             lines += [f"note: {note}" for note in self.benchmarks.graders.notes]
+        lines += map(str, self.beforehand.lines)
         if self.texts.twice:
             lines.append(f"note: {self.texts.twice} texts came more than once, and count once.")
         lines.append(f"ends after {self.request.budget.as_text()}")
@@ -153,8 +161,8 @@ def prepare(request: SearchRequest) -> Prepared:
         assert space is not None
         values = space.defaults(method)
         with problems.collect():
-            probes[method] = read_candidate(space.choose(_given(values)), request.where)
-            read_candidate(space.untuned(method), request.where)
+            probes[method] = request.read(space.choose(_given(values)))
+            request.read(space.untuned(method))
             if probes[method].recipe.base_model is None or probes[method].recipe.is_sliced:
                 raise InputError(
                     f"{request.where}: expected a base_model and whole models, got others. A search needs them."
@@ -187,10 +195,15 @@ def prepare(request: SearchRequest) -> Prepared:
                 one.resources.close()
         inner.raise_if_any()
         keys = [source_key(name) for name in first.recipe.inputs]
-        if not benchmarks:
-            return Prepared(request, found, opened, keys, texts[0], probes)
-        joined = texts[0].joined(benchmarks[0].searched, benchmarks[0].held_out)
-        return Prepared(request, found, opened, keys, joined, probes, benchmarks[0])
+        joined = functools.reduce(Texts.joined, (one.texts for one in benchmarks), texts[0])
+        try:
+            with quiet_transformers():
+                beforehand = look_ahead(found, opened, joined, request.folder, request.device, request.workers)
+        except BaseException:
+            for one in benchmarks:
+                one.resources.close()
+            raise
+        return Prepared(request, found, opened, keys, joined, probes, beforehand, *benchmarks)
 
     return open_and_plan(first.recipe.inputs, plan, quiet=request.quiet, trust_remote_code=request.trust_remote_code)
 
@@ -255,16 +268,19 @@ def run(prepared: Prepared, console: Console | None = None) -> Outcome:
 
 def time_one(prepared: Prepared, console: Console) -> str:
     """How long a candidate takes, found by making and scoring the untuned one twice: a line for people."""
-    with closing(prepared):
+    request, first = prepared.request, next(iter(prepared.probes.values()))
+    documents = [one for part in prepared.texts.searched.values() for one in part]
+    with closing(prepared), ExitStack() as stack:
+        if first.recipe.method_class.needs_data:
+            stack.enter_context(prepared.beforehand.taken_for_now(request.folder, console))
         search = _Search(prepared, console, is_dry=True)
-        documents = [one for part in prepared.texts.searched.values() for one in part]
         for _ in range(2):  # the first also measures what is kept
             search.candidates.seconds = Seconds()
-            search.candidates.make(next(iter(prepared.probes.values())))
+            search.candidates.make(first)
             search.candidates.score(documents)
         seconds = search.candidates.seconds
         whole = seconds.planning + seconds.weights + seconds.forward
-        trials = prepared.request.budget.trials
+        trials = request.budget.trials
         total = f"; {trials} trials take {trials * whole / 60:.1f} minutes at most" if trials else ""
         return f"{seconds.as_text()}{total}. Nothing was written."
 
@@ -281,12 +297,16 @@ class _Search:
                 self.request.folder, self.space, self.goals, prepared.identity,
                 seed=self.request.seed, stops_early=self.request.stops_early,
             )  # fmt: skip
+            with self.study.locked():
+                prepared.beforehand.take(self.request.folder, console)
         base, device = prepared.opened[0], self.request.device
         activations = self._activations(keep=not is_dry)
         options = StreamOptions(device, self.request.workers, compiled=device.type == "cpu")
         opened = keep_computed(prepared.opened)
         place = self._place(base, device)
-        self.candidates = Candidates(opened, prepared.keys, place, options, activations, self._examiner(place))
+        self.candidates = Candidates(
+            opened, prepared.keys, place, options, activations, self._examiner(place), prepared.beforehand.prepare
+        )
 
     def run(self) -> Outcome:
         study = self.study
@@ -383,7 +403,7 @@ class _Search:
 
     def _evaluate(self, inputs: Sequence[Losses], tree: Mapping[str, Any], stops: Any) -> Evaluation | None:
         """Make a candidate and score it: on a part of the documents first, the same for all, where it may be given up."""
-        self.candidates.make(read_candidate(tree, self.space.where))
+        self.candidates.make(self.request.read(tree))
         texts = self.prepared.texts.searched
         losses: dict[str, list[float]] = {task: [] for task in texts}
         in_parts = self.candidates.place.can_score_in_parts
@@ -458,7 +478,7 @@ class _Search:
                 if rival.tree is None:
                     self.candidates.make_input(rival.position)
                 else:
-                    self.candidates.make(read_candidate(rival.tree, self.space.where))
+                    self.candidates.make(self.request.read(rival.tree))
                 known[key_of(rival)] = self._losses(self.prepared.texts.held_out)
                 study.note(HELD_OUT, known)
                 advance(1)
@@ -466,7 +486,7 @@ class _Search:
 
     def _recipe_of(self, tree: Mapping[str, Any]) -> dict[str, Any]:
         """The recipe as merge.py reads it: with the statistics that were used, and without an AIM that does nothing."""
-        recipe = dict(tree)
+        recipe = with_data(tree, self.request.folder)
         aim = recipe.get("aim")
         if isinstance(aim, dict):
             if aim.get("omega") in (1, 1.0):
@@ -499,7 +519,7 @@ class _Search:
     def _write_checkpoint(self, tree: Mapping[str, Any], card: str) -> None:
         """Merge the best candidate into its folder, as merge.py does from its recipe."""
         assert self.request.save_path is not None
-        candidate = read_candidate(tree, self.space.where)
+        candidate = self.request.read(tree)
         options = RunOptions(
             stream=StreamOptions(self.request.device, self.request.workers),
             trust_remote_code=self.request.trust_remote_code,

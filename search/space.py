@@ -11,12 +11,14 @@ Anything in a recipe can be free, whatever it means; which of a method's paramet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from checkpoints.errors import ArgumentError
 from checkpoints.problems import Problems
+from checkpoints.settings import setting
 from merging.methods import get_method
 from merging.parameters import REQUIRED
 from streaming.values import describe
@@ -56,6 +58,11 @@ class Free:
     def name(self) -> str:
         """How people know it: `parameters.lambda`, `models[0].parameters.weight`."""
         return place_of(self.path)
+
+    @property
+    def parameter(self) -> str | None:
+        """The key of the parameter that it is, or is in; None of anything else."""
+        return str(self.path[self.path.index("parameters") + 1]) if "parameters" in self.path else None
 
     @property
     def is_whole(self) -> bool:
@@ -117,10 +124,12 @@ class Space:
             with problems.collect():
                 if not isinstance(method, str):
                     raise ArgumentError(f"{where}: {METHOD}: expected the name of a method, got {describe(method)}.")
-                if get_method(method).needs_data:
-                    raise ArgumentError(
-                        f"{where}: {METHOD}: {method} runs every model on its own text for each candidate, which a search cannot. Leave it out."
-                    )
+                once = get_method(method).prepared_with
+                for free in self.free:
+                    if free.parameter in once:
+                        raise ArgumentError(
+                            f"{where}: {free.name}: {method} runs the models once for all candidates, and this decides how. Give it one value."
+                        )
         problems.raise_if_any()
 
     @property
@@ -192,6 +201,21 @@ class Space:
         if tuned_aim and all(free.default is NOT_GIVEN for free in tuned_aim):
             del tree["aim"]
         return tree
+
+    def widest(self, method: str, prefer: Mapping[str, Any]) -> dict[str, Any]:
+        """A recipe of a method that wants everything that any candidate of it wants: every tensor, and of free parameters the values to prefer.
+
+        Args:
+            prefer: key of a parameter -> its value where it is free.
+        """
+        values = self.defaults(method)
+
+        def suggest(name: str, free: Free) -> Any:
+            if free.path[-1] in ("exclude", "only"):
+                return NOT_GIVEN
+            return prefer.get(free.parameter or "", values[name])
+
+        return self.choose(suggest)
 
     def _fill(self, chosen: Mapping[Path, Any]) -> dict[str, Any]:
         marked = {free.path for free in self.free}
@@ -272,21 +296,42 @@ _WHOLE = ("seed", "n_samples", "block_size")
 
 
 def space_from_methods(
-    methods: list[str], base: str, models: list[str], *, calibration: str | None, statistics: str | None = None
+    methods: list[str],
+    base: str,
+    models: list[str],
+    *,
+    calibration: str | None,
+    statistics: str | None = None,
+    data: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The recipe that the flags search: method, weights, lambda and density, and where a text for calibration is given, AIM.
+    """The recipe that the flags search: method, weights, lambda and density, what regmean has of its own, and where a text for
+    calibration is given, AIM.
 
-    Raises: InputError: a method that is not known.
+    Args:
+        data: files of text of each model's own task.
+
+    Raises: InputError: a method that is not known; another number of files than of models.
     """
+    if data and len(data) != len(models):
+        raise ArgumentError(
+            f"{setting('model_data')}: expected a file for each of {len(models)} models, got {len(data)}. Give one for each, in their order."
+        )
     keys = {key for method in methods for key in get_method(method).parameters()}
     weight = {"weight": {MARK: [0.2, 1.0]}} if "weight" in keys else {}
     shared: dict[str, Any] = {"lambda": {MARK: [0.2, 1.4]}} if "lambda" in keys else {}
     if "density" in keys:
         shared["density"] = {MARK: [0.1, 1.0], "step": 0.1}
+    if "ridge" in keys:
+        shared["ridge"] = {MARK: [1e-4, 1e-3, 1e-2, 1e-1]}  # a grid, whose solutions are kept
+    if "rest_lambda" in keys:
+        shared["rest_lambda"] = {MARK: [0.2, 1.4]}
     tree: dict[str, Any] = {
         METHOD: {MARK: methods} if len(methods) > 1 else methods[0],
         "base_model": base,
-        "models": [{"model": name, **({"parameters": dict(weight)} if weight else {})} for name in models],
+        "models": [
+            {"model": name, **({"parameters": dict(weight)} if weight else {}), **({"data": text} if text else {})}
+            for name, text in itertools.zip_longest(models, data)
+        ],
         "parameters": shared,
         "tokenizer_source": "base",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,10 +29,12 @@ class Document:
     Attributes:
         ids: token ids.
         begin: index of the first token that is scored; what is before is only read.
+        row: what it was read from, as files have it.
     """
 
     ids: tuple[int, ...]
     begin: int
+    row: Any = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -64,11 +66,13 @@ class Texts:
         searched: task -> what candidates are compared by.
         held_out: task -> those that the best are scored on once.
         twice: texts that came more than once, and count once.
+        held_out_keys: hashes of the texts and prompts that are held out.
     """
 
     searched: Mapping[str, Sequence[Part]]
     held_out: Mapping[str, Sequence[Part]]
     twice: int = 0
+    held_out_keys: frozenset[str] = frozenset()
 
     def digest(self) -> str:
         """sha256 of all tokens and prompts and of how they are split."""
@@ -78,9 +82,10 @@ class Texts:
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def joined(self, searched: Mapping[str, Sequence[Part]], held_out: Mapping[str, Sequence[Part]]) -> Texts:
+    def joined(self, more: Texts) -> Texts:
         """With more tasks."""
-        return Texts({**self.searched, **searched}, {**self.held_out, **held_out}, self.twice)
+        keys = self.held_out_keys | more.held_out_keys
+        return Texts({**self.searched, **more.searched}, {**self.held_out, **more.held_out}, self.twice, keys)
 
     def as_json(self) -> dict[str, Any]:
         """Counts, for people and programs."""
@@ -110,6 +115,7 @@ def read_texts(base: Model, files: Mapping[str, Path], *, share: float, document
     searched: dict[str, list[Document]] = {}
     held_out: dict[str, list[Document]] = {}
     seen: set[str] = set()
+    held_out_keys: set[str] = set()
     twice = 0
     for task, path in files.items():
         where = setting("texts", path)
@@ -134,6 +140,7 @@ def read_texts(base: Model, files: Mapping[str, Path], *, share: float, document
                     encoded = _encode(row, tokenizer, base, f"{where}: row {number}")
                     if encoded.scored > 0:
                         side.append(encoded)
+                        held_out_keys.update([key] if side is sides[True] else ())
         searched[task], held_out[task] = sides
         if rows and not problems and min(map(len, sides)) < LEAST:
             problems.add(
@@ -143,7 +150,7 @@ def read_texts(base: Model, files: Mapping[str, Path], *, share: float, document
                 )
             )
     problems.raise_if_any()
-    return Texts(searched, held_out, twice)
+    return Texts(searched, held_out, twice, frozenset(held_out_keys))
 
 
 def is_held_out(key: str, share: float) -> bool:
@@ -154,6 +161,11 @@ def is_held_out(key: str, share: float) -> bool:
 def content_of(text: str) -> str:
     """The hash of a prompt by which it is split, however it is spaced."""
     return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()
+
+
+def key_of(row: Any, where: str) -> str:
+    """The hash that a row is split by. Raises InputError: no text."""
+    return _content(row, where)[0]
 
 
 def _content(row: Any, where: str) -> tuple[str, str]:
@@ -176,7 +188,7 @@ def _encode(row: Any, tokenizer: Any, base: Model, where: str) -> Document:
     fields: Mapping[str, Any] = row if isinstance(row, dict) else {"text": row}
     if isinstance(fields.get("text"), str):
         ids = tokenizer.encode(fields["text"].strip())[:LONGEST]
-        return Document(tuple(ids), 1)
+        return Document(tuple(ids), 1, row)
     prompt, answer = fields["prompt"], fields["answer"]
     if isinstance(tokenizer.chat_template, str):
         user = {"role": "user", "content": prompt}
@@ -193,7 +205,7 @@ def _encode(row: Any, tokenizer: Any, base: Model, where: str) -> Document:
         rest = tokenizer.encode(answer, add_special_tokens=False)
         rest += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = (*first, *rest)[:LONGEST]
-    return Document(ids, max(1, len(first)))
+    return Document(ids, max(1, len(first)), row)
 
 
 def parse_texts(text: str) -> dict[str, Path]:

@@ -130,8 +130,6 @@ def test_spaces_that_are_none():
         Space({"merge_method": "ties"}, "r")
     with pytest.raises(Refusals, match="unknown method"):
         Space({"merge_method": {"search": ["ties", "tis"]}}, "r")
-    with pytest.raises(Refusals, match="runs every model on its own text"):
-        Space({"merge_method": {"search": ["ties", "regmean"]}}, "r")
 
 
 # ----------------------------------------------------------------------------------------------------------- the study

@@ -388,7 +388,6 @@ def test_flags_that_are_wrong_are_said_at_once(scene: Scene, texts: Path, family
     scene.refuse(f"--texts={texts / 'nothing.jsonl'}", code=1, says=("--texts", "no such file"))
     scene.refuse(f"--save_path={family.base}", says=("--save_path", "is the input"))
     scene.refuse("--config=recipe.yml", "--methods=ties", says=("--methods: --config says what to search",))
-    scene.refuse("--methods=regmean", says=("runs every model on its own text",))
 
 
 def test_ctrl_c_while_the_best_are_compared(scene: Scene, monkeypatch: pytest.MonkeyPatch):

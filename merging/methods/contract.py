@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -39,6 +40,10 @@ class Method(ABC):
     """Whether it must know which tensors are embeddings, for which the model class is built."""
     needs_data: ClassVar[bool] = False
     """Whether each model brings text of its own task, on which it is run for what the method wants to know."""
+    prepared_with: ClassVar[tuple[str, ...]] = ()
+    """Parameters that what is found out on the text depends on: one value for all candidates of a search."""
+    prepared_for: ClassVar[Mapping[str, Any]] = {}
+    """Parameters, each with the value under which what is found out serves every other value too."""
     unmeasured: ClassVar[tuple[str, ...]] = ()
     """Fields that `measure` does not look at: methods that differ in these alone have the same statistics."""
     min_models: ClassVar[int] = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,6 @@ from merging.methods.linear import weighted_sum
 from merging.methods.task_arithmetic import add_to_base
 from merging.parameters import parameter, shared
 from streaming.blocks import GRID_ELEMENTS, Block, Region, Scan, TensorSpec
-from streaming.stream import Merger
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class RegMean(Method):
     name: ClassVar[str] = "regmean"
     needs_data: ClassVar[bool] = True
     min_models: ClassVar[int] = 2
+    prepared_with: ClassVar[tuple[str, ...]] = ("first_token_weight", "inputs", "data_tokens")
+    prepared_for: ClassVar[Mapping[str, Any]] = {"moments": "full", "base_weight": 1.0}
 
     lambda_: float = shared("lambda")
     ridge: float = parameter(
@@ -123,7 +124,7 @@ class RegMean(Method):
 
     def with_moments(
         self, moments: Sequence[InputMoments], input_dim: int, where: str, base: InputMoments | None = None
-    ) -> Merger:
+    ) -> Projected:
         """What merges a matrix of which the moments of every model's input are known.
 
         Args:
@@ -217,13 +218,19 @@ class Projected:
         """The merged task vector of the whole tensor, `[matrices, rows, columns]` float64; None where each block has whole rows of inputs."""
         if self.is_diagonal or (self._in_rows(tensor) and tensor.columns <= GRID_ELEMENTS):
             return None
+        return self.merged(tensor, scan)
+
+    def merged(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
+        """The merged task vector of the whole tensor, `[matrices, rows, columns]` float64."""
         merged = torch.zeros(tensor.matrices, tensor.rows, tensor.columns, dtype=torch.float64)
         for region, part in scan(lambda block: (block.region, self._answer(block).cpu())):
-            matrices, rows, columns = region.matrix_range, region.row_range, region.column_range
-            if self._in_rows(tensor):
-                merged[slice(*matrices), slice(*rows)] += part
+            matrices, rows, columns = (slice(*bounds) for bounds in _ranges(region))
+            if self.is_diagonal:
+                merged[matrices, rows, columns] = part
+            elif self._in_rows(tensor):
+                merged[matrices, rows] += part
             else:
-                merged[slice(*matrices), :, slice(*columns)] += part
+                merged[matrices, :, columns] += part
         return merged
 
     def formula(self, tensor: TensorSpec, statistics: Any) -> None:
@@ -231,14 +238,9 @@ class Projected:
 
     def combine(self, block: Block, statistics: torch.Tensor | None) -> torch.Tensor:
         """See `Merger.combine`."""
-        assert block.base is not None
-        if statistics is None:
-            merged = self._answer(block)
-        else:
-            region = block.region
-            ranges = (region.matrix_range, region.row_range, region.column_range)
-            merged = statistics[tuple(slice(*bounds) for bounds in ranges)].to(block.base.device)
-        return (block.region.as_stack(block.base).double() + self.lambda_ * merged).float().reshape(-1)
+        return add_merged(
+            block, self._answer(block) if statistics is None else part_of(block, statistics), self.lambda_
+        )
 
     def _answer(self, block: Block) -> torch.Tensor:
         """What a block's task vectors add to the merged one: whole rows where inputs run along them, else whole columns."""
@@ -268,3 +270,19 @@ class Projected:
 
     def _in_rows(self, tensor: TensorSpec) -> bool:
         return self.input_dim == len(tensor.shape) - 1
+
+
+def _ranges(region: Region) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    return region.matrix_range, region.row_range, region.column_range
+
+
+def part_of(block: Block, merged: torch.Tensor) -> torch.Tensor:
+    """What a block has of a whole tensor's merged task vector."""
+    assert block.base is not None
+    return merged[tuple(slice(*bounds) for bounds in _ranges(block.region))].to(block.base.device)
+
+
+def add_merged(block: Block, merged: torch.Tensor, lambda_: float) -> torch.Tensor:
+    """The base's block with the merged task vector, `[n]` float32."""
+    assert block.base is not None
+    return (block.region.as_stack(block.base).double() + lambda_ * merged).float().reshape(-1)
