@@ -200,8 +200,7 @@ class AimStep:
         if unfinished.lost and not self._loaded:
             console.note("note: what an earlier run kept of the calibration is not as it wrote it, and is made again.")
         activations = self._loaded or self._statistics_of(base, console, unfinished, stage)
-        processes = self._options.processes
-        if processes is not None and not processes.is_first:
+        if not self._options.team.is_first:
             keep, figures = None, None
         if self._loaded:
             console.say(f"statistics: {self._origin}, taken with {blocks_of(activations)}")
