@@ -77,7 +77,6 @@ def test_a_current_folder_that_was_deleted_is_not_needed(monkeypatch, tmp_path):
     assert not compiled
 
 
-
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
