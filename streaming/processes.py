@@ -17,8 +17,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -201,6 +201,15 @@ class Processes:
             self.check()
             time.sleep(POLL_S)
         return bytes(self._store.get(key))
+
+    @contextmanager
+    def first_before_others(self, key: str) -> Iterator[None]:
+        """A block that the first is through with before the others begin. Raises ProcessEnded: see `check`."""
+        if not self.is_first:
+            self.hear(key)
+        yield
+        if self.is_first:
+            self.say(key)
 
     def gather(self, key: str, content: str) -> list[bytes]:
         """Tell the first something, which gets everybody's, in the order of the processes; the others get nothing.
