@@ -38,6 +38,7 @@ from forward.loading import quiet_transformers
 from streaming.console import Console
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
+from streaming.work import Variant
 
 
 class AimStep:
@@ -180,20 +181,25 @@ class AimStep:
         options = {**how.as_json(), "mtime_ns": changed}
         return {**self.how.as_json(), "calibration": {**data.as_json(), **options}}
 
-    def prepare(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Relaxations:
+    def prepare(
+        self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage, merges: Sequence[Variant]
+    ) -> Relaxations:
         """Statistics and transforms, with a summary for the user.
 
         Args:
             base: that was checked.
             tensors: what will be written.
             stage: where the calibration is kept.
+            merges: that are relaxed, each in the same ways.
 
         Raises: InputError: see `calibrate` and `make_relaxations`.
         """
         with named_by(self._places):
-            return self._prepare(base, tensors, console, stage)
+            return self._prepare(base, tensors, console, stage, merges)
 
-    def _prepare(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Relaxations:
+    def _prepare(
+        self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage, merges: Sequence[Variant]
+    ) -> Relaxations:
         unfinished, keep, figures = UnfinishedCalibration(stage), self._kept.save_activations, self._kept.figures
         if unfinished.lost and not self._loaded:
             console.note("note: what an earlier run kept of the calibration is not as it wrote it, and is made again.")
@@ -208,6 +214,7 @@ class AimStep:
         relaxations = make_relaxations(
             base, activations, self.how,
             device=self._options.stream.device, outputs=outputs_of(tensors), names=names_of(tensors), source=self._source,
+            merges=merges,
         )  # fmt: skip
         for warning in relaxations.warnings:
             console.warn(shown(warning, console.show))

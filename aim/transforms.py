@@ -30,20 +30,21 @@ from checkpoints.settings import Show, as_in_python, setting, shown
 from checkpoints.source import TensorInfo
 from checkpoints.tensor_names import kind_of
 from streaming.stream import PlannedTensor
-from streaming.work import Variant
+from streaming.work import Variant, joined
 
 
 @dataclass(frozen=True)
 class Reach:
     """How far one omega goes.
 
-    omega: which; label: how people know it; tensors: that it changes.
+    omega: which; label: how people know it; column: its name in a table; tensors: that it changes.
     share_kept: of their task vectors, the mean factor of their weights; None where the mean input is protected, as it takes the
         weights to tell.
     """
 
     omega: Omega
     label: str
+    column: str
     tensors: tuple[str, ...]
     share_kept: float | None
 
@@ -52,7 +53,7 @@ class Reach:
 class Relaxations:
     """The transforms of one base's statistics, ready for a stream, and what is to be said of them.
 
-    variants, transforms, reaches: one for each omega; summaries: see `summarise`; importance: tensor -> s; mean_energy: tensor -> |mean|^2 / E|x|^2 of its input.
+    variants, transforms, reaches: one for each omega of each merge; summaries: see `summarise`; importance: tensor -> s; mean_energy: tensor -> |mean|^2 / E|x|^2 of its input.
     kept: output tensor that stays as merged, whatever the omega, or in part -> why; warnings: what a user should look at.
     draw: draws what the weights show of each tensor, |D u|^2 / |D|^2, when they are written.
     """
@@ -74,7 +75,7 @@ class Relaxations:
         along = next((shares for transform in self.transforms if (shares := transform.along_mean())), {})
         counts = [Counter(kind_of(name) for name in reach.tensors) for reach in self.reaches]
         kinds: Counter[str] = functools.reduce(operator.or_, counts)
-        columns = [f"omega {reach.omega}" for reach in self.reaches] if len(self.reaches) > 1 else ["mean |change|"]
+        columns = [reach.column for reach in self.reaches] if len(self.reaches) > 1 else ["mean |change|"]
         rows = [("layer", "tensors", *columns, *(["along the mean"] if along else []))]
         for kind, count in sorted(kinds.items()):
             cells = [f"{change[kind]:.3g}" if kind in change else "-" for change in changes]
@@ -175,8 +176,9 @@ def make_relaxations(
     outputs: Mapping[str, str] | None = None,
     names: Origins | None = None,
     source: str = "the statistics",
+    merges: Sequence[Variant] = (Variant(),),
 ) -> Relaxations:
-    """Turn statistics into one transform for each omega.
+    """Turn statistics into one transform for each omega, and each merge that is relaxed.
 
     Args:
         base: the model that the statistics are of.
@@ -186,6 +188,7 @@ def make_relaxations(
         device: where blocks will be.
         outputs: output tensor -> why it is copied instead of merged, empty for most; None for the base's tensors.
         names: see `names_of`.
+        merges: in the order of the variants to be, each with all omegas.
 
     Raises: InputError: statistics of another base or other shapes; numerics that differ from the statistics'.
     """
@@ -207,22 +210,23 @@ def make_relaxations(
     relaxations = Relaxations(
         [], summarise(importance, mean_energy, activations.statistics), kept, importance, mean_energy, warnings=warnings
     )
-    for omega, folder in zip(how.omegas, how.folders, strict=True):
-        pulls = _merged_pulls(make_pulls(activations, selection, how, omega), outputs)
-        stored = base.weights.tensors
-        weights = {name: _numel((names or {}).get(name, (Origin(name),)), stored) for name in pulls}
-        relaxations.transforms.append(Relaxation(pulls, device))
-        label = f"omega {omega}{_words(how)}"
-        share_kept = _share_kept(pulls, weights) if how.protect == "channels" else None
-        relaxations.reaches.append(Reach(omega, label, tuple(pulls), share_kept))
-        relaxations.variants.append(
-            Variant(
+    each = [_merged_pulls(make_pulls(activations, selection, how, omega), outputs) for omega in how.omegas]
+    for merge in merges:
+        for omega, folder, pulls in zip(how.omegas, how.folders, each, strict=True):
+            stored = base.weights.tensors
+            weights = {name: _numel((names or {}).get(name, (Origin(name),)), stored) for name in pulls}
+            relaxations.transforms.append(Relaxation(pulls, device))
+            label = ", ".join(filter(None, (merge.folder, f"omega {omega}{_words(how)}")))
+            share_kept = _share_kept(pulls, weights) if how.protect == "channels" else None
+            column = joined(merge.folder, folder) if merge.folder else f"omega {omega}"
+            relaxations.reaches.append(Reach(omega, label, column, tuple(pulls), share_kept))
+            change = Variant(
                 folder=folder,
                 transform=relaxations.transforms[-1],
                 details=_details(activations, how, len(relaxations.reaches) - 1, relaxations),
                 card=_card(how, activations, relaxations.reaches[-1], relaxations),
             )
-        )
+            relaxations.variants.append(merge.changed_as(change))
     return relaxations
 
 

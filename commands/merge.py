@@ -89,7 +89,7 @@ def build_parser(named: Sequence[str] = ()) -> shell.Parser:
         parser,
         omega_help="relax the merge by the base's activations before it is written: 0 puts the most active channel back to the base, 1 changes nothing; also by filter, mlp=0.2,self_attn=0.6,0.4",
     )
-    sweeps = parser.add_argument_group("sweeps: one checkpoint for each value, in SAVE_PATH/lambda_0.5 and so on, from one reading of the weights")  # fmt: skip
+    sweeps = parser.add_argument_group("sweeps: one checkpoint for each value, in SAVE_PATH/lambda_0.5 and so on, from one reading of the weights; with --omega each is relaxed, with --omegas as often, in SAVE_PATH/lambda_0.5_omega_0.2")  # fmt: skip
     sweeps.add_argument("--lambdas", metavar="L,L", help="values of --lambda, such as 0.3,0.5,0.7")
     sweeps.add_argument("--densities", metavar="D,D", help="values of --density for all models; with --lambdas every pair, in SAVE_PATH/lambda_0.5_density_0.3 and so on")  # fmt: skip
     shell.add_output_flags(parser)
@@ -208,6 +208,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         shell.run_log(arguments.log_file, command) as log,
     ):
         from merging.merge_work import prepare
+        from streaming.work import joined
 
         asked = read_flags(arguments, command)
         if arguments.as_lora:
@@ -223,7 +224,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         options = replace(asked.options, log=log, processes=processes)
         asked = replace(asked, recipe=keep_intermediate(asked, arguments, options))
         step = asked.aim.step(asked.save_path, options, dry_run=arguments.dry_run) if asked.aim else None
-        upload = shell.read_upload(arguments, step.folders if step else list(asked.sweep) or [""])
+        own = step.folders if step else [""]
+        upload = shell.read_upload(arguments, [joined(merge, one) for merge in asked.sweep or [""] for one in own])
         with named_by(asked.recipe.places):
             make = None
             if asked.sweep:
@@ -314,12 +316,8 @@ def begin_sweep(arguments: argparse.Namespace, problems: Problems) -> None:
             continue
         if vars(arguments)[key] is not None:
             problems.add(ArgumentError(f"{setting(name)}: excludes {setting(key)}. Give one of the two."))
-        for other, is_given in (
-            ("omega", aim_flags.are_given(arguments)),
-            ("as_lora", arguments.as_lora),
-            ("write_config", arguments.write_config),
-        ):
-            if is_given:
+        for other in ("as_lora", "write_config"):
+            if vars(arguments)[other]:
                 problems.add(ArgumentError(f"{setting(name)}: excludes {setting(other)}. Give one of the two."))
         if arguments.config is None and not problems:
             vars(arguments)[key] = given.partition(",")[0]
@@ -331,10 +329,6 @@ def read_sweep(arguments: argparse.Namespace, recipe: Recipe | None) -> Mapping[
         return {}
     from merging.sweep import read_sweep
 
-    if recipe.aim is not None:
-        raise ArgumentError(
-            f"{arguments.config}: aim: a sweep of lambda or density writes plain merges. Leave one out."
-        )
     return read_sweep({"lambdas": arguments.lambdas, "densities": arguments.densities}, recipe)
 
 

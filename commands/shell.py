@@ -492,6 +492,8 @@ def tell(result: Result, console: Console) -> None:
     if result.report:
         from merging.report import format_report
 
+        if len(result.plan.sweep) > 1:
+            console.say(f"{result.plan.sweep[0].folder} (the other folders' reports are in their merge_recipe.json):")
         console.say(format_report(result.report) + "\n")
     if result.summary:
         console.say(result.summary)

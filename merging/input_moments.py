@@ -244,6 +244,9 @@ class MomentsPass:
         has_base: whether the last model is the base.
         processes: that share the run; each runs some of the models, or all where a layer waits for the merge of the one before.
         is_merged: whether a layer's inputs are what the layers give that are merged already, not the model's own.
+
+    Attributes:
+        is_merged: as given.
     """
 
     def __init__(
@@ -259,7 +262,7 @@ class MomentsPass:
     ):
         self._processes = processes
         self._models, self._texts, self._options, self._tensors = models, texts, options, tensors
-        self._device, self._has_base, self._is_merged = options.device, has_base, is_merged
+        self._device, self._has_base, self.is_merged = options.device, has_base, is_merged
 
     @property
     def models(self) -> int:
@@ -314,11 +317,11 @@ class MomentsPass:
             yield [tensor for tensor in todo if tensor.spec.name not in layer_of]
             if not layer_of:
                 return
-            if self._processes is not None and not self._is_merged:
+            if self._processes is not None and not self.is_merged:
                 yield from self._parts_together(stack, todo, layer_of, skeletons, stage, self._processes)
                 return
-            sinks = [Moments(diagonal) for diagonal in self._diagonal(self._tensors if self._is_merged else todo)]
-            merged = self._merged_sources() if self._is_merged else [None] * len(self._models)
+            sinks = [Moments(diagonal) for diagonal in self._diagonal(self._tensors if self.is_merged else todo)]
+            merged = self._merged_sources() if self.is_merged else [None] * len(self._models)
             running = [
                 stack.enter_context(self._layerwise(stack, *parts))
                 for parts in zip(self._models, skeletons, sinks, merged, strict=True)
@@ -328,11 +331,9 @@ class MomentsPass:
             if not kept.restore(running, texts, min(wanted)):
                 for layers, text in zip(running, texts, strict=True):
                     layers.start(text)
-            steps = (
-                self._merged_steps(stack, running, skeletons, sinks, merged) if self._is_merged else in_step(running)
-            )
+            steps = self._merged_steps(stack, running, skeletons, sinks, merged) if self.is_merged else in_step(running)
             for sink in sinks:
-                sink.is_open = self._is_merged or running[0].at in wanted
+                sink.is_open = self.is_merged or running[0].at in wanted
             for layer in steps:
                 if layer in wanted:
                     here = [tensor for tensor in todo if layer_of.get(tensor.spec.name) == layer]
@@ -341,11 +342,11 @@ class MomentsPass:
                     wanted.discard(layer)
                 if not wanted:
                     return
-                if self._is_merged:
+                if self.is_merged:
                     next(steps)
                 for sink in sinks:
                     sink.clear()
-                    sink.is_open = self._is_merged or running[0].at in wanted
+                    sink.is_open = self.is_merged or running[0].at in wanted
                 if running[0].at is not None and self._processes is None:
                     kept.keep(running[0].at, running)
 
@@ -562,6 +563,13 @@ class MomentsPass:
                 )
                 for sink in sinks:
                     sink.clear()
+
+    @staticmethod
+    def merged_by(method: Merger | None, tensor: PlannedTensor) -> PlannedTensor:
+        """A tensor that `parts` gave, as a method merges it that differs in what no moments are needed for."""
+        if isinstance(tensor.method, Projected) and isinstance(method, RegMean):
+            return replace(tensor, method=replace(tensor.method, lambda_=method.lambda_))
+        return replace(tensor, method=method)
 
     def layer_of(self) -> dict[str, int]:
         """The tensors that get moments -> their layers. Raises InputError: layers that cannot be told apart."""

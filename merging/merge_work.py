@@ -24,7 +24,7 @@ from streaming.console import Console, bar_of
 from streaming.job import Job, Request, Result, Step, plan_job
 from streaming.output import RunOptions
 from streaming.stream import Observer, PlannedTensor
-from streaming.work import Findings, Work
+from streaming.work import Findings, Variant, Work
 
 if TYPE_CHECKING:
     from merging.input_moments import MomentsPass
@@ -63,11 +63,18 @@ class Merge(Work):
         """See `Work.runs_models`."""
         return self.moments is not None
 
-    def start(self) -> Observer | None:
-        """The merge report, where there are task vectors to look at."""
-        wanted = self.detail != "none" and self.plan.has_deltas
-        self._report = DeltaReport(self.plan.models, full=self.detail == "full") if wanted else None
-        return self._report
+    def merged_by(self, variant: Variant, tensor: PlannedTensor) -> PlannedTensor:
+        """See `Work.merged_by`; what was found out by running the models stays."""
+        merged = super().merged_by(variant, tensor)
+        return merged if self.moments is None else self.moments.merged_by(merged.method, tensor)
+
+    def start(self, count: int) -> Sequence[Observer | None]:
+        """The merge report of each merge, where there are task vectors to look at."""
+        if self.detail == "none" or not self.plan.has_deltas:
+            return super().start(count)
+        reports = [DeltaReport(self.plan.models, full=self.detail == "full") for _ in range(count)]
+        self._report = reports[0]
+        return reports
 
     @cached_property
     def _compared_equal(self) -> set[int]:
@@ -269,16 +276,14 @@ def prepare(
         recipe, save_path, options: see `merge`.
         step: what happens to the merge before it is written (AIM).
         download: False leaves the weights of hub models where they are (a dry run).
-        make: plans the opened models otherwise than as the recipe says (`merging.sweep`); without a step.
+        make: plans the opened models otherwise than as the recipe says (`merging.sweep`).
 
     Raises: Refusals: everything that keeps the merge from working.
     """
 
     def plan(opened: list[Model]) -> Job:
         def plan_merge() -> Merge:
-            if make is not None:
-                return make(opened, options)
-            work = make_work(recipe, opened, options)
+            work = make(opened, options) if make is not None else make_work(recipe, opened, options)
             if step is not None:
                 _check_relaxable(recipe, work)
             return work

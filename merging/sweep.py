@@ -6,7 +6,6 @@ import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.model import Model
@@ -103,8 +102,11 @@ def make_sweep(recipes: Mapping[str, Recipe], opened: list[Model], options: RunO
     """
     first = next(iter(recipes.values()))
     work = make_work(first, opened, options)
-    work.detail = "none"
-    work.plan.notes.append(Remark(f"{len(recipes)} merges are written from one reading; a sweep has no merge report."))
+    work.plan.notes.append(Remark(f"{len(recipes)} merges are written from one reading."))
+    if work.moments is not None and work.moments.is_merged:
+        raise ArgumentError(
+            f"{setting('inputs', 'merged')}: runs every model behind the layers of one merge, so that a sweep cannot have it. Leave one out."
+        )
     plans = {
         folder: make_plan(recipe, opened, max_shard_bytes=options.max_shard_bytes) for folder, recipe in recipes.items()
     }
@@ -113,15 +115,10 @@ def make_sweep(recipes: Mapping[str, Recipe], opened: list[Model], options: RunO
     work.sweep = tuple(
         Variant(
             folder=folder,
-            details=functools.partial(_keys, plan.recipe),
+            details=plan.recipe.as_json,
             card=card_text(plan.recipe),
             methods={tensor.spec.name: tensor.method for tensor in plan.tensors},
         )
         for folder, plan in plans.items()
     )
     return work
-
-
-def _keys(recipe: Recipe) -> dict[str, Any]:
-    """What merge_recipe.json says of one merge of a sweep."""
-    return recipe.as_json()

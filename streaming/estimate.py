@@ -49,7 +49,8 @@ def shares_as_json(work: Work, count: int, options: StreamOptions, folders: int,
         folders: checkpoints that are written.
         rate: of this machine; None where it is not known, and so no time.
     """
-    variants = work.sweep or [Variant()] * folders
+    merges = work.merges()
+    variants = [merge for merge in merges for _ in range(folders // len(merges))]
     threads = options.workers or available_cores()
     inputs = max((1 + len(tensor.inputs) for tensor in work.tensors), default=1)
     memory = PROCESS_BYTES + threads * inputs * BUFFER_BYTES * options.elements

@@ -35,7 +35,7 @@ from streaming.output import (
     write_description,
 )
 from streaming.stream import PlannedTensor, bytes_read
-from streaming.work import Findings, Variant, Work, bytes_written
+from streaming.work import Findings, Variant, Work, bytes_written, joined
 
 
 class Changes(Protocol):
@@ -43,7 +43,7 @@ class Changes(Protocol):
 
     @property
     def variants(self) -> Sequence[Variant]:
-        """One for each checkpoint."""
+        """One for each checkpoint: of the first merge, then of the next."""
 
     def summary(self, show: Show) -> str:
         """Lines for people, when the weights are written."""
@@ -69,8 +69,10 @@ class Step(Protocol):
     def as_text(self, base: Model, tensors: Sequence[PlannedTensor], show: Show) -> str:
         """The same for people."""
 
-    def prepare(self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage) -> Changes:
-        """Find out how weights are changed; after `check`. Raises InputError."""
+    def prepare(
+        self, base: Model, tensors: Sequence[PlannedTensor], console: Console, stage: Stage, merges: Sequence[Variant]
+    ) -> Changes:
+        """Find out how the weights of each merge are changed; after `check`. Raises InputError."""
 
 
 class Request(Protocol):
@@ -125,9 +127,8 @@ class Job:
     @property
     def folders(self) -> Sequence[str]:
         """Of the checkpoints to be, below the save path."""
-        if self.step is not None:
-            return self.step.folders
-        return [variant.folder for variant in self.work.sweep] or [""]
+        own = self.step.folders if self.step is not None else [""]
+        return [joined(merge.folder, folder) for merge in self.work.merges() for folder in own]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -205,24 +206,28 @@ class Job:
         self.options.team.agree({**self.identity, "output": {"is_complete": bool(self.complete)}})
 
     def _run(self, console: Console) -> Result:
-        work, observer = self.work, self.work.start()
+        work, merges = self.work, self.work.merges()
         with self._staged() as stage:
             for note in stage.notes:
                 console.note(f"note: {shown(note, console.show)}")
-            changes = self.step.prepare(work.base, work.tensors, console, stage) if self.step else None
-            variants = changes.variants if changes else self.work.sweep or (Variant(),)
+            changes = self.step.prepare(work.base, work.tensors, console, stage, merges) if self.step else None
+            variants = changes.variants if changes else merges
+            groups = group_variants(variants)
+            observers = work.start(len(groups))
             todo = unfinished(work.tensors, stage)
             if len(todo) < len(work.tensors):
                 console.note(f"going on: {len(work.tensors) - len(todo)} of {len(work.tensors)} tensors are there")
-            read = bytes_read(todo, [each.transform for each in variants]) * len(group_variants(variants))
+            read = bytes_read(todo, [each.transform for each in variants]) * len(groups)
             moved = read + bytes_written(todo) * len(variants)
             with console.bar(work.verb, moved, "B") as advance:
-                written = write_checkpoints(work, variants, stage, self.options, observer, advance)
+                written = write_checkpoints(work, variants, stage, self.options, observers, advance)
             if not self.options.team.is_first:
                 return Result(self.save_path, work, None, [], written)
+            records = [work.closing_record(observer) for observer in observers]
+            of_variant = {each.folder: number for number, group in enumerate(groups) for each in group}
             for variant, outputs in zip(variants, written.outputs, strict=True):
-                self._describe(stage, variant, outputs, written.findings, work.closing_record(observer))
-        report = work.closing_record(observer).get("report")
+                self._describe(stage, variant, outputs, written.findings, records[of_variant[variant.folder]])
+        report = records[0].get("report")
         summary = changes.summary(console.show) if changes else ""
         return Result(self.save_path, work, report, work.warnings_of(written.findings), written, summary=summary)
 

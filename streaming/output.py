@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,7 +138,7 @@ def write_checkpoints(
     variants: Sequence[Variant],
     stage: Stage,
     options: RunOptions,
-    observer: Observer | None = None,
+    observers: Sequence[Observer | None],
     progress: Callable[[int], object] = lambda count: None,
 ) -> Written:
     """Stream a work's tensors into every variant's folder, but for those that an earlier run of the stage finished; where several
@@ -148,12 +148,13 @@ def write_checkpoints(
         work: whose inputs must be unchanged at the end.
         variants: at least one.
         stage: where to; its journal says what is finished.
-        observer, progress: see `stream`.
+        observers: of each group of variants, see `group_variants`.
+        progress: see `stream`.
 
     Raises: InputError: as `stream`.
     """
     started, team = time.monotonic(), options.team
-    writing = _Writing(work, variants, stage, options, observer)
+    writing = _Writing(work, variants, stage, options, observers)
     try:
         with team.first_before_others("files"):
             writing.open_writers()
@@ -185,23 +186,28 @@ class _Writing:
     """One process's part of writing a work; `release` after all else.
 
     Args:
-        work, variants, stage, options, observer: see `write_checkpoints`.
+        work, variants, stage, options, observers: see `write_checkpoints`.
 
     Attributes:
         moved: so far.
     """
 
     def __init__(
-        self, work: Work, variants: Sequence[Variant], stage: Stage, options: RunOptions, observer: Observer | None
+        self,
+        work: Work,
+        variants: Sequence[Variant],
+        stage: Stage,
+        options: RunOptions,
+        observers: Sequence[Observer | None],
     ):
         self._work, self._variants, self._stage, self._options = work, variants, stage, options
-        self._observer = observer
+        self._observers = observers
         self._groups = group_variants(variants)
         self._transforms = [variant.transform for variant in variants]
         self._non_finite = [count_non_finite(len(group)) for group in self._groups]
         self._tallies = [
             *self._non_finite,
-            *(each.tally for each in (observer, *self._transforms) if each is not None),
+            *(each.tally for each in (*observers, *self._transforms) if each is not None),
         ]
         self._writers: dict[str, CheckpointWriter] = {}
         self._changed = set(stage.finished.changed)
@@ -248,10 +254,10 @@ class _Writing:
                 for some in [part] if len(self._groups) == 1 else _in_turns(part):
                     for number, group in enumerate(self._groups):
                         self._changed |= stream(
-                            [_merged_by(group[0], tensor) for tensor in some],
+                            [self._work.merged_by(group[0], tensor) for tensor in some],
                             [Output(writers[each.folder], each.transform) for each in group],
                             options=self._options.stream,
-                            observer=self._observer if number == 0 else None,
+                            observer=self._observers[number],
                             progress=progress,
                             finished=finish if number == len(self._groups) - 1 else _go_on,
                             changed=self._changed,
@@ -314,12 +320,6 @@ def group_variants(variants: Sequence[Variant]) -> list[list[Variant]]:
     for variant in variants:
         groups.setdefault(id(variant.methods), []).append(variant)
     return list(groups.values())
-
-
-def _merged_by(variant: Variant, tensor: PlannedTensor) -> PlannedTensor:
-    if variant.methods is None:
-        return tensor
-    return replace(tensor, method=variant.methods[tensor.spec.name])
 
 
 def _in_turns(part: Sequence[PlannedTensor]) -> Iterator[list[PlannedTensor]]:

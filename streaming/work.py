@@ -60,6 +60,22 @@ class Variant:
     card: str = ""
     methods: Mapping[str, Merger | None] | None = None
 
+    def changed_as(self, change: Variant) -> Variant:
+        """This merge with what another variant does to one."""
+        first, then = self.details, change.details
+        return Variant(
+            folder=joined(self.folder, change.folder),
+            transform=change.transform,
+            details=lambda: {**first(), **then()},
+            card="\n\n".join(filter(None, (self.card, change.card))),
+            methods=self.methods,
+        )
+
+
+def joined(*folders: str) -> str:
+    """The folder of a sweep over several settings: `lambda_0.5_omega_0.2`."""
+    return "_".join(filter(None, folders))
+
 
 @dataclass(kw_only=True)
 class Work(ABC):
@@ -139,9 +155,17 @@ class Work(ABC):
         """
         yield todo
 
-    def start(self) -> Observer | None:
-        """What looks at the blocks of a run that begins; None looks at none."""
-        return None
+    def merges(self) -> Sequence[Variant]:
+        """The merges that are written, each perhaps several times, with what a step changes: one, or those of a sweep."""
+        return self.sweep or (Variant(),)
+
+    def merged_by(self, variant: Variant, tensor: PlannedTensor) -> PlannedTensor:
+        """A tensor as a variant merges it."""
+        return tensor if variant.methods is None else replace(tensor, method=variant.methods[tensor.spec.name])
+
+    def start(self, count: int) -> Sequence[Observer | None]:
+        """What looks at the blocks of each of so many merges when a run begins; None looks at none."""
+        return [None] * count
 
     def warnings_of(self, findings: Findings) -> list[str]:
         """What a user should look at, now that the numbers are known."""
