@@ -203,7 +203,7 @@ class Job:
 
     def agree(self) -> None:
         """See that all processes that share the run are about to do the same. Raises InputError."""
-        self.options.team.agree({**self.identity, "output": {"is_complete": bool(self.complete)}})
+        self.options.team.agree(lambda: {**self.identity, "output": {"is_complete": bool(self.complete)}})
 
     def _run(self, console: Console) -> Result:
         work, merges = self.work, self.work.merges()

@@ -49,7 +49,7 @@ class Alone:
 
     size, is_first = 1, True
 
-    def agree(self, identity: Mapping[str, Any]) -> None:
+    def agree(self, identity: Callable[[], Mapping[str, Any]]) -> None:
         """Agree."""
 
     def first_before_others(self, key: str) -> AbstractContextManager[None]:
