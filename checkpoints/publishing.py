@@ -15,6 +15,7 @@ from typing import Any
 
 from checkpoints.chat_templates import is_literal
 from checkpoints.files import in_utf8, write_text
+from checkpoints.reader import ADAPTER_CONFIG
 from checkpoints.save_path import RECIPE_FILE, read_recipe
 
 CARD = "README.md"
@@ -52,11 +53,25 @@ def publish(folder: Path) -> bool:
         if changed:
             write_text(card, after)
             _note_digest(public, card)
+    changed |= _publish_base(folder / ADAPTER_CONFIG, names)
     if public != recipe:
         changed = True
         text = in_utf8(json.dumps(public, indent=2, ensure_ascii=False) + "\n").decode()
         write_text(folder / RECIPE_FILE, text)
     return changed
+
+
+def _publish_base(config: Path, names: PublicNames) -> bool:
+    """Have an adapter's config name a base that is a folder by its last part: its path is nothing to anybody else; whether it did."""
+    if not config.is_file():
+        return False
+    content = json.loads(config.read_text("utf-8"))
+    base = content.get("base_model_name_or_path")
+    if not isinstance(base, str) or not names.is_folder(base) or base == Path(base).name:
+        return False
+    content["base_model_name_or_path"] = Path(base).name
+    write_text(config, json.dumps(content, indent=2) + "\n")
+    return True
 
 
 def _note_digest(recipe: Any, card: Path) -> None:
@@ -95,6 +110,10 @@ class PublicNames:
         for part in (entry, *adapters):
             if isinstance(part.get("folder"), str):
                 self.names[part["folder"]] = public
+
+    def is_folder(self, name: str) -> bool:
+        """Whether a model was given as a folder: what is public of that has no commit."""
+        return name in self.names and "@" not in self.names[name]
 
     def of_recipe(self, content: Any) -> Any:
         """A recipe, or a part of one, with public names; folders and times of files are left out."""

@@ -20,6 +20,7 @@ from commands import shell
 if TYPE_CHECKING:
     from adapters.extraction import Extraction, ExtractOptions
     from adapters.low_rank import LoraChoice
+    from checkpoints.upload import Upload
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,8 +39,12 @@ def build_parser() -> shell.Parser:
     what.add_argument("--modules_to_save", common=True, metavar="A,B", help="modules that are stored whole where they changed, by the ends of their names, such as embed_tokens,norm; bias for all biases; all for everything that is no matrix product (default: none; what is lost is reported)")  # fmt: skip
     what.add_argument("--dtype", common=True, default="float32", metavar="DTYPE", help="of the factors: float32 (default), bfloat16 or float16")  # fmt: skip
     what.add_argument(
-        "--overwrite", common=True, action="store_true", help="replace SAVE_PATH where it holds an earlier result"
+        "--overwrite",
+        common=True,
+        action="store_true",
+        help="replace SAVE_PATH where it holds an earlier result, and so the repo of --push_to_hub",
     )
+    shell.add_hub_flags(what)
     what.add_argument("--no_resume", action="store_true", help="begin anew where an interrupted run left something to go on with")  # fmt: skip
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", metavar="DEVICE", help="where matrices are taken apart: auto (a GPU where there is one; default), cpu, cuda or cuda:1")  # fmt: skip
@@ -59,22 +64,26 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         from adapters.extraction import prepare
 
         choice, options, save_path = read_flags(arguments, command)
+        upload = shell.read_upload(arguments, [""])
         extraction = prepare(
             arguments.base_model, arguments.model, choice, save_path, options, download=not arguments.dry_run
         )
-        carry_out(extraction, arguments)
+        carry_out(extraction, upload, arguments)
 
 
-def carry_out(extraction: Extraction, arguments: argparse.Namespace) -> None:
-    """Write an adapter, or print its plan under `--dry_run`. Raises InputError as `Extraction.run`."""
+def carry_out(extraction: Extraction, upload: Upload | None, arguments: argparse.Namespace) -> None:
+    """Write an adapter and push it, or print its plan under `--dry_run`. Raises InputError as `Extraction.run`, `Upload.push`."""
     if arguments.dry_run:
         extraction.close()
         if extraction.complete:
             print(extraction.complete)
         elif arguments.json:
-            print(json.dumps(shown(extraction.as_json(), shell.show_flag), indent=2, ensure_ascii=False))
+            plan = extraction.as_json() | ({"push_to_hub": upload.as_json(extraction.inputs)} if upload else {})
+            print(json.dumps(shown(plan, shell.show_flag), indent=2, ensure_ascii=False))
         else:
             print(extraction.as_text(shell.show_flag))
+            if upload:
+                print(upload.as_text(extraction.inputs))
         return
     console = shell.speaker(quiet=arguments.quiet)
     extracted = extraction.run(console)
@@ -86,6 +95,8 @@ def carry_out(extraction: Extraction, arguments: argparse.Namespace) -> None:
         console.say(
             f"{extracted.save_path}: written. It goes on the base as {extraction.base.label}+{extracted.save_path}"
         )
+    for _ in shell.push(upload, extracted.save_path, console, quiet=arguments.quiet):
+        pass
 
 
 def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[LoraChoice, ExtractOptions, Path]:
@@ -95,6 +106,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[LoraC
     problems = Problems()
     device = problems.attempt(lambda: shell.parse_device(arguments.device)) or shell.gpu_or_cpu()
     save_path = problems.attempt(lambda: shell.parse_save_path(arguments.save_path))
+    problems.attempt(lambda: shell.check_public(arguments))
     choice = problems.attempt(lambda: read_choice(arguments))
     problems.raise_if_any()
     assert choice is not None

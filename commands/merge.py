@@ -219,7 +219,8 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
             from commands.extract_lora import carry_out
             from commands.merge_as_lora import prepare as prepare_adapter
 
-            carry_out(prepare_adapter(asked, arguments, command), arguments)
+            upload = shell.read_upload(arguments, [""])
+            carry_out(prepare_adapter(asked, arguments, command), upload, arguments)
             return
         options = replace(asked.options, log=log, processes=processes)
         asked = replace(asked, recipe=keep_intermediate(asked, arguments, options))

@@ -28,7 +28,6 @@ def prepare(asked: Asked, arguments: argparse.Namespace, command: list[str]) -> 
     problems = Problems()
     refused: dict[str, tuple[Any, str]] = {
         "omega": (asked.aim, "AIM relaxes checkpoints"),
-        "push_to_hub": (arguments.push_to_hub, "a checkpoint is pushed, an adapter is not"),
         "base_model": (asked.recipe.base_model is None, "an adapter goes on a base, and the recipe has none"),
     }
     for name, (given, why) in refused.items():

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from checkpoints.problems import Problems
-    from checkpoints.upload import Upload
+    from checkpoints.upload import Pushed, Upload
     from streaming.console import Console
     from streaming.job import Job, Result
     from streaming.log import Log
@@ -249,8 +249,7 @@ def add_output_flags(parser: Parser, *, dtype_of: str = "the base") -> None:
         help="replace SAVE_PATH where it holds an earlier result, and so the repo of --push_to_hub",
     )
     output.add_argument("--no_resume", action="store_true", help="begin anew where an interrupted run left something to go on with")  # fmt: skip
-    output.add_argument("--push_to_hub", metavar="NAME", help="when it is complete, push it to the repo NAME or USER/NAME of the Hugging Face hub, a private one; each checkpoint of a sweep to NAME-omega_0.2 and so on")  # fmt: skip
-    output.add_argument("--public", action="store_true", help="with --push_to_hub: a repo that everybody can see")
+    add_hub_flags(output, "; each checkpoint of a sweep to NAME-omega_0.2 and so on")
     running = parser.add_argument_group("running")
     running.add_argument(
         "--device",
@@ -387,6 +386,18 @@ def _own_gpu(launch: Launch) -> torch.device:
     return torch.device("cuda", launch.local_rank % torch.cuda.device_count())
 
 
+def add_hub_flags(group: Group, more: str = "") -> None:
+    """The flags that push what was written; `more`: ends the help of the first."""
+    group.add_argument("--push_to_hub", metavar="NAME", help=f"when it is complete, push it to the repo NAME or USER/NAME of the Hugging Face hub, a private one{more}")  # fmt: skip
+    group.add_argument("--public", action="store_true", help="with --push_to_hub: a repo that everybody can see")
+
+
+def check_public(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError where `--public` stands alone."""
+    if arguments.public and arguments.push_to_hub is None:
+        raise ArgumentError("--public: nothing is pushed. Add --push_to_hub NAME, or leave it out.")
+
+
 def read_run(
     arguments: argparse.Namespace, command: list[str], problems: Problems
 ) -> tuple[torch.device | None, RunOptions | None, Path | None]:
@@ -403,8 +414,7 @@ def run_options(arguments: argparse.Namespace, device: torch.device, command: li
     from streaming.output import RunOptions
     from streaming.stream import StreamOptions
 
-    if arguments.public and arguments.push_to_hub is None:
-        raise ArgumentError("--public: nothing is pushed. Add --push_to_hub NAME, or leave it out.")
+    check_public(arguments)
     launch = launch_of(os.environ)
     workers = arguments.workers
     if workers is None and launch is not None:  # the processes of a machine share its cores
@@ -456,11 +466,17 @@ def carry_out(job: Job, upload: Upload | None, arguments: argparse.Namespace) ->
         print(result.message)
     else:
         tell(result, speech)
-    for pushed in upload.push(job.save_path, quiet=options.quiet) if upload else ():
+    for pushed in push(upload, job.save_path, speech, quiet=options.quiet):
         options.log("pushed", url=pushed.url, commit=pushed.commit)
-        speech.say(f"pushed to {pushed.url} ({pushed.visibility}), commit {pushed.commit}")
     if result.was_complete and not upload:
         options.log("end", result=result.message)
+
+
+def push(upload: Upload | None, save_path: Path, console: Console, *, quiet: bool) -> Iterator[Pushed]:
+    """Push what was written, where that was asked for, and say it. Raises InputError as `Upload.push`."""
+    for pushed in upload.push(save_path, quiet=quiet) if upload else ():
+        console.say(f"pushed to {pushed.url} ({pushed.visibility}), commit {pushed.commit}")
+        yield pushed
 
 
 def show_plan(job: Job, upload: Upload | None, *, as_json: bool, processes: int | None = None) -> None:

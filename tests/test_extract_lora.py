@@ -275,7 +275,6 @@ def test_merges_that_are_no_adapters_are_refused(family: Family, two_adapters: s
     scene.needed = {"--base_model": family.base, "--models_to_merge": two_adapters}
     scene.fail("--as_lora", "--method=ties", "--density=0.3", says=("expected a change of low rank, got rank", "extract_lora.py"))  # fmt: skip
     scene.refuse("--as_lora", "--method=task_arithmetic", "--omega=0.4", says=("--as_lora: AIM relaxes checkpoints",))
-    scene.refuse("--as_lora", "--method=task_arithmetic", "--push_to_hub=a/b", says=("an adapter is not",))
     said = scene.run("--as_lora", "--method=task_arithmetic", "--dry_run").out
     assert "2 x model.layers.*.mlp.up_proj.weight: factors" in said
     assert not scene.out.exists()

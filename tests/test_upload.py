@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import extract_lora
 import merge
 import performAIM
 from checkpoints.errors import InputError, Interrupted
 from checkpoints.upload import plan_upload
+from tests.adapter_files import make_adapter
 from tests.fake_hub import FakeHub
 from tests.pico import Family, make_family
 from tests.scene import Scene, call, names
@@ -53,6 +55,42 @@ def pushed(hub: FakeHub, repo: str) -> dict[str, bytes]:
 
 
 # ------------------------------------------------------------------------------------------------------------ pushing
+
+
+def test_an_adapter_is_pushed(family: Family, hub: FakeHub, tmp_path: Path):
+    """Its config names a base that is a folder by the folder's name alone; a finished one is pushed as it is."""
+    flags = ["--model", family.models[0], "--base_model", family.base, "--rank=2", "--save_path", tmp_path / "lora"]
+    plan = json.loads(call(extract_lora, *flags, "--push_to_hub", "lora", "--dry_run", "--json").out)
+    assert plan["push_to_hub"]["repos"] == ["tester/lora"]
+    assert "would push to" in call(extract_lora, *flags, "--push_to_hub", "lora", "--dry_run").out
+    assert not hub.repos
+    call(extract_lora, *flags)
+    out = call(extract_lora, *flags, "--push_to_hub", "lora").out
+    assert "is complete already" in out
+    commit = hub.repos["models", "tester/lora"].branches["main"]
+    assert f"/tester/lora (private), commit {commit}" in out
+    files = pushed(hub, "tester/lora")
+    assert files == content(tmp_path / "lora")
+    assert set(files) >= {"adapter_config.json", "adapter_model.safetensors", "README.md", "merge_recipe.json"}
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == family.base.name
+    for name in ("adapter_config.json", "README.md", "merge_recipe.json"):
+        assert str(tmp_path).encode() not in files[name], name
+        assert str(family.base.parent).encode() not in files[name], name
+    refused = call(extract_lora, *flags, "--public", code=2)
+    assert "--public: nothing is pushed" in refused.err
+    refused = call(extract_lora, *flags, "--push_to_hub", "tester/lora", code=1)
+    assert "holds an earlier result" in refused.err
+
+
+def test_a_merge_of_adapters_is_pushed_as_an_adapter(family: Family, hub: FakeHub, tmp_path: Path):
+    adapters = [make_adapter(tmp_path / name, family.base, seed=seed, r=2, target_modules=["q_proj"]) for seed, name in enumerate(("one", "two"))]  # fmt: skip
+    models = ",".join(f"{family.base}+{adapter}" for adapter in adapters)
+    flags = ["--method=task_arithmetic", "--base_model", family.base, "--models_to_merge", models, "--as_lora"]
+    out = call(merge, *flags, "--push_to_hub", "sum", "--public", "--save_path", tmp_path / "lora").out
+    assert "/tester/sum (public), commit" in out
+    files = pushed(hub, "tester/sum")
+    assert files == content(tmp_path / "lora")
+    assert str(tmp_path).encode() not in b"".join(data for name, data in files.items() if not name.endswith("safetensors"))  # fmt: skip
 
 
 def test_the_finished_folder_is_pushed_to_a_private_repo(scene: Scene, hub: FakeHub, tmp_path: Path):
