@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -535,8 +535,11 @@ class MomentsPass:
         is_stacked = placements[0].kind == "experts" and len(tensor.spec.shape) > 2
         return Matrix(tensor.spec.name, placements[0].input_dim, is_stacked, len(tensor.inputs))
 
-    def take(self) -> Generator[tuple[int, dict[int, dict[str, InputMoments | None]]]]:
+    def take(self, is_there: Callable[[int], bool]) -> Generator[tuple[int, list[dict[str, InputMoments | None]]]]:
         """Run all models once, and give every layer's moments: of each model, those of each tensor's input; see `parts`.
+
+        Args:
+            is_there: whether a layer's are known, which are not taken then: it comes with nothing.
 
         Raises: InputError: a model cannot be run.
         """
@@ -550,19 +553,21 @@ class MomentsPass:
                 stack.enter_context(self._layerwise(stack, *parts, None))
                 for parts in zip(self._models, skeletons, sinks, strict=True)
             ]
+            for sink in sinks:
+                sink.is_open = not is_there(0)
             for layers, text in zip(running, self._texts, strict=True):
                 layers.start(text.documents_on(self._device))
             for layer in in_step(running):
-                here = [tensor for tensor in self._tensors if layer_of.get(tensor.spec.name) == layer]
-                yield (
-                    layer,
-                    {
-                        model: {tensor.spec.name: self._seen(tensor, model, sink) for tensor in here}
-                        for model, sink in enumerate(sinks)
-                    },
-                )
+                is_new = not is_there(layer)
+                here = [tensor for tensor in self._tensors if is_new and layer_of.get(tensor.spec.name) == layer]
+                by_model = [
+                    {tensor.spec.name: self._seen(tensor, model, sink) for tensor in here}
+                    for model, sink in enumerate(sinks)
+                ]
+                yield layer, by_model
                 for sink in sinks:
                     sink.clear()
+                    sink.is_open = not is_there(layer + 1)
 
     @staticmethod
     def merged_by(method: Merger | None, tensor: PlannedTensor) -> PlannedTensor:

@@ -73,7 +73,7 @@ class KeptMoments:
         return 8 * experts * (width if method.moments == "diagonal" else width * width)
 
     def take(self, folder: Path, progress: Callable[[int], object] = lambda count: None) -> None:
-        """Run the models and write the files, unless a call before has; then have them for `prepare`.
+        """Run the models and write the files that no call before has written; then have them for `prepare`.
 
         Args:
             folder: made where it is missing; what it holds is of the same models and texts.
@@ -82,19 +82,19 @@ class KeptMoments:
         Raises: InputError: a model cannot be run, the disk is full or fails.
         """
         if not (folder / DONE).is_file():
-            for layer, by_model in self._pass.take():
+            for layer, by_model in self._pass.take(lambda layer: _file(folder, layer).is_file()):
                 if by_model[0]:
-                    self._write(folder / f"layer_{layer}.safetensors", by_model)
+                    self._write(_file(folder, layer), by_model)
                 progress(1)
             save_tensors(folder / DONE, {}, {})
         self._open(folder)
 
-    def _write(self, path: Path, by_model: Mapping[int, Mapping[str, InputMoments | None]]) -> None:
+    def _write(self, path: Path, by_model: Sequence[Mapping[str, InputMoments | None]]) -> None:
         """One layer: each input's moments once, the first tokens' with their weight among them."""
         numbers: dict[tuple[int, float], int] = {}
         tensors: dict[str, torch.Tensor] = {}
         said: dict[str, list[int | None]] = {name: [] for name in by_model[0]}
-        for by_tensor in by_model.values():
+        for by_tensor in by_model:
             for name, moments in by_tensor.items():
                 if moments is None:
                     said[name].append(None)
@@ -134,6 +134,10 @@ class KeptMoments:
             return matrix.projected(matrix.complete(_fetched(file, numbers), method), method)
 
         return replace(tensor, method=WithMoments(**values, projected=projected))
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / f"layer_{layer}.safetensors"
 
 
 def _fetched(file: Any, numbers: Sequence[int | None]) -> list[InputMoments | None]:

@@ -112,6 +112,31 @@ def test_what_is_solved_is_kept_for_another_lambda(family: Family, texts: Path, 
     assert counts == [counts[0], counts[0], 2 * counts[0]]
 
 
+def test_moments_that_were_cut_off_go_on(family: Family, texts: Path, tmp_path: Path):
+    """A layer's file is there whole or not at all, and is not made again."""
+    recipe = read_candidate(recipe_of(family, texts), "test").recipe
+    opened = open_models(recipe.inputs)
+    plan = make_plan(of_base(recipe), opened, max_shard_bytes=DEFAULT_SHARD_BYTES)
+
+    def kept() -> KeptMoments:
+        return KeptMoments(prepare_moments(plan, opened, RunOptions(), read_model_text)[0])
+
+    kept().take(tmp_path / "whole")
+
+    def stop(layers: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept().take(tmp_path / "cut", stop)
+    first = tmp_path / "cut" / "layer_0.safetensors"
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [first.name]
+    before = first.stat().st_mtime_ns
+    kept().take(tmp_path / "cut")
+    assert first.stat().st_mtime_ns == before
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes()
+
+
 def test_statistics_are_kept_as_far_as_there_is_room():
     kept = KeptStatistics(4000)
     calls: list[str] = []
@@ -245,7 +270,7 @@ def test_a_search_runs_the_models_once(scene: Scene, family: Family, texts: Path
     """What is written is what merge.py makes of recipe.yml, which names the rows that were used; a second run takes no moments again."""
     passes: list[MomentsPass] = []
     take = MomentsPass.take
-    monkeypatch.setattr(MomentsPass, "take", lambda self: passes.append(self) or take(self))
+    monkeypatch.setattr(MomentsPass, "take", lambda self, *rest: passes.append(self) or take(self, *rest))
     flags = ("--methods=regmean", "--no-early_stopping")
     plan = json.loads(scene.run(*flags, "--dry_run", "--json").out)
     assert plan["bytes_of_moments"] > 0
