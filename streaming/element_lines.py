@@ -8,7 +8,7 @@ import torch
 
 from streaming.elements import MAGNITUDE_BITS
 from streaming.llvm import Lines, constant, in_order, short, suffix_of, vector_of
-from streaming.trace import BOOL, FLOAT, INT, STORED, Collect, Count, Node, Sink, Store, Trace
+from streaming.trace import BOOL, DOUBLE, FLOAT, INT, STORED, AddUp, Collect, Count, Node, Sink, Store, Trace
 
 COMPARISONS = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
 LEAVES = ("input", "number", "integer", "constant", "row", "column", "first", "offset")
@@ -79,7 +79,7 @@ class ElementLines(Lines):
             return since if width == 1 else self.make(f"add {vector} {since}, {lanes}")
         given = [values[arg] for arg in args]
         of = vector_of(self._trace.types[args[0]], width)
-        is_float = self._trace.types[args[0]] == FLOAT
+        is_float = self._trace.types[args[0]] in (FLOAT, DOUBLE)
         if op in ("add", "sub", "mul", "div"):
             return self.make(f"{'f' if is_float else ''}{op} {vector} {given[0]}, {given[1]}")
         if op in ("and", "or", "xor", "ashr"):
@@ -92,6 +92,8 @@ class ElementLines(Lines):
             return self.make(f"select {condition} {given[0]}, {vector} {given[1]}, {vector} {given[2]}")
         if op == "bits":
             return self.make(f"bitcast {of} {given[0]} to {vector}")
+        if op in ("widen", "narrow"):
+            return self.make(f"{'fpext' if op == 'widen' else 'fptrunc'} {of} {given[0]} to {vector}")
         if op == "abs":
             return self.make(f"call {vector} @llvm.fabs.{suffix_of(width)}({vector} {given[0]})")
         assert op == "lerp", op
@@ -167,6 +169,13 @@ class ElementLines(Lines):
             if width > 1:
                 bits = self.make(f"call i{width} @llvm.ctpop.i{width}(i{width} {bits})")
             self.add_to(f"%count{number}", self.make(f"zext i{width} {bits} to i64"))
+        elif isinstance(sink, AddUp):
+            doubles = vector_of(DOUBLE, width)
+            pointer = self.make(f"inttoptr i64 %out{number} to ptr")
+            pointer = self.make(f"getelementptr double, ptr {pointer}, i64 %lane.first")
+            pointer = self.make(f"getelementptr double, ptr {pointer}, i64 %{run}.since")
+            known = self.make(f"load {doubles}, ptr {pointer}, align 8")
+            self.put(f"store {doubles} {self.make(f'fadd {doubles} {known}, {value}')}, ptr {pointer}, align 8")
         else:
             self._write_collecting(number, sink, values, width, run)
 

@@ -18,10 +18,14 @@ from checkpoints.source import TensorRef
 from streaming.blocks import Block, Region, TensorSpec
 from streaming.elements import Answer, Ask, Change, Formula, Number
 from streaming.machine_code import COMPILER, Loop, address_of_pread, has_instructions_for
-from streaming.trace import FINE, PIECE_ELEMENTS, STORED, Collect, Count, Sink, Store, Symbol, Trace, loop_key
+from streaming.sums import fold, lanes_of
+from streaming.trace import FINE, PIECE_ELEMENTS, STORED, AddUp, Collect, Count, Sink, Store, Symbol, Trace, loop_key
 
 MAX_ELEMENTS = 1 << 32
 """Of a tensor: beyond, the index of an element has more bits than a loop's random numbers know."""
+
+SPARE_LANES = 40
+"""Between the lanes of two sums: without, the same lane of each would be in the way of the other in the nearest cache."""
 
 Lend = Callable[[object, int], torch.Tensor]
 """Number and bytes of one of a thread's buffers -> that buffer, `[bytes]` uint8."""
@@ -73,8 +77,8 @@ class TensorLoop:
         Args:
             regions: any runs of elements.
             lend: see `Lend`.
-            outputs: for each sink where to write: a `Store`'s dtype for each element, one region after the other; int32 for a
-                `Collect`, with room for one more than its elements for each region.
+            outputs: for each sink where to write, one region after the other (`room_of`): a `Store`'s dtype, int32 for a `Collect`,
+                float64 for an `AddUp`, zeros.
 
         Returns: the counts, `[regions, sinks]`; None where a number read or made is not finite, a file cannot be read, or nothing is
             compiled.
@@ -82,7 +86,6 @@ class TensorLoop:
         loop = self.loop
         if loop is None:
             return None
-        counts = [region.numel for region in regions]
         results = np.zeros((len(regions), max(len(self._sinks), 1)), dtype=np.int64)
         if self._trace.has_indices:
             integers = np.array([self._trace.integers_at(region.start) for region in regions], dtype=np.int32)
@@ -93,6 +96,10 @@ class TensorLoop:
             [region.start for region in regions], [region.stop for region in regions], max(self._spec.rows, 1), max(self._spec.columns, 1),
             PREAD, self._floats.ctypes.data, _rows_of(integers, len(regions)), _rows_of(results, len(regions)),
         ]  # fmt: skip
+        sums = next((sink for sink in self._sinks if isinstance(sink, AddUp)), None)
+        if sums is not None:
+            lanes = [lanes_of(region, sums.channels) for region in regions]
+            columns += [[one.span for one in lanes], [one.count for one in lanes]]
         held = []
         for slot, (ref, place) in enumerate(zip(self._refs, self._places, strict=True)):
             if place is None:
@@ -106,8 +113,7 @@ class TensorLoop:
                 buffer = lend(("piece", slot), PIECE_ELEMENTS * ref.info.dtype.itemsize)
                 columns += [*place, buffer.data_ptr()]
         for sink, output in zip(self._sinks, outputs, strict=True):
-            room = int(isinstance(sink, Collect))
-            begins = [0, *accumulate(count + room for count in counts[:-1])]
+            begins = [0, *accumulate(room_of(sink, region) for region in regions[:-1])]
             size = 0 if output is None else output.element_size()
             columns.append([0 if output is None else output.data_ptr() + size * begin for begin in begins])
         for values in self._channels:
@@ -117,6 +123,14 @@ class TensorLoop:
         for at, column in enumerate(columns):
             jobs[:, at] = column
         return results if loop(jobs.ctypes.data, len(regions), jobs.strides[0]) == FINE else None
+
+
+def room_of(sink: Sink, region: Region) -> int:
+    """Elements of a sink's output that a region takes."""
+    if isinstance(sink, AddUp):
+        lanes = lanes_of(region, sink.channels)
+        return lanes.groups * lanes.count
+    return region.numel + isinstance(sink, Collect)
 
 
 def _rows_of(array: np.ndarray, count: int) -> list[int]:
@@ -238,6 +252,9 @@ class Asking:
     Args:
         spec, base, inputs, is_delta: see `Fusion`; base None where the method has no use for it.
         ask: what is asked.
+
+    Attributes:
+        adds_up: whether sums are asked for.
     """
 
     def __init__(
@@ -252,6 +269,8 @@ class Asking:
         sinks: list[Sink] = [Count(cast(Symbol, condition)) for condition in question.counts]
         sinks += [Collect(*cast(tuple[Symbol, Symbol], pair)) for pair in question.collected]
         sinks += [Store(cast(Symbol, values), torch.int32) for values in question.stored]
+        sinks += [AddUp(cast(Symbol, number), question.channels) for number in question.sums]
+        self._added, self._channels, self.adds_up = len(question.sums), question.channels, bool(question.sums)
         self.loop = TensorLoop(spec, refs, trace, sinks)
 
     def answers(self, regions: Sequence[Region], lend: Lend) -> list[Answer] | None:
@@ -259,9 +278,11 @@ class Asking:
         rooms = [region.numel + 1 for region in regions]
         collected = [lend(("collected", at), 4 * sum(rooms)).view(torch.int32) for at in range(self._collected)]
         stored = [lend(("stored", at), 4 * (sum(rooms) - len(rooms))).view(torch.int32) for at in range(self._stored)]
-        found = self.loop.run(regions, lend, [*[None] * self._counts, *collected, *stored])
+        dealt = self._lanes(regions, lend)
+        found = self.loop.run(regions, lend, [*[None] * self._counts, *collected, *stored, *dealt])
         if found is None:
             return None
+        sums = self._fold(regions, dealt)
         answers = []
         begin = 0
         for at, (region, counts) in enumerate(zip(regions, found.tolist(), strict=True)):
@@ -271,9 +292,30 @@ class Asking:
                 for values, count in zip(collected, counts[self._counts : self._counts + self._collected], strict=True)
             ]
             whole = [values[begin : begin + region.numel].numpy().copy() for values in stored]
-            answers.append(Answer(counts[: self._counts], few, whole))
+            answers.append(Answer(region, counts[: self._counts], few, whole, sums[at]))
             begin += region.numel
         return answers
+
+    def _lanes(self, regions: Sequence[Region], lend: Lend) -> torch.Tensor:
+        """Room for what lanes add up: `[sums, lanes]` float64, zeros."""
+        if not self._added:
+            return torch.empty(0, 0)
+        count = SPARE_LANES + sum(
+            lanes.groups * lanes.count for lanes in (lanes_of(region, self._channels) for region in regions)
+        )
+        return lend("lanes", 8 * self._added * count).view(torch.float64).view(self._added, count).zero_()
+
+    def _fold(self, regions: Sequence[Region], dealt: torch.Tensor) -> list[np.ndarray]:
+        """The sums of each region."""
+        if not self._added:
+            return [np.empty(0)] * len(regions)
+        numbers, begin, sums = dealt.numpy(), 0, []
+        for region in regions:
+            lanes = lanes_of(region, self._channels)
+            end = begin + lanes.groups * lanes.count
+            sums.append(fold(numbers[:, begin:end], lanes, region, self._channels).copy())
+            begin = end
+        return sums
 
 
 class Loading:

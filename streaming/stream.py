@@ -621,13 +621,17 @@ class _Scan:
 
         def work(group: list[Region]) -> list[Answer]:
             answers = asking.answers(group, self.lend) if asking and self.lend else None
-            return answers or [answer(question(Tensors(self._block_of(region)))) for region in group]
+            if answers is None:
+                blocks = map(self._block_of, group)
+                answers = [answer(question(Tensors(block)), block.region) for block in blocks]
+            return answers
 
-        return itertools.chain.from_iterable(self._workers.map_ordered(work, self._groups(regions)))
+        together = BLOCK_ELEMENTS if asking and asking.adds_up else GRID_ELEMENTS
+        return itertools.chain.from_iterable(self._workers.map_ordered(work, self._groups(regions, together)))
 
-    def _groups(self, regions: Sequence[Region] | None) -> Iterator[list[Region]]:
+    def _groups(self, regions: Sequence[Region] | None, elements: int = GRID_ELEMENTS) -> Iterator[list[Region]]:
         chosen = list(tile(self._tensor.spec, GRID_ELEMENTS)) if regions is None else regions
-        return in_groups(read_ahead(self._refs, chosen))
+        return in_groups(read_ahead(self._refs, chosen), elements)
 
 
 def _within(region: Region, part: slice) -> Region:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 
 from streaming.elements import MAGNITUDE_BITS, Number, hash_of
+from streaming.sums import Channels
 
 PIECE_ELEMENTS = 1 << 15
 """Elements of each input that are read at a time."""
@@ -22,7 +23,7 @@ STORED = {torch.bfloat16: "i16", torch.float16: "i16", torch.float32: "i32"}
 FINE, NOT_FINITE, NOT_READ = 0, 1, 2
 """What a loop returns."""
 
-FLOAT, INT, BOOL = "float", "i32", "i1"
+FLOAT, DOUBLE, INT, BOOL = "float", "double", "i32", "i1"
 
 Node = tuple[Any, ...]
 """An operation, and the nodes and constants that it works on."""
@@ -30,7 +31,7 @@ Node = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Symbol:
-    """A number of an element, while a formula is written down: a node of a trace, and its type (FLOAT, INT or BOOL)."""
+    """A number of an element, while a formula is written down: a node of a trace, and its type (FLOAT, DOUBLE, INT or BOOL)."""
 
     trace: Trace
     node: int
@@ -79,6 +80,14 @@ class Symbol:
 
     def __abs__(self) -> Symbol:
         return self.trace.add("abs", self.node, type_=FLOAT)
+
+    def double(self) -> Symbol:
+        """A float32 as float64."""
+        return self.trace.add("widen", self.node, type_=DOUBLE)
+
+    def float(self) -> Symbol:
+        """A float64 rounded to float32."""
+        return self.trace.add("narrow", self.node, type_=FLOAT)
 
     def __gt__(self, other: object) -> Symbol:
         return self._with("gt", other, BOOL)
@@ -164,7 +173,7 @@ class Trace:
         """A symbol as it is, a Python number as a constant of a type."""
         if isinstance(value, Symbol):
             return value
-        constant = float(cast(float, value)) if type_ == FLOAT else int(cast(int, value))
+        constant = int(cast(int, value)) if type_ in (INT, BOOL) else float(cast(Any, value))
         return self.add("constant", type_, repr(constant), type_=type_)
 
     def number(self, value: float) -> Number:
@@ -257,7 +266,20 @@ class Collect:
         return "collect", self.symbol.node, self.condition.node
 
 
-Sink = Store | Count | Collect
+@dataclass(frozen=True)
+class AddUp:
+    """Add a float64 of each element to its lane (`streaming.sums`)."""
+
+    symbol: Symbol
+    channels: Channels
+
+    @property
+    def key(self) -> Node:
+        """What decides the loop of it: not the channels, which jobs speak of."""
+        return "add_up", self.symbol.node
+
+
+Sink = Store | Count | Collect | AddUp
 """What becomes of the numbers."""
 
 

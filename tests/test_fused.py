@@ -20,9 +20,9 @@ from merging.methods.trim import Trim
 from merging.randomness import drop
 from merging.recipe_flags import make_recipe
 from streaming import fused
-from streaming.blocks import Block, Region, TensorSpec
-from streaming.elements import Element, Formula, Number, Tensors, lerp, magnitude_bits, where
-from streaming.fused import TensorLoop
+from streaming.blocks import GRID_ELEMENTS, Block, Region, TensorSpec, tile
+from streaming.elements import Element, Formula, Number, Question, Tensors, answer, lerp, magnitude_bits, where
+from streaming.fused import Asking, TensorLoop
 from streaming.loops import write_loop
 from streaming.machine_code import Compiler, can_compile
 from streaming.output import RunOptions
@@ -194,6 +194,47 @@ def test_counting_and_collecting(models):
         magnitudes = magnitude_bits(expected)
         assert found[0, 0] == int((expected > 0).sum())
         assert torch.equal(room[: found[0, 1]], magnitudes[magnitudes > 1 << 29])
+
+
+SUMMED = [*SHAPES, (1030, 4), (70, 3, 3), (2, 40, 130), (3, 9001), (200_001,), (2, 90_001), (150, 1024)]
+
+
+@pytest.mark.parametrize("shape", SUMMED)
+@pytest.mark.parametrize("channels", ["tensor", "rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums(shape, channels, dtype):
+    """Of regions of every kind, several at a time; against exact sums too."""
+    stored = inputs(shape, dtype)
+    source = InMemory({str(number): one for number, one in enumerate(stored)})
+    base, *models = [TensorRef(source, str(number)) for number in range(len(stored))]
+    spec = TensorSpec("w", tuple(shape))
+
+    def question(x: Element) -> Question:
+        sizes = [one.double() for one in x.models]
+        mean = (sizes[0] + sizes[1] + sizes[2]) / 3.0
+        return Question(
+            [x.base > 0.0], sums=[sizes[0] * sizes[1], mean.float().double(), -1.0 * x.base.double()], channels=channels
+        )
+
+    asking = Asking(spec, base, models, question, is_delta=True)
+    asking.loop.compile()
+    flat = [one.flatten().float() for one in stored]
+    for most in (GRID_ELEMENTS, 1001):
+        cut = list(tile(spec, most))[:300]
+        found = asking.answers(cut, lend)
+        assert found is not None
+        for region, by_loop in zip(cut, found, strict=True):
+            first, *others = [one[region.start : region.stop] for one in flat]
+            block = Block(region, first, [one - first for one in others], [])
+            asked = question(Tensors(block))
+            by_torch = answer(asked, region)
+            assert (by_loop.counts, by_loop.region) == (by_torch.counts, region)
+            assert by_loop.sums.tobytes() == by_torch.sums.tobytes()
+            exact = torch.stack([one.view(region.shape) for one in asked.sums])
+            dims = {"tensor": (1, 2, 3), "rows": (3,), "columns": (2,)}[channels]
+            expected, sizes = exact.sum(dims, keepdim=True), exact.abs().sum(dims, keepdim=True)
+            assert by_loop.sums.shape == expected.shape
+            assert bool(((torch.from_numpy(by_loop.sums) - expected).abs() <= sizes * 1e-13).all())
 
 
 METHODS = [
