@@ -99,7 +99,7 @@ class TensorLoop:
         sums = next((sink for sink in self._sinks if isinstance(sink, AddUp)), None)
         if sums is not None:
             lanes = [lanes_of(region, sums.channels) for region in regions]
-            columns += [[one.span for one in lanes], [one.count for one in lanes]]
+            columns += [[one.span for one in lanes], [one.total for one in lanes]]
         held = []
         for slot, (ref, place) in enumerate(zip(self._refs, self._places, strict=True)):
             if place is None:
@@ -129,7 +129,7 @@ def room_of(sink: Sink, region: Region) -> int:
     """Elements of a sink's output that a region takes."""
     if isinstance(sink, AddUp):
         lanes = lanes_of(region, sink.channels)
-        return lanes.groups * lanes.count
+        return lanes.groups * lanes.total
     return region.numel + isinstance(sink, Collect)
 
 
@@ -301,7 +301,7 @@ class Asking:
         if not self._added:
             return torch.empty(0, 0)
         count = SPARE_LANES + sum(
-            lanes.groups * lanes.count for lanes in (lanes_of(region, self._channels) for region in regions)
+            lanes.groups * lanes.total for lanes in (lanes_of(region, self._channels) for region in regions)
         )
         return lend("lanes", 8 * self._added * count).view(torch.float64).view(self._added, count).zero_()
 
@@ -312,7 +312,7 @@ class Asking:
         numbers, begin, sums = dealt.numpy(), 0, []
         for region in regions:
             lanes = lanes_of(region, self._channels)
-            end = begin + lanes.groups * lanes.count
+            end = begin + lanes.groups * lanes.total
             sums.append(fold(numbers[:, begin:end], lanes, region, self._channels).copy())
             begin = end
         return sums

@@ -37,7 +37,7 @@ class Lanes(NamedTuple):
     each: int
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Lanes of a group."""
         return self.width * self.each
 
@@ -53,12 +53,12 @@ def lanes_of(region: Region, channels: Channels) -> Lanes:
 
 
 def deal(values: torch.Tensor, lanes: Lanes) -> torch.Tensor:
-    """What each lane adds up: `[n]` float64 -> `[groups, lanes.count]`. On a GPU in an order of its own."""
-    turns = -(-lanes.span // lanes.count)
+    """What each lane adds up: `[n]` float64 -> `[groups, lanes.total]`. On a GPU in an order of its own."""
+    turns = -(-lanes.span // lanes.total)
     dealt = values.view(lanes.groups, lanes.span)
-    if turns * lanes.count > lanes.span:
-        dealt = torch.nn.functional.pad(dealt, (0, turns * lanes.count - lanes.span))
-    dealt = dealt.view(lanes.groups, turns, lanes.count)
+    if turns * lanes.total > lanes.span:
+        dealt = torch.nn.functional.pad(dealt, (0, turns * lanes.total - lanes.span))
+    dealt = dealt.view(lanes.groups, turns, lanes.total)
     if dealt.is_cuda:
         return dealt.sum(dim=1)
     # Row after row: only along the last dimension does numpy add in another order. torch's sums have one for each processor.
@@ -69,7 +69,7 @@ def fold(dealt: Any, lanes: Lanes, region: Region, channels: Channels) -> Any:
     """The sums of a region from its lanes.
 
     Args:
-        dealt: `[sums, groups, lanes.count]` float64, of numpy or torch, overwritten.
+        dealt: `[sums, groups, lanes.total]` float64, of numpy or torch, overwritten.
 
     Returns: `[sums, matrices, rows, columns]`; a dimension that a sum runs over is 1 long.
     """
