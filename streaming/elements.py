@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from streaming.blocks import Block, Region, Scan
-from streaming.sums import Channels, deal, fold, lanes_of
+from streaming.sums import Channels, deal, fold_regions, lanes_of
 
 Number: TypeAlias = torch.Tensor
 """A number of each element: float32, float64 (`double`), int32 or a condition. To type checkers a tensor; a `streaming.trace.Symbol` where a loop is written down."""
@@ -141,7 +141,7 @@ def answer(question: Question, region: Region) -> Answer:
     if question.sums:
         lanes = lanes_of(region, question.channels)
         dealt = torch.stack([deal(values, lanes) for values in question.sums]).cpu()
-        sums = fold(dealt.numpy(), lanes, region, question.channels)
+        (sums,) = fold_regions(dealt.flatten(1).numpy(), [lanes], [region], question.channels)
     return Answer(
         region,
         [int(torch.count_nonzero(condition)) for condition in question.counts],

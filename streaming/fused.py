@@ -18,7 +18,7 @@ from checkpoints.source import TensorRef
 from streaming.blocks import Block, Region, TensorSpec
 from streaming.elements import Answer, Ask, Change, Formula, Number
 from streaming.machine_code import COMPILER, Loop, address_of_pread, has_instructions_for
-from streaming.sums import fold, lanes_of
+from streaming.sums import Lanes, fold_regions, lanes_of
 from streaming.trace import FINE, PIECE_ELEMENTS, STORED, AddUp, Collect, Count, Sink, Store, Symbol, Trace, loop_key
 
 MAX_ELEMENTS = 1 << 32
@@ -77,8 +77,8 @@ class TensorLoop:
         Args:
             regions: any runs of elements.
             lend: see `Lend`.
-            outputs: for each sink where to write, one region after the other (`room_of`): a `Store`'s dtype, int32 for a `Collect`,
-                float64 for an `AddUp`, zeros.
+            outputs: for each sink where to write, one region after the other: a `Store`'s dtype for each element; int32 for a `Collect`,
+                with room for one more than its elements for each region; float64 for each lane of an `AddUp`, zeros before.
 
         Returns: the counts, `[regions, sinks]`; None where a number read or made is not finite, a file cannot be read, or nothing is
             compiled.
@@ -96,10 +96,15 @@ class TensorLoop:
             [region.start for region in regions], [region.stop for region in regions], max(self._spec.rows, 1), max(self._spec.columns, 1),
             PREAD, self._floats.ctypes.data, _rows_of(integers, len(regions)), _rows_of(results, len(regions)),
         ]  # fmt: skip
-        sums = next((sink for sink in self._sinks if isinstance(sink, AddUp)), None)
-        if sums is not None:
+        # Where the regions' parts of an output begin.
+        begins = {
+            room: list(accumulate((region.numel + room for region in regions[:-1]), initial=0)) for room in (0, 1)
+        }
+        lane_begins: list[int] = []
+        if (sums := next((sink for sink in self._sinks if isinstance(sink, AddUp)), None)) is not None:
             lanes = [lanes_of(region, sums.channels) for region in regions]
             columns += [[one.span for one in lanes], [one.total for one in lanes]]
+            lane_begins = list(accumulate((one.groups * one.total for one in lanes[:-1]), initial=0))
         held = []
         for slot, (ref, place) in enumerate(zip(self._refs, self._places, strict=True)):
             if place is None:
@@ -113,9 +118,12 @@ class TensorLoop:
                 buffer = lend(("piece", slot), PIECE_ELEMENTS * ref.info.dtype.itemsize)
                 columns += [*place, buffer.data_ptr()]
         for sink, output in zip(self._sinks, outputs, strict=True):
-            begins = [0, *accumulate(room_of(sink, region) for region in regions[:-1])]
-            size = 0 if output is None else output.element_size()
-            columns.append([0 if output is None else output.data_ptr() + size * begin for begin in begins])
+            if output is None:
+                columns.append(0)
+                continue
+            address, size = output.data_ptr(), output.element_size()
+            places = lane_begins if isinstance(sink, AddUp) else begins[isinstance(sink, Collect)]
+            columns.append([address + size * begin for begin in places])
         for values in self._channels:
             matrices, rows, per_row = values.shape
             columns += [values.data_ptr(), rows * per_row if matrices > 1 else 0, 1 if rows > 1 else 0]
@@ -123,14 +131,6 @@ class TensorLoop:
         for at, column in enumerate(columns):
             jobs[:, at] = column
         return results if loop(jobs.ctypes.data, len(regions), jobs.strides[0]) == FINE else None
-
-
-def room_of(sink: Sink, region: Region) -> int:
-    """Elements of a sink's output that a region takes."""
-    if isinstance(sink, AddUp):
-        lanes = lanes_of(region, sink.channels)
-        return lanes.groups * lanes.total
-    return region.numel + isinstance(sink, Collect)
 
 
 def _rows_of(array: np.ndarray, count: int) -> list[int]:
@@ -278,11 +278,12 @@ class Asking:
         rooms = [region.numel + 1 for region in regions]
         collected = [lend(("collected", at), 4 * sum(rooms)).view(torch.int32) for at in range(self._collected)]
         stored = [lend(("stored", at), 4 * (sum(rooms) - len(rooms))).view(torch.int32) for at in range(self._stored)]
-        dealt = self._lanes(regions, lend)
+        lanes = [lanes_of(region, self._channels) for region in regions] if self.adds_up else []
+        dealt = self._room(lanes, lend)
         found = self.loop.run(regions, lend, [*[None] * self._counts, *collected, *stored, *dealt])
         if found is None:
             return None
-        sums = self._fold(regions, dealt)
+        sums = self._sums(regions, lanes, dealt)
         answers = []
         begin = 0
         for at, (region, counts) in enumerate(zip(regions, found.tolist(), strict=True)):
@@ -296,26 +297,16 @@ class Asking:
             begin += region.numel
         return answers
 
-    def _lanes(self, regions: Sequence[Region], lend: Lend) -> torch.Tensor:
-        """Room for what lanes add up: `[sums, lanes]` float64, zeros."""
-        if not self._added:
-            return torch.empty(0, 0)
-        count = SPARE_LANES + sum(
-            lanes.groups * lanes.total for lanes in (lanes_of(region, self._channels) for region in regions)
-        )
+    def _room(self, lanes: Sequence[Lanes], lend: Lend) -> torch.Tensor:
+        """Where lanes add up: `[sums, lanes]` float64, zeros."""
+        count = SPARE_LANES + sum(one.groups * one.total for one in lanes)
         return lend("lanes", 8 * self._added * count).view(torch.float64).view(self._added, count).zero_()
 
-    def _fold(self, regions: Sequence[Region], dealt: torch.Tensor) -> list[np.ndarray]:
+    def _sums(self, regions: Sequence[Region], lanes: Sequence[Lanes], dealt: torch.Tensor) -> list[np.ndarray]:
         """The sums of each region."""
-        if not self._added:
+        if not self.adds_up:
             return [np.empty(0)] * len(regions)
-        numbers, begin, sums = dealt.numpy(), 0, []
-        for region in regions:
-            lanes = lanes_of(region, self._channels)
-            end = begin + lanes.groups * lanes.total
-            sums.append(fold(numbers[:, begin:end], lanes, region, self._channels).copy())
-            begin = end
-        return sums
+        return fold_regions(dealt.numpy(), lanes, regions, self._channels)
 
 
 class Loading:

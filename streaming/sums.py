@@ -7,7 +7,9 @@ all of it; the lanes of one sum are added by halves: the second half to the firs
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -65,21 +67,44 @@ def deal(values: torch.Tensor, lanes: Lanes) -> torch.Tensor:
     return torch.from_numpy(np.add.reduce(dealt.numpy(), axis=1, initial=0.0))
 
 
-def fold(dealt: Any, lanes: Lanes, region: Region, channels: Channels) -> Any:
-    """The sums of a region from its lanes.
+def fold(dealt: np.ndarray, lanes: Lanes) -> np.ndarray:
+    """Add up the lanes of each sum.
 
     Args:
-        dealt: `[sums, groups, lanes.total]` float64, of numpy or torch, overwritten.
+        dealt: `[sums, groups, lanes.total]` float64, overwritten.
 
-    Returns: `[sums, matrices, rows, columns]`; a dimension that a sum runs over is 1 long.
+    Returns: `[sums, groups, lanes.width]`.
     """
-    parts = dealt.reshape(len(dealt), lanes.groups, lanes.each, lanes.width)
+    parts = dealt.reshape(*dealt.shape[:2], lanes.each, lanes.width)
     while (count := parts.shape[2]) > 1:
         half = count // 2
         upper = parts[:, :, count - half :]
         parts = parts[:, :, : count - half]
         parts[:, :, :half] += upper
-    if channels == "tensor":
-        return parts.reshape(len(parts), 1, 1, 1)
-    matrices, rows, columns = region.shape
-    return parts.reshape(len(parts), matrices, *((rows, 1) if channels == "rows" else (1, columns)))
+    return parts[:, :, 0]
+
+
+def fold_regions(
+    dealt: np.ndarray, lanes: Sequence[Lanes], regions: Sequence[Region], channels: Channels
+) -> list[np.ndarray]:
+    """The sums of regions from their lanes.
+
+    Args:
+        dealt: `[sums, ...]` float64, the lanes of one region after the other, overwritten.
+        lanes: of each region.
+
+    Returns: `[sums, matrices, rows, columns]` for each; a dimension that a sum runs over is 1 long.
+    """
+    sums: list[np.ndarray] = []
+    begin = 0
+    for one, alike in groupby(lanes):  # together: each call from Python is a turn of its lock
+        groups = one.groups * len(list(alike))
+        end = begin + groups * one.total
+        folded = fold(dealt[:, begin:end].reshape(len(dealt), groups, one.total), one)
+        for first in range(0, groups, one.groups):
+            region = regions[len(sums)]
+            matrices, rows, columns = region.shape
+            shape = {"tensor": (1, 1, 1), "rows": (matrices, rows, 1), "columns": (matrices, 1, columns)}[channels]
+            sums.append(folded[:, first : first + one.groups].reshape(len(dealt), *shape).copy())
+        begin = end
+    return sums
