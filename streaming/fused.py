@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, cast
 
@@ -57,14 +58,10 @@ class TensorLoop:
         self._channels = [values.detach().to("cpu", torch.float32).contiguous() for values in trace.channels]
         self._places = [ref.place_in_file() for ref in refs]
 
-    @property
+    @cached_property
     def loop(self) -> Loop | None:
-        """What is compiled; None as long as it is not. Asks for it."""
+        """What is compiled, at once where that is not done; None where it cannot be."""
         return COMPILER.get(self._key, self._write)
-
-    def compile(self) -> None:
-        """Compile at once, unless that is done. Raises RuntimeError: it cannot be."""
-        COMPILER.get_now(self._key, self._write)
 
     def _write(self) -> str:
         from streaming.loops import write_loop  # only where something is compiled
@@ -80,8 +77,8 @@ class TensorLoop:
             outputs: for each sink where to write, one region after the other: a `Store`'s dtype for each element; int32 for a `Collect`,
                 with room for one more than its elements for each region; float64 for each lane of an `AddUp`, zeros before.
 
-        Returns: the counts, `[regions, sinks]`; None where a number read or made is not finite, a file cannot be read, or nothing is
-            compiled.
+        Returns: the counts, `[regions, sinks]`; None where a number read or made is not finite, a file cannot be read, or nothing can
+            be compiled.
         """
         loop = self.loop
         if loop is None:
@@ -205,14 +202,9 @@ class Fusion:
         self._counted, self._shown = len(counted), len(shown)
         self.seen = TensorLoop(spec, refs, trace, sinks)
 
-    def compile(self) -> None:
-        """Compile the loops at once."""
-        self.plain.compile()
-        self.seen.compile()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the loops are compiled; asks for them."""
+    @cached_property
+    def is_compiled(self) -> bool:
+        """Whether the loops are there; has them compiled."""
         loops = [self.plain.loop, *([self.seen.loop] if self._shown > 1 else [])]
         return None not in loops
 

@@ -246,7 +246,7 @@ def test_without_numba(monkeypatch):
 @pytest.mark.parametrize(("worth", "expected"), [(1, True), (10**9, False)])
 def test_large_merges_are_compiled(tmp_path, monkeypatch, worth, expected):
     started = []
-    monkeypatch.setattr(stream, "WORTH_COMPILING", worth)
+    monkeypatch.setattr(stream, "WORTH_TWINS", worth)
     monkeypatch.setattr(stream, "compiling", lambda: started.append(True) or contextlib.nullcontext())
     family = make_family(tmp_path, "llama")
     merge(make_recipe("linear", str(family.base), str(family.models[0])), tmp_path / "out")
