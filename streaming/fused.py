@@ -247,6 +247,7 @@ class Asking:
 
     Attributes:
         adds_up: whether sums are asked for.
+        stores: whether a number of every element is.
     """
 
     def __init__(
@@ -263,6 +264,7 @@ class Asking:
         sinks += [Store(cast(Symbol, values), torch.int32) for values in question.stored]
         sinks += [AddUp(cast(Symbol, number), question.channels) for number in question.sums]
         self._added, self._channels, self.adds_up = len(question.sums), question.channels, bool(question.sums)
+        self.stores = bool(question.stored)
         self.loop = TensorLoop(spec, refs, trace, sinks)
 
     def answers(self, regions: Sequence[Region], lend: Lend) -> list[Answer] | None:
@@ -276,15 +278,16 @@ class Asking:
         if found is None:
             return None
         sums = self._sums(regions, lanes, dealt)
+        arrays = [values.numpy() for values in collected], [values.numpy() for values in stored]
         answers = []
         begin = 0
         for at, (region, counts) in enumerate(zip(regions, found.tolist(), strict=True)):
             first = begin + at  # each region before has room for one more
             few = [
-                values[first : first + count].numpy().copy()
-                for values, count in zip(collected, counts[self._counts : self._counts + self._collected], strict=True)
+                values[first : first + count].copy()
+                for values, count in zip(arrays[0], counts[self._counts : self._counts + self._collected], strict=True)
             ]
-            whole = [values[begin : begin + region.numel].numpy().copy() for values in stored]
+            whole = [values[begin : begin + region.numel].copy() for values in arrays[1]]
             answers.append(Answer(region, counts[: self._counts], few, whole, sums[at]))
             begin += region.numel
         return answers
