@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from aim.activations import Activations
 from aim.calibration_run import CalibrationOptions, CalibrationRun, Numerics
@@ -11,14 +10,12 @@ from aim.calibration_text import CalibrationData, TokenBlocks, make_blocks
 from aim.enough import first_check
 from aim.passes import fits, layerwise, whole
 from aim.targets import Selection, select_like_the_reference, select_targets
+from aim.together import Alone
 from aim.unfinished import UnfinishedCalibration
 from checkpoints.errors import InputError, first_line
 from checkpoints.model import Model
 from checkpoints.settings import setting
 from forward.loading import config_of, is_out_of_memory, quiet_transformers
-
-if TYPE_CHECKING:
-    from aim.together import Together
 
 __all__ = ["CalibrationOptions", "Numerics", "calibrate"]
 
@@ -113,7 +110,7 @@ def calibrate(
     unfinished: UnfinishedCalibration | None = None,
     progress: Callable[[int], object] = lambda tokens: None,
     note: Callable[[str], object] = lambda line: None,
-    together: Together | None = None,
+    share: Alone | None = None,
 ) -> Activations:
     """Collect the statistics of every weight that AIM relaxes.
 
@@ -124,7 +121,7 @@ def calibrate(
         unfinished: what an earlier run of the same calibration left, and where this one keeps what it has.
         progress: called with numbers of tokens as they are done, the first time with 0, when the model is loaded.
         note: called with lines that say how the model is run.
-        together: one's part, where several processes share the calibration.
+        share: one's part, where several processes share the calibration.
 
     Raises: InputError: no causal model, it cannot be loaded or run, out of memory, NaN in a statistic (names the weight).
     """
@@ -141,7 +138,9 @@ def calibrate(
             "all of it is used"
         )
     with quiet_transformers():
-        calibrating = CalibrationRun(base, selection, options, data, blocks, unfinished, progress, note, together)
+        calibrating = CalibrationRun(
+            base, selection, options, data, blocks, unfinished, progress, note, share or Alone()
+        )
         try:
             return (whole if fits(base, options) else layerwise)(calibrating)
         except InputError:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +15,7 @@ from aim.calibration_text import CalibrationData, TokenBlocks
 from aim.enough import Enough
 from aim.reference import ReferenceWatcher
 from aim.targets import Selection
+from aim.together import Alone
 from aim.unfinished import UnfinishedCalibration
 from aim.watcher import Watcher
 from checkpoints.errors import ArgumentError, InputError, first_line, unknown
@@ -26,9 +26,6 @@ from checkpoints.source import FLOAT_DTYPES, dtype_name
 from forward.layers import head_weight
 from forward.loading import CannotRun
 from forward.tuning import Choice, choose, is_worth_timing
-
-if TYPE_CHECKING:
-    from aim.together import Together
 
 Numerics = Literal["float32", "reference"]
 Mode = Literal["auto", "whole", "layerwise"]
@@ -115,7 +112,7 @@ class CalibrationRun:
     unfinished: UnfinishedCalibration | None
     progress: Callable[[int], object]
     note: Callable[[str], object]
-    together: Together | None = None
+    share: Alone
 
     @property
     def is_reference(self) -> bool:
@@ -162,13 +159,8 @@ class CalibrationRun:
 
     def choose(self, model: Any, tokens: torch.Tensor, *, in_float32: bool) -> Choice:
         """How to run the model; of several processes the first says it. See `_choose`."""
-        if self.together is None:
-            return self._choose(model, tokens, in_float32=in_float32)
-        if self.together.is_first:
-            choice = self._choose(model, tokens, in_float32=in_float32)
-            self.together.processes.say("calibration/choice", json.dumps(choice.as_json()))
-            return choice
-        return Choice(**json.loads(self.together.processes.hear("calibration/choice")))
+        choice = self.share.told("choice", lambda: self._choose(model, tokens, in_float32=in_float32).as_json())
+        return Choice(**choice)
 
     def _choose(self, model: Any, tokens: torch.Tensor, *, in_float32: bool) -> Choice:
         """How to run the model: as an earlier run of the same calibration did, else as the options say, else what is fastest.
@@ -201,28 +193,22 @@ class CalibrationRun:
     def finish(
         self, watcher: Watcher, enough: Enough, choice: Choice, blocks: int, attention: str, more: Mapping[str, Any]
     ) -> Activations:
-        """The statistics of so many blocks, kept where they are to be; of several processes the first has them, and the others read
-        what it keeps. Raises InputError: NaN in a statistic."""
-        if self.together is not None and not self.together.is_first:
-            self.together.processes.hear("calibrated")
-            assert self.unfinished is not None
-            return self.unfinished.of_first()
-        statistics, dims, silent = watcher.results()
-        described = {
-            **self.data.as_json(),
-            **self.blocks.as_json(),
-            **enough.as_json(),
-            "tokens": blocks * self.data.block_size,
-            **choice.as_json(),
-            "attention": attention,
-            "numerics": self.options.numerics,
-            "transformers": metadata.version("transformers"),
-            "torch": metadata.version("torch"),
-            **more,
-        }
-        activations = Activations(statistics, fingerprint(self.base.weights), described, silent, dims)
-        if self.unfinished:
-            self.unfinished.finish(activations)
-        if self.together is not None:
-            self.together.processes.say("calibrated")
-        return activations
+        """The statistics of so many blocks, kept where they are to be. Raises InputError: NaN in a statistic."""
+
+        def make() -> Activations:
+            statistics, dims, silent = watcher.results()
+            described = {
+                **self.data.as_json(),
+                **self.blocks.as_json(),
+                **enough.as_json(),
+                "tokens": blocks * self.data.block_size,
+                **choice.as_json(),
+                "attention": attention,
+                "numerics": self.options.numerics,
+                "transformers": metadata.version("transformers"),
+                "torch": metadata.version("torch"),
+                **more,
+            }
+            return Activations(statistics, fingerprint(self.base.weights), described, silent, dims)
+
+        return self.share.finished(make, self.unfinished)

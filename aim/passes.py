@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from aim.activations import Activations
 from aim.calibration_run import CalibrationOptions, CalibrationRun
 from aim.enough import Enough
-from aim.watcher import Watcher
 from checkpoints.model import Model
 from checkpoints.process import give_back_freed_memory
 from checkpoints.source import FLOAT_DTYPES
@@ -25,9 +25,6 @@ from forward.skeleton import RowReader, build_skeleton
 from forward.tuning import BATCHES, Choice, apply, threads
 from forward.whole import run_batches
 from streaming.twins import compiling
-
-if TYPE_CHECKING:
-    from aim.together import Together
 
 FIRST_TOKENS_AT_ONCE = 512
 SHARE = 0.9
@@ -85,7 +82,7 @@ def _run_whole(
     enough = this.enough(watcher)
     this.progress(0)  # loaded
     done = this.unfinished.restore(enough) if this.unfinished else 0
-    done = this.together.begin(done) if this.together else done
+    done = this.share.begin(done)
     this.progress(tokens[:done].numel())
     has_run = False
     with ExitStack() as stack:
@@ -93,68 +90,34 @@ def _run_whole(
         stack.enter_context(threads(choice.threads))
         stack.enter_context(out_of_memory("calibration", this.advice(choice)))
         stack.enter_context(watcher.watching())
-        if this.together:
-            done = _run_together(this, this.together, model, tokens, choice, watcher, enough, done)
-        try:
-            for batch in (
-                ()
-                if this.together
-                else run_batches(model, tokens, enough.batches(done, choice.batch_size), watcher, this.fails)
-            ):
-                has_run = True
-                this.progress(batch.numel())
-                if done == 0:
-                    watcher.check_finite()  # what overflows mostly does so at once
-                done += len(batch)
-                if enough.at(done):
-                    break
-                if this.unfinished:
-                    this.unfinished.keep(enough, done)
-        except CannotRun as error:
-            if has_run or not watcher.leaves_head_out:
-                raise
-            raise _NothingRan from error
-        if not watcher.knows_first_tokens and not (this.together and not this.together.is_first):
-            with watcher.first_tokens():
-                for _ in run_batches(model, tokens, _first_tokens(tokens, done), watcher, this.fails):
-                    pass
-    return this.finish(watcher, enough, choice, done, model.config._attn_implementation, {"mode": "whole"})
-
-
-def _run_together(
-    this: CalibrationRun,
-    together: Together,
-    model: Any,
-    tokens: torch.Tensor,
-    choice: Choice,
-    watcher: Watcher,
-    enough: Enough,
-    done: int,
-) -> int:
-    """One process's part of the pass of `_run_whole`. Returns: how many blocks all have run. Raises _NothingRan: see there."""
-    for stop, to in enough.passes(done):
-        for begin, end in together.rounds(stop, to):
-            first, last = together.own(begin, end)
+        for begin, end in this.share.rounds(enough, done, choice.batch_size):
+            first, last = this.share.own(begin, end)
             batches = [slice(at, min(at + choice.batch_size, last)) for at in range(first, last, choice.batch_size)]
             failure: CannotRun | None = None
             try:
                 for batch in run_batches(model, tokens, batches, watcher, this.fails):
+                    has_run = True
                     this.progress(batch.numel())
-                    together.processes.check()
-                watcher.check_finite()
+                    this.share.check()
             except CannotRun as error:
-                if begin > 0 or not watcher.leaves_head_out:
+                if has_run or not watcher.leaves_head_out:
                     raise
                 failure = error
-            if not together.add_up(watcher, end, failed=failure is not None):
+            if begin == 0:
+                watcher.check_finite()  # what overflows mostly does so at once
+            if not this.share.add_up(watcher, end, failed=failure is not None):
                 raise _NothingRan from failure
             this.progress(tokens[begin:first].numel() + tokens[last:end].numel())
             done = end
-        if together.is_enough(enough, done):
-            break
-        if this.unfinished and together.is_first:
-            this.unfinished.keep(enough, done)
-    return done
+            if this.share.told(f"{done}/enough", functools.partial(enough.at, done)):
+                break
+            if this.unfinished and this.share.is_first:
+                this.unfinished.keep(enough, done)
+        if this.share.is_first and not watcher.knows_first_tokens:
+            with watcher.first_tokens():
+                for _ in run_batches(model, tokens, _first_tokens(tokens, done), watcher, this.fails):
+                    pass
+    return this.finish(watcher, enough, choice, done, model.config._attn_implementation, {"mode": "whole"})
 
 
 def _load(this: CalibrationRun, dtype: str, offload: Path | None) -> Any:
@@ -189,9 +152,13 @@ class _Through:
         now = self._tokens * min(done, count) // count
         self._this.progress(now - self._told)
         self._told = now
-        if self._this.together:
-            self._this.together.processes.check()
-        elif self._this.unfinished and self._layers.at is not None and self._layers.can_be_kept:
+        self._this.share.check()
+        if (
+            self._this.share.keeps_layers
+            and self._this.unfinished
+            and self._layers.at is not None
+            and self._layers.can_be_kept
+        ):
             self._this.unfinished.keep_layer(self._enough, self._layers.state, self._begin)
 
 
@@ -250,12 +217,12 @@ def _layerwise(this: CalibrationRun) -> Activations:
         )
         this.progress(0)
         done = this.unfinished.restore(enough) if this.unfinished else 0
-        hidden = this.unfinished.hidden if this.unfinished and not this.together else {}
-        done = this.together.begin(done) if this.together else done
+        hidden = this.unfinished.hidden if this.unfinished and this.share.keeps_layers else {}
+        done = this.share.begin(done)
         this.progress(tokens[:done].numel())
         passes = 0
         for begin, end in enough.passes(done):
-            part = tokens[slice(*this.together.own(begin, end))] if this.together else tokens[begin:end]
+            part = tokens[slice(*this.share.own(begin, end))]
             through = _Through(this, layers, enough, begin, part.numel())
             batches = part.split(choice.batch_size)
             if hidden and layers.restore(batches, hidden):
@@ -268,14 +235,13 @@ def _layerwise(this: CalibrationRun) -> Activations:
                 layers.run(batches, through)
             passes, done, hidden = passes + 1, end, {}
             watcher.check_finite()
-            if this.together:
-                this.together.add_up(watcher, end)
-                this.progress(tokens[begin:end].numel() - part.numel())
-            if this.together.is_enough(enough, done) if this.together else enough.at(done):
+            this.share.add_up(watcher, end)
+            this.progress(tokens[begin:end].numel() - part.numel())
+            if this.share.told(f"{done}/enough", functools.partial(enough.at, done)):
                 break
-            if this.unfinished and (this.together is None or this.together.is_first):
+            if this.unfinished and this.share.is_first:
                 this.unfinished.keep(enough, done)
-        if not watcher.knows_first_tokens and (this.together is None or this.together.is_first):
+        if this.share.is_first and not watcher.knows_first_tokens:
             with watcher.first_tokens():
                 layers.run(_first_tokens(tokens, done))
     attention = model.config._attn_implementation

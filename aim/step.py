@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aim.activations import Activations, load_activations
 from aim.calibrate import (
@@ -24,6 +24,7 @@ from aim.calibration_text import TokenBlocks, is_local
 from aim.choices import Calibration, Kept, Relaxing
 from aim.summary import as_json, format_summaries, times_of
 from aim.targets import Selection
+from aim.together import Alone, Together
 from aim.transforms import Relaxations, check_activations, group_kept, make_relaxations, names_of, outputs_of, why_kept
 from aim.unfinished import UnfinishedCalibration
 from checkpoints.errors import ArgumentError, named_by
@@ -37,9 +38,6 @@ from forward.loading import quiet_transformers
 from streaming.console import Console
 from streaming.output import RunOptions
 from streaming.stream import PlannedTensor
-
-if TYPE_CHECKING:
-    from aim.together import Together
 
 
 class AimStep:
@@ -200,8 +198,7 @@ class AimStep:
         if unfinished.lost and not self._loaded:
             console.note("note: what an earlier run kept of the calibration is not as it wrote it, and is made again.")
         activations = self._loaded or self._statistics_of(base, console, unfinished, stage)
-        processes = self._options.processes
-        if processes is not None and not processes.is_first:
+        if not self._options.team.is_first:
             keep, figures = None, None
         if self._loaded:
             console.say(f"statistics: {self._origin}, taken with {blocks_of(activations)}")
@@ -242,7 +239,6 @@ class AimStep:
         processes, finished = self._options.processes, unfinished.finished()
         if processes is None:
             return finished or self._calibrate(base, console, unfinished)
-        from aim.together import Together
 
         if processes.is_first:
             processes.say("calibration", "" if finished is None else "there")
@@ -255,7 +251,7 @@ class AimStep:
         base: Model,
         console: Console,
         unfinished: UnfinishedCalibration,
-        together: Together | None = None,
+        share: Alone | None = None,
     ) -> Activations:
         data = self._calibration.data
         blocks = self._blocks or read_blocks(base, data, quiet=self._options.quiet)
@@ -284,7 +280,7 @@ class AimStep:
                 unfinished=unfinished,
                 progress=progress,
                 note=lambda line: console.note(f"calibration: {line}"),
-                together=together,
+                share=share,
             )
         console.say(calibrated(activations, max(time.monotonic() - started, 1e-9), run=run))
         return activations

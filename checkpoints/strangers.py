@@ -101,6 +101,7 @@ class Strangers:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
+                cwd=PROGRAM.parent,  # the current folder may have been deleted
             )
             self._owner = os.getpid()
         return self._child

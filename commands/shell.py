@@ -558,7 +558,7 @@ def progress_bar(title: str, total: int, unit: str = "B", *, quiet: bool) -> Ite
 
 def speaks(options: RunOptions) -> bool:
     """Whether this process tells the user what comes of a run: of several the first."""
-    return options.processes is None or options.processes.is_first
+    return options.team.is_first
 
 
 def console(options: RunOptions) -> Console:

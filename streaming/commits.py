@@ -1,14 +1,19 @@
-"""Make what is finished durable while the stream goes on, and note it in the journal."""
+"""Make what is finished durable while the stream goes on, note it in the journal, and find what an earlier run has noted."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from checkpoints.finished import Finished, Part
 from checkpoints.journal import Journal
-from checkpoints.writer import CheckpointWriter
+from checkpoints.staging import Stage
+from checkpoints.writer import CheckpointWriter, Shard
+from streaming.stream import PlannedTensor
+from streaming.tally import Tally
+from streaming.work import Variant, remaining
 
 COMMIT_S = 1.0
 """Seconds between commits: about what an interruption costs. Each flushes the files, so that little is left to flush at the end."""
@@ -93,3 +98,60 @@ class Commits:
             file, pieces = writer.written(tensor, part)
             places.append((f"{folder}/{file}" if folder else file, pieces))
         return places
+
+
+class There:
+    """What an earlier run finished for every variant, with notes that these tallies can have made.
+
+    Attributes:
+        whole: tensors.
+        spans: parts of others, elements from and to.
+    """
+
+    def __init__(
+        self, finished: Finished, tallies: Sequence[Tally], shards: Sequence[Shard], variants: Sequence[Variant]
+    ):
+        self._tallies, self._folders = tallies, [variant.folder for variant in variants]
+        self._shards = {name: shard for shard in shards for name in shard.offsets}
+        noted = (name for name, notes in finished.tensors.items() if self._is_noted(name, notes, Tally.accepts))
+        self.whole = frozenset(name for name in noted if self._is_written(name, None, finished.written[name]))
+        parts = {name: [part for part in parts if self._has(name, part)] for name, parts in finished.parts.items()}
+        self.spans = {name: [(part.start, part.stop) for part in known] for name, known in parts.items() if known}
+
+    def _has(self, name: str, part: Part) -> bool:
+        is_noted = self._is_noted(name, part.notes, Tally.accepts_rows)
+        return is_noted and self._is_written(name, (part.start, part.stop), part.written)
+
+    def _is_noted(self, name: str, notes: Sequence[Any], accepts: Callable[[Tally, Any], bool]) -> bool:
+        is_known = name in self._shards and len(notes) == len(self._tallies)
+        return is_known and all(map(accepts, self._tallies, notes))
+
+    def _is_written(
+        self, name: str, part: tuple[int, int] | None, written: Sequence[tuple[str, Sequence[int]]]
+    ) -> bool:
+        shard = self._shards[name]
+        begin, end = shard.bytes_of(name, part)
+        files = [f"{folder}/{shard.file_name}" if folder else shard.file_name for folder in self._folders]
+        is_inside = end <= shard.bytes_of(name)[1]
+        return (
+            is_inside
+            and [file for file, _ in written] == files
+            and all(_cover(pieces, begin, end - begin) for _, pieces in written)
+        )
+
+
+def _cover(pieces: Sequence[int], begin: int, count: int) -> bool:
+    """Whether pieces (first byte, bytes, checksum, ...) follow each other from `begin` on, `count` bytes in all."""
+    position = begin
+    for first, nbytes in zip(pieces[::3], pieces[1::3], strict=True):
+        if first != position:
+            return False
+        position += nbytes
+    return position == begin + count
+
+
+def unfinished(tensors: Sequence[PlannedTensor], stage: Stage) -> list[PlannedTensor]:
+    """The tensors, and parts of them, that no earlier run of the stage finished."""
+    parts = stage.finished.parts
+    spans = {name: [(part.start, part.stop) for part in known] for name, known in parts.items()}
+    return remaining(tensors, stage.finished.tensors.keys(), spans)

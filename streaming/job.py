@@ -23,6 +23,7 @@ from checkpoints.problems import Problems
 from checkpoints.save_path import RECIPE_FILE, check_save_path, check_space
 from checkpoints.settings import Show, as_flag, as_in_python, shown
 from checkpoints.staging import Stage, refuse_if_written, staged
+from streaming.commits import unfinished
 from streaming.console import Console
 from streaming.output import (
     RunOptions,
@@ -30,7 +31,6 @@ from streaming.output import (
     group_variants,
     identity_of,
     record_of,
-    unfinished,
     write_checkpoints,
     write_description,
 )
@@ -202,11 +202,10 @@ class Job:
 
     def agree(self) -> None:
         """See that all processes that share the run are about to do the same. Raises InputError."""
-        if self.options.processes is not None:
-            self.options.processes.agree({**self.identity, "output": {"is_complete": bool(self.complete)}})
+        self.options.team.agree(lambda: {**self.identity, "output": {"is_complete": bool(self.complete)}})
 
     def _run(self, console: Console) -> Result:
-        work, observer, processes = self.work, self.work.start(), self.options.processes
+        work, observer = self.work, self.work.start()
         with self._staged() as stage:
             for note in stage.notes:
                 console.note(f"note: {shown(note, console.show)}")
@@ -219,7 +218,7 @@ class Job:
             moved = read + bytes_written(todo) * len(variants)
             with console.bar(work.verb, moved, "B") as advance:
                 written = write_checkpoints(work, variants, stage, self.options, observer, advance)
-            if processes is not None and not processes.is_first:
+            if not self.options.team.is_first:
                 return Result(self.save_path, work, None, [], written)
             for variant, outputs in zip(variants, written.outputs, strict=True):
                 self._describe(stage, variant, outputs, written.findings, work.closing_record(observer))
@@ -259,8 +258,7 @@ class Job:
         """The result that an earlier run left."""
         recorded = json.loads((self.save_path / self.folders[0] / RECIPE_FILE).read_bytes())
         warnings = [text for text in recorded.get("warnings", ()) if text not in self.work.warnings]
-        nothing = Written(0, 0, 0.0, 0, Findings(frozenset(), {}))
-        return Result(self.save_path, self.work, recorded.get("report"), warnings, nothing, True, message)
+        return Result(self.save_path, self.work, recorded.get("report"), warnings, Written(), True, message)
 
 
 def plan_job(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import resource
@@ -9,19 +10,19 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from checkpoints.files import in_utf8
-from checkpoints.finished import Finished, Part
+from checkpoints.finished import Finished
 from checkpoints.folder import Folder
 from checkpoints.provenance import Digest, describe_input, model_card, versions, write_recipe
 from checkpoints.staging import Stage
-from checkpoints.writer import CheckpointWriter, HashName, Shard
+from checkpoints.writer import CheckpointWriter, HashName
 from streaming.ahead import fits_in_memory
-from streaming.commits import Commits
+from streaming.commits import Commits, There
 from streaming.log import Log, no_log
 from streaming.stream import (
     Observer,
@@ -33,7 +34,6 @@ from streaming.stream import (
     expect_changes,
     stream,
 )
-from streaming.tally import Tally
 from streaming.work import CARD_FILE, Findings, Variant, Work, bytes_written, remaining
 
 if TYPE_CHECKING:
@@ -42,6 +42,27 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_BYTES = 5_000_000_000
 TURN_BYTES = 512_000_000
 """Of inputs, which the methods of a sweep merge one after the other before the next are read."""
+
+
+class Alone:
+    """The only process of a run: what `streaming.processes.Processes` is to several, with nobody to tell or to wait for."""
+
+    size, is_first = 1, True
+
+    def agree(self, identity: Callable[[], Mapping[str, Any]]) -> None:
+        """Agree."""
+
+    def first_before_others(self, key: str) -> AbstractContextManager[None]:
+        """A block that is run at once."""
+        return nullcontext()
+
+    def counting(self, progress: Callable[[int], object]) -> Callable[[int], object]:
+        """What is told of bytes."""
+        return progress
+
+    def gather(self, key: str, content: str) -> list[bytes]:
+        """The content of the only one."""
+        return [content.encode()]
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,20 @@ class RunOptions:
     log: Log = no_log
     processes: Processes | None = None
 
+    @property
+    def team(self) -> Processes | Alone:
+        """Those that share the run, of one or more."""
+        return self.processes or Alone()
+
+
+@dataclass
+class Moved:
+    """What a process has read and written, and the largest resident memory that it ever had."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    peak_memory_bytes: int = 0
+
 
 @dataclass(frozen=True)
 class Written:
@@ -83,17 +118,17 @@ class Written:
 
     Attributes:
         bytes_read: every input tensor counts once; what an earlier run had finished does not.
-        peak_memory_bytes: the largest resident memory the process ever had.
-        findings: of the numbers.
-        outputs: for each variant, weight file -> its digest and size; nothing in a process that is not the first of several.
+        peak_memory_bytes: the largest resident memory that a process of it ever had.
+        findings: of the numbers; none in a process that is not the first of several.
+        outputs: for each variant, weight file -> its digest and size; likewise.
         processes: how many shared the run.
     """
 
-    bytes_read: int
-    bytes_written: int
-    seconds: float
-    peak_memory_bytes: int
-    findings: Findings
+    bytes_read: int = 0
+    bytes_written: int = 0
+    peak_memory_bytes: int = 0
+    seconds: float = 0.0
+    findings: Findings = field(default_factory=lambda: Findings(frozenset(), {}))
     outputs: Sequence[Mapping[str, Mapping[str, int | str]]] = ()
     processes: int = 1
 
@@ -117,113 +152,155 @@ def write_checkpoints(
 
     Raises: InputError: as `stream`.
     """
-    started, processes = time.monotonic(), options.processes
-    transforms = [variant.transform for variant in variants]
-    groups = group_variants(variants)
-    non_finite = [count_non_finite(len(group)) for group in groups]
-    tallies = [*non_finite, *(each.tally for each in (observer, *transforms) if each is not None)]
-    # What an earlier run finished is not streamed again; its sums go into the tallies.
-    there = There(stage.finished, tallies, work.shards, variants)
-    usable = there.whole
-    todo = remaining(work.tensors, usable, there.spans)
-    for name in usable:
-        for tally, numbers in zip(tallies, stage.finished.tensors[name], strict=True):
-            tally.restore(name, numbers)
-    mine: list[tuple[str, tuple[int, int] | None]] = []
-    moved = [0, 0]
-    if processes is not None:
-        from streaming.shares import share_of
-
-        progress = processes.counting(progress)
-
-    def finish(tensor: PlannedTensor, changed: set[int], seconds: float) -> None:
-        name = tensor.spec.name
-        if tensor.part is not None:
-            commits.add(name, [tally.take(name, tensor.part) for tally in tallies], changed, tensor.part)
-            options.log("part", name=name, elements=tensor.part, seconds=round(seconds, 6))
-            return
-        notes = [tally.close(name) for tally in tallies]
-        commits.add(name, notes, changed)
-        seen = [note for tally, numbers in zip(tallies, notes, strict=True) if (note := tally.describe(numbers))]
-        options.log("tensor", name=name, seconds=round(seconds, 6), seen=seen)
-
-    # One writer for each variant, on the files that are there, which the first of several processes makes.
-    writers: dict[str, CheckpointWriter] = {}
-    drops = not fits_in_memory(bytes_read(todo, transforms) + len(variants) * bytes_written(todo))
-    places = {each.folder: stage.work.subfolder(each.folder) if each.folder else stage.work for each in variants}
-    if processes is not None and not processes.is_first:
-        processes.hear("files")
+    started, team = time.monotonic(), options.team
+    writing = _Writing(work, variants, stage, options, observer)
     try:
-        for number, (name, folder) in enumerate(places.items()):
-            writers[name] = CheckpointWriter(
-                folder,
-                work.shards,
-                digest=options.digest_hash if options.digest != "none" else None,
-                finished=usable,
-                parts=there.spans,
-                chunks=_chunks_of(stage.finished, number),
-                makes=processes is None or processes.is_first,
-                drops=drops,
-            )
-        stage.work.sync()
-        if processes is not None and processes.is_first:
-            processes.say("files")
-        # Stream into all of them, committing meanwhile and once more at the end.
-        changed = set(stage.finished.changed)
-        with Commits(stage.journal, writers) as commits, closing(work.parts(todo, stage)) as coming:
-            for coming_part in coming:
-                part = (
-                    coming_part
-                    if processes is None
-                    else share_of(processes, coming_part, work.shards, variants, options.stream.elements)
-                )
-                mine += [(tensor.spec.name, tensor.part) for tensor in part]
-                moved[0] += bytes_read(part, transforms)
-                moved[1] += len(variants) * bytes_written(part)
-                # Several methods take turns at a few tensors, which are in the system's cache after the first.
-                for some in [part] if len(groups) == 1 else _in_turns(part):
-                    for number, group in enumerate(groups):
-                        changed |= stream(
-                            [_merged_by(group[0], tensor) for tensor in some],
-                            [Output(writers[each.folder], each.transform) for each in group],
-                            options=options.stream,
-                            observer=observer if number == 0 else None,
-                            progress=progress,
-                            finished=finish if number == len(groups) - 1 else _go_on,
-                            changed=changed,
-                            non_finite=non_finite[number],
-                        )
+        with team.first_before_others("files"):
+            writing.open_writers()
+        writing.stream(team.counting(progress))
         # Every weight of ours is on the disk: look at the inputs once more.
         for model in work.inputs:
             model.weights.check_unchanged()
-        moved.append(peak_memory_bytes())
-        everyone = [moved]
-        if processes is not None:
-            answers = processes.gather("done", json.dumps(moved))
-            if not processes.is_first:
-                return Written(moved[0], moved[1], time.monotonic() - started, moved[2], Findings(frozenset(), {}))
-            everyone = [json.loads(answer) for answer in answers]
-        if processes is not None or there.spans:
+        writing.moved.peak_memory_bytes = peak_memory_bytes()
+        answers = team.gather("done", json.dumps(asdict(writing.moved)))
+        if not team.is_first:
+            return Written(**asdict(writing.moved), seconds=time.monotonic() - started)
+        digests = writing.put_together()
+    finally:
+        writing.release()
+    everyone = [Moved(**json.loads(answer)) for answer in answers]
+    headers = len(variants) * sum(len(shard.header) for shard in work.shards)
+    return Written(
+        bytes_read=sum(each.bytes_read for each in everyone),
+        bytes_written=sum(each.bytes_written for each in everyone) + headers,
+        peak_memory_bytes=max(*(each.peak_memory_bytes for each in everyone), peak_memory_bytes()),
+        seconds=time.monotonic() - started,
+        findings=writing.findings(),
+        outputs=digests,
+        processes=len(everyone),
+    )
+
+
+class _Writing:
+    """One process's part of writing a work; `release` after all else.
+
+    Args:
+        work, variants, stage, options, observer: see `write_checkpoints`.
+
+    Attributes:
+        moved: so far.
+    """
+
+    def __init__(
+        self, work: Work, variants: Sequence[Variant], stage: Stage, options: RunOptions, observer: Observer | None
+    ):
+        self._work, self._variants, self._stage, self._options = work, variants, stage, options
+        self._observer = observer
+        self._groups = group_variants(variants)
+        self._transforms = [variant.transform for variant in variants]
+        self._non_finite = [count_non_finite(len(group)) for group in self._groups]
+        self._tallies = [
+            *self._non_finite,
+            *(each.tally for each in (observer, *self._transforms) if each is not None),
+        ]
+        self._writers: dict[str, CheckpointWriter] = {}
+        self._changed = set(stage.finished.changed)
+        self._mine: list[tuple[str, tuple[int, int] | None]] = []
+        self.moved = Moved()
+        # What an earlier run finished is not streamed again; its sums go into the tallies.
+        self._there = There(stage.finished, self._tallies, work.shards, variants)
+        self._todo = remaining(work.tensors, self._there.whole, self._there.spans)
+        for name in self._there.whole:
+            for tally, numbers in zip(self._tallies, stage.finished.tensors[name], strict=True):
+                tally.restore(name, numbers)
+
+    def open_writers(self) -> None:
+        """Open one for each variant, on the files that are there, which the first process makes."""
+        stage, options = self._stage, self._options
+        nbytes = bytes_read(self._todo, self._transforms) + len(self._variants) * bytes_written(self._todo)
+        drops = not fits_in_memory(nbytes)
+        folders = {
+            each.folder: stage.work.subfolder(each.folder) if each.folder else stage.work for each in self._variants
+        }
+        for number, (name, folder) in enumerate(folders.items()):
+            self._writers[name] = CheckpointWriter(
+                folder,
+                self._work.shards,
+                digest=options.digest_hash if options.digest != "none" else None,
+                finished=self._there.whole,
+                parts=self._there.spans,
+                chunks=_chunks_of(stage.finished, number),
+                makes=options.team.is_first,
+                drops=drops,
+            )
+        stage.work.sync()
+
+    def stream(self, progress: Callable[[int], object]) -> None:
+        """Stream this process's share into all writers, committing meanwhile and once more at the end. Raises InputError."""
+        writers, parts = self._writers, self._work.parts(self._todo, self._stage)
+        with Commits(self._stage.journal, writers) as commits, closing(parts):
+            finish = functools.partial(self._finish, commits)
+            for part in map(self._share_of, parts):
+                self._mine += [(tensor.spec.name, tensor.part) for tensor in part]
+                self.moved.bytes_read += bytes_read(part, self._transforms)
+                self.moved.bytes_written += len(self._variants) * bytes_written(part)
+                # Several methods take turns at a few tensors, which are in the system's cache after the first.
+                for some in [part] if len(self._groups) == 1 else _in_turns(part):
+                    for number, group in enumerate(self._groups):
+                        self._changed |= stream(
+                            [_merged_by(group[0], tensor) for tensor in some],
+                            [Output(writers[each.folder], each.transform) for each in group],
+                            options=self._options.stream,
+                            observer=self._observer if number == 0 else None,
+                            progress=progress,
+                            finished=finish if number == len(self._groups) - 1 else _go_on,
+                            changed=self._changed,
+                            non_finite=self._non_finite[number],
+                        )
+
+    def _share_of(self, part: Sequence[PlannedTensor]) -> Sequence[PlannedTensor]:
+        processes = self._options.processes
+        if processes is None:
+            return part
+        from streaming.shares import share_of
+
+        return share_of(processes, part, self._work.shards, self._variants, self._options.stream.elements)
+
+    def _finish(self, commits: Commits, tensor: PlannedTensor, changed: set[int], seconds: float) -> None:
+        """Leave a tensor, or a part of one, whose elements are written to the next commit, and log it."""
+        name, log = tensor.spec.name, self._options.log
+        if tensor.part is not None:
+            commits.add(name, [tally.take(name, tensor.part) for tally in self._tallies], changed, tensor.part)
+            log("part", name=name, elements=tensor.part, seconds=round(seconds, 6))
+            return
+        notes = [tally.close(name) for tally in self._tallies]
+        commits.add(name, notes, changed)
+        seen = [note for tally, numbers in zip(self._tallies, notes, strict=True) if (note := tally.describe(numbers))]
+        log("tensor", name=name, seconds=round(seconds, 6), seen=seen)
+
+    def put_together(self) -> list[Mapping[str, Mapping[str, int | str]]]:
+        """Take over what other processes and earlier runs have written, and close the files.
+
+        Returns: for each variant, see `Written.outputs`.
+        """
+        if self._options.team.size > 1 or self._there.spans:
             from streaming.shares import take_over
 
-            changed |= take_over(stage, work.tensors, (usable, there.spans), mine, list(writers.values()), tallies)
-        digests = [writer.close() for writer in writers.values()]
-    finally:
-        for writer in writers.values():
+            known, writers = (self._there.whole, self._there.spans), list(self._writers.values())
+            self._changed |= take_over(self._stage, self._work.tensors, known, self._mine, writers, self._tallies)
+        return [writer.close() for writer in self._writers.values()]
+
+    def findings(self) -> Findings:
+        """What was noticed in the numbers of all tensors, when they are put together."""
+        counts: Counter[str] = Counter()
+        for tally in self._non_finite:
+            counts.update({name: int(count) for name, (count,) in tally.by_tensor().items()})
+        return Findings(frozenset(expect_changes(self._work.tensors) - self._changed), counts)
+
+    def release(self) -> None:
+        """Let go of the files, finished or not."""
+        for writer in self._writers.values():
             writer.release()
-    counts: Counter[str] = Counter()
-    for tally in non_finite:
-        counts.update({name: int(count) for name, (count,) in tally.by_tensor().items()})
-    findings = Findings(frozenset(expect_changes(work.tensors) - changed), counts)
-    return Written(
-        sum(each[0] for each in everyone),
-        sum(each[1] for each in everyone) + len(variants) * sum(len(shard.header) for shard in work.shards),
-        time.monotonic() - started,
-        max(*(each[2] for each in everyone), peak_memory_bytes()),
-        findings,
-        digests,
-        len(everyone),
-    )
 
 
 def _chunks_of(finished: Finished, variant: int) -> Mapping[str, Mapping[str, str]]:
@@ -262,63 +339,6 @@ def _in_turns(part: Sequence[PlannedTensor]) -> Iterator[list[PlannedTensor]]:
 
 def _go_on(tensor: PlannedTensor, changed: set[int], seconds: float) -> None:
     """A tensor that other methods have yet to merge is not finished."""
-
-
-class There:
-    """What an earlier run finished for every variant, with notes that these tallies can have made.
-
-    Attributes:
-        whole: tensors.
-        spans: parts of others, elements from and to.
-    """
-
-    def __init__(
-        self, finished: Finished, tallies: Sequence[Tally], shards: Sequence[Shard], variants: Sequence[Variant]
-    ):
-        self._tallies, self._folders = tallies, [variant.folder for variant in variants]
-        self._shards = {name: shard for shard in shards for name in shard.offsets}
-        noted = (name for name, notes in finished.tensors.items() if self._is_noted(name, notes, Tally.accepts))
-        self.whole = frozenset(name for name in noted if self._is_written(name, None, finished.written[name]))
-        parts = {name: [part for part in parts if self._has(name, part)] for name, parts in finished.parts.items()}
-        self.spans = {name: [(part.start, part.stop) for part in known] for name, known in parts.items() if known}
-
-    def _has(self, name: str, part: Part) -> bool:
-        is_noted = self._is_noted(name, part.notes, Tally.accepts_rows)
-        return is_noted and self._is_written(name, (part.start, part.stop), part.written)
-
-    def _is_noted(self, name: str, notes: Sequence[Any], accepts: Callable[[Tally, Any], bool]) -> bool:
-        is_known = name in self._shards and len(notes) == len(self._tallies)
-        return is_known and all(map(accepts, self._tallies, notes))
-
-    def _is_written(
-        self, name: str, part: tuple[int, int] | None, written: Sequence[tuple[str, Sequence[int]]]
-    ) -> bool:
-        shard = self._shards[name]
-        begin, end = shard.bytes_of(name, part)
-        files = [f"{folder}/{shard.file_name}" if folder else shard.file_name for folder in self._folders]
-        is_inside = end <= shard.bytes_of(name)[1]
-        return (
-            is_inside
-            and [file for file, _ in written] == files
-            and all(_cover(pieces, begin, end - begin) for _, pieces in written)
-        )
-
-
-def _cover(pieces: Sequence[int], begin: int, count: int) -> bool:
-    """Whether pieces (first byte, bytes, checksum, ...) follow each other from `begin` on, `count` bytes in all."""
-    position = begin
-    for first, nbytes in zip(pieces[::3], pieces[1::3], strict=True):
-        if first != position:
-            return False
-        position += nbytes
-    return position == begin + count
-
-
-def unfinished(tensors: Sequence[PlannedTensor], stage: Stage) -> list[PlannedTensor]:
-    """The tensors, and parts of them, that no earlier run of the stage finished."""
-    parts = stage.finished.parts
-    spans = {name: [(part.start, part.stop) for part in known] for name, known in parts.items()}
-    return remaining(tensors, stage.finished.tensors.keys(), spans)
 
 
 def write_description(

@@ -2,7 +2,7 @@
 
     launch = launch_of(os.environ)              # None in a process that nobody started together with others
     with join(launch, wait_s=300) as processes:
-        processes.agree(identity)               # all are about to do the same
+        processes.agree(lambda: identity)       # all are about to do the same
         ...                                     # each its share
         processes.gather("done", b"...")        # the first hears that all are through
 
@@ -17,8 +17,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -141,15 +141,15 @@ class Processes:
             time.sleep(POLL_S)
         self._hosts = json.loads(self._store.get("hosts"))
 
-    def agree(self, identity: Mapping[str, Any]) -> None:
+    def agree(self, identity: Callable[[], Mapping[str, Any]]) -> None:
         """Go on only where all processes are about to do the same; the beginning of each job that they share, where they share several.
 
         Args:
-            identity: what this one is about to do, as JSON: inputs, recipe, versions.
+            identity: gives what this one is about to do, as JSON: inputs, recipe, versions.
 
         Raises: InputError: in the first, with what differs or is refused elsewhere; ProcessEnded: in the others.
         """
-        self._settle({"identity": json.loads(json.dumps(identity))})
+        self._settle({"identity": json.loads(json.dumps(identity()))})
 
     def _settle(self, seen: dict[str, Any], refused: InputError | None = None) -> None:
         """Tell the first what one is about to do, or refuses; the first decides."""
@@ -201,6 +201,15 @@ class Processes:
             self.check()
             time.sleep(POLL_S)
         return bytes(self._store.get(key))
+
+    @contextmanager
+    def first_before_others(self, key: str) -> Iterator[None]:
+        """A block that the first is through with before the others begin. Raises ProcessEnded: see `check`."""
+        if not self.is_first:
+            self.hear(key)
+        yield
+        if self.is_first:
+            self.say(key)
 
     def gather(self, key: str, content: str) -> list[bytes]:
         """Tell the first something, which gets everybody's, in the order of the processes; the others get nothing.

@@ -587,6 +587,54 @@ def test_torchrun_of_other_commands(place: Path, argv: list[str], processes: int
     alone_and_together(argv, processes)
 
 
+CUT_OFF = """
+import sys
+
+from aim import together
+from aim.unfinished import UnfinishedCalibration
+from checkpoints.errors import InputError
+from commands.perform_aim import main
+from streaming import commits
+
+together.BLOCKS_AT_ONCE, commits.COMMIT_S = 2, 0.0
+add_up, restore, sums = together.Together.add_up, UnfinishedCalibration.restore, []
+
+
+def fail(self, watcher, end, **how):
+    sums.append(end)
+    if len(sums) == 3 and not self.is_first and "{cut}":
+        raise KeyboardInterrupt
+    return add_up(self, watcher, end, **how)
+
+
+def say(self, enough):
+    print("blocks there:", self.blocks, file=sys.stderr)
+    return restore(self, enough)
+
+
+together.Together.add_up, UnfinishedCalibration.restore = fail, say
+sys.exit(main())
+"""
+"""performAIM.py, whose sums are added up and kept after four blocks; the second process ends where it would give its third."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("later", [0, 3])
+def test_a_calibration_that_was_cut_off_within_a_group_goes_on(place: Path, later: int):
+    flags = [*RELAX[1:], "--calibration_tolerance=0"]
+    command(RELAX[0], *flags)
+    expected = kept()
+    (place / "cut.py").write_text(CUT_OFF.format(cut="yes"))
+    (place / "on.py").write_text(CUT_OFF.format(cut=""))
+    ended = subprocess.run([*RUN, "2", "cut.py", *flags], env=ENV, capture_output=True, text=True, timeout=300)
+    assert ended.returncode
+    assert not Path("out").exists()
+    assert list((partial_folder(Path("out")) / STATE).glob("calibration-8.safetensors")), ended.stderr
+    assert "blocks there: 8" in command("on.py", *flags, processes=later).stderr
+    written = kept()
+    assert written["model.safetensors"] == expected["model.safetensors"]
+
+
 @pytest.mark.slow
 def test_accelerate_launch(place: Path):
     command(*MERGE, "--method=dare_ties")

@@ -67,6 +67,16 @@ def test_the_clock_ends_what_uses_no_processor(monkeypatch):
     strangers.close()
 
 
+def test_a_current_folder_that_was_deleted_is_not_needed(monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    strangers = Strangers()
+    compiled = strangers.ask("compile_template", template="{{ messages }}")
+    strangers.close()
+    assert not compiled
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -94,78 +94,99 @@ def compare(space: Workspace, rules: Sequence[Rule], pool: Pool) -> Comparison:
 
     Raises: CommandFailed.
     """
-    lines = [(rule, line) for rule in rules for line in rule.lines()]
-    missing: list[Job] = [
-        (space.score_line, (rule, line, *_splits(rule)))
-        for rule, line in lines
-        if not all(space.is_done(rule.label(settings), "val") for settings in line)
-    ]
     with pool.running():
-        if missing:
-            pool.do([(space.expert, (domain,)) for domain in space.domains], "experts")
-            space.calibrate()
-            pool.do(missing, "validation")
+        _score_validation(space, rules, pool)
         tried = {
             rule.label(settings): Candidate(rule.name, settings, space.scores(rule.label(settings), "val"))
-            for rule, line in lines
-            for settings in line
+            for rule in rules
+            for settings in rule.candidates()
         }
         best = {rule.name: _best(rule, tried) for rule in rules}
-        picks = [(rule, best[rule.name], "own") for rule in rules if not rule.variant_of]
-        picks += [
-            (rule, best[rule.control_of], "rule")
-            for rule in rules
-            if rule.control_of and best[rule.control_of] != best[rule.name]
-        ]
-        jobs: list[tuple[str, Job]] = [("base", (space.score_base, ("test",)))]
-        jobs += [(f"expert {domain}", (space.score_expert, (domain, "test"))) for domain in space.domains]
-        jobs += [(rule.label(settings), (space.score_merge, (rule, settings, "test"))) for rule, settings, _ in picks]
-        missing = [job for label, job in jobs if not space.is_done(label, "test")]
-        if missing:
-            pool.do(missing, "test")
-    singles = {label: space.scores(label, "test") for label in ("base", *(f"expert {one}" for one in space.domains))}
-    scored = [(rule, settings, choice, space.scores(rule.label(settings), "test")) for rule, settings, choice in picks]
-    reference = next(scores for rule, _, _, scores in scored if rule.name == REFERENCE)
-    differences = {
-        rule.name: difference(scores.losses, reference.losses)
-        for rule, _, _, scores in scored
-        if not rule.control_of and rule.name != REFERENCE
-    }
-    p_values = holm({name: one.p for name, one in differences.items()})
-    rows = [
-        Row(
-            rule.name,
-            settings,
-            choice,
-            tried[rule.label(settings)].scores if rule.label(settings) in tried else None,
-            scores,
-            difference(scores.losses, reference.losses),
-            p_values.get(rule.name),
-        )
-        for rule, settings, choice, scores in scored
-    ]
-    rows.sort(key=lambda row: mean(row.test.losses))
-    first = [
-        Row(name, {}, "", None, scores, difference(scores.losses, reference.losses)) for name, scores in singles.items()
-    ]
+        picks = _picks(rules, best)
+        _score_test(space, picks, pool)
+    rows = _rows(space, picks, tried)
     verdicts = {
         row.name: _verdict(row, [other for other in rows if _is_control_of(other, row, rules)])
         for row in rows
         if row.p is not None
     }
-    validated = {rule.name: tried[rule.label(best[rule.name])].scores.losses for rule in rules}
-    options = [
+    return Comparison(space.domains, tried, rows, _options(rules, best, tried), verdicts)
+
+
+Pick = tuple[Rule, dict[str, float], str]
+"""A rule, settings, and where they come from, see `Row.choice`."""
+
+
+def _picks(rules: Sequence[Rule], best: Mapping[str, dict[str, float]]) -> list[Pick]:
+    """What is scored on test: every rule at its best settings, and every control at its rule's too where those are others."""
+    own: list[Pick] = [(rule, best[rule.name], "own") for rule in rules if not rule.variant_of]
+    controls = [rule for rule in rules if rule.control_of and best[rule.control_of] != best[rule.name]]
+    return [*own, *((rule, best[rule.control_of], "rule") for rule in controls)]
+
+
+def _score_validation(space: Workspace, rules: Sequence[Rule], pool: Pool) -> None:
+    """Train, calibrate and score every candidate, as far as it has not been done."""
+    missing: list[Job] = [
+        (space.score_line, (rule, line, *_splits(rule)))
+        for rule in rules
+        for line in rule.lines()
+        if not all(space.is_done(rule.label(settings), "val") for settings in line)
+    ]
+    if missing:
+        pool.do([(space.expert, (domain,)) for domain in space.domains], "experts")
+        space.calibrate()
+        pool.do(missing, "validation")
+
+
+def _score_test(space: Workspace, picks: Sequence[Pick], pool: Pool) -> None:
+    """Score the base, the experts and what was picked on test, as far as it has not been done."""
+    jobs: list[tuple[str, Job]] = [("base", (space.score_base, ("test",)))]
+    jobs += [(f"expert {domain}", (space.score_expert, (domain, "test"))) for domain in space.domains]
+    jobs += [(rule.label(settings), (space.score_merge, (rule, settings, "test"))) for rule, settings, _ in picks]
+    missing = [job for label, job in jobs if not space.is_done(label, "test")]
+    if missing:
+        pool.do(missing, "test")
+
+
+def _rows(space: Workspace, picks: Sequence[Pick], tried: Mapping[str, Candidate]) -> list[Row]:
+    """The table: single models, then what was picked by its loss on test, with p-values over the rules."""
+    scored = [(rule, settings, choice, space.scores(rule.label(settings), "test")) for rule, settings, choice in picks]
+    reference = next(scores for rule, _, _, scores in scored if rule.name == REFERENCE)
+
+    def minus_reference(scores: Scores) -> Difference:
+        return difference(scores.losses, reference.losses)
+
+    compared = [(rule.name, scores) for rule, _, _, scores in scored if not rule.control_of and rule.name != REFERENCE]
+    p_values = holm({name: minus_reference(scores).p for name, scores in compared})
+    rows = []
+    for rule, settings, choice, scores in scored:
+        candidate = tried.get(rule.label(settings))
+        validation = candidate.scores if candidate else None
+        rows.append(
+            Row(rule.name, settings, choice, validation, scores, minus_reference(scores), p_values.get(rule.name))
+        )
+    names = ("base", *(f"expert {domain}" for domain in space.domains))
+    singles = [(name, space.scores(name, "test")) for name in names]
+    first = [Row(name, {}, "", None, scores, minus_reference(scores)) for name, scores in singles]
+    return [*first, *sorted(rows, key=lambda row: mean(row.test.losses))]
+
+
+def _options(
+    rules: Sequence[Rule], best: Mapping[str, dict[str, float]], tried: Mapping[str, Candidate]
+) -> list[Option]:
+    """Every variant of a rule beside it, on validation."""
+    losses = {rule.name: tried[rule.label(best[rule.name])].scores.losses for rule in rules}
+    return [
         Option(
             rule.name,
             best[rule.name],
-            mean(validated[rule.name]),
+            mean(losses[rule.name]),
             rule.variant_of,
-            difference(validated[rule.name], validated[rule.variant_of]),
+            difference(losses[rule.name], losses[rule.variant_of]),
         )
         for rule in rules
         if rule.variant_of
     ]
-    return Comparison(space.domains, tried, [*first, *rows], options, verdicts)
 
 
 def _splits(rule: Rule) -> tuple[Split, ...]:
