@@ -11,8 +11,6 @@ from streaming.llvm import Lines, constant, in_order, short, suffix_of, vector_o
 from streaming.trace import BOOL, DOUBLE, FLOAT, INT, STORED, AddUp, Collect, Count, Node, Sink, Store, Trace
 
 COMPARISONS = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
-LEAVES = ("input", "number", "integer", "constant", "row", "column", "first", "offset")
-"""Operations that work on no other node."""
 
 
 class ElementLines(Lines):
@@ -44,16 +42,8 @@ class ElementLines(Lines):
 
     def _needed(self) -> set[int]:
         """The nodes that a sink depends on; and all inputs, each of which is looked at."""
-        open_ = [sink.symbol.node for sink in self._sinks]
-        open_ += [sink.condition.node for sink in self._sinks if isinstance(sink, Collect)]
-        needed = {place for place, node in enumerate(self._trace.nodes) if node[0] == "input"}
-        while open_:
-            place = open_.pop()
-            if place not in needed:
-                needed.add(place)
-                op, *args = self._trace.nodes[place]
-                open_ += [] if op in LEAVES else args
-        return needed
+        inputs = {place for place, node in enumerate(self._trace.nodes) if node[0] == "input"}
+        return inputs | self._trace.nodes_of(self._sinks)
 
     def _write_node(self, node: Node, place: int, values: dict[int, str], width: int, run: str) -> str:
         op, *args = node

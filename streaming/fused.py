@@ -20,7 +20,20 @@ from streaming.blocks import Block, Region, TensorSpec
 from streaming.elements import Answer, Ask, Change, Formula, Number
 from streaming.machine_code import COMPILER, Loop, address_of_pread, has_instructions_for
 from streaming.sums import Lanes, fold_regions, lanes_of
-from streaming.trace import FINE, PIECE_ELEMENTS, STORED, AddUp, Collect, Count, Sink, Store, Symbol, Trace, loop_key
+from streaming.trace import (
+    FINE,
+    PIECE_ELEMENTS,
+    STORED,
+    AddUp,
+    Collect,
+    Count,
+    Sink,
+    Store,
+    Symbol,
+    Trace,
+    loop_key,
+    only_needed,
+)
 
 MAX_ELEMENTS = 1 << 32
 """Of a tensor: beyond, the index of an element has more bits than a loop's random numbers know."""
@@ -256,16 +269,17 @@ class Asking:
         refs = [*([base] if base else []), *inputs]
         trace = Trace([ref.info.dtype for ref in refs], has_base=base is not None, is_delta=is_delta)
         question = ask(trace)
-        self._counts = len(question.counts)
-        self._collected = len(question.collected)
-        self._stored = len(question.stored)
         sinks: list[Sink] = [Count(cast(Symbol, condition)) for condition in question.counts]
         sinks += [Collect(*cast(tuple[Symbol, Symbol], pair)) for pair in question.collected]
         sinks += [Store(cast(Symbol, values), torch.int32) for values in question.stored]
         sinks += [AddUp(cast(Symbol, number), question.channels) for number in question.sums]
+        trace, sinks, slots = only_needed(trace, sinks)
+        self._counts = len(question.counts)
+        self._collected = len(question.collected)
+        self._stored = len(question.stored)
         self._added, self._channels, self.adds_up = len(question.sums), question.channels, bool(question.sums)
         self.stores = bool(question.stored)
-        self.loop = TensorLoop(spec, refs, trace, sinks)
+        self.loop = TensorLoop(spec, [refs[slot] for slot in slots], trace, sinks)
 
     def answers(self, regions: Sequence[Region], lend: Lend) -> list[Answer] | None:
         """What some regions say; None as in `TensorLoop.run`. Arrays are copies."""

@@ -7,8 +7,9 @@ text = write_loop(trace, [Store(merged, torch.bfloat16)])      # compiled by `st
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,9 @@ FINE, NOT_FINITE, NOT_READ = 0, 1, 2
 """What a loop returns."""
 
 FLOAT, DOUBLE, INT, BOOL = "float", "double", "i32", "i1"
+
+LEAVES = ("input", "number", "integer", "constant", "row", "column", "first", "offset")
+"""Operations that work on no other node."""
 
 Node = tuple[Any, ...]
 """An operation, and the nodes and constants that it works on."""
@@ -209,6 +213,19 @@ class Trace:
         index = self._offset() + self.add("first", type_=INT)
         return hash_of(cast(Number, index), cast(tuple[int, int], tuple(pair)))
 
+    def nodes_of(self, sinks: Sequence[Sink]) -> set[int]:
+        """The nodes that some sinks depend on."""
+        open_ = [sink.symbol.node for sink in sinks]
+        open_ += [sink.condition.node for sink in sinks if isinstance(sink, Collect)]
+        needed: set[int] = set()
+        while open_:
+            place = open_.pop()
+            if place not in needed:
+                needed.add(place)
+                op, *args = self.nodes[place]
+                open_ += [] if op in LEAVES else args
+        return needed
+
     def _offset(self) -> Symbol:
         """The element's index, counted from the region's first."""
         return self.add("offset", type_=INT)
@@ -286,3 +303,33 @@ Sink = Store | Count | Collect | AddUp
 def loop_key(trace: Trace, sinks: Sequence[Sink]) -> Node:
     """Equal for traces of which one loop can do the work."""
     return tuple(map(str, trace.inputs)), tuple(trace.nodes), tuple(sink.key for sink in sinks)
+
+
+def only_needed(trace: Trace, sinks: Sequence[Sink]) -> tuple[Trace, list[Sink], list[int]]:
+    """A trace of the nodes that sinks depend on, and of at least one input: what is asked of one model after the other is one loop.
+
+    Returns: the trace, the sinks in it, and the slots that its inputs had.
+    """
+    kept = sorted(trace.nodes_of(sinks))
+    slots = [trace.nodes[place][1] for place in kept if trace.nodes[place][0] == "input"]
+    if not slots:
+        kept, slots = sorted([0, *kept]), [0]
+    numbers = {place: number for number, place in enumerate(kept)}
+    less = copy.copy(trace)
+    less.inputs = tuple(trace.inputs[slot] for slot in slots)
+    less.types = [trace.types[place] for place in kept]
+    less.nodes = []
+    for op, *args in (trace.nodes[place] for place in kept):
+        known = [slots.index(args[0])] if op == "input" else args if op in LEAVES else [numbers[arg] for arg in args]
+        less.nodes.append((op, *known))
+
+    def moved(symbol: Symbol) -> Symbol:
+        return Symbol(less, numbers[symbol.node], symbol.type)
+
+    found: list[Sink] = [
+        Collect(moved(sink.symbol), moved(sink.condition))
+        if isinstance(sink, Collect)
+        else replace(sink, symbol=moved(sink.symbol))
+        for sink in sinks
+    ]
+    return less, found, slots

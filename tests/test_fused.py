@@ -234,6 +234,33 @@ def test_sums(shape, channels, dtype):
             assert bool(((torch.from_numpy(by_loop.sums) - expected).abs() <= sizes * 1e-13).all())
 
 
+def test_what_is_asked_of_one_model_is_one_loop_that_reads_no_other():
+    stored = inputs((3, 1001), torch.bfloat16)
+    source = InMemory({str(number): one for number, one in enumerate(stored)})
+    base, *models = [TensorRef(source, str(number)) for number in range(len(stored))]
+    region = Region(TensorSpec("w", (3, 1001)), 7, 2_000)
+    read: list[str] = []
+    right = InMemory.read
+    source.read = lambda name, *where: read.append(name) or right(source, name, *where)  # type: ignore[method-assign]
+    keys = set()
+    for model in range(3):
+
+        def question(x: Element, model: int = model) -> Question:
+            vector = x.models[model]
+            return Question([vector > x.number(0.5)], [(x.offset(), vector > 0.0)])
+
+        asking = Asking(region.tensor, base, models, question, is_delta=True)
+        keys.add(asking.loop._key)
+        read.clear()
+        (found,) = asking.answers([region], lend) or []
+        assert read == ["0", str(model + 1)]
+        first, vector = (stored[at].flatten().float()[7:2_000] for at in (0, model + 1))
+        expected = answer(question(Tensors(Block(region, first, [vector - first] * 3, []))), region)
+        assert found.counts == expected.counts
+        assert np.array_equal(found.collected[0], expected.collected[0])
+    assert len(keys) == 1
+
+
 METHODS = [
     ("linear", {}, 3), ("linear", {"normalize": False}, 3), ("task_arithmetic", {"lambda": 0.7, "normalize": True}, 3),
     ("ties", {"density": 0.3}, 3), ("ties", {"density": 0.3, "rescale": True, "normalize": False}, 3),
