@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from streaming.shares import cost_of, is_measured, share_out
-from streaming.stream import WORTH_COMPILING, Output, PlannedTensor, StreamOptions, bytes_read, stream
+from streaming.stream import WORTH_LOOPS, Output, PlannedTensor, StreamOptions, bytes_read, stream
 from streaming.work import Variant, Work, bytes_written
 from streaming.workers import available_cores
 
@@ -94,7 +94,7 @@ def measure_rate(work: Work, options: StreamOptions) -> Rate | None:
     largest = max(merged, key=lambda tensor: (tensor.numel <= SAMPLE_ELEMENTS, min(tensor.numel, SAMPLE_ELEMENTS)))
     parts = share_out([largest], variants, max(1, largest.numel // SAMPLE_ELEMENTS), options.elements)
     sample = next(share for share in parts if share)
-    compiled = True if bytes_read(work.tensors) >= WORTH_COMPILING else options.compiled
+    compiled = True if bytes_read(work.tensors) >= WORTH_LOOPS else options.compiled
     seconds = 0.0
     for _ in range(2):  # the first time loads and compiles
         started = time.monotonic()
