@@ -243,7 +243,7 @@ class Extraction:
         if self.choice.is_exact and factors.rank * sum(change.shape) >= change.numel():
             raise InputError(
                 f"{target.name}: expected a change of low rank, got rank {factors.rank} in a matrix of {' x '.join(map(str, change.shape))}. Methods that drop "
-                "elements or elect signs change all directions: write a checkpoint, and take the largest with extract_lora.py."
+                "elements or elect signs change all directions, and the ranks of adapters add up: write a checkpoint, and take the largest with extract_lora.py."
             )
         made = {"a": factors.a.to(self.choice.dtype), "b": factors.b.to(self.choice.dtype)}
         return made, {"rank": factors.rank, "energy": factors.energy}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,8 +158,7 @@ def as_text(rows: Sequence[Row], goals: Sequence[Goal]) -> str:
         line = [row.rival.name]
         for at in range(len(goals)):
             if row.differences:
-                stderr = row.differences[at]["stderr"] or 0.0
-                line += [f"{row.values[at]:.4f}", f"{row.differences[at]['value']:+.4f} ± {stderr:.4f}"]
+                line += [f"{row.values[at]:.4f}", _with_error(row.differences[at])]
                 line.append(row.standings[at])
             else:
                 line += [f"{row.values[at]:.4f}", "", ""]
@@ -168,6 +168,13 @@ def as_text(rows: Sequence[Row], goals: Sequence[Goal]) -> str:
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in [head, *cells]
     )
+
+
+def _with_error(difference: Mapping[str, Any]) -> str:
+    """A difference and its standard error, with so many digits that the error has two."""
+    stderr = difference["stderr"] or 0.0
+    digits = max(4, 1 - math.floor(math.log10(stderr))) if stderr > 0 else 4
+    return f"{difference['value']:+.{digits}f} ± {stderr:.{digits}f}"
 
 
 def names_of(tree: Mapping[str, Any]) -> str:

@@ -41,12 +41,17 @@ def write_trials(study: Study) -> Path:
         values = list(trial.values) if trial.values is not None and trial in study.complete else [""] * len(goals)
         losses = trial.user_attrs.get(LOSSES, {})
         means = [f"{sum(losses[task]) / len(losses[task]):.6f}" if task in losses else "" for task in tasks]
-        own = [trial.params.get(name, "") for name in names]
+        own = [_rounded(trial.params.get(name, "")) for name in names]
         noted = [trial.user_attrs.get(key, "") for key in (SECONDS, REASON)]
         writer.writerow([trial.number, trial.state.name.lower(), *values, *means, *own, *noted])
     path = study.folder / "trials.csv"
     write_text(path, text.getvalue(), name="study")
     return path
+
+
+def _rounded(value: Any) -> Any:
+    """A parameter without the digits of a step's rounding."""
+    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 def write_recipe(folder: Path, tree: Mapping[str, Any], comment: str) -> Path:

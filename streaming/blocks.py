@@ -129,12 +129,12 @@ def tile(tensor: TensorSpec, max_elements: int, part: tuple[int, int] | None = N
             yield from _cut(tensor, max(first, row), min(last, row + columns), max_elements)
 
 
-def in_groups(regions: Iterable[Region]) -> Iterator[list[Region]]:
-    """Small regions that follow each other together, of at most `GRID_ELEMENTS` in all, larger ones by themselves."""
+def in_groups(regions: Iterable[Region], most: int = GRID_ELEMENTS) -> Iterator[list[Region]]:
+    """Small regions that follow each other together, of at most `most` elements in all, larger ones by themselves."""
     group: list[Region] = []
     elements = 0
     for region in regions:
-        if group and elements + region.numel > GRID_ELEMENTS:
+        if group and elements + region.numel > most:
             yield group
             group, elements = [], 0
         group.append(region)

@@ -40,12 +40,8 @@ class BufferLoop:
             made = self._formula(Tensors(Block(block.region, block.base, list(vectors), [])))
         return made
 
-    def compile(self) -> None:
-        """Compile the loop at once, unless that is done. Raises RuntimeError: it cannot be."""
-        COMPILER.get_now(self._key, self._write)
-
     def _by_loop(self, base: torch.Tensor | None, vectors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """None where nothing is compiled yet, or a number is not finite."""
+        """None where nothing can be compiled, or a number is not finite."""
         loop = COMPILER.get(self._key, self._write)
         if loop is None or base is None:
             return None

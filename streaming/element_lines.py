@@ -8,11 +8,9 @@ import torch
 
 from streaming.elements import MAGNITUDE_BITS
 from streaming.llvm import Lines, constant, in_order, short, suffix_of, vector_of
-from streaming.trace import BOOL, FLOAT, INT, STORED, Collect, Count, Node, Sink, Store, Trace
+from streaming.trace import BOOL, DOUBLE, FLOAT, INT, STORED, AddUp, Collect, Count, Node, Sink, Store, Trace
 
 COMPARISONS = {"gt": "ogt", "ge": "oge", "lt": "olt", "le": "ole", "eq": "oeq", "ne": "une"}
-LEAVES = ("input", "number", "integer", "constant", "row", "column", "first", "offset")
-"""Operations that work on no other node."""
 
 
 class ElementLines(Lines):
@@ -44,16 +42,8 @@ class ElementLines(Lines):
 
     def _needed(self) -> set[int]:
         """The nodes that a sink depends on; and all inputs, each of which is looked at."""
-        open_ = [sink.symbol.node for sink in self._sinks]
-        open_ += [sink.condition.node for sink in self._sinks if isinstance(sink, Collect)]
-        needed = {place for place, node in enumerate(self._trace.nodes) if node[0] == "input"}
-        while open_:
-            place = open_.pop()
-            if place not in needed:
-                needed.add(place)
-                op, *args = self._trace.nodes[place]
-                open_ += [] if op in LEAVES else args
-        return needed
+        inputs = {place for place, node in enumerate(self._trace.nodes) if node[0] == "input"}
+        return inputs | self._trace.nodes_of(self._sinks)
 
     def _write_node(self, node: Node, place: int, values: dict[int, str], width: int, run: str) -> str:
         op, *args = node
@@ -79,7 +69,7 @@ class ElementLines(Lines):
             return since if width == 1 else self.make(f"add {vector} {since}, {lanes}")
         given = [values[arg] for arg in args]
         of = vector_of(self._trace.types[args[0]], width)
-        is_float = self._trace.types[args[0]] == FLOAT
+        is_float = self._trace.types[args[0]] in (FLOAT, DOUBLE)
         if op in ("add", "sub", "mul", "div"):
             return self.make(f"{'f' if is_float else ''}{op} {vector} {given[0]}, {given[1]}")
         if op in ("and", "or", "xor", "ashr"):
@@ -92,6 +82,8 @@ class ElementLines(Lines):
             return self.make(f"select {condition} {given[0]}, {vector} {given[1]}, {vector} {given[2]}")
         if op == "bits":
             return self.make(f"bitcast {of} {given[0]} to {vector}")
+        if op in ("widen", "narrow"):
+            return self.make(f"{'fpext' if op == 'widen' else 'fptrunc'} {of} {given[0]} to {vector}")
         if op == "abs":
             return self.make(f"call {vector} @llvm.fabs.{suffix_of(width)}({vector} {given[0]})")
         assert op == "lerp", op
@@ -167,6 +159,13 @@ class ElementLines(Lines):
             if width > 1:
                 bits = self.make(f"call i{width} @llvm.ctpop.i{width}(i{width} {bits})")
             self.add_to(f"%count{number}", self.make(f"zext i{width} {bits} to i64"))
+        elif isinstance(sink, AddUp):
+            doubles = vector_of(DOUBLE, width)
+            pointer = self.make(f"inttoptr i64 %out{number} to ptr")
+            pointer = self.make(f"getelementptr double, ptr {pointer}, i64 %lane.first")
+            pointer = self.make(f"getelementptr double, ptr {pointer}, i64 %{run}.since")
+            known = self.make(f"load {doubles}, ptr {pointer}, align 8")
+            self.put(f"store {doubles} {self.make(f'fadd {doubles} {known}, {value}')}, ptr {pointer}, align 8")
         else:
             self._write_collecting(number, sink, values, width, run)
 

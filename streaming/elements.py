@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from streaming.blocks import Block, Region, Scan
+from streaming.sums import Channels, deal, fold_regions, lanes_of
 
 Number: TypeAlias = torch.Tensor
-"""A number of each element: float32, int32 or a condition. To type checkers a tensor; a `streaming.trace.Symbol` where a loop is written down."""
+"""A number of each element: float32, float64 (`double`), int32 or a condition. To type checkers a tensor; a `streaming.trace.Symbol` where a loop is written down."""
 
 MAGNITUDE_BITS = 0x7FFFFFFF
 TOP_BIT = -(1 << 31)
@@ -95,19 +96,28 @@ class Question:
         counts: conditions, each of which is counted.
         collected: (int32, condition): the numbers of the elements for which it holds, in order.
         stored: int32 of every element.
+        sums: float64, each added up over `channels`, in the order of `streaming.sums`.
     """
 
     counts: Sequence[Number] = ()
     collected: Sequence[tuple[Number, Number]] = ()
     stored: Sequence[Number] = ()
+    sums: Sequence[Number] = ()
+    channels: Channels = "tensor"
 
 
 class Answer(NamedTuple):
-    """What a region's elements say to a `Question`: a number for each of `counts`, int32 for each of the others."""
+    """What a region's elements say to a `Question`: a number for each of `counts`, int32 for `collected` and `stored`, and sums.
 
+    Attributes:
+        sums: `[sums, matrices, rows, columns]` float64; a dimension that a sum runs over is 1 long.
+    """
+
+    region: Region
     counts: Sequence[int]
     collected: Sequence[np.ndarray]
     stored: Sequence[np.ndarray]
+    sums: np.ndarray
 
 
 Ask: TypeAlias = Callable[[Element], Question]
@@ -122,15 +132,22 @@ def ask(scan: Scan, question: Ask, regions: Sequence[Region] | None = None) -> I
     by_loop = getattr(scan, "ask", None)
     if by_loop is not None:
         return cast(Iterator[Answer], by_loop(question, regions))
-    return scan(lambda block: answer(question(Tensors(block))), regions)
+    return scan(lambda block: answer(question(Tensors(block)), block.region), regions)
 
 
-def answer(question: Question) -> Answer:
-    """The answer of tensors."""
+def answer(question: Question, region: Region) -> Answer:
+    """The answer of tensors, which are a region's."""
+    sums = np.empty(0)
+    if question.sums:
+        lanes = lanes_of(region, question.channels)
+        dealt = torch.stack([deal(values, lanes) for values in question.sums]).cpu()
+        (sums,) = fold_regions(dealt.flatten(1).numpy(), [lanes], [region], question.channels)
     return Answer(
+        region,
         [int(torch.count_nonzero(condition)) for condition in question.counts],
         [values[condition].cpu().numpy() for values, condition in question.collected],
         [values.cpu().numpy() for values in question.stored],
+        sums,
     )
 
 

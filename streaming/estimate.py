@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
+from streaming.blocks import TensorSpec
 from streaming.shares import cost_of, is_measured, share_out
-from streaming.stream import WORTH_COMPILING, Output, PlannedTensor, StreamOptions, bytes_read, stream
+from streaming.stream import WORTH_LOOPS, Output, PlannedTensor, StreamOptions, Transform, bytes_read, stream
 from streaming.work import Variant, Work, bytes_written
 from streaming.workers import available_cores
 
@@ -42,15 +43,35 @@ class Nowhere:
         """Write nothing."""
 
 
-def shares_as_json(work: Work, count: int, options: StreamOptions, folders: int, rate: Rate | None) -> dict[str, Any]:
+class Relaxed:
+    """Stands for a step's transform before it is known: it reads the base of every tensor."""
+
+    def applies_to(self, tensor: str) -> bool:
+        """Yes."""
+        return True
+
+    def whole_rows(self, tensor: str) -> bool:
+        """No."""
+        return False
+
+    def measures(self, tensor: TensorSpec) -> bool:
+        """No."""
+        return False
+
+
+def shares_as_json(
+    work: Work, count: int, options: StreamOptions, folders: int, rate: Rate | None, *, relaxes: bool = False
+) -> dict[str, Any]:
     """The shares of so many processes, for programs.
 
     Args:
         folders: checkpoints that are written.
         rate: of this machine; None where it is not known, and so no time.
+        relaxes: whether a step reads the base beside it.
     """
     merges = work.merges()
-    variants = [merge for merge in merges for _ in range(folders // len(merges))]
+    transform = cast(Transform, Relaxed()) if relaxes else None
+    variants = [replace(merge, transform=transform) for merge in merges for _ in range(folders // len(merges))]
     threads = options.workers or available_cores()
     inputs = max((1 + len(tensor.inputs) for tensor in work.tensors), default=1)
     memory = PROCESS_BYTES + threads * inputs * BUFFER_BYTES * options.elements
@@ -61,7 +82,7 @@ def shares_as_json(work: Work, count: int, options: StreamOptions, folders: int,
             "process": rank,
             "tensors": len(share),
             "parts": sum(tensor.part is not None for tensor in share),
-            "bytes_to_read": bytes_read(share),
+            "bytes_to_read": bytes_read(share, [transform]),
             "bytes_to_write": len(variants) * bytes_written(share),
             "memory_bytes": memory + max((_held(tensor, variants) for tensor in share), default=0),
             "expected_seconds": None if rate is None else round(cost * rate.seconds_per_byte / threads, 3),
@@ -94,7 +115,7 @@ def measure_rate(work: Work, options: StreamOptions) -> Rate | None:
     largest = max(merged, key=lambda tensor: (tensor.numel <= SAMPLE_ELEMENTS, min(tensor.numel, SAMPLE_ELEMENTS)))
     parts = share_out([largest], variants, max(1, largest.numel // SAMPLE_ELEMENTS), options.elements)
     sample = next(share for share in parts if share)
-    compiled = True if bytes_read(work.tensors) >= WORTH_COMPILING else options.compiled
+    compiled = True if bytes_read(work.tensors) >= WORTH_LOOPS else options.compiled
     seconds = 0.0
     for _ in range(2):  # the first time loads and compiles
         started = time.monotonic()

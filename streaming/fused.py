@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, cast
 
@@ -18,10 +19,27 @@ from checkpoints.source import TensorRef
 from streaming.blocks import Block, Region, TensorSpec
 from streaming.elements import Answer, Ask, Change, Formula, Number
 from streaming.machine_code import COMPILER, Loop, address_of_pread, has_instructions_for
-from streaming.trace import FINE, PIECE_ELEMENTS, STORED, Collect, Count, Sink, Store, Symbol, Trace, loop_key
+from streaming.sums import Lanes, fold_regions, lanes_of
+from streaming.trace import (
+    FINE,
+    PIECE_ELEMENTS,
+    STORED,
+    AddUp,
+    Collect,
+    Count,
+    Sink,
+    Store,
+    Symbol,
+    Trace,
+    loop_key,
+    only_needed,
+)
 
 MAX_ELEMENTS = 1 << 32
 """Of a tensor: beyond, the index of an element has more bits than a loop's random numbers know."""
+
+SPARE_LANES = 40
+"""Between the lanes of two sums: without, the same lane of each would be in the way of the other in the nearest cache."""
 
 Lend = Callable[[object, int], torch.Tensor]
 """Number and bytes of one of a thread's buffers -> that buffer, `[bytes]` uint8."""
@@ -53,14 +71,10 @@ class TensorLoop:
         self._channels = [values.detach().to("cpu", torch.float32).contiguous() for values in trace.channels]
         self._places = [ref.place_in_file() for ref in refs]
 
-    @property
+    @cached_property
     def loop(self) -> Loop | None:
-        """What is compiled; None as long as it is not. Asks for it."""
+        """What is compiled, at once where that is not done; None where it cannot be."""
         return COMPILER.get(self._key, self._write)
-
-    def compile(self) -> None:
-        """Compile at once, unless that is done. Raises RuntimeError: it cannot be."""
-        COMPILER.get_now(self._key, self._write)
 
     def _write(self) -> str:
         from streaming.loops import write_loop  # only where something is compiled
@@ -73,16 +87,15 @@ class TensorLoop:
         Args:
             regions: any runs of elements.
             lend: see `Lend`.
-            outputs: for each sink where to write: a `Store`'s dtype for each element, one region after the other; int32 for a
-                `Collect`, with room for one more than its elements for each region.
+            outputs: for each sink where to write, one region after the other: a `Store`'s dtype for each element; int32 for a `Collect`,
+                with room for one more than its elements for each region; float64 for each lane of an `AddUp`, zeros before.
 
-        Returns: the counts, `[regions, sinks]`; None where a number read or made is not finite, a file cannot be read, or nothing is
-            compiled.
+        Returns: the counts, `[regions, sinks]`; None where a number read or made is not finite, a file cannot be read, or nothing can
+            be compiled.
         """
         loop = self.loop
         if loop is None:
             return None
-        counts = [region.numel for region in regions]
         results = np.zeros((len(regions), max(len(self._sinks), 1)), dtype=np.int64)
         if self._trace.has_indices:
             integers = np.array([self._trace.integers_at(region.start) for region in regions], dtype=np.int32)
@@ -93,6 +106,15 @@ class TensorLoop:
             [region.start for region in regions], [region.stop for region in regions], max(self._spec.rows, 1), max(self._spec.columns, 1),
             PREAD, self._floats.ctypes.data, _rows_of(integers, len(regions)), _rows_of(results, len(regions)),
         ]  # fmt: skip
+        # Where the regions' parts of an output begin.
+        begins = {
+            room: list(accumulate((region.numel + room for region in regions[:-1]), initial=0)) for room in (0, 1)
+        }
+        lane_begins: list[int] = []
+        if (sums := next((sink for sink in self._sinks if isinstance(sink, AddUp)), None)) is not None:
+            lanes = [lanes_of(region, sums.channels) for region in regions]
+            columns += [[one.span for one in lanes], [one.total for one in lanes]]
+            lane_begins = list(accumulate((one.groups * one.total for one in lanes[:-1]), initial=0))
         held = []
         for slot, (ref, place) in enumerate(zip(self._refs, self._places, strict=True)):
             if place is None:
@@ -106,10 +128,12 @@ class TensorLoop:
                 buffer = lend(("piece", slot), PIECE_ELEMENTS * ref.info.dtype.itemsize)
                 columns += [*place, buffer.data_ptr()]
         for sink, output in zip(self._sinks, outputs, strict=True):
-            room = int(isinstance(sink, Collect))
-            begins = [0, *accumulate(count + room for count in counts[:-1])]
-            size = 0 if output is None else output.element_size()
-            columns.append([0 if output is None else output.data_ptr() + size * begin for begin in begins])
+            if output is None:
+                columns.append(0)
+                continue
+            address, size = output.data_ptr(), output.element_size()
+            places = lane_begins if isinstance(sink, AddUp) else begins[isinstance(sink, Collect)]
+            columns.append([address + size * begin for begin in places])
         for values in self._channels:
             matrices, rows, per_row = values.shape
             columns += [values.data_ptr(), rows * per_row if matrices > 1 else 0, 1 if rows > 1 else 0]
@@ -191,14 +215,9 @@ class Fusion:
         self._counted, self._shown = len(counted), len(shown)
         self.seen = TensorLoop(spec, refs, trace, sinks)
 
-    def compile(self) -> None:
-        """Compile the loops at once."""
-        self.plain.compile()
-        self.seen.compile()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the loops are compiled; asks for them."""
+    @cached_property
+    def is_compiled(self) -> bool:
+        """Whether the loops are there; has them compiled."""
         loops = [self.plain.loop, *([self.seen.loop] if self._shown > 1 else [])]
         return None not in loops
 
@@ -238,6 +257,10 @@ class Asking:
     Args:
         spec, base, inputs, is_delta: see `Fusion`; base None where the method has no use for it.
         ask: what is asked.
+
+    Attributes:
+        adds_up: whether sums are asked for.
+        stores: whether a number of every element is.
     """
 
     def __init__(
@@ -246,34 +269,53 @@ class Asking:
         refs = [*([base] if base else []), *inputs]
         trace = Trace([ref.info.dtype for ref in refs], has_base=base is not None, is_delta=is_delta)
         question = ask(trace)
-        self._counts = len(question.counts)
-        self._collected = len(question.collected)
-        self._stored = len(question.stored)
         sinks: list[Sink] = [Count(cast(Symbol, condition)) for condition in question.counts]
         sinks += [Collect(*cast(tuple[Symbol, Symbol], pair)) for pair in question.collected]
         sinks += [Store(cast(Symbol, values), torch.int32) for values in question.stored]
-        self.loop = TensorLoop(spec, refs, trace, sinks)
+        sinks += [AddUp(cast(Symbol, number), question.channels) for number in question.sums]
+        trace, sinks, slots = only_needed(trace, sinks)
+        self._counts = len(question.counts)
+        self._collected = len(question.collected)
+        self._stored = len(question.stored)
+        self._added, self._channels, self.adds_up = len(question.sums), question.channels, bool(question.sums)
+        self.stores = bool(question.stored)
+        self.loop = TensorLoop(spec, [refs[slot] for slot in slots], trace, sinks)
 
     def answers(self, regions: Sequence[Region], lend: Lend) -> list[Answer] | None:
         """What some regions say; None as in `TensorLoop.run`. Arrays are copies."""
         rooms = [region.numel + 1 for region in regions]
         collected = [lend(("collected", at), 4 * sum(rooms)).view(torch.int32) for at in range(self._collected)]
         stored = [lend(("stored", at), 4 * (sum(rooms) - len(rooms))).view(torch.int32) for at in range(self._stored)]
-        found = self.loop.run(regions, lend, [*[None] * self._counts, *collected, *stored])
+        lanes = [lanes_of(region, self._channels) for region in regions] if self.adds_up else []
+        dealt = self._room(lanes, lend)
+        found = self.loop.run(regions, lend, [*[None] * self._counts, *collected, *stored, *dealt])
         if found is None:
             return None
+        sums = self._sums(regions, lanes, dealt)
+        arrays = [values.numpy() for values in collected], [values.numpy() for values in stored]
         answers = []
         begin = 0
         for at, (region, counts) in enumerate(zip(regions, found.tolist(), strict=True)):
             first = begin + at  # each region before has room for one more
             few = [
-                values[first : first + count].numpy().copy()
-                for values, count in zip(collected, counts[self._counts : self._counts + self._collected], strict=True)
+                values[first : first + count].copy()
+                for values, count in zip(arrays[0], counts[self._counts : self._counts + self._collected], strict=True)
             ]
-            whole = [values[begin : begin + region.numel].numpy().copy() for values in stored]
-            answers.append(Answer(counts[: self._counts], few, whole))
+            whole = [values[begin : begin + region.numel].copy() for values in arrays[1]]
+            answers.append(Answer(region, counts[: self._counts], few, whole, sums[at]))
             begin += region.numel
         return answers
+
+    def _room(self, lanes: Sequence[Lanes], lend: Lend) -> torch.Tensor:
+        """Where lanes add up: `[sums, lanes]` float64, zeros."""
+        count = SPARE_LANES + sum(one.groups * one.total for one in lanes)
+        return lend("lanes", 8 * self._added * count).view(torch.float64).view(self._added, count).zero_()
+
+    def _sums(self, regions: Sequence[Region], lanes: Sequence[Lanes], dealt: torch.Tensor) -> list[np.ndarray]:
+        """The sums of each region."""
+        if not self.adds_up:
+            return [np.empty(0)] * len(regions)
+        return fold_regions(dealt.numpy(), lanes, regions, self._channels)
 
 
 class Loading:

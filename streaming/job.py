@@ -163,7 +163,7 @@ class Job:
         options = self.options.stream
         is_known = all(model.weights.is_here for model in self.work.inputs) and not self.work.runs_models
         rate = measure_rate(self.work, options) if is_known else None
-        return shares_as_json(self.work, count, options, len(self.folders), rate)
+        return shares_as_json(self.work, count, options, len(self.folders), rate, relaxes=self.step is not None)
 
     def close(self) -> None:
         """Close the inputs, for a job that is not run."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from streaming.trace import BOOL, FLOAT
+from streaming.trace import BOOL, DOUBLE, FLOAT
 
 WIDTH = 16
 """Elements that are worked on together: a vector of 512 bits, or several of what the processor has."""
@@ -90,6 +90,8 @@ def constant(kind: str, text: str, width: int) -> str:
     if kind == FLOAT:
         (rounded,) = struct.unpack("f", struct.pack("f", float(text)))
         text = f"0x{struct.unpack('Q', struct.pack('d', rounded))[0]:016X}"
+    elif kind == DOUBLE:
+        text = f"0x{struct.unpack('Q', struct.pack('d', float(text)))[0]:016X}"
     elif kind == BOOL:
         text = "true" if int(text) else "false"
     return text if width == 1 else f"splat ({kind} {text})"

@@ -22,9 +22,11 @@ from streaming.trace import (
     NOT_READ,
     PIECE_ELEMENTS,
     STORED,
+    AddUp,
+    Collect,
+    Count,
     Node,
     Sink,
-    Store,
     Trace,
 )
 
@@ -34,19 +36,21 @@ OVERFLOW = {torch.bfloat16: 0x7F7F8000, torch.float16: 0x477FF000, torch.float32
 """dtype -> the bits of the least float32 that it rounds to infinity."""
 
 JOB_HEAD = ("start", "stop", "rows", "columns", "pread", "floats", "integers", "results")
+OF_SUMS = ("span", "lanes")
 OF_INPUT, OF_CHANNEL = ("descriptor", "offset", "buffer"), ("values", "per_matrix", "per_row")
 
 
 def write_loop(trace: Trace, sinks: Sequence[Sink]) -> str:
     """A function `i64 loops(ptr jobs, i64 count, i64 bytes)` in LLVM's language, which does jobs of so many bytes each.
 
-    A job is an array of int64: JOB_HEAD, OF_INPUT for each input, an address for each sink, OF_CHANNEL for each channel.
+    A job is an array of int64: JOB_HEAD, OF_SUMS where something is added up, OF_INPUT for each input, an address for each sink, OF_CHANNEL for each channel.
 
         start, stop         the elements to work on, as indices of the tensor
         rows, columns       of one of its matrices
         pread               address of the C library's function
         floats, integers    addresses of the trace's numbers: float32, int32
         results             address of an int64 for each sink: counts
+        span, lanes         elements of a group, and lanes that they are dealt to (`streaming.sums`)
         descriptor, offset  of the input's file, and where in it the tensor begins; descriptor -1: the numbers are in the buffer
         buffer              of PIECE_ELEMENTS numbers to read into, or all of the region's
         values, ...         address of a channel's float32, and how many apart matrices and rows are
@@ -58,7 +62,7 @@ class _Loop(ElementLines):
     """The whole function."""
 
     def write(self) -> str:
-        slots = [*JOB_HEAD]
+        slots = [*JOB_HEAD, *(OF_SUMS if self._adds_up else ())]
         for slot in range(len(self._trace.inputs)):
             slots += [f"{name}{slot}" for name in OF_INPUT]
         slots += [f"out{number}" for number in range(len(self._sinks))]
@@ -76,7 +80,7 @@ class _Loop(ElementLines):
                 self.put(f"%p{place}.at = getelementptr {kind}, ptr %{array}.ptr, i64 {node[1]}")
                 self.put(f"%p{place} = load {kind}, ptr %p{place}.at")
         for number, sink in enumerate(self._sinks):
-            if not isinstance(sink, Store):
+            if isinstance(sink, Count | Collect):
                 self.allocate(f"%count{number}", "i64")
         for dtype in set(self._trace.inputs):
             for width in (WIDTH, 1):
@@ -105,7 +109,7 @@ class _Loop(ElementLines):
         for slot, dtype in enumerate(self._trace.inputs):
             self._write_reading(slot, dtype.itemsize)
         self.put("br label %segments")
-        # Segments of one row each, where a channel has numbers of its own.
+        # Segments of one row each, where a channel has numbers of its own; of one turn of the lanes, where something is added up.
         self.put("segments:")
         self.put(f"%q = phi i64 [%p, %read{len(self._trace.inputs) - 1}.done], [%q.end, %segment.end]")
         self.put("%q.more = icmp slt i64 %q, %e")
@@ -119,12 +123,16 @@ class _Loop(ElementLines):
             self.put("%row.left = sub i64 %columns, %column")
             self.put("%row.end = add i64 %q, %row.left")
             self.put("%row.less = icmp slt i64 %row.end, %e")
-            self.put("%q.end = select i1 %row.less, i64 %row.end, i64 %e")
+            self.put("%q.all = select i1 %row.less, i64 %row.end, i64 %e")
             for place, node in enumerate(self._trace.nodes):
                 if node[0] in ("row", "column"):
                     self._write_channel(place, node)
         else:
-            self.put("%q.end = add i64 %e, 0")
+            self.put("%q.all = add i64 %e, 0")
+        if self._adds_up:
+            self._write_turn()
+        else:
+            self.put("%q.end = add i64 %q.all, 0")
         self.put("%q.count = sub i64 %q.end, %q")
         self.put(f"%q.rest = and i64 %q.count, {WIDTH - 1}")
         self.put("%q.whole = sub i64 %q.end, %q.rest")
@@ -175,6 +183,27 @@ class _Loop(ElementLines):
             self.put(f"%c{place}.first = sub i64 %c{place}.at, %q")
             self.put(f"%c{place}.second = add i64 %c{place}.first, %column")
 
+    def _write_turn(self) -> None:
+        """End a segment where a turn of the lanes does, and say where its lanes are, counted from an element's index."""
+        self.put("%turn.since = sub i64 %q, %start")
+        self.put("%turn.at = urem i64 %turn.since, %span")
+        self.put("%turn.group = udiv i64 %turn.since, %span")
+        self.put("%turn.lane = urem i64 %turn.at, %lanes")
+        self.put("%turn.left = sub i64 %lanes, %turn.lane")
+        self.put("%turn.span.left = sub i64 %span, %turn.at")
+        self.put("%turn.less = icmp slt i64 %turn.left, %turn.span.left")
+        self.put("%turn.count = select i1 %turn.less, i64 %turn.left, i64 %turn.span.left")
+        self.put("%turn.end = add i64 %q, %turn.count")
+        self.put("%turn.sooner = icmp slt i64 %turn.end, %q.all")
+        self.put("%q.end = select i1 %turn.sooner, i64 %turn.end, i64 %q.all")
+        self.put("%lane.group = mul i64 %turn.group, %lanes")
+        self.put("%lane.here = add i64 %lane.group, %turn.lane")
+        self.put("%lane.first = sub i64 %lane.here, %turn.since")
+
+    @property
+    def _adds_up(self) -> bool:
+        return any(isinstance(sink, AddUp) for sink in self._sinks)
+
     def _write_run(self, name: str, before: str, begin: str, end: str, width: int, after: str) -> None:
         """A loop over elements, `width` at a time."""
         self.put(f"br label %{name}" if name == "vector" else "")
@@ -194,7 +223,7 @@ class _Loop(ElementLines):
         """Hand the counts over, and look whether all was finite."""
         self.put("end:")
         for number, sink in enumerate(self._sinks):
-            if not isinstance(sink, Store):
+            if isinstance(sink, Count | Collect):
                 pointer = self.make(f"getelementptr i64, ptr %results.ptr, i64 {number}")
                 self.put(f"store i64 {self.make(f'load i64, ptr %count{number}')}, ptr {pointer}")
         bad = "false"

@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -53,40 +52,29 @@ _SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, c
 
 
 class Compiler:
-    """Compiles in a thread of its own, and keeps what it has compiled: a process has one, below."""
+    """Compiles loops, one at a time, and keeps what it has compiled: a process has one, below."""
 
     def __init__(self) -> None:
         self._loops: dict[Any, Loop | None] = {}
-        self._wanted: SimpleQueue[tuple[Any, Callable[[], str]] | None] = SimpleQueue()
         self._lock = threading.Lock()
-        self._compiling = threading.Lock()
         self._kept: list[Any] = []
         self._machine: Any = None
-        self.thread: threading.Thread | None = None
 
     def get(self, key: Any, text: Callable[[], str]) -> Loop | None:
-        """The loop of a key; None while it is being compiled, or cannot be.
+        """The loop of a key, compiled first where it is not; None where it cannot be, such as on a processor that LLVM does not know.
 
         Args:
             key: equal for equal texts.
             text: makes LLVM's language of it (`streaming.loops.write_loop`).
         """
-        if key not in self._loops:
-            with self._lock:
-                if key not in self._loops:
-                    self._loops[key] = None
-                    self._wanted.put((key, text))
-                    if self.thread is None:
-                        self.thread = threading.Thread(target=self._work, name="compiler", daemon=True)
-                        self.thread.start()
-        return self._loops[key]
+        with self._lock:
+            if key not in self._loops:
+                self._loops[key] = None
+                with suppress(Exception):  # then torch makes every block
+                    self._loops[key] = self._compile(text())
+            return self._loops[key]
 
-    def get_now(self, key: Any, text: Callable[[], str]) -> Loop:
-        """The loop of a key, compiled first where it is not. Raises RuntimeError: LLVM refuses it; ImportError: there is none."""
-        with self._compiling:
-            return self._loops.get(key) or self._compile(key, text())
-
-    def _compile(self, key: Any, text: str) -> Loop:
+    def _compile(self, text: str) -> Loop:
         import llvmlite.binding as llvm
 
         if self._machine is None:
@@ -107,17 +95,7 @@ class Compiler:
         engine.finalize_object()
         loop: Loop = _SIGNATURE(engine.get_function_address("loops"))
         self._kept.append(engine)
-        self._loops[key] = loop
         return loop
-
-    def stop(self) -> None:
-        """Compile what is asked for, and nothing afterwards."""
-        self._wanted.put(None)
-
-    def _work(self) -> None:
-        while (wanted := self._wanted.get()) is not None:
-            with suppress(Exception):  # without LLVM, or on a processor that it does not know, torch makes every block
-                self.get_now(*wanted)
 
 
 COMPILER = Compiler()

@@ -27,8 +27,10 @@ from streaming.tally import Tally, sample_of
 from streaming.twins import compiling, twin
 from streaming.workers import Workers
 
-WORTH_COMPILING = 2 * 10**9
-"""Bytes of input from which compiled loops repay the second that it takes to have them."""
+WORTH_LOOPS = 10**8
+"""Bytes of input from which LLVM's loops repay the tenth of a second that each takes to be made."""
+WORTH_TWINS = 2 * 10**9
+"""Bytes of input from which numba's repay the second that it takes to have them."""
 FUSED_ELEMENTS = 8 * GRID_ELEMENTS
 """Elements that a compiled loop works on between two turns of Python's: their output should lie in the caches until it is written."""
 
@@ -231,8 +233,7 @@ class StreamOptions:
         block_elements: elements merged at a time (default: `BLOCK_ELEMENTS` on the CPU, 8 times that on a GPU).
         workers: threads; None for one per core.
         allow_non_finite: let a NaN or an infinity through, from an input or by overflow, and count it.
-        compiled: use compiled loops on a CPU (`streaming.fused`, `streaming.twins`); None for where it is worth it, True from
-            the first block on, where else torch works until they are there.
+        compiled: use compiled loops on a CPU (`streaming.fused`, `streaming.twins`); None for where it is worth it.
     """
 
     device: torch.device = torch.device("cpu")
@@ -275,10 +276,13 @@ def stream(
 
     Raises: InputError: a number that is not finite, a file that cannot be read or written.
     """
-    compiled = options.device.type == "cpu" and _is_worth_compiling(tensors, options)
-    with compiling() if compiled else nullcontext(), closing(Workers(options.workers, compiled=compiled)) as workers:
+    uses_loops, uses_twins = (_is_worth(tensors, options, least) for least in (WORTH_LOOPS, WORTH_TWINS))
+    with (
+        compiling() if uses_twins else nullcontext(),
+        closing(Workers(options.workers, compiled=uses_twins)) as workers,
+    ):
         counted = non_finite or count_non_finite(len(outputs))
-        state = _Stream(workers, outputs, options, observer, progress, counted, uses_loops=compiled and can_compile())
+        state = _Stream(workers, outputs, options, observer, progress, counted, uses_loops=uses_loops and can_compile())
         state.changed.update(changed)
 
         def merge_tensor(tensor: PlannedTensor) -> None:
@@ -290,10 +294,11 @@ def stream(
     return state.changed
 
 
-def _is_worth_compiling(tensors: Sequence[PlannedTensor], options: StreamOptions) -> bool:
-    if options.compiled is not None:
-        return options.compiled
-    return bytes_read(tensors) >= WORTH_COMPILING
+def _is_worth(tensors: Sequence[PlannedTensor], options: StreamOptions, least: int) -> bool:
+    """Whether something compiled is used that takes so many bytes of input to be worth it."""
+    if options.device.type != "cpu":
+        return False
+    return bytes_read(tensors) >= least if options.compiled is None else options.compiled
 
 
 def count_non_finite(outputs: int = 1) -> Tally:
@@ -350,9 +355,7 @@ class _Stream:
             fusion = self._fuse(tensor, statistics, measured) if tensor.spec.numel else None
             loop = loading() if transforms and fusion is None and tensor.spec.numel else None
             work = lambda region: self._combine(tensor, statistics, measured, fusion or loop, region)  # noqa: E731
-            if fusion and self._options.compiled:
-                fusion.compile()
-            if fusion and fusion.is_ready and self._options.block_elements is None:
+            if fusion and fusion.is_compiled and self._options.block_elements is None:
                 elements = FUSED_ELEMENTS
         regions = list(tile(tensor.spec, elements, tensor.part))
         for _ in self._workers.map_ordered(work, read_ahead(tensor.sources(self._transforms), regions)):
@@ -399,17 +402,10 @@ class _Stream:
         is_delta = tensor.method.space == "task_vectors"
         base = tensor.base if needs_base else None
         loading = Loading(tensor.spec, base, tensor.inputs, is_delta=is_delta)
-        if self._options.compiled:
-            loading.loop.compile()
         scan = self._scan(tensor, lambda region: loading.block(region, self._lend) or self._fetch(tensor, region))
 
-        def asking(question: Ask) -> Asking:
-            made = Asking(tensor.spec, base, tensor.inputs, question, is_delta=is_delta)
-            if self._options.compiled:
-                made.loop.compile()
-            return made
-
-        scan.asking, scan.lend = asking, self._lend
+        scan.asking = functools.partial(Asking, tensor.spec, base, tensor.inputs, is_delta=is_delta)
+        scan.lend = self._lend
         return scan
 
     def _load_merged(self, tensor: PlannedTensor, statistics: Any) -> Loading | None:
@@ -423,10 +419,7 @@ class _Stream:
         if formula is None:
             return None
         is_delta = method.space == "task_vectors"
-        loading = Loading(tensor.spec, tensor.base, tensor.inputs, is_delta=is_delta, formula=formula)
-        if self._options.compiled:
-            loading.loop.compile()
-        return loading
+        return Loading(tensor.spec, tensor.base, tensor.inputs, is_delta=is_delta, formula=formula)
 
     def _merged(self, tensor: PlannedTensor, region: Region, statistics: Any, loading: Loading | None) -> Block:
         """The base and the merge of a region, as a block whose one model is the merge."""
@@ -446,7 +439,7 @@ class _Stream:
         if isinstance(loop, Loading) and not (self._observer and self._observer.sampled(region)):
             block = self._merged(tensor, region, statistics, loop)
             self._transform(tensor, region, block.base, block.weights[0], measured)
-        elif not isinstance(loop, Fusion) or not loop.is_ready or not self._run_fused(tensor, loop, region):
+        elif not isinstance(loop, Fusion) or not loop.is_compiled or not self._run_fused(tensor, loop, region):
             self._combine_in_torch(tensor, statistics, measured, region)
         read = tensor.sources(self._transforms)
         itemsizes = sum(ref.info.dtype.itemsize for ref in read) + tensor.dtype.itemsize * len(self._outputs)
@@ -621,13 +614,18 @@ class _Scan:
 
         def work(group: list[Region]) -> list[Answer]:
             answers = asking.answers(group, self.lend) if asking and self.lend else None
-            return answers or [answer(question(Tensors(self._block_of(region)))) for region in group]
+            if answers is None:
+                blocks = map(self._block_of, group)
+                answers = [answer(question(Tensors(block)), block.region) for block in blocks]
+            return answers
 
-        return itertools.chain.from_iterable(self._workers.map_ordered(work, self._groups(regions)))
+        # A loop has no block in memory, but for what it stores of every element: more at a time, fewer turns of Python's.
+        together = BLOCK_ELEMENTS if asking and not asking.stores else GRID_ELEMENTS
+        return itertools.chain.from_iterable(self._workers.map_ordered(work, self._groups(regions, together)))
 
-    def _groups(self, regions: Sequence[Region] | None) -> Iterator[list[Region]]:
+    def _groups(self, regions: Sequence[Region] | None, elements: int = GRID_ELEMENTS) -> Iterator[list[Region]]:
         chosen = list(tile(self._tensor.spec, GRID_ELEMENTS)) if regions is None else regions
-        return in_groups(read_ahead(self._refs, chosen))
+        return in_groups(read_ahead(self._refs, chosen), elements)
 
 
 def _within(region: Region, part: slice) -> Region:

@@ -7,13 +7,15 @@ text = write_loop(trace, [Store(merged, torch.bfloat16)])      # compiled by `st
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 
 from streaming.elements import MAGNITUDE_BITS, Number, hash_of
+from streaming.sums import Channels
 
 PIECE_ELEMENTS = 1 << 15
 """Elements of each input that are read at a time."""
@@ -22,7 +24,10 @@ STORED = {torch.bfloat16: "i16", torch.float16: "i16", torch.float32: "i32"}
 FINE, NOT_FINITE, NOT_READ = 0, 1, 2
 """What a loop returns."""
 
-FLOAT, INT, BOOL = "float", "i32", "i1"
+FLOAT, DOUBLE, INT, BOOL = "float", "double", "i32", "i1"
+
+LEAVES = ("input", "number", "integer", "constant", "row", "column", "first", "offset")
+"""Operations that work on no other node."""
 
 Node = tuple[Any, ...]
 """An operation, and the nodes and constants that it works on."""
@@ -30,7 +35,7 @@ Node = tuple[Any, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Symbol:
-    """A number of an element, while a formula is written down: a node of a trace, and its type (FLOAT, INT or BOOL)."""
+    """A number of an element, while a formula is written down: a node of a trace, and its type (FLOAT, DOUBLE, INT or BOOL)."""
 
     trace: Trace
     node: int
@@ -79,6 +84,14 @@ class Symbol:
 
     def __abs__(self) -> Symbol:
         return self.trace.add("abs", self.node, type_=FLOAT)
+
+    def double(self) -> Symbol:
+        """A float32 as float64."""
+        return self.trace.add("widen", self.node, type_=DOUBLE)
+
+    def float(self) -> Symbol:
+        """A float64 rounded to float32."""
+        return self.trace.add("narrow", self.node, type_=FLOAT)
 
     def __gt__(self, other: object) -> Symbol:
         return self._with("gt", other, BOOL)
@@ -164,7 +177,7 @@ class Trace:
         """A symbol as it is, a Python number as a constant of a type."""
         if isinstance(value, Symbol):
             return value
-        constant = float(cast(float, value)) if type_ == FLOAT else int(cast(int, value))
+        constant = int(cast(int, value)) if type_ in (INT, BOOL) else float(cast(Any, value))
         return self.add("constant", type_, repr(constant), type_=type_)
 
     def number(self, value: float) -> Number:
@@ -199,6 +212,19 @@ class Trace:
         pair = [self._integer(key, is_index=False) for key in keys(0)]
         index = self._offset() + self.add("first", type_=INT)
         return hash_of(cast(Number, index), cast(tuple[int, int], tuple(pair)))
+
+    def nodes_of(self, sinks: Sequence[Sink]) -> set[int]:
+        """The nodes that some sinks depend on."""
+        open_ = [sink.symbol.node for sink in sinks]
+        open_ += [sink.condition.node for sink in sinks if isinstance(sink, Collect)]
+        needed: set[int] = set()
+        while open_:
+            place = open_.pop()
+            if place not in needed:
+                needed.add(place)
+                op, *args = self.nodes[place]
+                open_ += [] if op in LEAVES else args
+        return needed
 
     def _offset(self) -> Symbol:
         """The element's index, counted from the region's first."""
@@ -257,10 +283,53 @@ class Collect:
         return "collect", self.symbol.node, self.condition.node
 
 
-Sink = Store | Count | Collect
+@dataclass(frozen=True)
+class AddUp:
+    """Add a float64 of each element to its lane (`streaming.sums`)."""
+
+    symbol: Symbol
+    channels: Channels
+
+    @property
+    def key(self) -> Node:
+        """What decides the loop of it: not the channels, which jobs speak of."""
+        return "add_up", self.symbol.node
+
+
+Sink = Store | Count | Collect | AddUp
 """What becomes of the numbers."""
 
 
 def loop_key(trace: Trace, sinks: Sequence[Sink]) -> Node:
     """Equal for traces of which one loop can do the work."""
     return tuple(map(str, trace.inputs)), tuple(trace.nodes), tuple(sink.key for sink in sinks)
+
+
+def only_needed(trace: Trace, sinks: Sequence[Sink]) -> tuple[Trace, list[Sink], list[int]]:
+    """A trace of the nodes that sinks depend on, and of at least one input: what is asked of one model after the other is one loop.
+
+    Returns: the trace, the sinks in it, and the slots that its inputs had.
+    """
+    kept = sorted(trace.nodes_of(sinks))
+    slots = [trace.nodes[place][1] for place in kept if trace.nodes[place][0] == "input"]
+    if not slots:
+        kept, slots = sorted([0, *kept]), [0]
+    numbers = {place: number for number, place in enumerate(kept)}
+    less = copy.copy(trace)
+    less.inputs = tuple(trace.inputs[slot] for slot in slots)
+    less.types = [trace.types[place] for place in kept]
+    less.nodes = []
+    for op, *args in (trace.nodes[place] for place in kept):
+        known = [slots.index(args[0])] if op == "input" else args if op in LEAVES else [numbers[arg] for arg in args]
+        less.nodes.append((op, *known))
+
+    def moved(symbol: Symbol) -> Symbol:
+        return Symbol(less, numbers[symbol.node], symbol.type)
+
+    found: list[Sink] = [
+        Collect(moved(sink.symbol), moved(sink.condition))
+        if isinstance(sink, Collect)
+        else replace(sink, symbol=moved(sink.symbol))
+        for sink in sinks
+    ]
+    return less, found, slots

@@ -148,7 +148,6 @@ def test_the_first_read_of_a_loop_is_seen(tmp_path):
         "from streaming.trace import NOT_READ, Store, Trace\n"
         "trace = Trace([torch.float32], has_base=False, is_delta=False)\n"
         "text = lambda: write_loop(trace, [Store(trace.models[0], torch.float32)])\n"
-        "COMPILER.get_now('a loop', text)\n"
         "assert COMPILER.get('a loop', text)(0, 0, 0) == NOT_READ\n"
     )
     done = observed("first_byte", [str(program)])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,9 @@ from merging.methods.trim import Trim
 from merging.randomness import drop
 from merging.recipe_flags import make_recipe
 from streaming import fused
-from streaming.blocks import Block, Region, TensorSpec
-from streaming.elements import Element, Formula, Number, Tensors, lerp, magnitude_bits, where
-from streaming.fused import TensorLoop
+from streaming.blocks import GRID_ELEMENTS, Block, Region, TensorSpec, tile
+from streaming.elements import Element, Formula, Number, Question, Tensors, answer, lerp, magnitude_bits, where
+from streaming.fused import Asking, TensorLoop
 from streaming.loops import write_loop
 from streaming.machine_code import Compiler, can_compile
 from streaming.output import RunOptions
@@ -75,7 +75,6 @@ def run(
     refs = [TensorRef(source, str(number)) for number in range(len(stored))]
     trace = Trace([one.dtype for one in stored], has_base=True, is_delta=True)
     loop = TensorLoop(spec, refs, trace, [Store(formula(trace), out)])  # type: ignore[arg-type]
-    loop.compile()
     written = torch.empty(region.numel, dtype=out)
     done = loop.run([region], lend, [written])
     flat = [one.flatten().float() for one in stored]
@@ -185,7 +184,6 @@ def test_counting_and_collecting(models):
     wanted = size > trace.integer(1 << 29)
     spec = TensorSpec("w", (10_003,))
     loop = TensorLoop(spec, refs, trace, [Count(last > 0.0), Collect(size, wanted)])  # type: ignore[arg-type]
-    loop.compile()
     room = torch.empty(10_004, dtype=torch.int32)
     for start, stop in ((0, 10_003), (5, 9_000)):
         found = loop.run([Region(spec, start, stop)], lend, [None, room])
@@ -194,6 +192,73 @@ def test_counting_and_collecting(models):
         magnitudes = magnitude_bits(expected)
         assert found[0, 0] == int((expected > 0).sum())
         assert torch.equal(room[: found[0, 1]], magnitudes[magnitudes > 1 << 29])
+
+
+SUMMED = [*SHAPES, (1030, 4), (70, 3, 3), (2, 40, 130), (3, 9001), (200_001,), (2, 90_001), (150, 1024)]
+
+
+@pytest.mark.parametrize("shape", SUMMED)
+@pytest.mark.parametrize("channels", ["tensor", "rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums(shape, channels, dtype):
+    """Of regions of every kind, several at a time; against exact sums too."""
+    stored = inputs(shape, dtype)
+    source = InMemory({str(number): one for number, one in enumerate(stored)})
+    base, *models = [TensorRef(source, str(number)) for number in range(len(stored))]
+    spec = TensorSpec("w", tuple(shape))
+
+    def question(x: Element) -> Question:
+        sizes = [one.double() for one in x.models]
+        mean = (sizes[0] + sizes[1] + sizes[2]) / 3.0
+        return Question(
+            [x.base > 0.0], sums=[sizes[0] * sizes[1], mean.float().double(), -1.0 * x.base.double()], channels=channels
+        )
+
+    asking = Asking(spec, base, models, question, is_delta=True)
+    flat = [one.flatten().float() for one in stored]
+    for most in (GRID_ELEMENTS, 1001):
+        cut = list(tile(spec, most))[:300]
+        found = asking.answers(cut, lend)
+        assert found is not None
+        for region, by_loop in zip(cut, found, strict=True):
+            first, *others = [one[region.start : region.stop] for one in flat]
+            block = Block(region, first, [one - first for one in others], [])
+            asked = question(Tensors(block))
+            by_torch = answer(asked, region)
+            assert (by_loop.counts, by_loop.region) == (by_torch.counts, region)
+            assert by_loop.sums.tobytes() == by_torch.sums.tobytes()
+            exact = torch.stack([one.view(region.shape) for one in asked.sums])
+            dims = {"tensor": (1, 2, 3), "rows": (3,), "columns": (2,)}[channels]
+            expected, sizes = exact.sum(dims, keepdim=True), exact.abs().sum(dims, keepdim=True)
+            assert by_loop.sums.shape == expected.shape
+            assert bool(((torch.from_numpy(by_loop.sums) - expected).abs() <= sizes * 1e-13).all())
+
+
+def test_what_is_asked_of_one_model_is_one_loop_that_reads_no_other():
+    stored = inputs((3, 1001), torch.bfloat16)
+    source = InMemory({str(number): one for number, one in enumerate(stored)})
+    base, *models = [TensorRef(source, str(number)) for number in range(len(stored))]
+    region = Region(TensorSpec("w", (3, 1001)), 7, 2_000)
+    read: list[str] = []
+    right = InMemory.read
+    source.read = lambda name, *where: read.append(name) or right(source, name, *where)  # type: ignore[method-assign]
+    keys = set()
+    for model in range(3):
+
+        def question(x: Element, model: int = model) -> Question:
+            vector = x.models[model]
+            return Question([vector > x.number(0.5)], [(x.offset(), vector > 0.0)])
+
+        asking = Asking(region.tensor, base, models, question, is_delta=True)
+        keys.add(asking.loop._key)
+        read.clear()
+        (found,) = asking.answers([region], lend) or []
+        assert read == ["0", str(model + 1)]
+        first, vector = (stored[at].flatten().float()[7:2_000] for at in (0, model + 1))
+        expected = answer(question(Tensors(Block(region, first, [vector - first] * 3, []))), region)
+        assert found.counts == expected.counts
+        assert np.array_equal(found.collected[0], expected.collected[0])
+    assert len(keys) == 1
 
 
 METHODS = [
@@ -285,7 +350,6 @@ def test_a_file_that_ends_early_is_left_to_whoever_can_say_so(tmp_path: Path):
         source.place_in_file = lambda name: (file.fileno(), 0)  # type: ignore[attr-defined]
         trace = Trace([torch.bfloat16], has_base=False, is_delta=False)
         loop = TensorLoop(spec, [TensorRef(source, "w")], trace, [Store(trace.models[0], torch.bfloat16)])  # type: ignore[arg-type]
-        loop.compile()
         out = torch.empty(100, dtype=torch.bfloat16)
         assert loop.run([Region(spec, 0, 75)], lend, [out[:75]]) is not None
         assert loop.run([Region(spec, 0, 100)], lend, [out]) is None
@@ -309,7 +373,6 @@ def test_thinned_task_vectors_are_summed_by_a_loop(name: str, normalize: bool, o
     method = make_method(name, 3, weights=[0.5, -0.3, 0.9], density=0.5, lambda_=0.7, normalize=normalize)
     base, *vectors = inputs((4_003,), torch.float32, odd=odd)
     loop = summing(method, (1.5, 1.0, 0.25), 3)  # type: ignore[arg-type]
-    loop.compile()
     block = Block(Region(TensorSpec("w", (4_003,)), 0, 4_003), base, [], [])
     made = []
     for use in (False, True):
@@ -331,14 +394,15 @@ def test_without_llvm_torch_does_it(tmp_path: Path, monkeypatch):
     merge(recipe, tmp_path / "out", RunOptions(stream=StreamOptions(compiled=True)))
 
 
-def test_what_is_wanted_is_compiled_beside_it_and_what_cannot_be_never_is():
+def test_what_is_wanted_is_compiled_once_and_what_cannot_be_never_is():
     compiler = Compiler()
     assert compiler.get("broken", lambda: "this is not LLVM's language") is None
     trace = Trace([torch.float32], has_base=False, is_delta=False)
     text = write_loop(trace, [Store(trace.models[0], torch.float32)])  # type: ignore[arg-type]
-    assert compiler.get("right", lambda: text) is None
-    (thread,) = [one for one in threading.enumerate() if one.name == "compiler" and one is compiler.thread]
-    compiler.stop()
-    thread.join()
-    assert compiler.get("right", lambda: text) is not None
+    written: list[str] = []
+    with ThreadPoolExecutor(4) as pool:
+        loops = list(pool.map(lambda _: compiler.get("right", lambda: written.append(text) or text), range(4)))
+    assert len(written) == 1
+    assert loops[0] is not None
+    assert all(loop is loops[0] for loop in loops)
     assert compiler.get("broken", lambda: text) is None

@@ -212,7 +212,7 @@ def check_trim(vectors: Sequence[torch.Tensor], densities: Sequence[float], cut:
         wrong = int((got != expected).sum())
         assert wrong == 0, f"density {density}: {wrong} of {d.numel()} elements are kept or dropped wrongly"
     for regions in memory.scans:
-        assert all(region.numel <= trim.BLOCK_ELEMENTS for region in regions)
+        assert all(region.numel <= trim.GRID_ELEMENTS for region in regions)
     return memory
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from aim import sums
 from merging import randomness
 from merging.merge_work import merge
-from merging.methods import della, widen
+from merging.methods import della
 from merging.recipe_flags import make_recipe
 from streaming import stream
 from streaming.twins import TWINS, Twins, compile_all, use_compiled
@@ -89,11 +89,11 @@ def test_all_twins_are_compiled_and_tested_here():
     known = TWINS.compiled.keys()
     assert known == {
         *(("streaming.kernels", name) for name in ("load", "round_to")),
-        *(("merging.kernels", name) for name in ("drop_by_rank_", "sum_products")),
+        ("merging.kernels", "drop_by_rank_"),
         ("aim.kernels", "add_rows"),
     }  # fmt: skip
     for module, name in known:
-        plain = next(getattr(place, name) for place in (stream, widen, della, sums) if hasattr(place, name))
+        plain = next(getattr(place, name) for place in (stream, della, sums) if hasattr(place, name))
         parameters = [list(inspect.signature(one).parameters.values()) for one in (plain, TWINS.compiled[module, name])]
         assert [one.kind for one in parameters[0]] == [one.kind for one in parameters[1]]
 
@@ -148,21 +148,6 @@ def test_every_bfloat16_and_every_tie_is_rounded_alike():
         check(stream.round_to, values, torch.bfloat16)
         check(stream.round_to, values[values.isfinite()], torch.bfloat16)
     assert stream.round_to(values[:10], torch.bfloat16)[1]
-
-
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (1, 7, 130), (3, 5, 64), (2, 33, 1), (1, 1, 200), (4, 64, 65), (1, 130, 3)]
-)
-@pytest.mark.parametrize("odd", [False, True])
-def test_channels(shape, odd):
-    count = math.prod(shape)
-    one, other = (numbers(count, seed, odd=odd).view(shape) for seed in (1, 2))
-    for dim in (-2, -1):
-        check(widen.sum_products, one, other, dim)
-        check(widen.sum_products, one, one, dim)
-        torch.testing.assert_close(
-            widen.sum_products(one, other, dim), (one.double() * other.double()).sum(dim), equal_nan=True
-        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -261,7 +246,7 @@ def test_without_numba(monkeypatch):
 @pytest.mark.parametrize(("worth", "expected"), [(1, True), (10**9, False)])
 def test_large_merges_are_compiled(tmp_path, monkeypatch, worth, expected):
     started = []
-    monkeypatch.setattr(stream, "WORTH_COMPILING", worth)
+    monkeypatch.setattr(stream, "WORTH_TWINS", worth)
     monkeypatch.setattr(stream, "compiling", lambda: started.append(True) or contextlib.nullcontext())
     family = make_family(tmp_path, "llama")
     merge(make_recipe("linear", str(family.base), str(family.models[0])), tmp_path / "out")

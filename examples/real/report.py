@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from examples.real.statistics import mean
 from reports.figures import STYLE, save, subplots
 
 SHOWN = 0.4
+CUT = 2.5
+"""Times the largest difference of a rule, beyond which a control's bar is cut off."""
 """Nats above the best that a curve is drawn for."""
 
 
@@ -133,16 +136,18 @@ def _points(found: Comparison, key: str) -> dict[str, dict[float, float]]:
 
 def _curve_figure(lines: dict[str, dict[float, float]], key: str) -> Any:
     """A line for each rule."""
-    figure, (axes,) = subplots(1, columns=1, size=(6.4, 4.2))
+    figure, (axes,) = subplots(1, columns=1, size=(8.4, 4.2))
     least = min(min(points.values()) for points in lines.values())
+    markers = itertools.cycle("os^vD<>Px")
     for rule, points in lines.items():
         xs = sorted(points)
         style = "--" if "control" in rule else "-"
-        axes.plot(xs, [points[x] for x in xs], linestyle=style, marker="o", markersize=3, label=rule)
+        axes.plot(xs, [points[x] for x in xs], linestyle=style, marker=next(markers), markersize=4, label=rule)
     axes.set(xlabel=key, ylabel="validation loss (nats per answer token)")
-    axes.set_ylim(least - 0.05 * SHOWN, least + SHOWN)  # what is far off is cut off
+    shown = min(SHOWN, max(max(points.values()) for points in lines.values()) - least)  # what is far off is cut off
+    axes.set_ylim(least - 0.05 * shown, least + 1.05 * shown)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6 if len(lines) > 8 else 8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     return figure
 
 
@@ -151,10 +156,24 @@ def _difference_figure(found: Comparison) -> Any:
     rows = [row for row in found.rows if row.choice and row.minus_reference.stderr]
     figure, (axes,) = subplots(1, columns=1, size=(6.4, 0.6 + 0.36 * len(rows)))
     places = range(len(rows))
-    colours = ["#7f7f7f" if "control" in row.name else "#1f77b4" for row in rows]
+    is_rule = ["control" not in row.name for row in rows]
     values = [row.minus_reference.value for row in rows]
     reach = [1.96 * row.minus_reference.stderr for row in rows]
-    axes.barh(places, values, xerr=reach, color=colours, error_kw={"elinewidth": 0.8, "capsize": 2})
+    cut = CUT * max(abs(value) for value, rule in zip(values, is_rule, strict=True) if rule)
+    for label, colour, wanted in (("rule", "#1f77b4", True), ("control", "#7f7f7f", False)):
+        own = [place for place in places if is_rule[place] is wanted]
+        axes.barh(
+            own,
+            [min(values[place], cut) for place in own],
+            xerr=[reach[place] if values[place] < cut else 0 for place in own],
+            color=colour,
+            error_kw={"elinewidth": 0.8, "capsize": 2},
+            label=label,
+        )
+    for place in places:
+        if values[place] >= cut:
+            axes.text(cut, place, f"{values[place]:+.2f} ", ha="right", va="center", color="white", fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
     axes.set_yticks(places, [f"{row.name}\n{_cells(row)[1]}" for row in rows], fontsize=7)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)

@@ -3,53 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 
-from streaming.blocks import Block, Region, Scan, TensorSpec
-from streaming.elements import Element, Number
-
-Channels = Literal["tensor", "rows", "columns"]
-"""What one scalar product runs over: everything, each row, or each column. A vector is one row, and one column too."""
+from streaming.blocks import GRID_ELEMENTS, Region, Scan, TensorSpec, tile
+from streaming.elements import Element, Number, Question, ask
+from streaming.sums import Channels
 
 
 def measure_gram(
-    tensor: TensorSpec, scan: Scan, vectors: Callable[[Block], Sequence[torch.Tensor]], channels: Channels = "tensor"
+    tensor: TensorSpec, scan: Scan, vectors: Callable[[Element], Sequence[Number]], channels: Channels = "tensor"
 ) -> torch.Tensor:
     """Scalar products of every pair of `vectors`.
 
     Args:
         tensor: of at least one element.
-        vectors: the v numbers to multiply at each element of a block, `[n]` float32 each.
+        vectors: the v numbers of an element that are multiplied.
+        channels: what one product runs over. A vector is one row, and one column too.
 
     Returns: `[v, v, matrices, rows, columns]` float64 on the CPU; a dimension that the products run over is 1 long.
     """
-    shape = channel_shape(tensor, channels)
+
+    def products(x: Element) -> Sequence[Number]:
+        doubles = [one.double() for one in vectors(x)]
+        return [one * other for place, one in enumerate(doubles) for other in doubles[place:]]
+
+    sums = measure_sums(tensor, scan, products, channels)
+    count = int((2 * len(sums)) ** 0.5)  # of v vectors, which have v (v + 1) / 2 products
+    first, second = torch.triu_indices(count, count)
+    gram = sums.new_empty(count, count, *sums.shape[1:])
+    gram[first, second] = gram[second, first] = sums
+    return gram
+
+
+def measure_sums(
+    tensor: TensorSpec, scan: Scan, numbers: Callable[[Element], Sequence[Number]], channels: Channels = "tensor"
+) -> torch.Tensor:
+    """Sums of numbers of the elements, in one reading: those of the blocks of the fixed grid, in order, in each that of `streaming.sums`.
+
+    Args:
+        tensor: of at least one element.
+        numbers: what is added up, float64.
+        channels: what one sum runs over. A vector is one row, and one column too.
+
+    Returns: `[sums, matrices, rows, columns]` float64 on the CPU; a dimension that the sums run over is 1 long.
+    """
+    over: Channels = "tensor" if tensor.is_vector else channels
+    shape = {
+        "tensor": (1, 1, 1),
+        "rows": (tensor.matrices, tensor.rows, 1),
+        "columns": (tensor.matrices, 1, tensor.columns),
+    }[over]
     total: torch.Tensor | None = None
-
-    def products(block: Block) -> tuple[Region, torch.Tensor]:
-        stack = torch.stack([block.region.as_stack(values) for values in vectors(block)]).double()
-        if shape == (1, 1, 1):
-            flat = stack.flatten(1)
-            return block.region, (flat @ flat.T)[:, :, None, None, None].cpu()
-        dim = -1 if shape[-1] == 1 else -2
-        pairs = [(vector * stack).sum(dim=dim, keepdim=True) for vector in stack]  # each [v, matrices, rows, columns]
-        return block.region, torch.stack(pairs).cpu()
-
-    for region, partial in scan(products):
+    for found in ask(scan, lambda x: Question(sums=numbers(x), channels=over), list(tile(tensor, GRID_ELEMENTS))):
         if total is None:
-            total = partial.new_zeros(*partial.shape[:2], *shape)
-        total[:, :, *place(region, shape)] += partial
+            total = torch.zeros(len(found.sums), *shape, dtype=torch.float64)
+        total[:, *place(found.region, shape)] += torch.from_numpy(found.sums)
     assert total is not None, "expected a tensor with elements"
     return total
-
-
-def channel_shape(tensor: TensorSpec, channels: Channels) -> tuple[int, int, int]:
-    """Matrices, rows and columns of the channels: (1, 1, 1) for a whole tensor."""
-    if channels == "tensor" or tensor.is_vector:
-        return 1, 1, 1
-    return (tensor.matrices, tensor.rows, 1) if channels == "rows" else (tensor.matrices, 1, tensor.columns)
 
 
 def place(region: Region, shape: Sequence[int]) -> tuple[slice, slice, slice]:

@@ -43,7 +43,7 @@ class Karcher(Elementwise):
         """What each model is multiplied with, `[models, 1, 1, 1]` float64."""
         if not tensor.numel:
             return torch.empty(0)  # no block will ask for it
-        gram = measure_gram(tensor, scan, lambda block: block.weights)[..., 0, 0, 0]
+        gram = measure_gram(tensor, scan, lambda x: x.models)[..., 0, 0, 0]
         return karcher_factors(gram, int(self.max_iter), self.tol).view(-1, 1, 1, 1)
 
     def formula(self, tensor: TensorSpec, statistics: torch.Tensor) -> Formula:

@@ -45,7 +45,7 @@ class ModelStock(Elementwise):
         """t, `[1, matrices, rows, 1]` float64; see `measure_gram`."""
         if not tensor.numel:
             return torch.empty(0)  # no block will ask for it
-        gram = measure_gram(tensor, scan, lambda block: block.task_vectors, "rows" if self.filter_wise else "tensor")
+        gram = measure_gram(tensor, scan, lambda x: x.models, "rows" if self.filter_wise else "tensor")
         norms = [gram[i, i].sqrt() for i in range(len(gram))]
         cosines = [
             (gram[i, j] / (norms[i] * norms[j]).clamp(min=LEAST_NORMS)).clamp(-1, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +12,7 @@ from checkpoints.errors import ArgumentError
 from merging.methods.contract import Elementwise, Method
 from merging.methods.gram import add_scaled, measure_gram
 from merging.parameters import parameter, shared
-from streaming.blocks import Block, Scan, TensorSpec
+from streaming.blocks import Scan, TensorSpec
 from streaming.elements import Element, Formula, Number
 
 
@@ -52,7 +51,7 @@ class MultiSlerp(Elementwise):
         """What each model is multiplied with, `[models, 1, 1, 1]` float64."""
         if not tensor.numel:
             return torch.empty(0)  # no block will ask for it
-        gram = measure_gram(tensor, scan, _vectors)[..., 0, 0, 0]
+        gram = measure_gram(tensor, scan, lambda x: x.models)[..., 0, 0, 0]
         weights = torch.tensor(self.weights, dtype=torch.float64)
         if self.normalize_weights:
             weights = weights / sum(self.weights)
@@ -83,7 +82,3 @@ class MultiSlerpOfWeights(MultiSlerp):
 
     space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
     reads_base: ClassVar[bool] = False
-
-
-def _vectors(block: Block) -> Sequence[torch.Tensor]:
-    return block.task_vectors or block.weights

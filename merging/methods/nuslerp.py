@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,10 +9,11 @@ import torch
 
 from checkpoints.settings import setting
 from merging.methods.contract import Elementwise, Method
-from merging.methods.gram import Channels, add_scaled, measure_gram
+from merging.methods.gram import add_scaled, measure_gram
 from merging.parameters import parameter, shared
-from streaming.blocks import Block, Scan, TensorSpec
+from streaming.blocks import Scan, TensorSpec
 from streaming.elements import Element, Formula, Number
+from streaming.sums import Channels
 
 LEAST_NORM = 1e-7
 LEAST_SUM = 1e-6
@@ -59,7 +59,7 @@ class NuSlerp(Elementwise):
         if not tensor.numel:
             return torch.empty(0)  # no block will ask for it
         channels: Channels = "tensor" if self.flatten else "columns" if self.row_wise else "rows"
-        gram = measure_gram(tensor, scan, _vectors, channels)
+        gram = measure_gram(tensor, scan, lambda x: x.models, channels)
         first, second = (gram[i, i].sqrt().clamp_(min=LEAST_NORM) for i in (0, 1))
         angle = (gram[0, 1] / (first * second)).clamp_(-1, 1).arccos()
         total = sum(self.weights)
@@ -89,7 +89,3 @@ class NuSlerpOfWeights(NuSlerp):
 
     space: ClassVar[Literal["task_vectors", "weights"]] = "weights"
     reads_base: ClassVar[bool] = False
-
-
-def _vectors(block: Block) -> Sequence[torch.Tensor]:
-    return block.task_vectors or block.weights

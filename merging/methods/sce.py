@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from merging.methods.contract import Elementwise
+from merging.methods.gram import measure_sums
 from merging.methods.signs import elect_sign, sum_agreeing
 from merging.methods.trim import Trim, measure_largest
 from merging.parameters import parameter
-from streaming.blocks import Block, Scan, TensorSpec
-from streaming.elements import Element, Formula, Number, Tensors, where
+from streaming.blocks import Scan, TensorSpec
+from streaming.elements import Element, Formula, Number, Question, ask, where
 
 LEAST_SUM = 1e-6
 """mergekit's bound on sums of weights."""
@@ -55,61 +56,55 @@ class Sce(Elementwise):
             return Sizes(None, ())  # no block will ask for it
         trim = None if self.select_topk >= 1.0 else self._select(tensor, scan)
 
-        def squares(block: Block) -> torch.Tensor:
-            select_(block, trim)
-            return torch.stack([values.double().square_().sum() for values in block.task_vectors]).cpu()
+        def squares(x: Element) -> Sequence[Number]:
+            wide = [vector.double() for vector in selected(x, trim)]
+            return [vector * vector for vector in wide]
 
-        means = torch.stack(list(scan(squares))).sum(dim=0) / tensor.numel
+        means = measure_sums(tensor, scan, squares).flatten() / tensor.numel
         total = float(means.sum())
         shares = means / total if total >= LEAST_SUM else torch.full_like(means, 1 / len(means))
         return Sizes(trim, tuple(shares.tolist()))
 
     def _select(self, tensor: TensorSpec, scan: Scan) -> Trim:
-        changed = sum(scan(lambda block: int(variance(block.task_vectors).count_nonzero())))
-
-        def of_variance(measure: Any, regions: Any = None) -> Any:
-            return scan(lambda block: measure(replace(block, task_vectors=[variance(block.task_vectors)])), regions)
-
-        (trim,) = measure_largest(tensor, of_variance, [int(self.select_topk * changed)])
+        changed = sum(found.counts[0] for found in ask(scan, lambda x: Question([variance(x.models) != 0.0])))
+        (trim,) = measure_largest(
+            tensor, scan, [int(self.select_topk * changed)], values=lambda x: [variance(x.models)]
+        )
         return trim
 
-    def formula(self, tensor: TensorSpec, statistics: Sizes) -> Formula | None:
-        """See `Elementwise.formula`; variances are no numbers of float32."""
-        return self._elected(statistics.weights) if statistics.trim is None else None
-
-    def combine(self, block: Block, statistics: Sizes) -> torch.Tensor:
-        """See `Method.combine`."""
-        select_(block, statistics.trim)
-        return self._elected(statistics.weights)(Tensors(block))
-
-    def _elected(self, shares: Sequence[float]) -> Formula:
-        """What is made of the elements that are selected."""
+    def formula(self, tensor: TensorSpec, statistics: Sizes) -> Formula:
+        """See `Elementwise.formula`."""
 
         def merged(x: Element) -> Number:
-            sign, weights, least = elect_sign(x.models), list(map(x.number, shares)), x.number(LEAST_SUM)
-            weighted = [vector * weight for vector, weight in zip(x.models, weights, strict=True)]
-            agreed, divisor = sum_agreeing(weighted, sign, weights)
+            vectors, weights, least = (
+                selected(x, statistics.trim),
+                list(map(x.number, statistics.weights)),
+                x.number(LEAST_SUM),
+            )
+            weighted = [vector * weight for vector, weight in zip(vectors, weights, strict=True)]
+            agreed, divisor = sum_agreeing(weighted, elect_sign(vectors), weights)
             return agreed / where(divisor < least, least, divisor) + x.base
 
         return merged
 
 
-def variance(task_vectors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Population variance over the models, computed in float64: `[n]` float32 each -> `[n]` float32."""
-    mean = torch.zeros_like(task_vectors[0], dtype=torch.float64)
-    for values in task_vectors:
-        mean.add_(values)
-    mean.div_(len(task_vectors))
-    total = torch.zeros_like(mean)
-    for values in task_vectors:
-        total.add_((values - mean).square_())
-    return total.div_(len(task_vectors)).float()
+def variance(task_vectors: Sequence[Number]) -> Number:
+    """Population variance over the models, computed in float64 and rounded to float32."""
+    first, *others = (vector.double() for vector in task_vectors)
+    mean = first
+    for vector in others:
+        mean = mean + vector
+    mean = mean / float(len(task_vectors))
+    total = (first - mean) * (first - mean)
+    for vector in others:
+        total = total + (vector - mean) * (vector - mean)
+    return (total / float(len(task_vectors))).float()
 
 
-def select_(block: Block, trim: Trim | None) -> None:
-    """Set to 0, in place, the elements of every task vector that are not selected by variance."""
-    if trim is not None:
-        x, sizes = Tensors(block), variance(block.task_vectors)
-        dropped = where(trim.keeps(x, sizes), sizes, 0.0) == 0
-        for values in block.task_vectors:
-            values.masked_fill_(dropped, 0.0)
+def selected(x: Element, trim: Trim | None) -> Sequence[Number]:
+    """The task vectors' numbers, 0 where the element is not selected by variance."""
+    if trim is None:
+        return x.models
+    size = variance(x.models)
+    is_kept = trim.keeps(x, size) & (size != 0.0)
+    return [where(is_kept, vector, 0.0) for vector in x.models]

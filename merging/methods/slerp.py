@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,7 +10,7 @@ import torch
 from merging.methods.contract import Elementwise
 from merging.methods.gram import add_scaled, measure_gram
 from merging.parameters import REQUIRED, parameter
-from streaming.blocks import Block, Scan, TensorSpec
+from streaming.blocks import Scan, TensorSpec
 from streaming.elements import Formula
 
 COLINEAR = 0.9995
@@ -41,7 +40,7 @@ class Slerp(Elementwise):
         """What base and model are multiplied with, `[2, 1, 1, 1]` float64."""
         if not tensor.numel:
             return torch.empty(0)  # no block will ask for it
-        gram = measure_gram(tensor, scan, _both)
+        gram = measure_gram(tensor, scan, lambda x: [x.base, *x.models])
         norms = gram.diagonal().flatten().sqrt()
         units = torch.where(norms > LEAST_NORM, norms, 1.0)
         cosine = gram[0, 1].flatten() / (units[0] * units[1])
@@ -55,8 +54,3 @@ class Slerp(Elementwise):
     def formula(self, tensor: TensorSpec, statistics: torch.Tensor) -> Formula:
         """See `Elementwise.formula`."""
         return lambda x: add_scaled(x, [x.base, *x.models], statistics)
-
-
-def _both(block: Block) -> Sequence[torch.Tensor]:
-    assert block.base is not None
-    return [block.base, *block.weights]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streaming.blocks import BLOCK_ELEMENTS, GRID_ELEMENTS, Region, Scan, TensorSpec, tile
+from streaming.blocks import GRID_ELEMENTS, Region, Scan, TensorSpec, tile
 from streaming.elements import Element, Number, Question, ask, magnitude_bits
 
 INFINITY_BITS = 0x7F800000
@@ -130,7 +130,7 @@ def measure_largest(
     open_models = [model for model, trim in enumerate(trims) if trim is None]
     if not open_models:
         return tuple(trim for trim in trims if trim is not None)
-    grid = list(tile(tensor, BLOCK_ELEMENTS))
+    grid = list(tile(tensor, GRID_ELEMENTS))
     samples = _take_samples(scan, tensor, {model: kept[model] / n for model in open_models}, kept, values)
     widening = 1
     while samples:

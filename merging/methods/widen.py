@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from merging.methods.contract import Elementwise
+from merging.methods.gram import measure_sums
 from merging.parameters import parameter
-from streaming.blocks import Block, Region, Scan, TensorSpec
-from streaming.elements import Formula, Number
-from streaming.twins import twin
+from streaming.blocks import Block, Scan, TensorSpec
+from streaming.elements import Element, Formula, Number
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,8 @@ class Widen(Elementwise):
         if tensor.is_vector:
             return torch.stack(list(scan(_sum_of_magnitudes))).sum(dim=0) / tensor.numel
         channels = tensor.rows if tensor.is_embedding else tensor.columns
-        sums: torch.Tensor | None = None
-        for region, partial in scan(_channel_sums):
-            if sums is None:
-                sums = partial.new_zeros(partial.shape[0], tensor.matrices, channels)
-            sums[:, *_place(region)] += partial
-        assert sums is not None
-        return self._scores(*_differences(sums))
+        sums = measure_sums(tensor, scan, _products, "rows" if tensor.is_embedding else "columns")
+        return self._scores(*_differences(sums.view(len(sums), tensor.matrices, channels)))
 
     def _scores(self, magnitudes: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
         """S from dm and dd, `[models, matrices, channels]` each."""
@@ -93,47 +88,19 @@ class Widen(Elementwise):
         return list(scores)
 
 
-def _place(region: Region) -> tuple[slice, slice]:
-    """Which matrices and which of their channels a region holds."""
-    return slice(*region.matrix_range), slice(
-        *(region.row_range if region.tensor.is_embedding else region.column_range)
-    )
-
-
 def _sum_of_magnitudes(block: Block) -> torch.Tensor:
     """Sum of |d_i| per model, `[models]` float64."""
     return torch.stack([values.abs().sum(dtype=torch.float64) for values in block.task_vectors])
 
 
-def _channel_sums(block: Block) -> tuple[Region, torch.Tensor]:
-    """Per channel sum b^2, then for each model sum b d_i and sum d_i^2: `[1 + 2 * models, matrices, channels]` float64."""
-    assert block.base is not None
-    dim = -1 if block.region.tensor.is_embedding else -2
-    base = block.region.as_stack(block.base)
-    rows = [sum_products(base, base, dim)]
-    for task_vector in block.task_vectors:
-        values = block.region.as_stack(task_vector)
-        rows += [sum_products(base, values, dim), sum_products(values, values, dim)]
-    return block.region, torch.stack(rows)
-
-
-@twin("merging.kernels")
-def sum_products(left: torch.Tensor, other: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sums of products, in float64 and by halves: the second half of the products is added to the first, and so on.
-
-    Args:
-        left, other: `[matrices, rows, columns]` float32.
-        dim: -2, to sum over rows, or -1, over columns; neither may be empty.
-
-    Returns: `[matrices, columns]` or `[matrices, rows]` float64.
-    """
-    products = left.double() * other.double()
-    while (count := products.shape[dim]) > 1:
-        half = count // 2
-        upper = products.narrow(dim, count - half, half)
-        products = products.narrow(dim, 0, count - half)
-        products.narrow(dim, 0, half).add_(upper)
-    return products.squeeze(dim)
+def _products(x: Element) -> Sequence[Number]:
+    """b^2, then for each model b d_i and d_i^2, in float64."""
+    base = x.base.double()
+    products = [base * base]
+    for vector in x.models:
+        wide = vector.double()
+        products += [base * wide, wide * wide]
+    return products
 
 
 def add_weighed(base: Number, vectors: Sequence[Number], scores: Sequence[Number]) -> Number:
@@ -145,7 +112,7 @@ def add_weighed(base: Number, vectors: Sequence[Number], scores: Sequence[Number
 
 
 def _differences(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """dm and dd from the sums of `_channel_sums`, written so that nothing cancels and no change gives exactly 0.
+    """dm and dd from the sums of `_products`, written so that nothing cancels and no change gives exactly 0.
 
     With p = |b|^2, q = b.d, r = |d|^2:  |x|^2 = p + 2q + r  and  b.x = p + q, so
     dm = | |x| - |b| | = |2q + r| / (|x| + |b|)   and   dd = 1 - (p + q) / (|b| |x|) = (p r - q^2) / (|b| |x| (|b| |x| + p + q)).
