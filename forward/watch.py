@@ -93,6 +93,7 @@ class Watch:
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], Use | None]] = {}
         self._modules: dict[int, str] = {}
         self._moving = False
+        self._strange: dict[int, StorageWeakRef] = {}
         self._handles: list[Any] = []
         self._mode: _Mode | None = None
 
@@ -149,6 +150,7 @@ class Watch:
         self._parts.clear()
         self._held.clear()
         self._known.clear()
+        self._strange = {key: reference for key, reference in self._strange.items() if not reference.expired()}
 
     def _forget_expired(self) -> None:
         for key in [key for key, reference in self._held.items() if reference.expired()]:
@@ -164,10 +166,17 @@ class Watch:
         """What a tensor's storage holds of a watched parameter; None for every other tensor."""
         key = int(tensor.untyped_storage()._cdata)
         part = self._parts.get(key)
-        if part is None and self._moving and type(tensor) is nn.Parameter:
+        if part is None and self._moving and type(tensor) is nn.Parameter and not self._is_strange(key):
             self.find_parameters()  # its numbers came to a device when its module began to run
             part = self._parts.get(key)
+            if part is None:  # of another model that runs in step, say: all parameters need not be looked at again
+                self._strange[key] = StorageWeakRef(tensor.untyped_storage())
         return part
+
+    def _is_strange(self, key: int) -> bool:
+        """Whether a storage, which is there still, was found to be none of the model's."""
+        reference = self._strange.get(key)
+        return reference is not None and not reference.expired()
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor) -> None:
         """Note that a tensor is a copy of another, if that is part of a parameter."""

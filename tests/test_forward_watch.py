@@ -189,3 +189,20 @@ def test_input_channels_that_are_several_dimensions(formula: str) -> None:
 def test_what_is_no_use_is_refused(content: Any) -> None:
     with pytest.raises(ValueError, match=r"no use of a parameter|not enough values"):
         Use.of_json(content)
+
+
+def test_a_parameter_of_another_model_is_looked_for_once(monkeypatch: pytest.MonkeyPatch):
+    """Models that run in step see each other's products; where numbers are still to come, each would have all parameters looked at."""
+    own, other = nn.Linear(4, 4, device="meta"), nn.Linear(4, 4)
+    looked: list[int] = []
+    find = Watch.find_parameters
+    monkeypatch.setattr(Watch, "find_parameters", lambda self: looked.append(1) or find(self))
+    seen: list[str] = []
+    with Watch(own, lambda use, x: seen.append(use.parameter), products={"weight"}):
+        for _ in range(5):
+            other(torch.zeros(1, 4))
+        assert len(looked) == 2
+        own.weight = nn.Parameter(torch.zeros(4, 4))
+        own.bias = nn.Parameter(torch.zeros(4))
+        own(torch.zeros(1, 4))
+    assert seen == ["weight"]
