@@ -41,8 +41,8 @@ MAX_ELEMENTS = 1 << 32
 SPARE_LANES = 40
 """Between the lanes of two sums: without, the same lane of each would be in the way of the other in the nearest cache."""
 
-Lend = Callable[[object, int], torch.Tensor]
-"""Number and bytes of one of a thread's buffers -> that buffer, `[bytes]` uint8."""
+Lend = Callable[[object, int, torch.dtype], torch.Tensor]
+"""Number of one of a thread's buffers, elements and their dtype -> that buffer, `[elements]`."""
 
 PREAD = address_of_pread()
 
@@ -119,13 +119,15 @@ class TensorLoop:
         for slot, (ref, place) in enumerate(zip(self._refs, self._places, strict=True)):
             if place is None:
                 raw = [
-                    ref.read(region.start, region.stop, lend(("raw", slot, at), region.numel * 8)).contiguous()
+                    ref.read(
+                        region.start, region.stop, lend(("raw", slot, at), region.numel * 8, torch.uint8)
+                    ).contiguous()
                     for at, region in enumerate(regions)
                 ]
                 columns += [-1, 0, [values.data_ptr() for values in raw]]
                 held.append(raw)
             else:
-                buffer = lend(("piece", slot), PIECE_ELEMENTS * ref.info.dtype.itemsize)
+                buffer = lend(("piece", slot), PIECE_ELEMENTS, ref.info.dtype)
                 columns += [*place, buffer.data_ptr()]
         for sink, output in zip(self._sinks, outputs, strict=True):
             if output is None:
@@ -223,7 +225,7 @@ class Fusion:
 
     def look(self, region: Region, lend: Lend, outputs: Sequence[torch.Tensor]) -> Seen | None:
         """Merge a region into outputs, as `plain.run` does, and give its numbers; None as there."""
-        numbers = [lend(("seen", at), region.numel * 4).view(torch.float32) for at in range(self._shown)]
+        numbers = [lend(("seen", at), region.numel, torch.float32) for at in range(self._shown)]
         counts = self.seen.run([region], lend, [*[None] * self._counted, *outputs, *numbers])
         if counts is None:
             return None
@@ -284,14 +286,18 @@ class Asking:
     def answers(self, regions: Sequence[Region], lend: Lend) -> list[Answer] | None:
         """What some regions say; None as in `TensorLoop.run`. Arrays are copies."""
         rooms = [region.numel + 1 for region in regions]
-        collected = [lend(("collected", at), 4 * sum(rooms)).view(torch.int32) for at in range(self._collected)]
-        stored = [lend(("stored", at), 4 * (sum(rooms) - len(rooms))).view(torch.int32) for at in range(self._stored)]
+        collected = [lend(("collected", at), sum(rooms), torch.int32) for at in range(self._collected)]
+        stored = [lend(("stored", at), sum(rooms) - len(rooms), torch.int32) for at in range(self._stored)]
         lanes = [lanes_of(region, self._channels) for region in regions] if self.adds_up else []
-        dealt = self._room(lanes, lend)
-        found = self.loop.run(regions, lend, [*[None] * self._counts, *collected, *stored, *dealt])
+        dealt = self._room(lanes, lend) if self.adds_up else None
+        found = self.loop.run(
+            regions, lend, [*[None] * self._counts, *collected, *stored, *([] if dealt is None else dealt)]
+        )
         if found is None:
             return None
-        sums = self._sums(regions, lanes, dealt)
+        sums = [np.empty(0)] * len(regions)
+        if dealt is not None:
+            sums = fold_regions(dealt.numpy(), lanes, regions, self._channels)
         arrays = [values.numpy() for values in collected], [values.numpy() for values in stored]
         answers = []
         begin = 0
@@ -309,13 +315,7 @@ class Asking:
     def _room(self, lanes: Sequence[Lanes], lend: Lend) -> torch.Tensor:
         """Where lanes add up: `[sums, lanes]` float64, zeros."""
         count = SPARE_LANES + sum(one.groups * one.total for one in lanes)
-        return lend("lanes", 8 * self._added * count).view(torch.float64).view(self._added, count).zero_()
-
-    def _sums(self, regions: Sequence[Region], lanes: Sequence[Lanes], dealt: torch.Tensor) -> list[np.ndarray]:
-        """The sums of each region."""
-        if not self.adds_up:
-            return [np.empty(0)] * len(regions)
-        return fold_regions(dealt.numpy(), lanes, regions, self._channels)
+        return lend("lanes", self._added * count, torch.float64).view(self._added, count).zero_()
 
 
 class Loading:
@@ -343,7 +343,7 @@ class Loading:
 
     def block(self, region: Region, lend: Lend) -> Block | None:
         """A block in a thread's buffers; None as in `TensorLoop.run`."""
-        numbers = [lend(("loaded", at), region.numel * 4).view(torch.float32) for at in range(self._count)]
+        numbers = [lend(("loaded", at), region.numel, torch.float32) for at in range(self._count)]
         if self.loop.run([region], lend, numbers) is None:
             return None
         base = numbers.pop(0) if self._has_base else None

@@ -450,7 +450,7 @@ class _Stream:
         assert tensor.method is not None
         if tensor.method.space == "task_vectors":
             self._look_for_changes(tensor, region)
-        results = [self._numbers(("result", at), region.numel, fusion.dtype) for at in range(len(self._outputs))]
+        results = [self._lend(("result", at), region.numel, fusion.dtype) for at in range(len(self._outputs))]
         observed = self._observer.sampled(region) if self._observer else ()
         tallied = sample_of(region) if any(fusion.changes) else []
         position = 0
@@ -563,15 +563,13 @@ class _Stream:
             self.changed.add(model)
         return values
 
-    def _numbers(self, key: object, count: int, dtype: torch.dtype) -> torch.Tensor:
+    def _lend(self, key: object, count: int, dtype: torch.dtype) -> torch.Tensor:
         """A buffer of this thread's as numbers: `[count]`. Kept as such: each call into torch is a turn of Python's lock."""
-        known: dict[object, torch.Tensor] = self._local.__dict__.setdefault("numbers", {})
-        if (key, count, dtype) not in known:
-            known[key, count, dtype] = self._lend(key, count * dtype.itemsize).view(dtype)
-        return known[key, count, dtype]
-
-    def _lend(self, key: object, nbytes: int) -> torch.Tensor:
-        return self._buffer(key, nbytes)
+        known: dict[object, tuple[int, torch.dtype, torch.Tensor]] = self._local.__dict__.setdefault("numbers", {})
+        last = known.get(key)
+        if last is None or last[:2] != (count, dtype):
+            last = known[key] = count, dtype, self._buffer(key, count * dtype.itemsize).view(dtype)
+        return last[2]
 
     def _buffer(
         self, key: object, nbytes: int, device: torch.device = torch.device("cpu"), *, pinned: bool = False

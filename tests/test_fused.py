@@ -51,8 +51,8 @@ class InMemory:
         return self._stored[name].flatten()[start:stop]
 
 
-def lend(key: object, nbytes: int) -> Tensor:
-    return torch.empty(nbytes, dtype=torch.uint8)
+def lend(key: object, count: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(count, dtype=dtype)
 
 
 def inputs(shape: Sequence[int], dtype: torch.dtype, count: int = 4, *, odd: bool = False) -> list[Tensor]:
