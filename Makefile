@@ -52,7 +52,7 @@ real: real-base  ## a real model: three experts trained, merged in every way and
 real-quick: real-base  ## the same with adapters that are there, and fewer documents and merges (3 minutes on two idle cores)
 	PYTHONPATH=. $(PY) -m examples.real.run --quick $(REAL_ARGS)
 
-real-options: real-base  ## RegMean's options, Iso-C, WUDI and prototypes with the experts of make real, on validation
+real-options: real-base  ## Iso-C, WUDI, AIM on TIES, RegMean's options and prototypes with the experts of make real (half an hour on two idle cores)
 	$(REAL_RUN) --options
 
 real-full: real-base  ## all rules and controls, fine grids, pairs, overtrained experts, two seeds (many hours; REAL_ARGS="--device cuda --processes 4")

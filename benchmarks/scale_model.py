@@ -6,12 +6,12 @@
 
 A run is taken apart into what scales in its own way:
 
-    seconds = start + processor seconds a byte * bytes / (nodes * cores) + bytes read / read rate + bytes written / write rate
+    seconds = start + max(processor seconds a byte * bytes / (nodes * cores), bytes read / read rate + bytes written / write rate)
 
 Processor seconds a byte are those of the run in one thread, for each method; the disk's rates those of a node, together no more than the
-shared file system gives. Reading counts where inputs are cold. Nothing overlaps in this sum, which a real run does in part, so that it is
-an upper bound where the disk is no bottleneck. A tensor that is measured stays whole: no share is smaller than the largest one.
-`--check` compares the sum with every other measured point, with the rates of this machine's disk measured now, and ends with exit code 1
+shared file system gives. Reading counts where inputs are cold. Reading ahead and flushing go on while blocks are merged, so that the slower
+of the two sides counts. A tensor that is measured stays whole: no share is smaller than the largest one.
+`--check` compares this with every other measured point, with the rates of this machine's disk measured now, and ends with exit code 1
 where one is more than 20 % off.
 """
 
@@ -103,7 +103,8 @@ def predict(
     share = max(1 / processes, largest)
     compute = cost.seconds_per_byte * (read + written) * share / threads
     reading = read / min(processes * rates.read, rates.shared)
-    return cost.start_s + compute + reading + written / min(processes * rates.write, rates.shared)
+    writing = written / min(processes * rates.write, rates.shared)
+    return cost.start_s + max(compute, reading + writing)
 
 
 def costs_of(points: Sequence[Mapping[str, Any]]) -> dict[str, Cost]:

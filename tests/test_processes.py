@@ -722,13 +722,16 @@ def test_the_kubernetes_job_runs(place: Path):
 def test_the_scale_model_adds_up():
     cost = scale_model.Cost(1e-9, 2.0, measures=True)
     rates = scale_model.Rates(read=1e9, write=5e8, shared=4e9)
-    # 2 s, (8 + 2) s of one thread, 8 s of reading, 4 s of writing
-    assert scale_model.predict(cost, rates, 8e9, 2e9, 1, 1) == pytest.approx(2 + 10 + 8 + 4)
+    # 2 s, beside (8 + 2) s of one thread 8 s of reading and 4 s of writing
+    assert scale_model.predict(cost, rates, 8e9, 2e9, 1, 1) == pytest.approx(2 + 12)
+    # a disk that takes no time
+    assert scale_model.predict(cost, scale_model.Rates(1e99, 1e99), 8e9, 2e9, 1, 4) == pytest.approx(2 + 10 / 4)
     # four nodes of two threads; reading at 4 GB/s, writing at 2
-    assert scale_model.predict(cost, rates, 8e9, 2e9, 4, 2) == pytest.approx(2 + 10 / 8 + 2 + 1)
+    assert scale_model.predict(cost, rates, 8e9, 2e9, 4, 2) == pytest.approx(2 + 2 + 1)
     # sixteen: the shared file system gives no more; half of the work is one tensor
-    assert scale_model.predict(cost, rates, 8e9, 2e9, 16, 2, 0.5) == pytest.approx(2 + 10 * 0.5 / 2 + 2 + 0.5)
-    point = {"method": "ties", "processes": 1, "threads": 1, "bytes_read": 3e9, "bytes_written": 1e9, "seconds": 9.0, "stream_s": 7.0, "cpu_s": 6.0}  # fmt: skip
+    assert scale_model.predict(cost, rates, 8e9, 2e9, 16, 2, 0.5) == pytest.approx(2 + 2 + 0.5)
+    assert scale_model.predict(cost, rates, 8e9, 2e9, 16, 1, 0.5) == pytest.approx(2 + 10 * 0.5)
+    point = {"method": "ties", "processes": 1, "threads": 1, "bytes_read": 3e9, "bytes_written": 1e9, "seconds": 6.5, "stream_s": 4.5, "cpu_s": 6.0}  # fmt: skip
     found = scale_model.costs_of([point, {**point, "method": "dare_ties"}])
     assert found["ties"] == scale_model.Cost(1e-9, 2.0, measures=True)
     assert not found["dare_ties"].measures
