@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from checkpoints.errors import ArgumentError
 from checkpoints.settings import setting
-from commands.shell import Group, Parser
+from commands.command_line import Group, Parser
 
 if TYPE_CHECKING:
     from aim.reading import Given

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING
 from checkpoints.problems import Problems
 from checkpoints.screen import say
 from commands import shell
+from commands.command_line import Parser
 
 if TYPE_CHECKING:
     from reports.entries import Entry
 
 
-def build_parser() -> shell.Parser:
+def build_parser() -> Parser:
     """The flags of compare_models.py."""
-    parser = shell.Parser(prog="compare_models.py", description=__doc__)
+    parser = Parser(prog="compare_models.py", description=__doc__)
     what = parser.add_argument_group("what to compare")
     what.add_argument("files", common=True, nargs="+", metavar="FILE", help="results of evaluate_model.py (.json), of merges and of the models that were merged; or a table of scores in percent (.csv)")  # fmt: skip
     what.add_argument("--population", common=True, metavar="A,B", help="the models that HV gain is measured against: their names, or a column of the CSV that names them (default: the models that were merged)")  # fmt: skip

@@ -16,12 +16,13 @@ from checkpoints.errors import ArgumentError
 from checkpoints.screen import say
 from checkpoints.settings import shown
 from commands import shell
+from commands.command_line import Parser, show_flag
 from evaluation.benchmarks import MATHS, PAPER
 
 
-def build_parser() -> shell.Parser:
+def build_parser() -> Parser:
     """The flags of evaluate_model.py."""
-    parser = shell.Parser(prog="evaluate_model.py", description=__doc__)
+    parser = Parser(prog="evaluate_model.py", description=__doc__)
     what = parser.add_argument_group("what to evaluate")
     what.add_argument("--model", common=True, metavar="MODEL", help="a folder, a hub name or NAME@REVISION")
     what.add_argument(
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
     prepared = prepare(make_request(**flags, command=command))
     if not arguments.quiet:
         for note in prepared.notes:
-            say(f"note: {shown(note, shell.show_flag)}")
+            say(f"note: {shown(note, show_flag)}")
     outcome = run_prepared(prepared)
     if not arguments.quiet:
         print(format_table(outcome.results))

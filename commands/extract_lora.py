@@ -16,6 +16,7 @@ from checkpoints.errors import ArgumentError
 from checkpoints.problems import Problems
 from checkpoints.settings import setting, shown
 from commands import shell
+from commands.command_line import Parser, parse_choice, parse_save_path, positive, show_flag
 
 if TYPE_CHECKING:
     from adapters.extraction import Extraction, ExtractOptions
@@ -25,16 +26,16 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def build_parser() -> shell.Parser:
+def build_parser() -> Parser:
     """The flags of extract_lora.py."""
-    parser = shell.Parser(prog="extract_lora.py", description=__doc__)
+    parser = Parser(prog="extract_lora.py", description=__doc__)
     what = parser.add_argument_group("what to extract")
     what.add_argument("--model", required=True, metavar="MODEL", help="the fine-tuned model: a folder, a hub name or NAME@REVISION")  # fmt: skip
     what.add_argument(
         "--base_model", required=True, metavar="MODEL", help="what it was fine-tuned from; the adapter goes on this"
     )
     what.add_argument("--save_path", required=True, metavar="FOLDER", help="the adapter; appears when it is complete")
-    what.add_argument("--rank", common=True, type=shell.positive, metavar="N", help="directions kept of each matrix at most (default 16, with --energy none)")  # fmt: skip
+    what.add_argument("--rank", common=True, type=positive, metavar="N", help="directions kept of each matrix at most (default 16, with --energy none)")  # fmt: skip
     what.add_argument("--energy", common=True, type=float, metavar="E", help="keep as many directions of each matrix as hold this share of the squares of its change, such as 0.95")  # fmt: skip
     what.add_argument("--modules_to_save", common=True, metavar="A,B", help="modules that are stored whole where they changed, by the ends of their names, such as embed_tokens,norm; bias for all biases; all for everything that is no matrix product (default: none; what is lost is reported)")  # fmt: skip
     what.add_argument("--dtype", common=True, default="float32", metavar="DTYPE", help="of the factors: float32 (default), bfloat16 or float16")  # fmt: skip
@@ -79,9 +80,9 @@ def carry_out(extraction: Extraction, upload: Upload | None, arguments: argparse
             print(extraction.complete)
         elif arguments.json:
             plan = extraction.as_json() | ({"push_to_hub": upload.as_json(extraction.inputs)} if upload else {})
-            print(json.dumps(shown(plan, shell.show_flag), indent=2, ensure_ascii=False))
+            print(json.dumps(shown(plan, show_flag), indent=2, ensure_ascii=False))
         else:
-            print(extraction.as_text(shell.show_flag))
+            print(extraction.as_text(show_flag))
             if upload:
                 print(upload.as_text(extraction.inputs))
         return
@@ -105,7 +106,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[LoraC
 
     problems = Problems()
     device = problems.attempt(lambda: shell.parse_device(arguments.device)) or shell.gpu_or_cpu()
-    save_path = problems.attempt(lambda: shell.parse_save_path(arguments.save_path))
+    save_path = problems.attempt(lambda: parse_save_path(arguments.save_path))
     problems.attempt(lambda: shell.check_public(arguments))
     choice = problems.attempt(lambda: read_choice(arguments))
     problems.raise_if_any()
@@ -132,5 +133,5 @@ def read_choice(arguments: argparse.Namespace) -> LoraChoice:
         raise ArgumentError(
             f"{setting('modules_to_save')}: expected names separated by commas, got {arguments.modules_to_save!r}."
         )
-    dtype = FLOAT_DTYPES[shell.parse_choice("out_dtype", arguments.dtype, DTYPES)]
+    dtype = FLOAT_DTYPES[parse_choice("out_dtype", arguments.dtype, DTYPES)]
     return LoraChoice(arguments.rank, arguments.energy, tuple(names), dtype)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from commands.shell import Group, Parser
+from commands.command_line import Group, Parser
 
 COMMANDS = {
     "merge.py": "commands.merge",

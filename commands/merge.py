@@ -25,6 +25,17 @@ from checkpoints.problems import Problems
 from checkpoints.screen import say
 from checkpoints.settings import setting, show_settings
 from commands import aim_flags, shell
+from commands.command_line import (
+    FLAGS,
+    Group,
+    Parser,
+    parse_choice,
+    parse_save_path,
+    parse_yes_or_no,
+    positive,
+    show_flag,
+    whole,
+)
 from merging.methods import METHODS, canonical, get_method, is_outside, parameters_by_key
 from merging.parameters import REQUIRED, Parameter
 
@@ -42,7 +53,7 @@ BY_LOSS = "loss"
 """What `--weights` says for weights by the models' losses on examples."""
 
 
-def build_parser(named: Sequence[str] = ()) -> shell.Parser:
+def build_parser(named: Sequence[str] = ()) -> Parser:
     """The flags of merge.py.
 
     Args:
@@ -51,7 +62,7 @@ def build_parser(named: Sequence[str] = ()) -> shell.Parser:
 
     Raises: ArgumentError: one of them cannot be imported, or its parameters cannot be flags.
     """
-    parser = shell.Parser(prog="merge.py", description=__doc__)
+    parser = Parser(prog="merge.py", description=__doc__)
     what = parser.add_argument_group("what to merge")
     what.add_argument(
         "--method",
@@ -75,14 +86,14 @@ def build_parser(named: Sequence[str] = ()) -> shell.Parser:
     )
     how.add_argument(
         "--seed",
-        type=shell.whole,
+        type=whole,
         metavar="N",
         help=f"{', '.join(name for name, entry in METHODS.items() if entry.draws)}, --control permuted and random: seed of what is drawn (default 0)",
     )
     how.add_argument("--exclude", metavar="REGEX", help="tensors in whose name this is found are taken from the base")
     layout = parser.add_argument_group("vocabulary and head of the output")
     layout.add_argument("--tokenizer_source", metavar="S", help="whose tokenizer and vocabulary: base, union (the base's and the tokens that models add) or one of the models (default: union where a model adds tokens, else base)")  # fmt: skip
-    layout.add_argument("--pad_to_multiple_of", type=shell.positive, metavar="N", help="rows of embedding and head are a multiple of this")  # fmt: skip
+    layout.add_argument("--pad_to_multiple_of", type=positive, metavar="N", help="rows of embedding and head are a multiple of this")  # fmt: skip
     shell.add_layout_flags(layout)
     how.add_argument("--only", metavar="REGEX", help="tensors in whose name this is not found are taken from the base, such as the vision tower's with --only language_model")  # fmt: skip
     aim_flags.add_aim_flags(
@@ -111,7 +122,7 @@ def build_parser(named: Sequence[str] = ()) -> shell.Parser:
     return parser
 
 
-def add_parameter(group: shell.Group, key: str, users: Sequence[tuple[str, Parameter]], *, common: bool) -> None:
+def add_parameter(group: Group, key: str, users: Sequence[tuple[str, Parameter]], *, common: bool) -> None:
     """Add the flag of a recipe key; its help says what each method means by it, and does without.
 
     Raises: ArgumentError: a method outside of this program has a key that is another flag already.
@@ -129,9 +140,9 @@ def add_parameter(group: shell.Group, key: str, users: Sequence[tuple[str, Param
         if len(kinds) != 1:
             raise ValueError("for other methods it is a number where it is a switch here, or the other way round")
         group.add_argument(
-            shell.show_flag(key, None),
+            show_flag(key, None),
             common=common,
-            help=show_settings(text, shell.show_flag).replace("%", "%%"),
+            help=show_settings(text, show_flag).replace("%", "%%"),
             **form,
         )
     except (argparse.ArgumentError, ValueError) as error:
@@ -152,11 +163,11 @@ def default_text(parameter: Parameter) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     named = named_method(sys.argv[1:] if argv is None else argv)
-    parser = shell.Parser(prog="merge.py")
+    parser = Parser(prog="merge.py")
     try:
         parser = build_parser(named)
     except InputError as error:
-        parser.error(str(error.shown(shell.show_flag)))
+        parser.error(str(error.shown(show_flag)))
 
     def body(arguments: argparse.Namespace) -> None:
         check_required(parser, arguments)
@@ -181,7 +192,7 @@ def named_method(argv: Sequence[str]) -> list[str]:
     return named
 
 
-def check_required(parser: shell.Parser, arguments: argparse.Namespace) -> None:
+def check_required(parser: Parser, arguments: argparse.Namespace) -> None:
     """Exit with a message where flags are missing without which nothing is said, before anything heavy is imported."""
     if arguments.verify is not None:
         return
@@ -375,7 +386,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             arguments.method,
             arguments.base_model,
             arguments.models_to_merge,
-            parameters={key: vars(arguments)[shell.FLAGS.get(key, key)] for key in arguments.parameter_keys},
+            parameters={key: vars(arguments)[FLAGS.get(key, key)] for key in arguments.parameter_keys},
             seed=None if seed_is_aims else arguments.seed,
             out_dtype=arguments.dtype,
             exclude=arguments.exclude,
@@ -425,7 +436,7 @@ def given_layout(arguments: argparse.Namespace) -> dict[str, Any]:
         "allow_config_difference",
     )
     given = {key: vars(arguments)[key] for key in keys}
-    given["tie_word_embeddings"] = shell.parse_yes_or_no("tie_word_embeddings", arguments.tie_word_embeddings)
+    given["tie_word_embeddings"] = parse_yes_or_no("tie_word_embeddings", arguments.tie_word_embeddings)
     return {key: value for key, value in given.items() if value is not None}
 
 
@@ -435,7 +446,7 @@ def read_config(arguments: argparse.Namespace) -> Recipe:
 
     problems = Problems()
     for name in ("method", "base_model", "models", "model_data", *arguments.parameter_keys):
-        if vars(arguments)[shell.FLAGS.get(name, name)] is not None:
+        if vars(arguments)[FLAGS.get(name, name)] is not None:
             problems.add(
                 ArgumentError(
                     f"{setting(name)}: {setting('config')} says what to merge. Write it into the file, or leave one out."
@@ -491,7 +502,7 @@ def verify(arguments: argparse.Namespace) -> None:
     """Check the results of an earlier run. Raises InputError: everything that is wrong with them."""
     from streaming.verify import bytes_in, results_in, verify
 
-    folder = shell.parse_save_path(arguments.verify)
+    folder = parse_save_path(arguments.verify)
     for result in results_in(folder):
         with shell.progress_bar("verifying", bytes_in(result), quiet=arguments.quiet) as advance:
             verified = verify(result, trust_remote_code=arguments.trust_remote_code, progress=advance)
@@ -507,4 +518,4 @@ def verify(arguments: argparse.Namespace) -> None:
 
 def read_report(arguments: argparse.Namespace) -> Literal["none", "sample", "full"]:
     """How much the merge report looks at. Raises ArgumentError."""
-    return shell.parse_choice("report", arguments.report, ("none", "sample", "full"))  # type: ignore[return-value]
+    return parse_choice("report", arguments.report, ("none", "sample", "full"))  # type: ignore[return-value]

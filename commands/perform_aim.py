@@ -18,6 +18,7 @@ from checkpoints.errors import ArgumentError
 from checkpoints.problems import Problems
 from checkpoints.settings import setting
 from commands import aim_flags, shell
+from commands.command_line import Parser, parse_yes_or_no, whole
 
 if TYPE_CHECKING:
     from aim.request import AimRequest
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from streaming.output import RunOptions
 
 
-def build_parser() -> shell.Parser:
+def build_parser() -> Parser:
     """The flags of performAIM.py."""
-    parser = shell.Parser(prog="performAIM.py", description=__doc__)
+    parser = Parser(prog="performAIM.py", description=__doc__)
     what = parser.add_argument_group("what to relax")
     what.add_argument("--merged_model", required=True, metavar="MODEL", help="the merge, however it was made: a folder, a hub name or NAME@REVISION, or a LoRA adapter; gives names, tokenizer and side files")  # fmt: skip
     what.add_argument(
@@ -37,7 +38,7 @@ def build_parser() -> shell.Parser:
         "--save_path", required=True, metavar="FOLDER", help="the relaxed checkpoint; appears when it is complete"
     )
     how = aim_flags.add_aim_flags(parser, alone=True, omega_help="0 puts the most active channel back to the base, 1 changes nothing (default 0.4); also by filter, mlp=0.2,self_attn=0.6,0.4: the first that is part of a tensor's name counts, the last number is for the rest")  # fmt: skip
-    how.add_argument("--seed", type=shell.whole, metavar="N", help="of --control permuted and random (default 0)")
+    how.add_argument("--seed", type=whole, metavar="N", help="of --control permuted and random (default 0)")
     shell.add_layout_flags(parser.add_argument_group("vocabulary and head of the output"))
     shell.add_output_flags(parser, dtype_of="the merged model")
     return parser
@@ -120,7 +121,7 @@ def read_layout(arguments: argparse.Namespace) -> Layout:
     """The output's vocabulary, head and tokenizer files. Raises InputError where a flag is wrong."""
     from aim.relax_work import layout_of
 
-    tie = shell.parse_yes_or_no("tie_word_embeddings", arguments.tie_word_embeddings)
+    tie = parse_yes_or_no("tie_word_embeddings", arguments.tie_word_embeddings)
     more = {
         "chat_template": arguments.chat_template,
         "copy_tokenizer_from": arguments.copy_tokenizer_from,

@@ -18,6 +18,7 @@ from checkpoints.errors import ArgumentError
 from checkpoints.problems import Problems
 from checkpoints.settings import setting, shown
 from commands import shell
+from commands.command_line import Parser, parse_choice, parse_save_path, positive, show_flag, whole
 
 if TYPE_CHECKING:
     from search.request import SearchRequest
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 METHODS = "task_arithmetic,ties,dare_ties"
 
 
-def build_parser() -> shell.Parser:
+def build_parser() -> Parser:
     """The flags of tune_merge.py."""
-    parser = shell.Parser(prog="tune_merge.py", description=__doc__)
+    parser = Parser(prog="tune_merge.py", description=__doc__)
     what = parser.add_argument_group("what to search")
     what.add_argument("--config", common=True, metavar="FILE", help="a recipe with free entries, such as lambda: {search: [0.2, 1.2]} or merge_method: {search: [ties, dare_ties]} (docs/tuning.md)")  # fmt: skip
     what.add_argument(
@@ -43,23 +44,23 @@ def build_parser() -> shell.Parser:
     goal.add_argument("--benchmarks", common=True, metavar="A,B", help="tasks that are benchmarks of evaluate_model.py: their items are answered and graded for accuracy, their reference answers have the losses")  # fmt: skip
     goal.add_argument("--data_dir", metavar="FOLDER", help="local copies of the benchmarks' data, as in evaluate_model.py (default: the hub and its cache)")  # fmt: skip
     goal.add_argument("--apply_chat_template", action="store_true", help="wrap prompts of benchmarks in the base's chat template, as in evaluate_model.py")  # fmt: skip
-    goal.add_argument("--math_max_tokens", type=shell.positive, default=1024, metavar="N", help="new tokens for the benchmarks math and gsm8k (default 1024)")  # fmt: skip
+    goal.add_argument("--math_max_tokens", type=positive, default=1024, metavar="N", help="new tokens for the benchmarks math and gsm8k (default 1024)")  # fmt: skip
     goal.add_argument("--goal", common=True, metavar="G", help="loss (mean over tasks; default with --texts), worst (the worst task's loss), hypervolume (gain over the inputs), accuracy (mean over --benchmarks; default without --texts), accuracy:NAME (of one), accuracy_hypervolume; several, such as loss,worst, give a Pareto front")  # fmt: skip
     goal.add_argument("--held_out", type=float, default=0.5, metavar="S", help="share of the texts that nothing is chosen by, split by content (default 0.5)")  # fmt: skip
-    goal.add_argument("--documents", type=shell.positive, default=16, metavar="N", help="texts of a task on either side at most (default 16)")  # fmt: skip
+    goal.add_argument("--documents", type=positive, default=16, metavar="N", help="texts of a task on either side at most (default 16)")  # fmt: skip
     how = parser.add_argument_group("how long, and where to")
-    how.add_argument("--trials", common=True, type=shell.positive, metavar="N", help="finished trials, of all processes and runs together")  # fmt: skip
+    how.add_argument("--trials", common=True, type=positive, metavar="N", help="finished trials, of all processes and runs together")  # fmt: skip
     how.add_argument(
         "--minutes", common=True, type=float, metavar="M", help="of this run; the comparison at the end comes on top"
     )
     how.add_argument("--study", required=True, metavar="FOLDER", help="journal, trials.csv, recipe.yml, report and figures; the same command goes on with it, and several may share it")  # fmt: skip
     how.add_argument("--save_path", common=True, metavar="FOLDER", help="write the best merge as a checkpoint, too")
-    how.add_argument("--seed", type=shell.whole, default=0, metavar="N", help="of what is drawn (default 0)")
+    how.add_argument("--seed", type=whole, default=0, metavar="N", help="of what is drawn (default 0)")
     how.add_argument("--early_stopping", action=argparse.BooleanOptionalAction, default=None, help="give up candidates that fare badly on a quarter or half of the texts (default: with one goal)")  # fmt: skip
     running = parser.add_argument_group("running")
     running.add_argument("--device", default="auto", metavar="DEVICE", help="auto (a GPU where there is one; default), cpu, cuda or cuda:1")  # fmt: skip
     running.add_argument("--mode", default="auto", metavar="M", help="whole (the model in memory), layerwise (one layer of it at a time, merged when its turn comes) or auto (what fits; default)")  # fmt: skip
-    running.add_argument("--workers", type=shell.positive, metavar="N", help="threads for weights (default: one per core)")  # fmt: skip
+    running.add_argument("--workers", type=positive, metavar="N", help="threads for weights (default: one per core)")  # fmt: skip
     shell.add_running_flags(
         running,
         code=shell.OWN_CODE,
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         if arguments.dry_run:
             if arguments.json:
                 prepared.close()
-                print(json.dumps(shown(prepared.as_json(), shell.show_flag), indent=2, ensure_ascii=False))
+                print(json.dumps(shown(prepared.as_json(), show_flag), indent=2, ensure_ascii=False))
             else:
                 print(prepared.as_text())
                 print(time_one(prepared, console))
@@ -109,7 +110,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> SearchReque
     problems = Problems()
     device = problems.attempt(lambda: shell.parse_device(arguments.device)) or shell.gpu_or_cpu()
     folder = problems.attempt(lambda: read_folder(arguments.study))
-    save_path = problems.attempt(lambda: shell.parse_save_path(arguments.save_path)) if arguments.save_path is not None else None  # fmt: skip
+    save_path = problems.attempt(lambda: parse_save_path(arguments.save_path)) if arguments.save_path is not None else None  # fmt: skip
     tree = problems.attempt(lambda: read_tree(arguments))
     texts = problems.attempt(lambda: parse_texts(arguments.texts)) if arguments.texts is not None else {}
     benchmarks = problems.attempt(lambda: read_benchmarks(arguments)) or ()
@@ -121,7 +122,7 @@ def read_flags(arguments: argparse.Namespace, command: list[str]) -> SearchReque
                 f"{setting('early_stopping')}: works with one goal only: of several, there is no one number by which a candidate fares badly. Leave it out."
             )
         )
-    mode: Any = problems.attempt(lambda: shell.parse_choice("mode", arguments.mode, ("auto", "whole", "layerwise")))
+    mode: Any = problems.attempt(lambda: parse_choice("mode", arguments.mode, ("auto", "whole", "layerwise")))
     problems.raise_if_any()
     assert tree is not None
     assert texts is not None

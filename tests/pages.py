@@ -43,7 +43,7 @@ import pytest
 import yaml
 
 from checkpoints.errors import InputError
-from commands.shell import show_flag
+from commands.command_line import show_flag
 from tests import conftest
 from tests.scene import Stream
 from tests.stand_ins import FAMILY, HUB, make_chat, make_hub

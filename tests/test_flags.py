@@ -9,7 +9,7 @@ import pytest
 
 import merge
 from commands import flags_page
-from commands.shell import Parser
+from commands.command_line import Parser
 from tests.scene import call
 
 PARSERS = {name: importlib.import_module(module).build_parser() for name, module in flags_page.COMMANDS.items()}

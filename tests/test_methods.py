@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints.errors import ArgumentError, Refusals
-from commands.shell import show_flag
+from commands.command_line import show_flag
 from merging.methods import METHODS, canonical, get_method
 from merging.methods.outside import lacks
 from merging.parameters import REQUIRED, SAME, Parameter, parameter, shared

@@ -100,7 +100,7 @@ def test_imports_only_point_down():
         "import importlib\nimportlib.import_module('aim.formula')",
         "from reports import tables",
         "import argparse",
-        "from commands.shell import Parser",
+        "from commands.command_line import Parser",
     ],
 )
 def test_imports_check_finds_a_violation(line):

@@ -16,7 +16,8 @@ from aim import AimRequest, Calibration, CalibrationData, Omega, Relaxing, perfo
 from aim.omegas import read_omega, read_omegas
 from aim.reading import agree, make_request, read_section, read_values
 from checkpoints.errors import ArgumentError, InputError
-from commands import aim_flags, shell
+from commands import aim_flags
+from commands.command_line import show_flag
 from commands.merge import build_parser
 from examples import merge_api
 from merging import RunOptions, make_recipe, read_recipe_file
@@ -210,7 +211,7 @@ def test_every_setting_of_aim_has_its_flag():
     parser = performAIM.build_parser()
     flags = {option for action in parser._actions for option in action.option_strings}
     for flag, name in aim_flags.SETTINGS.items():
-        assert shell.show_flag(name, None) == f"--{flag}"
+        assert show_flag(name, None) == f"--{flag}"
         assert f"--{flag}" in flags
 
 
