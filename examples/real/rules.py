@@ -125,10 +125,10 @@ def quick_rules() -> list[Rule]:
     return [rule for rule in rules(QUICK_LAMBDAS) if rule.name in names]
 
 
-def few_rules() -> list[Rule]:
-    """Those that pairs of experts and overtrained ones are merged with in `make real-full`."""
+def few_rules(lambdas: tuple[float, ...]) -> list[Rule]:
+    """Those that pairs of experts and overtrained ones are merged with."""
     names = (REFERENCE, "AIM", "mean input", "RegMean", "TIES")
-    return [rule for rule in rules(ALL_LAMBDAS) if rule.name in names]
+    return [rule for rule in rules(lambdas) if rule.name in names]
 
 
 def all_rules() -> list[Rule]:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from checkpoints.errors import ArgumentError
 from examples.miniature import guarded
@@ -26,6 +26,7 @@ from examples.real import rules
 from examples.real.domains import Split
 from examples.real.rules import Rule
 
+Size = Literal["", "quick", "options", "pairs", "full"]
 FULL: dict[Split, int] = {"val": 12, "test": 24}
 QUICK: dict[Split, int] = {"val": 6, "test": 12}
 """Documents of each domain that are scored."""
@@ -53,17 +54,19 @@ class Study:
     name: str = ""
 
 
-def studies(domains: Sequence[str], *, quick: bool, full: bool, options: bool) -> list[Study]:
+def studies(domains: Sequence[str], size: Size) -> list[Study]:
     """What there is time for."""
-    if quick:
+    pairs = list(combinations(domains, 2)) if len(domains) > 2 else []
+    if size == "quick":
         return [Study(rules.quick_rules())]
-    if options:
+    if size == "options":
         return [Study(rules.option_rules(), name="options")]
-    if not full:
-        return [Study(rules.rules(rules.LAMBDAS))]
-    few = rules.few_rules()
-    pairs = [Study(few, pair) for pair in combinations(domains, 2)] if len(domains) > 2 else []
-    return [Study(rules.all_rules()), *pairs, Study(few, longer=LONGER)]
+    if size == "pairs":
+        return [Study(rules.few_rules(rules.LAMBDAS), pair) for pair in pairs]
+    if size == "full":
+        few = rules.few_rules(rules.ALL_LAMBDAS)
+        return [Study(rules.all_rules()), *(Study(few, pair) for pair in pairs), Study(few, longer=LONGER)]
+    return [Study(rules.rules(rules.LAMBDAS))]
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -87,15 +90,15 @@ def run(arguments: argparse.Namespace) -> None:
         "base_model": arguments.base_model,
         "data": arguments.data,
         "chosen": [name for name in arguments.domains.split(",") if name],
-        "counts": QUICK if arguments.quick else FULL_COUNTS if arguments.full else FULL,
+        "counts": {"quick": QUICK, "full": FULL_COUNTS}.get(arguments.size, FULL),
         "seed": arguments.seed,
-        "adapters": arguments.quick,
+        "adapters": arguments.size == "quick",
         "device": arguments.device,
         "workers": pool.workers if arguments.processes > 1 else None,
     }
     torch.manual_seed(0)
     domains = Workspace(arguments.folder, **settings).domains
-    for study in studies(domains, quick=arguments.quick, full=arguments.full, options=arguments.options):
+    for study in studies(domains, arguments.size):
         space = Workspace(arguments.folder, **settings, pair=study.pair, longer=study.longer)
         print(f"{', '.join(space.domains)}: experts, merges and scores in {space.results}", flush=True)
         found = compare(space, study.rules, pool)
@@ -121,13 +124,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="texts of your own: DOMAIN_train.jsonl, _val and _test, of prompt and answer")  # fmt: skip
     parser.add_argument("--domains", default="", metavar="A,B,C", help="which of them (default: all)")
     parser.add_argument("--seed", type=int, default=1, help="of the trainings (default 1)")
-    parser.add_argument("--quick", action="store_true", help="with the committed adapters, few documents and few rules")
-    parser.add_argument(
-        "--full",
-        action="store_true",
-        help="with all rules, fine grids, more documents, pairs of experts and overtrained ones",
-    )
-    parser.add_argument("--options", action="store_true", help="RegMean's options, methods that know no text, and prototypes, on validation alone")  # fmt: skip
+    sizes = parser.add_mutually_exclusive_group()
+    for size, text in (
+        ("quick", "with the committed adapters, few documents and few rules"),
+        (
+            "options",
+            "RegMean's options, methods that know no text, AIM on TIES, and prototypes, with the experts that are there",
+        ),
+        ("pairs", "pairs of the experts, with few rules"),
+        ("full", "with all rules, fine grids, more documents, pairs of experts and overtrained ones"),
+    ):
+        sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, default="", help=text)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where models are trained and run (default cpu)")  # fmt: skip
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="that merge and score at once (default 1)"
@@ -136,10 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.processes < 1:
         parser.error("--processes: expected 1 or more.")
-    if arguments.quick and (arguments.data or arguments.base_model):
+    if arguments.size == "quick" and (arguments.data or arguments.base_model):
         parser.error("--quick: its adapters are for our own texts and base. Leave --data and --base_model out.")
-    if arguments.quick + arguments.full + arguments.options > 1:
-        parser.error("--quick, --full, --options: expected one of them. Leave the others out.")
     return guarded("examples.real.run", lambda: run(arguments))
 
 
