@@ -162,14 +162,25 @@ class Watch:
         self._held[reference.cdata] = reference
         self._parts[reference.cdata] = part
 
-    def part_of(self, tensor: torch.Tensor) -> Part | None:
-        """What a tensor's storage holds of a watched parameter; None for every other tensor."""
+    def part_of(self, tensor: torch.Tensor, *, multiplied: bool = True) -> Part | None:
+        """What a tensor's storage holds of a watched parameter; None for every other tensor.
+
+        Args:
+            multiplied: whether it is in its place in a module. What is copied may be put there later: numbers that are brought to a device.
+        """
         key = int(tensor.untyped_storage()._cdata)
         part = self._parts.get(key)
-        if part is None and self._moving and type(tensor) is nn.Parameter and not self._is_strange(key):
+        if (
+            part is None
+            and self._moving
+            and type(tensor) is nn.Parameter
+            and not (multiplied and self._is_strange(key))
+        ):
             self.find_parameters()  # its numbers came to a device when its module began to run
             part = self._parts.get(key)
-            if part is None:  # of another model that runs in step, say: all parameters need not be looked at again
+            if (
+                part is None and multiplied
+            ):  # of another model that runs in step, say: all parameters need not be looked at again
                 self._strange[key] = StorageWeakRef(tensor.untyped_storage())
         return part
 
@@ -180,7 +191,7 @@ class Watch:
 
     def copied(self, source: torch.Tensor, copy: torch.Tensor) -> None:
         """Note that a tensor is a copy of another, if that is part of a parameter."""
-        part = self.part_of(source)
+        part = self.part_of(source, multiplied=False)
         if part is None or int(copy.untyped_storage()._cdata) in self._parts:
             return
         made = part.copied(source, copy)
@@ -226,7 +237,7 @@ class Watch:
 
     def _may_matter(self, func: Any, args: Any, kwargs: Any) -> bool:
         if func in COPIES:
-            return bool(args) and _may_be_part(args[0]) and self.part_of(args[0]) is not None
+            return bool(args) and _may_be_part(args[0]) and self.part_of(args[0], multiplied=False) is not None
         return func in PRODUCTS and any(self.part_of(one) is not None for one in _tensors((*args, *kwargs.values())))
 
 
