@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,9 +87,7 @@ def _run_whole(
     this.progress(tokens[:done].numel())
     has_run = False
     with ExitStack() as stack:
-        stack.enter_context(compiling() if this.compiles(model) else nullcontext())
-        stack.enter_context(threads(choice.threads))
-        stack.enter_context(out_of_memory("calibration", this.advice(choice)))
+        stack.enter_context(_running(this, model, choice))
         stack.enter_context(watcher.watching())
         for begin, end in this.share.rounds(enough, done, choice.batch_size):
             first, last = this.share.own(begin, end)
@@ -109,15 +108,33 @@ def _run_whole(
                 raise _NothingRan from failure
             this.progress(tokens[begin:first].numel() + tokens[last:end].numel())
             done = end
-            if this.share.told(f"{done}/enough", functools.partial(enough.at, done)):
+            if _is_enough(this, enough, done):
                 break
-            if this.unfinished and this.share.is_first:
-                this.unfinished.keep(enough, done)
         if this.share.is_first and not watcher.knows_first_tokens:
             with watcher.first_tokens():
                 for _ in run_batches(model, tokens, _first_tokens(tokens, done), watcher, this.fails):
                     pass
     return this.finish(watcher, enough, choice, done, model.config._attn_implementation, {"mode": "whole"})
+
+
+@contextmanager
+def _running(this: CalibrationRun, model: Any, choice: Choice) -> Iterator[None]:
+    """How a model is run in a pass, whole or layer by layer. Raises InputError: out of memory, with what to do."""
+    with (
+        compiling() if this.compiles(model) else nullcontext(),
+        threads(choice.threads),
+        out_of_memory("calibration", this.advice(choice)),
+    ):
+        yield
+
+
+def _is_enough(this: CalibrationRun, enough: Enough, done: int) -> bool:
+    """Whether so many blocks are enough, as the first process sees it; where not, it keeps their sums now and then."""
+    if this.share.told(f"{done}/enough", functools.partial(enough.at, done)):
+        return True
+    if this.unfinished and this.share.is_first:
+        this.unfinished.keep(enough, done)
+    return False
 
 
 def _load(this: CalibrationRun, dtype: str, offload: Path | None) -> Any:
@@ -206,9 +223,7 @@ def _layerwise(this: CalibrationRun) -> Activations:
     watcher = this.watcher(model)
     enough = this.enough(watcher)
     with ExitStack() as stack:
-        stack.enter_context(compiling() if this.compiles(model) else nullcontext())
-        stack.enter_context(threads(choice.threads))
-        stack.enter_context(out_of_memory("calibration", this.advice(choice)))
+        stack.enter_context(_running(this, model, choice))
         waiting = Path(stack.enter_context(TemporaryDirectory(prefix="calibration_")))
         shelf = Shelf(int(options.max_memory or HIDDEN_SHARE * available_bytes()), waiting)
         stack.enter_context(watcher.watching())
@@ -237,10 +252,8 @@ def _layerwise(this: CalibrationRun) -> Activations:
             watcher.check_finite()
             this.share.add_up(watcher, end)
             this.progress(tokens[begin:end].numel() - part.numel())
-            if this.share.told(f"{done}/enough", functools.partial(enough.at, done)):
+            if _is_enough(this, enough, done):
                 break
-            if this.unfinished and this.share.is_first:
-                this.unfinished.keep(enough, done)
         if this.share.is_first and not watcher.knows_first_tokens:
             with watcher.first_tokens():
                 layers.run(_first_tokens(tokens, done))
