@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aim.activations import ChannelStatistics
-from checkpoints.errors import InputError
+from checkpoints.errors import ArgumentError, InputError
 from examples.real import base, extract, losses, outliers, prototypes, run, statistics, texts, workspace
 from examples.real.domains import DOMAINS, make_documents
 from examples.real.domains.documents import split_of
@@ -426,10 +426,19 @@ def test_points_of_a_line_score_as_their_merges_do(compared: Path, chat_base: Pa
 def test_lambda_0_is_the_base_unless_a_rule_says_otherwise():
     """What has a rest_lambda of its own gives something else at lambda 0: regmean, and iso_c and wudi without the grid's."""
     for rule in [*rules((0.6, 1.0, 1.2), regmean_lambdas=(0.6, 1.0, 1.2)), *all_rules(), *option_rules()]:
-        own = "--model_data {texts}" in rule.flags or "--model_data {other_texts}" in rule.flags
+        has_rest = re.search(r"--method (wudi|iso_c|regmean|\S+:ShuffledRegMean)\b", rule.flags) is not None
+        own = has_rest and "--rest_lambda" not in rule.flags
         assert rule.fixed_rest == own, rule.name
-        if "iso_c" in rule.flags or "wudi" in rule.flags:
-            assert "--rest_lambda {lambda}" in rule.flags
+
+
+def test_some_rules_alone_come_with_what_they_are_compared_with():
+    every = run.studies(("a", "b", "c"), "options")
+    (study,) = run.only(every, ["RegMean, 800 tokens"])
+    assert [rule.name for rule in study.rules] == [REFERENCE, "RegMean", "RegMean, 800 tokens"]
+    assert study.name == "options"
+    assert run.only(every, []) == every
+    with pytest.raises(ArgumentError, match=r"--rules nothing: expected some of .*RegMean \| .*WUDI"):
+        run.only(every, ["nothing"])
 
 
 def test_options_are_compared_on_validation_alone():
