@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing is begun or goes on (9)")
-    parser.add_argument("--folder", type=Path, required=True, help="for models and merges; what it makes there is kept")
+    parser.add_argument("--folder", type=Path, default=Path("build/gpu"), help="for models and merges; what it makes there is kept (build/gpu)")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="the result (gpu.json)")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"which of {', '.join(PARTS)} (all)")
     parser.add_argument("--dry", action="store_true", help="the same code on the CPU, with small sizes")

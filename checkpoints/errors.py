@@ -149,6 +149,7 @@ def printable(text: str) -> str:
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """`unknown KIND 'NAME'`, the nearest known name if one is near, and the list of all."""
     names = sorted(known)
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+    bare = {known_name.lstrip("-"): known_name for known_name in names}  # the dashes of flags make all of them alike
+    near = difflib.get_close_matches(name.lower().lstrip("-"), bare, n=1, cutoff=0.6)
+    hint = f" Did you mean '{bare[near[0]]}'?" if near else ""
     return f"unknown {kind} '{name}'.{hint} Known: {', '.join(names)}."

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adapters.extraction import Extraction, ExtractOptions
     from adapters.low_rank import LoraChoice
     from checkpoints.upload import Upload
+    from streaming.log import Log
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -72,7 +73,9 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
         carry_out(extraction, upload, arguments)
 
 
-def carry_out(extraction: Extraction, upload: Upload | None, arguments: argparse.Namespace) -> None:
+def carry_out(
+    extraction: Extraction, upload: Upload | None, arguments: argparse.Namespace, log: Log | None = None
+) -> None:
     """Write an adapter and push it, or print its plan under `--dry_run`. Raises InputError as `Extraction.run`, `Upload.push`."""
     if arguments.dry_run:
         extraction.close()
@@ -86,7 +89,9 @@ def carry_out(extraction: Extraction, upload: Upload | None, arguments: argparse
             if upload:
                 print(upload.as_text(extraction.inputs))
         return
-    console = shell.speaker(quiet=arguments.quiet)
+    console = shell.speaker(quiet=arguments.quiet, log=log)
+    if log is not None and not extraction.complete:
+        log("plan", **shown(extraction.as_json(), console.show))
     extracted = extraction.run(console)
     for warning in extracted.warnings:
         console.warn(warning)
@@ -96,8 +101,7 @@ def carry_out(extraction: Extraction, upload: Upload | None, arguments: argparse
         console.say(
             f"{extracted.save_path}: written. It goes on the base as {extraction.base.label}+{extracted.save_path}"
         )
-    for _ in shell.push(upload, extracted.save_path, console, quiet=arguments.quiet):
-        pass
+    shell.push(upload, extracted.save_path, console, quiet=arguments.quiet, log=log)
 
 
 def read_flags(arguments: argparse.Namespace, command: list[str]) -> tuple[LoraChoice, ExtractOptions, Path]:

@@ -231,7 +231,7 @@ def run(arguments: argparse.Namespace, command: list[str]) -> None:
             from commands.merge_as_lora import prepare as prepare_adapter
 
             upload = shell.read_upload(arguments, [""])
-            carry_out(prepare_adapter(asked, arguments, command), upload, arguments)
+            carry_out(prepare_adapter(asked, arguments, command), upload, arguments, log)
             return
         options = replace(asked.options, log=log, processes=processes)
         asked = replace(asked, recipe=keep_intermediate(asked, arguments, options))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from checkpoints.problems import Problems
-    from checkpoints.upload import Pushed, Upload
+    from checkpoints.upload import Upload
     from streaming.console import Console
     from streaming.job import Job, Result
     from streaming.log import Log
@@ -284,17 +284,17 @@ def carry_out(job: Job, upload: Upload | None, arguments: argparse.Namespace) ->
         print(result.message)
     else:
         tell(result, speech)
-    for pushed in push(upload, job.save_path, speech, quiet=options.quiet):
-        options.log("pushed", url=pushed.url, commit=pushed.commit)
+    push(upload, job.save_path, speech, quiet=options.quiet, log=options.log)
     if result.was_complete and not upload:
         options.log("end", result=result.message)
 
 
-def push(upload: Upload | None, save_path: Path, console: Console, *, quiet: bool) -> Iterator[Pushed]:
-    """Push what was written, where that was asked for, and say it. Raises InputError as `Upload.push`."""
+def push(upload: Upload | None, save_path: Path, console: Console, *, quiet: bool, log: Log | None = None) -> None:
+    """Push what was written, where that was asked for; say and log each repo when it is complete. Raises InputError as `Upload.push`."""
     for pushed in upload.push(save_path, quiet=quiet) if upload else ():
         console.say(f"pushed to {pushed.url} ({pushed.visibility}), commit {pushed.commit}")
-        yield pushed
+        if log is not None:
+            log("pushed", url=pushed.url, commit=pushed.commit)
 
 
 def show_plan(job: Job, upload: Upload | None, *, as_json: bool, processes: int | None = None) -> None:

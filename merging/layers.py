@@ -41,6 +41,11 @@ class Layers:
         return 0.0 if parts is None else position(parts.layer, self.counts[parts.prefix])
 
 
+def span(first: int, count: int) -> str:
+    """So many layers for people: `layers 0-7`, `layer 8`."""
+    return f"layer {first}" if count == 1 else f"layers {first}-{first + count - 1}"
+
+
 def position(index: int, count: int) -> float:
     """Where among `count` layers the one of this index is: 0 for the first to 1 for the last, 1 for an only one."""
     return index / (count - 1) if count > 1 else 1.0

@@ -81,7 +81,8 @@ class NamedMerge:
 def _notes(merge: NamedMerge, plan: Plan) -> tuple[str, ...]:
     """What to say of a named merge where it is used."""
     models = ", ".join(dict.fromkeys(map(str, merge.recipe.inputs)))
-    own = [f"{merge.name}: {note}" for note in (*plan.notes, *plan.warnings)]
+    layers = ["; ".join(map(str, plan.ranges))] if plan.ranges else []
+    own = [f"{merge.name}: {note}" for note in (*layers, *plan.notes, *plan.warnings)]
     return (f"{merge.name}: merged as it is read, in float32: {plan.recipe.merge_method} of {models}.", *own)
 
 

@@ -57,6 +57,7 @@ class Places:
         layout: the recipe's, decided where that says `auto`.
         problems: what does not fit, and notes.
         is_stacked: whether the output's layers are not simply the first model's.
+        stacks: what comes before the number in the names of the layers that the recipe's slices mean.
     """
 
     files: SideFiles
@@ -64,6 +65,7 @@ class Places:
     problems: Problems = field(default_factory=Problems)
     places: list[Place] = field(default_factory=list)
     is_stacked: bool = False
+    stacks: Sequence[str] = ()
 
 
 def find_places(recipe: Recipe, models: Mapping[Any, Model], primary: Model) -> Places:
@@ -116,7 +118,9 @@ def _place_whole_models(recipe: Recipe, models: Mapping[Any, Model], primary: Mo
         )
         for name in names
     ]
-    return Places(alignment.files, alignment.layout, alignment.problems, places)
+    named = recipe.models[0].layers
+    stacks = [prefix for prefix, count in layers.counts.items() if named == (0, count)]
+    return Places(alignment.files, alignment.layout, alignment.problems, places, stacks=stacks)
 
 
 def _align(recipe: Recipe, sources: Sequence[Model], primary: Model, **options: Any) -> Alignment:
@@ -152,6 +156,7 @@ class _Stack:
         stack = self._stack_of_layers()
         if stack is None:
             return self.result
+        self.result.stacks = [stack]
         too_far = [problem for part in self.recipe.slices for problem in self._check_ranges(part, stack)]
         self.result.problems.extend(too_far)
         if too_far:

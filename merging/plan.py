@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,12 +20,16 @@ from checkpoints.sidecars import SideFiles
 from checkpoints.source import FLOAT_DTYPES, TensorInfo, dtype_name
 from checkpoints.tensor_names import is_called_embedding, kind_of, list_kinds
 from checkpoints.writer import Shard, plan_shards
+from merging.layers import span
 from merging.parameters import text_of
 from merging.places import Place, find_places
 from merging.recipe import Recipe, Slice, source_key
 from merging.remarks import remarks
 from streaming.blocks import TensorSpec
 from streaming.stream import PlannedTensor, bytes_read
+
+if TYPE_CHECKING:
+    from merging.layer_ranges import LayerRange, Outside
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Plan:
         warnings: parameters that a user may not have meant.
         models: the fine-tuned models' labels, in order.
         is_stacked: whether the output's layers are not simply the base's.
+        ranges: of a recipe with slices, which layers of which models the output's layers are made of.
     """
 
     recipe: Recipe
@@ -50,6 +55,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     is_stacked: bool = False
+    ranges: tuple[LayerRange | Outside, ...] = ()
 
     @property
     def has_deltas(self) -> bool:
@@ -95,6 +101,7 @@ class Plan:
             "refusals": [],
             "recipe": self.recipe.as_json(),
             "coefficients": coefficients(self.recipe),
+            **({"layers": [range_.as_json() for range_ in self.ranges]} if self.ranges else {}),
             "tensors": len(self.tensors),
             "elements": self.elements,
             "bytes_to_read": self.bytes_to_read,
@@ -116,8 +123,13 @@ class Plan:
         ]
         lines += ["models:"]
         for entry in coefficients(self.recipe):
-            numbers = ", ".join(f"{key} {text_of(value)}" for key, value in entry.items() if key != "model")
+            numbers = ", ".join(
+                span(value[0], value[1] - value[0]) if key == "layers" else f"{key} {text_of(value)}"
+                for key, value in entry.items()
+                if key != "model"
+            )
             lines.append(f"  {entry['model']}: {numbers}" if numbers else f"  {entry['model']}")
+        lines += ["layers:", *(f"  {range_}" for range_ in self.ranges)] if self.ranges else []
         lines += ["tensors:"]
         for group in self.groups():
             why = f" ({shown(group['why'], show)})" if group["why"] else ""
@@ -218,9 +230,13 @@ def make_plan(recipe: Recipe, opened: Sequence[Model], *, max_shard_bytes: int) 
     labels = tuple(models[source_key(source.name)].label for source in recipe.models)
     where = [location.note for model in opened for location, _ in model.parts if location.note]
     notes = [*recipe.notes, *where, *problems.notes]
-    return Plan(
-        recipe, labels, ordered, shards, places.files, notes, [*problems.warnings, *remarks(recipe)], places.is_stacked
-    )
+    warnings = [*problems.warnings, *remarks(recipe)]
+    ranges: tuple[LayerRange | Outside, ...] = ()
+    if recipe.is_sliced:
+        from merging.layer_ranges import find_layer_ranges  # few recipes name layers
+
+        ranges = find_layer_ranges(recipe, places)
+    return Plan(recipe, labels, ordered, shards, places.files, notes, warnings, places.is_stacked, ranges)
 
 
 def _embeddings(recipe: Recipe, base: Model, problems: Problems) -> set[str]:

@@ -946,6 +946,12 @@ def test_unknown_names():
         unknown("fruit", "Aple", ["pear", "apple"]) == "unknown fruit 'Aple'. Did you mean 'apple'? Known: apple, pear."
     )
     assert unknown("fruit", "xyz", ["pear"]) == "unknown fruit 'xyz'. Known: pear."
+    assert (
+        unknown("flag", "--lamda", ["--lambda"]) == "unknown flag '--lamda'. Did you mean '--lambda'? Known: --lambda."
+    )
+    assert (
+        unknown("flag", "--protect", ["--texts"]) == "unknown flag '--protect'. Known: --texts."
+    )  # dashes are not near
 
 
 @pytest.mark.parametrize(

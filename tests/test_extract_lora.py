@@ -248,8 +248,11 @@ def two_adapters(family: Family, tmp_path_factory: pytest.TempPathFactory) -> st
 def test_a_sum_of_adapters_is_an_adapter(family: Family, two_adapters: str, tmp_path: Path):
     """Of the sum of their ranks; it is what merge.py writes as a checkpoint, here and in peft."""
     flags = ["--method=task_arithmetic", "--base_model", family.base, "--models_to_merge", two_adapters, "--lambda=0.5"]
-    ended = call(merge, *flags, "--as_lora", "--save_path", tmp_path / "lora")
+    ended = call(merge, *flags, "--as_lora", "--save_path", tmp_path / "lora", "--log_file", tmp_path / "run.jsonl")
     assert "It goes on the base as" in ended.out
+    events = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "plan", "end"]
+    assert events[1]["lora"]["energy"] == 1.0
     ranks = {
         name.split("base_model.model.")[1]: len(tensor)
         for name, tensor in load_file(tmp_path / "lora" / "adapter_model.safetensors").items()

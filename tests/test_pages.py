@@ -55,6 +55,18 @@ def test_the_first_command_of_a_page_runs_on_what_the_repository_has(name: str):
         assert missing == []
 
 
+def test_pages_that_are_followed_in_one_folder_do_not_get_into_each_others_way():
+    """What one page's commands write, no other page's write otherwise: the second would be refused, as the folder is not empty."""
+    written: dict[str, set[str]] = {}
+    for name, text in TEXTS.items():
+        own = [block for block in blocks_of(text) if block.language == "sh" and block.word in ("", "slow")]
+        for command in (command for block in own for command in block.commands if "--dry_run" not in command):
+            for path in re.findall(r"--(?:save_path|study|save_activations|write_config) (\S+)", command):
+                written.setdefault(path.removeprefix("./"), set()).add(name)
+    assert len(written) > 40
+    assert {path: names for path, names in written.items() if len(names) > 1} == {}
+
+
 COMMAND = re.compile(r"`(python \S+\.py[^`]*|python -m [^`]*|make [a-z][^`]*|pip install [^`]*)`")
 
 

@@ -449,6 +449,74 @@ def test_the_plan_shows_gradients_filters_and_coefficients(scene: Scene):
     assert [entry["coefficient"] for entry in plan["coefficients"]] == [1.0, 0.6]
 
 
+def layers_of_plan(scene: Scene, recipe: Any) -> tuple[str, Any]:
+    """What a plan says of the layers, for people and for programs."""
+    write(recipe)
+    text = scene.run("--dry_run").out
+    plan = json.loads(scene.run("--dry_run", "--json").out)
+    return text.partition("\nlayers:\n")[2].partition("tensors:\n")[0], plan.get("layers")
+
+
+def test_the_plan_says_which_layers_a_stack_is_made_of(scene: Scene):
+    """Slices that go on from each other are one range; what lies outside of the layers has lines of its own."""
+    recipe = stack(
+        ("math", 0, 1), ("math", 1, 2), ("code", 1, 2), ("code", 0, 1), ("instruct", 0, 2), ("instruct", 0, 1)
+    )
+    text, layers = layers_of_plan(scene, recipe)
+    assert text == (
+        "  layers 0-1: in/math layers 0-1\n"
+        "  layer 2: in/code layer 1\n"
+        "  layer 3: in/code layer 0\n"
+        "  layers 4-5: in/instruct layers 0-1\n"
+        "  layer 6: in/instruct layer 0\n"
+        "  model.embed_tokens.weight: in/math\n"
+        "  lm_head.weight, model.norm.weight: in/instruct\n"
+    )
+    assert layers == [
+        {"layers": [0, 2], "from": [{"model": "in/math", "layers": [0, 2]}]},
+        {"layers": [2, 3], "from": [{"model": "in/code", "layers": [1, 2]}]},
+        {"layers": [3, 4], "from": [{"model": "in/code", "layers": [0, 1]}]},
+        {"layers": [4, 6], "from": [{"model": "in/instruct", "layers": [0, 2]}]},
+        {"layers": [6, 7], "from": [{"model": "in/instruct", "layers": [0, 1]}]},
+        {"tensors": ["model.embed_tokens.weight"], "from": [{"model": "in/math"}]},
+        {"tensors": ["lm_head.weight", "model.norm.weight"], "from": [{"model": "in/instruct"}]},
+    ]
+
+
+def test_the_plan_says_which_layers_are_merged_with_each_other(scene: Scene):
+    recipe = slerp_slices([0, 1], [1, 2], parameters={"t": 0.5})
+    recipe["slices"].append({"sources": [{"model": "in/math", "layer_range": [0, 1]}]})
+    text, layers = layers_of_plan(scene, recipe)
+    assert text == (
+        "  layer 0: base in/base layer 0, in/math layer 1\n"
+        "  layer 1: in/math layer 0\n"
+        "  model.embed_tokens.weight: base in/base, in/math\n"
+        "  lm_head.weight, model.norm.weight: in/math\n"
+    )
+    base = {"model": "in/base", "base": True}
+    assert layers[0] == {"layers": [0, 1], "from": [{**base, "layers": [0, 1]}, {"model": "in/math", "layers": [1, 2]}]}
+    assert layers[2] == {"tensors": ["model.embed_tokens.weight"], "from": [base, {"model": "in/math"}]}
+
+
+def test_the_plan_of_whole_models_in_slices_says_so(scene: Scene):
+    """Halves that are merged with weights of their own are one range, as each model's layers go on."""
+    sources = [[{"model": f"in/{name}", "layer_range": [at, at + 1]} for name in ("math", "code")] for at in (0, 1)]
+    slices = [
+        {"sources": one, "parameters": {"weight": weight}} for one, weight in zip(sources, (0.3, 0.6), strict=True)
+    ]
+    text, layers = layers_of_plan(scene, {"merge_method": "ties", "base_model": "in/base", "slices": slices})
+    models = "base in/base layers 0-1, in/math layers 0-1, in/code layers 0-1"
+    assert text == (
+        f"  layers 0-1: {models}\n"
+        "  model.embed_tokens.weight, lm_head.weight, model.norm.weight: base in/base, in/math, in/code\n"
+    )
+    assert [entry.get("layers") for entry in layers] == [[0, 2], None]
+    whole = layers_of_plan(scene, slerp_slices([0, 2], [0, 2], parameters={"t": 0.5}))
+    assert whole[0].startswith("  layers 0-1: base in/base layers 0-1, in/math layers 0-1\n")
+    assert whole[1][1]["from"] == [{"model": "in/base", "base": True}, {"model": "in/math"}]
+    assert layers_of_plan(scene, TIES) == ("", None)
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
