@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 
 from checkpoints.safetensors_format import save_tensors
-from merging.input_moments import MomentsPass
-from merging.methods.regmean import InputMoments, Projected, RegMean, add_merged, part_of
+from merging.methods.regmean import InputMoments, RegMean, Solved, System, add_solved, solve
+from merging.moments_pass import MomentsPass
 from streaming.blocks import Block, Scan, TensorSpec
 from streaming.stream import PlannedTensor
 
@@ -22,27 +22,34 @@ NUMBERS = "numbers"
 """Metadata of a layer's file: of each tensor the number of every model's moments, null where it saw no input."""
 
 
+Keep = Callable[[Any, Callable[[], Any]], Any]
+"""Gives what is kept under a key, or else what a function makes, which it keeps where there is room."""
+
+
 @dataclass(frozen=True)
 class WithMoments(RegMean):
-    """RegMean of a matrix whose moments are fetched when it is merged; the merged task vector is what it measures, so that another lambda
-    can have it too.
+    """RegMean of a matrix whose moments are fetched when it is merged. Another ridge is solved from the same sums over models, as long as
+    they are kept, and another lambda needs nothing solved.
 
     Attributes:
-        projected: fetches the moments, and makes what merges the matrix.
+        system_of: gives what is solved, all but the ridge, and its right side, of a tensor that a scan reads.
+        dim: the tensor's dimension that runs over the input channels.
     """
 
     name: ClassVar[str] = ""
-    unmeasured: ClassVar[tuple[str, ...]] = ("lambda_", "rest_lambda", "projected")
+    unmeasured: ClassVar[tuple[str, ...]] = ("lambda_", "rest_lambda", "system_of", "dim")
 
-    projected: Callable[[RegMean], Projected] = field(kw_only=True)
+    system_of: Callable[[RegMean, TensorSpec, Scan], tuple[System, torch.Tensor]] = field(kw_only=True)
+    dim: int = field(kw_only=True)
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
-        """The merged task vector of the whole tensor, `[matrices, rows, columns]` float64."""
-        return self.projected(self).merged(tensor, scan)
+        """See `Solved.measure`."""
+        system, answers = self.system_of(self, tensor, scan)
+        return solve(answers, system.factor(self.ridge, tensor.name), is_in_rows=self.dim == len(tensor.shape) - 1)
 
     def combine(self, block: Block, statistics: torch.Tensor) -> torch.Tensor:
         """See `Method.combine`."""
-        return add_merged(block, part_of(block, statistics), self.lambda_)
+        return add_solved(block, statistics, self.lambda_)
 
 
 class KeptMoments:
@@ -116,11 +123,11 @@ class KeptMoments:
             for name, numbers in json.loads(file.metadata()[NUMBERS]).items():
                 self._places[name] = (file, numbers)
 
-    def prepare(self, tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
-        """The tensors of a plan, those that regmean merges by moments with what fetches them."""
-        return [self._prepared(tensor) for tensor in tensors]
+    def prepare(self, tensors: Sequence[PlannedTensor], keep: Keep = lambda key, make: make()) -> list[PlannedTensor]:
+        """The tensors of a plan, those that regmean merges by moments with what fetches them; `keep`: what no lambda and no ridge changes."""
+        return [self._prepared(tensor, keep) for tensor in tensors]
 
-    def _prepared(self, tensor: PlannedTensor) -> PlannedTensor:
+    def _prepared(self, tensor: PlannedTensor, keep: Keep) -> PlannedTensor:
         method, name = tensor.method, tensor.spec.name
         if not isinstance(method, RegMean) or name not in self._places:
             return tensor
@@ -128,12 +135,24 @@ class KeptMoments:
         matrix = self._matrices[name]
         if all(number is None for number in numbers[: matrix.count]):
             return tensor
+
+        def fetched(method: RegMean) -> list[InputMoments]:
+            return matrix.complete(_fetched(file, numbers), method)
+
+        if method.moments == "diagonal":
+            squares = keep((name, "diagonal"), lambda: [replace(one, rest=one.rest.clone()) for one in fetched(method)])
+            return replace(tensor, method=matrix.prepared(squares, method))
+
+        def system_of(method: RegMean, spec: TensorSpec, scan: Scan) -> tuple[System, torch.Tensor]:
+            def make() -> tuple[System, torch.Tensor]:
+                solved = matrix.prepared(fetched(method), method)
+                assert isinstance(solved, Solved)
+                return solved.system, solved.answers(spec, scan)
+
+            return keep((name, type(method), method.gram_scale, method.base_weight), make)  # type: ignore[no-any-return]
+
         values = {one.name: getattr(method, one.name) for one in fields(method)}
-
-        def projected(method: RegMean) -> Projected:
-            return matrix.projected(matrix.complete(_fetched(file, numbers), method), method)
-
-        return replace(tensor, method=WithMoments(**values, projected=projected))
+        return replace(tensor, method=WithMoments(**values, system_of=system_of, dim=matrix.input_dim))
 
 
 def _file(folder: Path, layer: int) -> Path:

@@ -27,8 +27,8 @@ from streaming.stream import Observer, PlannedTensor
 from streaming.work import Findings, Variant, Work
 
 if TYPE_CHECKING:
-    from merging.input_moments import MomentsPass
     from merging.model_texts import ModelText
+    from merging.moments_pass import MomentsPass
 
 
 @dataclass(kw_only=True)
@@ -157,8 +157,8 @@ def prepare_moments(
 
     Raises: Refusals: texts that cannot be read or are too short, models that cannot be run.
     """
-    from merging.input_moments import MomentsPass, texts_as_json
     from merging.model_texts import ModelText, check_tokens
+    from merging.moments_pass import MomentsPass, texts_as_json
 
     recipe, problems = plan.recipe, Problems()
     by_key = {source_key(name): model for name, model in zip(recipe.inputs, opened, strict=True)}

@@ -17,7 +17,7 @@ from checkpoints.errors import ArgumentError, InputError
 from checkpoints.model import Model
 from checkpoints.save_path import existing_ancestor
 from checkpoints.settings import Remark, setting
-from merging.kept_moments import DONE, KeptMoments
+from merging.kept_moments import DONE, Keep, KeptMoments
 from merging.merge_work import prepare_moments
 from merging.methods import get_method
 from merging.plan import make_plan
@@ -87,10 +87,10 @@ class Beforehand:
             self.take(Path(folder), console)
             yield
 
-    def prepare(self, tensors: Sequence[PlannedTensor]) -> Sequence[PlannedTensor]:
-        """The tensors of a candidate with what its method wants of the models."""
+    def prepare(self, tensors: Sequence[PlannedTensor], keep: Keep) -> Sequence[PlannedTensor]:
+        """The tensors of a candidate with what its method wants of the models; see `KeptMoments.prepare`."""
         for kept in self.kept.values():
-            tensors = kept.prepare(tensors)
+            tensors = kept.prepare(tensors, keep)
         return tensors
 
 

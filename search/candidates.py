@@ -23,6 +23,7 @@ from checkpoints.errors import InputError
 from checkpoints.model import Model
 from checkpoints.source import TensorRef
 from forward.memory import available_bytes
+from merging.kept_moments import Keep
 from merging.methods.contract import Method
 from merging.plan import make_plan
 from merging.recipe import Recipe, source_key
@@ -185,7 +186,8 @@ class Candidates:
         options: of the stream.
         activations: of the base; None where no recipe asks for AIM.
         score_items: has the place's model answer items of benchmarks, and says what each answer is worth.
-        prepare: gives the tensors of a plan what their method wants of the models beforehand.
+        prepare: gives the tensors of a plan what their method wants of the models beforehand; what it finds out for many candidates, it
+            has kept with their statistics.
 
     Attributes:
         seconds: where the time went.
@@ -199,7 +201,7 @@ class Candidates:
         options: StreamOptions,
         activations: Activations | None = None,
         score_items: Callable[[Sequence[Any]], Sequence[float]] = lambda items: (),
-        prepare: Callable[[Sequence[PlannedTensor]], Sequence[PlannedTensor]] = lambda tensors: tensors,
+        prepare: Callable[[Sequence[PlannedTensor], Keep], Sequence[PlannedTensor]] = lambda tensors, keep: tensors,
     ):
         self._opened, self._keys, self.place, self._options = opened, list(keys), place, options
         self.activations, self._score_items, self._prepare = activations, score_items, prepare
@@ -216,7 +218,8 @@ class Candidates:
         recipe = of_base(candidate.recipe)
         if [source_key(name) for name in recipe.inputs] != self._keys:
             raise InputError("models: expected the same models for every candidate. Mark no name of a model as free.")
-        tensors = self._prepare(make_plan(recipe, self._opened, max_shard_bytes=DEFAULT_SHARD_BYTES).tensors)
+        planned = make_plan(recipe, self._opened, max_shard_bytes=DEFAULT_SHARD_BYTES).tensors
+        tensors = self._prepare(planned, self._statistics.get)
         self.place.check(tensors)
         transform: Transform | None = None
         if candidate.aim is not None and any(omega.of(t.spec.name) != 1.0 for omega in candidate.aim.relaxing.omegas for t in tensors):  # fmt: skip

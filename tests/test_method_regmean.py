@@ -20,11 +20,10 @@ import merge
 from checkpoints.errors import ArgumentError, InputError
 from checkpoints.placements import Placement
 from forward.parts import Use
-from merging import input_moments
-from merging.input_moments import Moments
-from merging.methods.regmean import InputMoments, RegMean, projections
+from merging import moments as moments_module
+from merging.methods.regmean import InputMoments, RegMean
+from merging.moments import Moments
 from merging.recipe_file import read_recipe_file
-from streaming import blocks
 from tests.aim_runs import encoder, load, make_family, write_texts
 from tests.golden_files import assert_same_bits
 from tests.in_memory import InMemory, make_method, patch_grid
@@ -205,21 +204,36 @@ def test_layouts_stacks_and_blocks(
         torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_projections_sum_to_one_and_singular_moments_are_told() -> None:
-    grams = torch.stack(random_grams(3, 6))
-    nothing = torch.zeros(6, 6, dtype=torch.float64)
-    torch.testing.assert_close(projections(grams, 1e-4, nothing).sum(dim=0), torch.eye(6, dtype=torch.float64))  # type: ignore[union-attr]
-    flat = torch.stack(random_grams(2, 6, tokens=2))
-    assert projections(flat, 0.0, nothing) is None
-    assert projections(flat, 1e-4, nothing) is not None
+def test_task_vectors_that_are_the_same_stay_and_singular_moments_are_told() -> None:
+    """Whatever the inputs: each model's own answer is answered exactly."""
+    base, model = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(2))
+    flat = random_grams(2, 6, tokens=2)
+    for ridge in (1e-4, 10.0):
+        method = make_method("regmean", 2, ridge=ridge)
+        assert isinstance(method, RegMean)
+        merged = InMemory(base, [model, model]).merge(method.with_moments(as_moments(flat), 1, "w"))  # type: ignore[arg-type]
+        torch.testing.assert_close(merged, model, rtol=1e-6, atol=1e-6)
     method = make_method("regmean", 2, ridge=0.0)
     assert isinstance(method, RegMean)
     with pytest.raises(
         InputError, match=r"w: the second moments .* the text is too short for 6 channels\. Give more text, or a ridge"
     ):
-        method.with_moments(as_moments(list(flat)), 1, "w")
+        method.with_moments(as_moments(flat), 1, "w")
     with pytest.raises(InputError, match="w: the second moments of its input hold NaN"):
         method.with_moments(as_moments([flat[0] * float("nan"), flat[1]]), 1, "w")
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_an_expert_that_no_text_used_gets_the_mean_whatever_the_base_sees(dim: int) -> None:
+    base, *models = torch.randn(3, 2, 5, 5, generator=torch.Generator().manual_seed(4))
+    used, own = random_grams(2, 5), random_grams(2, 5, seed=7)
+    each = [torch.stack([one, torch.zeros(5, 5, dtype=torch.float64)]) for one in used]
+    method = make_method("regmean", 2, base_weight=3.0)
+    assert isinstance(method, RegMean)
+    known = as_moments([*each, torch.stack(own)])
+    merged = InMemory(base, models).merge(method.with_moments(known[:2], dim, "w", known[2]))  # type: ignore[arg-type]
+    torch.testing.assert_close(merged[1], (models[0][1] + models[1][1]) / 2, rtol=1e-6, atol=1e-6)
+    assert (merged[0] - (models[0][0] + models[1][0]) / 2).abs().max() > 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------- the inputs
@@ -252,7 +266,7 @@ def test_moments_by_hand() -> None:
 
 def test_an_input_that_weights_share_is_multiplied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for at_once in (4096, 5):
-        monkeypatch.setattr(input_moments, "ROWS_AT_ONCE", at_once)
+        monkeypatch.setattr(moments_module, "ROWS_AT_ONCE", at_once)
         moments = Moments()
         moments.block = (1, 3)
         documents = torch.randn(4, 1, 3, 6, generator=torch.Generator().manual_seed(0))
@@ -552,12 +566,6 @@ def test_with_aim_in_one_run(scene_of: Callable[[str], Scene], tmp_path: Path) -
     recorded = json.loads((tmp_path / "out" / "merge_recipe.json").read_text())
     assert recorded["aim"]["protect"] == "mean"
     assert not torch.equal(*(load(tmp_path / name)["model.layers.0.mlp.up_proj.weight"] for name in ("out", "plain")))
-
-
-def test_the_grid_is_the_engines() -> None:
-    from merging.methods import regmean as module
-
-    assert module.GRID_ELEMENTS == blocks.GRID_ELEMENTS
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_oss"])

@@ -9,7 +9,7 @@ import pytest
 
 import merge
 from checkpoints.writer import CheckpointWriter
-from merging.input_moments import MomentsPass
+from merging.moments_pass import MomentsPass
 from merging.sweep import read_sweep
 from tests.pico import Family, make_family
 from tests.scene import Scene, call, names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ import tune_merge
 from checkpoints.errors import Refusals
 from checkpoints.model import open_models
 from forward.loading import load
-from merging.input_moments import MomentsPass
+from merging import kept_moments
 from merging.kept_moments import KeptMoments
 from merging.merge_work import prepare_moments
+from merging.methods.regmean import Solved
 from merging.model_texts import read_model_text
+from merging.moments_pass import MomentsPass
 from merging.plan import make_plan
 from merging.recipe import source_key
 from search.candidates import Candidates, KeptStatistics, of_base, read_candidate
@@ -89,7 +91,7 @@ def test_candidates_are_the_checkpoints_that_merge_writes(architecture: str, tex
             assert torch.equal(got[name], tensor), (number, name)
 
 
-def test_what_is_solved_is_kept_for_another_lambda(family: Family, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+def test_what_is_solved_is_kept_for_another_lambda_and_what_is_multiplied_for_another_ridge(family: Family, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # fmt: skip
     recipes = [recipe_of(family, texts, **{"lambda": value, "ridge": ridge}) for value, ridge in ((0.9, 0.1), (0.3, 0.1), (0.3, 1.0))]  # fmt: skip
     candidates = [read_candidate(recipe, "test") for recipe in recipes]
     opened = open_models(candidates[0].recipe.inputs)
@@ -99,17 +101,20 @@ def test_what_is_solved_is_kept_for_another_lambda(family: Family, texts: Path, 
     loaded = LoadedModel(opened[0], load(opened[0], dtype="float32", device=CPU))
     keys = [source_key(name) for name in candidates[0].recipe.inputs]
     made = Candidates(opened, keys, loaded, StreamOptions(workers=1), prepare=kept.prepare)
-    solved: list[str] = []
-    from merging.input_moments import Matrix
+    calls: list[str] = []
 
-    projected = Matrix.projected
-    monkeypatch.setattr(Matrix, "projected", lambda self, *rest: solved.append(self.name) or projected(self, *rest))
+    def counted(name: str, what: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given, **named: calls.append(name) or what(*given, **named)
+
+    monkeypatch.setattr(Solved, "answers", counted("answers", Solved.answers))
+    monkeypatch.setattr(kept_moments, "solve", counted("solve", kept_moments.solve))
     counts = []
     for candidate in candidates:
         made.make(candidate)
-        counts.append(len(solved))
-    assert counts[0] > 0
-    assert counts == [counts[0], counts[0], 2 * counts[0]]
+        counts.append((calls.count("answers"), calls.count("solve")))
+    matrices = counts[0][0]
+    assert matrices > 0
+    assert counts == [(matrices, matrices), (matrices, matrices), (matrices, 2 * matrices)]
 
 
 def test_moments_that_were_cut_off_go_on(family: Family, texts: Path, tmp_path: Path):

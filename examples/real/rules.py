@@ -81,6 +81,8 @@ REGMEAN_FEW = replace(
     REGMEAN_RULE, name="RegMean, 800 tokens", flags=f"{REGMEAN} --data_tokens 800", variant_of="RegMean"
 )
 
+WUDI_RULE = Rule("WUDI", "--method wudi --lambda {lambda}", {"lambda": (1.0,)}, fixed_rest=True, on_device=True)
+
 
 def rules(
     lambdas: tuple[float, ...],
@@ -126,9 +128,14 @@ def quick_rules() -> list[Rule]:
 
 
 def few_rules(lambdas: tuple[float, ...]) -> list[Rule]:
-    """Those that pairs of experts and overtrained ones are merged with."""
+    """Those that pairs of experts are merged with."""
     names = (REFERENCE, "AIM", "mean input", "RegMean", "TIES")
     return [rule for rule in rules(lambdas) if rule.name in names]
+
+
+def overtrained_rules(lambdas: tuple[float, ...]) -> list[Rule]:
+    """Those that overtrained experts are merged with."""
+    return [*few_rules(lambdas), WUDI_RULE]
 
 
 def all_rules() -> list[Rule]:
@@ -144,7 +151,7 @@ def all_rules() -> list[Rule]:
     return [*every, *options, *other_rules(ALL_LAMBDAS, (0.2, 0.5), (0.3, 1.0, 3.0))]
 
 
-TESTED = ("WUDI, ridge", "WUDI, spectral", "AIM on TIES", "mean input on TIES")
+TESTED = (WUDI_RULE.name, "WUDI, ridge", "WUDI, spectral", "AIM on TIES", "mean input on TIES")
 
 
 def option_rules() -> list[Rule]:
@@ -193,7 +200,10 @@ def regmean_options(of: Rule, lambdas: tuple[float, ...] = ()) -> list[Rule]:
 
 
 def other_rules(lambdas: tuple[float, ...], densities: tuple[float, ...], ridges: tuple[float, ...]) -> list[Rule]:
-    """AIM and the mean input on TIES, rules that know no text, LM-Cocktail, and prototypes with their controls."""
+    """AIM and the mean input on TIES, rules that know no text, LM-Cocktail, and prototypes with their controls.
+
+    WUDI stands there with nothing but its defaults, and with what it does not solve for merged at lambda too.
+    """
     line = {"lambda": lambdas}
     doubled = {"density": densities, "omega": (0.0,), "lambda": tuple(2 * value for value in lambdas)}
     both = "--lambda {lambda} --rest_lambda {lambda}"
@@ -201,6 +211,7 @@ def other_rules(lambdas: tuple[float, ...], densities: tuple[float, ...], ridges
         Rule("AIM on TIES", f"{TIES} {AIM}", doubled),
         Rule("mean input on TIES", f"{TIES} {MEAN}", doubled),
         Rule("Iso-C", f"--method iso_c {both}", line, on_device=True),
+        WUDI_RULE,
         Rule("WUDI, ridge", f"--method wudi --ridge {{ridge}} {both}", {"ridge": ridges, **line}, on_device=True),
         Rule("WUDI, spectral", f"--method wudi --solver spectral {both}", line, on_device=True),
         Rule("LM-Cocktail", "--method linear --weights loss --model_data {all_texts}", on_device=True),

@@ -26,7 +26,7 @@ from examples.real import rules
 from examples.real.domains import Split
 from examples.real.rules import Rule
 
-Size = Literal["", "quick", "options", "pairs", "full"]
+Size = Literal["", "quick", "options", "pairs", "overtrained", "full"]
 FULL: dict[Split, int] = {"val": 12, "test": 24}
 QUICK: dict[Split, int] = {"val": 6, "test": 12}
 """Documents of each domain that are scored."""
@@ -63,9 +63,15 @@ def studies(domains: Sequence[str], size: Size) -> list[Study]:
         return [Study(rules.option_rules(), name="options")]
     if size == "pairs":
         return [Study(rules.few_rules(rules.LAMBDAS), pair) for pair in pairs]
+    if size == "overtrained":
+        return [Study(rules.overtrained_rules(rules.LAMBDAS), longer=LONGER)]
     if size == "full":
         few = rules.few_rules(rules.ALL_LAMBDAS)
-        return [Study(rules.all_rules()), *(Study(few, pair) for pair in pairs), Study(few, longer=LONGER)]
+        return [
+            Study(rules.all_rules()),
+            *(Study(few, pair) for pair in pairs),
+            Study(rules.overtrained_rules(rules.ALL_LAMBDAS), longer=LONGER),
+        ]
     return [Study(rules.rules(rules.LAMBDAS))]
 
 
@@ -132,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "RegMean's options, methods that know no text, AIM on TIES, and prototypes, with the experts that are there",
         ),
         ("pairs", "pairs of the experts, with few rules"),
+        ("overtrained", f"experts that are trained {LONGER} times as long, with few rules"),
         ("full", "with all rules, fine grids, more documents, pairs of experts and overtrained ones"),
     ):
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, default="", help=text)

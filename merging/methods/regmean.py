@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,7 +15,7 @@ from merging.methods.contract import Method
 from merging.methods.linear import weighted_sum
 from merging.methods.task_arithmetic import add_to_base
 from merging.parameters import parameter, shared
-from streaming.blocks import GRID_ELEMENTS, Block, Region, Scan, TensorSpec
+from streaming.blocks import Block, Region, Scan, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class RegMean(Method):
 
     def with_moments(
         self, moments: Sequence[InputMoments], input_dim: int, where: str, base: InputMoments | None = None
-    ) -> Projected:
+    ) -> Prepared:
         """What merges a matrix of which the moments of every model's input are known.
 
         Args:
@@ -142,147 +143,210 @@ class RegMean(Method):
         if self.moments == "full" and self.gram_scale < 1.0:
             diagonal = torch.diag_embed(grams.diagonal(dim1=-2, dim2=-1))
             grams = self.gram_scale * grams + (1 - self.gram_scale) * diagonal
-        pull = self.base_weight * grams[-1] if base else torch.zeros_like(grams[0])
+        pull = self.base_weight * grams[-1] if base else None
         grams = grams[: len(moments)]
         if self.moments == "diagonal":
-            return Projected(channel_shares(grams, self.ridge, pull), input_dim, self.lambda_, is_diagonal=True)
-        projected = projections(grams, self.ridge, pull)
-        if projected is None:
+            return Shared(input_dim, self.lambda_, channel_shares(grams, self.ridge, pull))
+        total = grams.sum(dim=0)
+        scale = total.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
+        if pull is not None:
+            pull = torch.where(scale > 0, pull, 0.0)  # what no text has used keeps the mean
+            total = total + pull
+        system = System(total, scale)
+        return Solved(input_dim, self.lambda_, grams, pull, system, system.factor(self.ridge, where))
+
+
+@dataclass(frozen=True)
+class System:
+    """What D solves, all but the ridge: (D - mean d) (total + r m I) = sum (d_i - mean d) G_i - mean d pull.
+
+    The right side depends on no ridge. Where no text has used a matrix, it is 0, and D the mean.
+
+    Attributes:
+        total: sum G_i + pull, `[..., in, in]` float64.
+        scale: m, the mean diagonal of sum G_i, `[..., 1, 1]`.
+    """
+
+    total: torch.Tensor
+    scale: torch.Tensor
+
+    def factor(self, ridge: float, where: str) -> torch.Tensor:
+        """The Cholesky factor of total + r m I, `[..., in, in]`; of I where all moments are 0. Raises InputError where it is singular."""
+        prior = torch.where(self.scale > 0, ridge * self.scale, 1.0)
+        identity = torch.eye(self.total.shape[-1], dtype=self.total.dtype, device=self.total.device)
+        factor: torch.Tensor
+        factor, failed = torch.linalg.cholesky_ex(self.total + prior * identity)
+        if bool(failed.any()) or not bool(factor.isfinite().all()):
             raise InputError(
-                f"{where}: the second moments of its input cannot be inverted: the text is too short for {grams.shape[-1]} channels. "
+                f"{where}: the second moments of its input cannot be inverted: the text is too short for {self.total.shape[-1]} channels. "
                 f"Give more text, or a {setting('ridge')} above 0."
             )
-        return Projected(projected, input_dim, self.lambda_)
+        return factor
 
 
-def projections(grams: torch.Tensor, ridge: float, pull: torch.Tensor) -> torch.Tensor | None:
-    """P_i = (G_i + r m / N I) (sum G + pull + r m I)^-1, so that D = sum d_i P_i; without a pull they sum to I.
-
-    Args:
-        grams: G_i, `[models, ..., in, in]` float64.
-        pull: `[..., in, in]`, the base's, weighted.
-        ridge: r >= 0, in units of m, the mean diagonal of the sum.
-
-    Returns: `[models, ..., in, in]` float64: I / N where all moments are 0; None where the sum is singular.
-    """
-    models, channels = grams.shape[0], grams.shape[-1]
-    total = grams.sum(dim=0)
-    scale = total.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None]
-    silent = scale <= 0
-    identity = torch.eye(channels, dtype=grams.dtype, device=grams.device)
-    prior = torch.where(silent, 1.0, ridge * scale) * identity
-    factor, failed = torch.linalg.cholesky_ex(total + prior + torch.where(silent, 0.0, pull))
-    if bool(failed.any()):
-        return None
-    solved = torch.cholesky_solve(grams + prior / models, factor.expand(grams.shape)).mT  # all of them are symmetric
-    return solved if bool(solved.isfinite().all()) else None
-
-
-def channel_shares(squares: torch.Tensor, ridge: float, pull: torch.Tensor) -> torch.Tensor:
-    """What is left of `projections` where all moments are diagonal, of which these are the diagonals: (g_i + r m / N) / (sum g + pull + r m).
+def channel_shares(squares: torch.Tensor, ridge: float, pull: torch.Tensor | None) -> torch.Tensor:
+    """What D has of each d_i where all moments are diagonal, of which these are the diagonals: (g_i + r m / N) / (sum g + pull + r m).
 
     Args:
         squares: g_i, `[models, ..., in]` float64.
-        ridge, pull: see `projections`.
+        ridge: r >= 0, in units of m, the mean of sum g.
+        pull: `[..., in]`, the base's, weighted; None for none.
 
-    Returns: the same shape: 1 / N for a channel that is 0 in all models, without a ridge.
+    Returns: the same shape as g: 1 / N for a channel that is 0 in all models, without a ridge.
     """
     total = squares.sum(dim=0)
     prior = ridge * total.mean(dim=-1, keepdim=True)
     silent = total + prior <= 0
-    whole = torch.where(silent, 1.0, total + prior + pull)
+    whole = torch.where(silent, 1.0, total + prior + (0.0 if pull is None else pull))
     return torch.where(silent, 1.0 / len(squares), (squares + prior / len(squares)) / whole)
 
 
 @dataclass(frozen=True)
-class Projected:
-    """Merges a matrix by what each model's task vector is multiplied with; a `streaming.stream.Merger`.
+class Prepared(ABC):
+    """Merges a matrix of whose inputs all is known; a `streaming.stream.Merger`.
 
     Attributes:
-        projections: P_i, `[models, in, in]` float64, or `[models, experts, in, in]` for a stack of matrices; their diagonals where `is_diagonal`.
         input_dim: the tensor's dimension that runs over the input channels.
         lambda_: what the merged task vector is multiplied with.
     """
 
     space: ClassVar[Literal["task_vectors", "weights"]] = "task_vectors"
     reads_base: ClassVar[bool] = True
-    whole_rows: ClassVar[bool] = True
+    whole_rows: ClassVar[bool] = False
     measures: ClassVar[bool] = True
 
-    projections: torch.Tensor
     input_dim: int
     lambda_: float
-    is_diagonal: bool = False
 
-    def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor | None:
-        """The merged task vector of the whole tensor, `[matrices, rows, columns]` float64; None where each block has whole rows of inputs."""
-        if self.is_diagonal or (self._in_rows(tensor) and tensor.columns <= GRID_ELEMENTS):
-            return None
-        return self.merged(tensor, scan)
-
-    def merged(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
-        """The merged task vector of the whole tensor, `[matrices, rows, columns]` float64."""
-        merged = torch.zeros(tensor.matrices, tensor.rows, tensor.columns, dtype=torch.float64)
-        for region, part in scan(lambda block: (block.region, self._answer(block).cpu())):
-            matrices, rows, columns = (slice(*bounds) for bounds in _ranges(region))
-            if self.is_diagonal:
-                merged[matrices, rows, columns] = part
-            elif self._in_rows(tensor):
-                merged[matrices, rows] += part
-            else:
-                merged[matrices, :, columns] += part
-        return merged
+    def measure(self, tensor: TensorSpec, scan: Scan) -> Any:
+        """See `Merger.measure`."""
+        return None
 
     def formula(self, tensor: TensorSpec, statistics: Any) -> None:
-        """See `Merger`: an element depends on its whole matrix."""
+        """See `Merger.formula`: an element depends on more than its own numbers."""
+        return None
 
-    def combine(self, block: Block, statistics: torch.Tensor | None) -> torch.Tensor:
+    @abstractmethod
+    def combine(self, block: Block, statistics: Any) -> torch.Tensor:
         """See `Merger.combine`."""
-        return add_merged(
-            block, self._answer(block) if statistics is None else part_of(block, statistics), self.lambda_
-        )
+
+    def is_in_rows(self, tensor: TensorSpec) -> bool:
+        """Whether the input channels run along the rows."""
+        return self.input_dim == len(tensor.shape) - 1
+
+
+@dataclass(frozen=True)
+class Shared(Prepared):
+    """By diagonal moments: each channel has a share of each task vector.
+
+    Attributes:
+        shares: `[models, in]` float64, or `[models, experts, in]` for a stack of matrices.
+    """
+
+    shares: torch.Tensor
+
+    def combine(self, block: Block, statistics: None) -> torch.Tensor:
+        """See `Merger.combine`."""
+        region = block.region
+        total: torch.Tensor | None = None
+        for change, of_model in zip(_changes(block), self.shares, strict=True):
+            own = _of_region(region, of_model, 1)
+            here = (
+                own[:, None, slice(*region.column_range)]
+                if self.is_in_rows(region.tensor)
+                else own[:, slice(*region.row_range), None]
+            )
+            total = change * here if total is None else total + change * here
+        assert total is not None
+        return _add_to_base(block, total, self.lambda_)
+
+
+@dataclass(frozen=True)
+class Solved(Prepared):
+    """By full moments: D is solved for the whole matrix.
+
+    Attributes:
+        grams: G_i, `[models, in, in]` float64, or `[models, experts, in, in]` for a stack of matrices.
+        pull: the base's, weighted, `[in, in]` or `[experts, in, in]`; None for none.
+        system: what D solves.
+        factor: of its matrix with the ridge.
+    """
+
+    grams: torch.Tensor
+    pull: torch.Tensor | None
+    system: System
+    factor: torch.Tensor
+
+    def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
+        """D without the mean of the task vectors, `[matrices, rows, columns]` float64."""
+        return solve(self.answers(tensor, scan), self.factor, is_in_rows=self.is_in_rows(tensor))
+
+    def combine(self, block: Block, statistics: torch.Tensor) -> torch.Tensor:
+        """See `Merger.combine`."""
+        return add_solved(block, statistics, self.lambda_)
+
+    def answers(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
+        """The right side of the system, which no ridge changes: `[matrices, rows, columns]` float64."""
+        answers = torch.zeros(tensor.matrices, tensor.rows, tensor.columns, dtype=torch.float64)
+        for region, part in scan(lambda block: (block.region, self._answer(block).cpu())):
+            matrices, rows, columns = (slice(*bounds) for bounds in _ranges(region))
+            if self.is_in_rows(tensor):
+                answers[matrices, rows] += part
+            else:
+                answers[matrices, :, columns] += part
+        return answers
 
     def _answer(self, block: Block) -> torch.Tensor:
-        """What a block's task vectors add to the merged one: whole rows where inputs run along them, else whole columns."""
+        """What a block adds to whole rows where inputs run along them, else to whole columns."""
         region = block.region
-        in_rows = self._in_rows(region.tensor)
+        is_in_rows = self.is_in_rows(region.tensor)
+        inputs = slice(*(region.column_range if is_in_rows else region.row_range))
+        changes = _changes(block)
+        mean = _mean(changes)
+        factors = [(change - mean, gram) for change, gram in zip(changes, self.grams, strict=True)]
+        if self.pull is not None:
+            factors.append((-mean, self.pull))
         total: torch.Tensor | None = None
-        for values, matrix in zip(block.task_vectors, self.projections, strict=True):
-            own = self._of(region, matrix)
-            change = region.as_stack(values).double()
-            if self.is_diagonal:
-                here = own[:, None, slice(*region.column_range)] if in_rows else own[:, slice(*region.row_range), None]
-                total = change * here if total is None else total + change * here
-                continue
-            part = (
-                change @ own[:, slice(*region.column_range)]
-                if in_rows
-                else own[:, slice(*region.row_range)].mT @ change
-            )
+        for change, gram in factors:
+            own = _of_region(region, gram, 2)
+            part = change @ own[:, inputs] if is_in_rows else own[:, :, inputs] @ change
             total = part if total is None else total + part
         assert total is not None
         return total
 
-    def _of(self, region: Region, matrix: torch.Tensor) -> torch.Tensor:
-        """One model's projections of a region's matrices, `[matrices or 1, in, in]`."""
-        stacked = matrix.ndim == (2 if self.is_diagonal else 3)
-        return matrix[slice(*region.matrix_range)] if stacked else matrix[None]
 
-    def _in_rows(self, tensor: TensorSpec) -> bool:
-        return self.input_dim == len(tensor.shape) - 1
+def solve(answers: torch.Tensor, factor: torch.Tensor, *, is_in_rows: bool) -> torch.Tensor:
+    """D without the mean of the task vectors, `[matrices, rows, columns]` float64, from both sides of its system; see `Solved`."""
+    factor = factor if factor.ndim == answers.ndim else factor[None]
+    there = answers.to(factor.device)
+    return (torch.cholesky_solve(there.mT, factor).mT if is_in_rows else torch.cholesky_solve(there, factor)).cpu()
+
+
+def add_solved(block: Block, solved: torch.Tensor, lambda_: float) -> torch.Tensor:
+    """The base's block with lambda times D, of which the whole tensor's is known but for the mean of the task vectors: `[n]` float32."""
+    part = solved[tuple(slice(*bounds) for bounds in _ranges(block.region))]
+    mean = _mean(_changes(block))
+    return _add_to_base(block, mean + part.to(mean.device), lambda_)
+
+
+def _changes(block: Block) -> list[torch.Tensor]:
+    """The task vectors, `[matrices, rows, columns]` float64."""
+    return [block.region.as_stack(values).double() for values in block.task_vectors]
+
+
+def _mean(changes: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(list(changes)).mean(dim=0)
+
+
+def _of_region(region: Region, moments: torch.Tensor, ndim: int) -> torch.Tensor:
+    """One model's moments of a region's matrices, `[matrices or 1, ...]`; `ndim`: that those of one matrix have."""
+    return moments[slice(*region.matrix_range)] if moments.ndim > ndim else moments[None]
+
+
+def _add_to_base(block: Block, merged: torch.Tensor, lambda_: float) -> torch.Tensor:
+    assert block.base is not None
+    return (block.region.as_stack(block.base).double() + lambda_ * merged).float().reshape(-1)
 
 
 def _ranges(region: Region) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     return region.matrix_range, region.row_range, region.column_range
-
-
-def part_of(block: Block, merged: torch.Tensor) -> torch.Tensor:
-    """What a block has of a whole tensor's merged task vector."""
-    assert block.base is not None
-    return merged[tuple(slice(*bounds) for bounds in _ranges(block.region))].to(block.base.device)
-
-
-def add_merged(block: Block, merged: torch.Tensor, lambda_: float) -> torch.Tensor:
-    """The base's block with the merged task vector, `[n]` float32."""
-    assert block.base is not None
-    return (block.region.as_stack(block.base).double() + lambda_ * merged).float().reshape(-1)

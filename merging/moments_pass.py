@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,186 +18,20 @@ from checkpoints.staging import Stage
 from forward.layers import find_layers
 from forward.layerwise import Layerwise, in_step
 from forward.loading import out_of_memory, quiet_transformers
-from forward.parts import Use
 from forward.skeleton import Weights, build_skeleton
 from forward.watch import Watch
 from merging.kept_hidden import KeptHidden
 from merging.merged_source import MergedSource, merged_whole
-from merging.methods.regmean import InputMoments, Projected, RegMean
+from merging.methods.regmean import InputMoments, Prepared, RegMean
 from merging.model_texts import ModelText
+from merging.moments import Moments
 from streaming.stream import Merger, PlannedTensor, StreamOptions
 
 if TYPE_CHECKING:
     from streaming.processes import Processes
 
-ROWS_AT_ONCE = 4096
-"""Of an input that are kept before they are multiplied: one product of many rows costs far less than many of few."""
-
-
 Made = dict[Any, tuple[Sequence[InputMoments], Merger]]
 """What merges weights of one input, by the ids of its moments, which are kept so that no others have them."""
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """An input that was seen, whichever weights share it.
-
-    Attributes:
-        x, version: as it came; holding it keeps its memory from being reused.
-        rest, first: copies of its rows: all but those of the first token, and those.
-    """
-
-    x: torch.Tensor
-    version: int
-    rest: torch.Tensor
-    first: torch.Tensor
-
-
-@dataclass
-class _Sum:
-    """Sums over tokens of one use of a weight.
-
-    Attributes:
-        waiting: inputs that are not in the sums yet.
-        rest, first: of x x^T, `[in, in]` float64, or of x^2, `[in]`, over tokens after the first of a document, and over first ones;
-            never changed, so that uses of one input share them.
-        tokens, firsts: how many are in them.
-    """
-
-    waiting: list[_Rows]
-    rest: torch.Tensor
-    first: torch.Tensor
-    tokens: int = 0
-    firsts: int = 0
-
-
-class Moments:
-    """Adds up x x^T of the inputs that a `forward.watch.Watch` sees.
-
-    Args:
-        diagonal: parameters of whose inputs x^2 is enough.
-
-    Attributes:
-        block: `(documents, tokens)` of what runs; see `forward.whole.Counts`.
-        is_open: whether what is seen counts.
-    """
-
-    def __init__(self, diagonal: Collection[str] = ()):
-        self.block: tuple[int, int] | None = None
-        self.is_open = True
-        self._diagonal = frozenset(diagonal)
-        self._sums: dict[Use, _Sum] = {}
-        self._last: _Rows | None = None
-        self._multiplied: dict[tuple[bool, tuple[int, ...]], tuple[list[_Rows], torch.Tensor, torch.Tensor]] = {}
-        self._means: dict[tuple[int, ...], tuple[list[torch.Tensor], InputMoments]] = {}
-
-    def see(self, use: Use, x: torch.Tensor) -> None:
-        """See `forward.watch.See`. An input that several weights share is multiplied once."""
-        if not self.is_open:
-            return
-        if self._last is None or self._last.x is not x or self._last.version != x._version:
-            rows = x.detach().reshape(-1, x.shape[-1])
-            firsts = len(rows) // self.block[1] if self.block and x.ndim > 1 and self._is_in_order(x) else 0
-            # One document at a time runs, so that the first token's rows come first.
-            self._last = _Rows(x, x._version, rows[firsts:].clone(), rows[:firsts].clone())
-        if use not in self._sums:
-            width = x.shape[-1]
-            zeros = torch.zeros(
-                width if use.parameter in self._diagonal else (width, width), dtype=torch.float64, device=x.device
-            )
-            self._sums[use] = _Sum([], zeros, zeros)
-        sums = self._sums[use]
-        sums.waiting.append(self._last)
-        if sum(len(one.rest) for one in sums.waiting) >= ROWS_AT_ONCE:
-            self._add_up(use)
-
-    def _add_up(self, use: Use) -> None:
-        """Put what waits of a use into its sums."""
-        sums = self._sums[use]
-        if not sums.waiting:
-            return
-        key = (use.parameter in self._diagonal, tuple(map(id, sums.waiting)))
-        if key not in self._multiplied:
-            rest, first = (torch.cat(rows).double() for rows in zip(*((one.rest, one.first) for one in sums.waiting), strict=True))  # fmt: skip
-            made = [rows.square().sum(dim=0) if key[0] else rows.T @ rows for rows in (rest, first)]
-            self._multiplied = {
-                key: (sums.waiting, made[0], made[1])
-            }  # the last alone: uses of one input come together
-        _, rest, first = self._multiplied[key]
-        is_new = not sums.tokens and not sums.firsts
-        sums.rest, sums.first = (rest, first) if is_new else (sums.rest + rest, sums.first + first)
-        sums.tokens += sum(len(one.rest) for one in sums.waiting)
-        sums.firsts += sum(len(one.first) for one in sums.waiting)
-        sums.waiting = []
-
-    def _is_in_order(self, x: torch.Tensor) -> bool:
-        """Whether the rows of an input are those of the tokens, in their order."""
-        assert self.block is not None
-        documents, length = self.block
-        return tuple(x.shape[:2]) == (documents, length) if x.ndim > 2 else len(x) == documents * length
-
-    def clear(self) -> None:
-        """Forget what was added up."""
-        self._sums.clear()
-        self._multiplied.clear()
-        self._means.clear()
-        self._last = None
-
-    def of(self, placement: Placement, shape: Sequence[int]) -> InputMoments | None:
-        """The moments of a stored tensor's input, the same object for weights of one input; None where none was seen that has all of
-        its channels.
-
-        Args:
-            placement: of the tensor.
-            shape: its own.
-        """
-        if placement.input_dim is None or placement.input_dim not in placement.axes:
-            return None
-        axis, width = placement.axes.index(placement.input_dim), shape[placement.input_dim]
-        uses = [
-            use
-            for use in self._sums
-            if use.parameter == placement.parameter and use.axis == axis and use.channels == (0, width)
-        ]
-        if not uses:
-            return None
-        for use in self._sums:  # in the order of the pass, where weights of one input stand together
-            self._add_up(use)
-        self._multiplied.clear()
-        if placement.kind != "experts":
-            return self._mean([self._sums[use] for use in uses])
-        # A router's rows do not tell which of them are first tokens, whatever they were for one document.
-        experts = [placement.expert] if placement.expert is not None else list(range(shape[0]))
-        each = [
-            self._joined([self._sums[use] for use in uses if _has(use, expert)], self._sums[uses[0]])
-            for expert in experts
-        ]
-        return InputMoments(torch.stack(each), torch.zeros_like(torch.stack(each))) if placement.expert is None else (
-            InputMoments(each[0], torch.zeros_like(each[0]))
-        )  # fmt: skip
-
-    def _mean(self, sums: Sequence[_Sum]) -> InputMoments:
-        """Means of several sums together."""
-        whole = [moments.rest for moments in sums]
-        key = tuple(map(id, whole))
-        if key not in self._means:
-            tokens, firsts = sum(moments.tokens for moments in sums), sum(moments.firsts for moments in sums)
-            rest = torch.stack(whole).sum(dim=0) / max(1, tokens)
-            first = torch.stack([moments.first for moments in sums]).sum(dim=0) / max(1, firsts)
-            self._means[key] = (whole, InputMoments(rest, first))  # as long as they are there, no other has their id
-        return self._means[key][1]
-
-    @staticmethod
-    def _joined(sums: Sequence[_Sum], like: _Sum) -> torch.Tensor:
-        """The mean over all tokens of several sums together; zeros, shaped like those of another, of none."""
-        if not sums:
-            return torch.zeros_like(like.rest)
-        total = torch.stack([moments.rest + moments.first for moments in sums]).sum(dim=0)
-        return total / max(1, sum(moments.tokens + moments.firsts for moments in sums))
-
-
-def _has(use: Use, expert: int) -> bool:
-    return use.ranges[0][0] <= expert < use.ranges[0][1]
 
 
 @dataclass(frozen=True)
@@ -226,10 +60,29 @@ class Matrix:
         empty = replace(seen, rest=torch.zeros_like(seen.rest), first=torch.zeros_like(seen.first))
         return [empty if one is None else one for one in moments]
 
-    def projected(self, moments: Sequence[InputMoments], method: RegMean) -> Projected:
+    def prepared(self, moments: Sequence[InputMoments], method: RegMean) -> Prepared:
         """What merges it by complete moments. Raises InputError: see `RegMean.with_moments`."""
         base = moments[-1] if len(moments) > self.count else None
         return method.with_moments(moments[: self.count], self.input_dim, self.name, base)
+
+
+@dataclass(frozen=True)
+class _Running:
+    """Models that run side by side.
+
+    Attributes:
+        layers: each model's pass.
+        sinks: what is seen of each.
+    """
+
+    layers: Sequence[Layerwise]
+    sinks: Sequence[Moments]
+
+    def expect(self, *, is_wanted: bool) -> None:
+        """Forget what was seen; what comes counts where it is wanted."""
+        for sink in self.sinks:
+            sink.clear()
+            sink.is_open = is_wanted
 
 
 class MomentsPass:
@@ -309,9 +162,7 @@ class MomentsPass:
 
         Raises: InputError: a model cannot be run; moments that are not finite.
         """
-        with ExitStack() as stack:
-            stack.enter_context(quiet_transformers())
-            stack.enter_context(out_of_memory("the layer-by-layer pass", "Give less text"))
+        with self._opening() as stack:
             skeletons = [self._skeleton(model) for model in self._models]
             layer_of = self._layers_of(todo, skeletons[0])
             yield [tensor for tensor in todo if tensor.spec.name not in layer_of]
@@ -320,35 +171,55 @@ class MomentsPass:
             if self._processes is not None and not self.is_merged:
                 yield from self._parts_together(stack, todo, layer_of, skeletons, stage, self._processes)
                 return
-            sinks = [Moments(diagonal) for diagonal in self._diagonal(self._tensors if self.is_merged else todo)]
             merged = self._merged_sources() if self.is_merged else [None] * len(self._models)
-            running = [
-                stack.enter_context(self._layerwise(stack, *parts))
-                for parts in zip(self._models, skeletons, sinks, merged, strict=True)
-            ]
+            run = self._run(stack, skeletons, self._tensors if self.is_merged else todo, range(len(skeletons)), merged)
             wanted = set(layer_of.values())
             texts, kept = [text.documents_on(self._device) for text in self._texts], KeptHidden(stage)
-            if not kept.restore(running, texts, min(wanted)):
-                for layers, text in zip(running, texts, strict=True):
+            if not kept.restore(run.layers, texts, min(wanted)):
+                for layers, text in zip(run.layers, texts, strict=True):
                     layers.start(text)
-            steps = self._merged_steps(stack, running, skeletons, sinks, merged) if self.is_merged else in_step(running)
-            for sink in sinks:
-                sink.is_open = self.is_merged or running[0].at in wanted
+            steps = self._merged_steps(stack, run, skeletons, merged) if self.is_merged else in_step(run.layers)
+            run.expect(is_wanted=self.is_merged or run.layers[0].at in wanted)
             for layer in steps:
                 if layer in wanted:
                     here = [tensor for tensor in todo if layer_of.get(tensor.spec.name) == layer]
                     made: Made = {}
-                    yield [self._prepared(tensor, sinks, made) for tensor in here]
+                    yield [self._prepared(tensor, run.sinks, made) for tensor in here]
                     wanted.discard(layer)
                 if not wanted:
                     return
                 if self.is_merged:
                     next(steps)
-                for sink in sinks:
-                    sink.clear()
-                    sink.is_open = self.is_merged or running[0].at in wanted
-                if running[0].at is not None and self._processes is None:
-                    kept.keep(running[0].at, running)
+                run.expect(is_wanted=self.is_merged or run.layers[0].at in wanted)
+                if run.layers[0].at is not None and self._processes is None:
+                    kept.keep(run.layers[0].at, run.layers)
+
+    @contextmanager
+    def _opening(self) -> Iterator[ExitStack]:
+        """What every pass runs within."""
+        with ExitStack() as stack:
+            stack.enter_context(quiet_transformers())
+            stack.enter_context(out_of_memory("the layer-by-layer pass", "Give less text"))
+            yield stack
+
+    def _run(
+        self,
+        stack: ExitStack,
+        skeletons: Sequence[Any],
+        tensors: Sequence[PlannedTensor],
+        models: Iterable[int],
+        merged: Sequence[MergedSource | None] | None = None,
+    ) -> _Running:
+        """Some of the models, or the merge in the place of each, watched for the moments of tensors; closed with the stack."""
+        diagonal = self._diagonal(tensors)
+        sinks = {model: Moments(diagonal[model]) for model in models}
+        layers = [
+            stack.enter_context(
+                self._layerwise(stack, self._models[model], skeletons[model], sink, merged[model] if merged else None)
+            )
+            for model, sink in sinks.items()
+        ]
+        return _Running(layers, list(sinks.values()))
 
     def _parts_together(
         self,
@@ -363,32 +234,30 @@ class MomentsPass:
         from merging.moments_together import MomentsTogether
 
         together = MomentsTogether(processes, stage, [text.tokens for text in self._texts])
-        diagonal = self._diagonal(todo)
-        sinks = {model: Moments(diagonal[model]) for model in together.own}
-        running = [
-            stack.enter_context(self._layerwise(stack, self._models[model], skeletons[model], sink, None))
-            for model, sink in sinks.items()
-        ]
+        run = self._run(stack, skeletons, todo, together.own)
         wanted = set(layer_of.values())
-        for model, layers in zip(sinks, running, strict=True):
-            sinks[model].is_open = 0 in wanted
+        run.expect(is_wanted=0 in wanted)
+        for model, layers in zip(together.own, run.layers, strict=True):
             layers.start(self._texts[model].documents_on(self._device))
         for layer in range(max(wanted) + 1):
             processes.check()
-            for layers in running:
+            for layers in run.layers:
                 layers.advance()
             if layer in wanted:
                 here = [tensor for tensor in todo if layer_of.get(tensor.spec.name) == layer]
-                own = {
-                    model: {tensor.spec.name: self._seen(tensor, model, sinks[model]) for tensor in here}
-                    for model in sinks
-                }
-                known = together.exchange(layer, own)
+                known = together.exchange(layer, dict(zip(together.own, self._all_seen(here, together.own, run), strict=True)))  # fmt: skip
                 made: Made = {}
                 yield [self._with_moments(tensor, [one[tensor.spec.name] for one in known], made) for tensor in here]
-            for sink in sinks.values():
-                sink.clear()
-                sink.is_open = layer + 1 in wanted
+            run.expect(is_wanted=layer + 1 in wanted)
+
+    def _all_seen(
+        self, tensors: Sequence[PlannedTensor], models: Iterable[int], run: _Running
+    ) -> list[dict[str, InputMoments | None]]:
+        """Of each model that runs, the moments of each tensor's input."""
+        return [
+            {tensor.spec.name: self._seen(tensor, model, sink) for tensor in tensors}
+            for model, sink in zip(models, run.sinks, strict=True)
+        ]
 
     def _seen(self, tensor: PlannedTensor, model: int, sink: Moments) -> InputMoments | None:
         """The moments of one model's input of a tensor."""
@@ -405,9 +274,8 @@ class MomentsPass:
     def _merged_steps(
         self,
         stack: ExitStack,
-        running: Sequence[Layerwise],
+        run: _Running,
         skeletons: Sequence[Any],
-        sinks: Sequence[Moments],
         merged: Sequence[MergedSource | None],
     ) -> Iterator[int]:
         """Have all models look at what comes behind the layers that are merged, layer after layer.
@@ -415,26 +283,25 @@ class MomentsPass:
         Gives each layer's index twice: when its moments are there, and when the layer is merged and everything has gone through it.
         """
         layer_of = self._layers_of(self._tensors, skeletons[0])
-        names = [name for name, _ in running[0].layers]
+        names = [name for name, _ in run.layers[0].layers]
         own = [Weights(model, skeleton, self._device) for model, skeleton in zip(self._models, skeletons, strict=True)]
         for weights in own:
             stack.callback(weights.close)
-        while (at := running[0].at) is not None:
-            for layers, weights in zip(running, own, strict=True):
+        while (at := run.layers[0].at) is not None:
+            for layers, weights in zip(run.layers, own, strict=True):
                 layers.look(weights)
             yield at
             made: Made = {}
             here = [tensor for tensor in self._tensors if self._is_in_layer(tensor, names[at])]
             whole = merged_whole(
                 [
-                    self._prepared(tensor, sinks, made) if layer_of.get(tensor.spec.name) == at else tensor
+                    self._prepared(tensor, run.sinks, made) if layer_of.get(tensor.spec.name) == at else tensor
                     for tensor in here
                 ],
                 self._options,
             )
-            for sink in sinks:
-                sink.is_open = False
-            for layers, source in zip(running, merged, strict=True):
+            run.expect(is_wanted=False)
+            for layers, source in zip(run.layers, merged, strict=True):
                 assert source is not None
                 source.hold(whole)
                 layers.advance()
@@ -524,7 +391,7 @@ class MomentsPass:
             return tensor
         key = (*map(id, known), method, matrix.input_dim == len(tensor.spec.shape) - 1)
         if key not in made:
-            made[key] = (known, matrix.projected(known, method))
+            made[key] = (known, matrix.prepared(known, method))
         return replace(tensor, method=made[key][1])
 
     def matrix(self, tensor: PlannedTensor) -> Matrix:
@@ -543,36 +410,24 @@ class MomentsPass:
 
         Raises: InputError: a model cannot be run.
         """
-        with ExitStack() as stack:
-            stack.enter_context(quiet_transformers())
-            stack.enter_context(out_of_memory("the layer-by-layer pass", "Give less text"))
+        with self._opening() as stack:
             skeletons = [self._skeleton(model) for model in self._models]
             layer_of = self._layers_of(self._tensors, skeletons[0])
-            sinks = [Moments(diagonal) for diagonal in self._diagonal(self._tensors)]
-            running = [
-                stack.enter_context(self._layerwise(stack, *parts, None))
-                for parts in zip(self._models, skeletons, sinks, strict=True)
-            ]
-            for sink in sinks:
-                sink.is_open = not is_there(0)
-            for layers, text in zip(running, self._texts, strict=True):
+            models = range(len(self._models))
+            run = self._run(stack, skeletons, self._tensors, models)
+            run.expect(is_wanted=not is_there(0))
+            for layers, text in zip(run.layers, self._texts, strict=True):
                 layers.start(text.documents_on(self._device))
-            for layer in in_step(running):
+            for layer in in_step(run.layers):
                 is_new = not is_there(layer)
                 here = [tensor for tensor in self._tensors if is_new and layer_of.get(tensor.spec.name) == layer]
-                by_model = [
-                    {tensor.spec.name: self._seen(tensor, model, sink) for tensor in here}
-                    for model, sink in enumerate(sinks)
-                ]
-                yield layer, by_model
-                for sink in sinks:
-                    sink.clear()
-                    sink.is_open = not is_there(layer + 1)
+                yield layer, self._all_seen(here, models, run)
+                run.expect(is_wanted=not is_there(layer + 1))
 
     @staticmethod
     def merged_by(method: Merger | None, tensor: PlannedTensor) -> PlannedTensor:
         """A tensor that `parts` gave, as a method merges it that differs in what no moments are needed for."""
-        if isinstance(tensor.method, Projected) and isinstance(method, RegMean):
+        if isinstance(tensor.method, Prepared) and isinstance(method, RegMean):
             return replace(tensor, method=replace(tensor.method, lambda_=method.lambda_))
         return replace(tensor, method=method)
 
