@@ -50,17 +50,22 @@ def digests(out: Path) -> Mapping[str, Any]:
 def measure(
     models: Path, method: str, kinds: Sequence[tuple[int, int]], rounds: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """Run a method in every kind, round after round. Raises RuntimeError: two runs wrote other bytes."""
+    """Run a method in every kind, round after round. Raises RuntimeError: two runs wrote other bytes.
+
+    What a model's forward pass gives depends on how many threads torch has, which are as many as the kind says: methods that run models
+    are held to the bytes of runs with as many threads.
+    """
     text = models / "texts.txt" if method == "regmean" else None
     runs: dict[tuple[int, int], list[dict[str, Any]]] = {kind: [] for kind in kinds}
-    expected = None
+    expected: dict[int, Mapping[str, Any]] = {}
     for _ in range(rounds):
         for processes, threads in kinds:
             out = folder / "out"
             shutil.rmtree(out, ignore_errors=True)
-            run = measured.run(command(models, method, out, processes, threads, text), env=OFFLINE)
-            written, expected = digests(out), expected or digests(out)
-            if written != expected:
+            env = OFFLINE | {"OMP_NUM_THREADS": str(threads)}
+            run = measured.run(command(models, method, out, processes, threads, text), env=env)
+            written = digests(out)
+            if written != expected.setdefault(threads if text else 0, written):
                 raise RuntimeError(f"{method}: {processes} processes wrote other bytes")
             runs[processes, threads].append(
                 {"seconds": run.seconds, "cpu_s": run.cpu_seconds, "peak_bytes": run.peak_bytes, **read_end_line(run)}

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aim.activations import ChannelStatistics
-from checkpoints.errors import InputError
+from checkpoints.errors import ArgumentError, InputError
 from examples.real import base, extract, losses, outliers, prototypes, run, statistics, texts, workspace
 from examples.real.domains import DOMAINS, make_documents
 from examples.real.domains.documents import split_of
@@ -429,6 +429,16 @@ def test_lambda_0_is_the_base_unless_a_rule_says_otherwise():
         has_rest = re.search(r"--method (wudi|iso_c|regmean|\S+:ShuffledRegMean)\b", rule.flags) is not None
         own = has_rest and "--rest_lambda" not in rule.flags
         assert rule.fixed_rest == own, rule.name
+
+
+def test_some_rules_alone_come_with_what_they_are_compared_with():
+    every = run.studies(("a", "b", "c"), "options")
+    (study,) = run.only(every, ["RegMean, 800 tokens"])
+    assert [rule.name for rule in study.rules] == [REFERENCE, "RegMean", "RegMean, 800 tokens"]
+    assert study.name == "options"
+    assert run.only(every, []) == every
+    with pytest.raises(ArgumentError, match=r"--rules nothing: expected some of .*RegMean \| .*WUDI"):
+        run.only(every, ["nothing"])
 
 
 def test_options_are_compared_on_validation_alone():

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +75,17 @@ def studies(domains: Sequence[str], size: Size) -> list[Study]:
     return [Study(rules.rules(rules.LAMBDAS))]
 
 
+def only(all_of: Sequence[Study], names: Sequence[str]) -> list[Study]:
+    """The studies with some rules alone, and what those are compared with. Raises ArgumentError: no study has a rule of a name."""
+    known = {rule.name: rule for study in all_of for rule in study.rules}
+    for name in names:
+        if name not in known:
+            raise ArgumentError(f"--rules {name}: expected some of {' | '.join(sorted(known))}.")
+    chosen = names or list(known)
+    kept = {rules.REFERENCE, *chosen, *(known[name].control_of or known[name].variant_of for name in chosen)}
+    return [replace(study, rules=[rule for rule in study.rules if rule.name in kept]) for study in all_of]
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Train, merge and score what is missing; write the tables and the figures. Raises: InputError, CommandFailed."""
     import torch
@@ -104,7 +115,9 @@ def run(arguments: argparse.Namespace) -> None:
     }
     torch.manual_seed(0)
     domains = Workspace(arguments.folder, **settings).domains
-    for study in studies(domains, arguments.size):
+    for study in only(
+        studies(domains, arguments.size), [name.strip() for name in arguments.rules.split("|") if name.strip()]
+    ):
         space = Workspace(arguments.folder, **settings, pair=study.pair, longer=study.longer)
         print(f"{', '.join(space.domains)}: experts, merges and scores in {space.results}", flush=True)
         found = compare(space, study.rules, pool)
@@ -142,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("full", "with all rules, fine grids, more documents, pairs of experts and overtrained ones"),
     ):
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size, default="", help=text)
+    parser.add_argument("--rules", default="", metavar="A|B", help="which of the rules, beside task arithmetic (default: all that the size has)")  # fmt: skip
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where models are trained and run (default cpu)")  # fmt: skip
     parser.add_argument(
         "--processes", type=int, default=1, metavar="N", help="that merge and score at once (default 1)"
