@@ -8,6 +8,8 @@ import torch
 
 from aim.formula import answers, take_back
 from streaming.blocks import GRID_ELEMENTS, Block, Region, Scan, TensorSpec
+from streaming.sums import row_sums
+from streaming.twins import twin
 
 
 @dataclass(frozen=True)
@@ -85,14 +87,12 @@ class MeanDirection:
         """See `Pull`."""
         turned, u = self._oriented(region, merged)
         if statistics is None:
-            change = (merged - base).double()  # once, for both sums
-            along = answers(change, u)
-            energies = float(along.square().sum()), float(_squares(change).sum())
-        else:
-            energies = statistics.energies if region.start == 0 else (0.0, 0.0)
-            if self.is_uniform:
-                return torch.lerp(base, merged, self._scale(region, statistics).expand_as(base)), energies
-            along = statistics.along[slice(*region.matrix_range), self._outputs(region)]
+            pulled, along, squares = take_rows_back(base, merged, u, self.omega)
+            return pulled, (float(along.square().sum()), float(squares.sum()))
+        energies = statistics.energies if region.start == 0 else (0.0, 0.0)
+        if self.is_uniform:
+            return torch.lerp(base, merged, self._scale(region, statistics).expand_as(base)), energies
+        along = statistics.along[slice(*region.matrix_range), self._outputs(region)]
         pulled = take_back(turned, along, u, self.omega)
         return (pulled if self._in_rows(region.tensor) else pulled.transpose(1, 2).contiguous()), energies
 
@@ -119,6 +119,23 @@ class MeanDirection:
         if self._in_rows(region.tensor):
             return stack, u[:, slice(*region.column_range)]
         return stack.transpose(1, 2), u[:, slice(*region.row_range)]
+
+
+@twin("aim.kernels")
+def take_rows_back(
+    base: torch.Tensor, merged: torch.Tensor, u: torch.Tensor, omega: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Take whole rows' answers back, which are found on the way.
+
+    Args:
+        base, merged: `[matrices, out, in]` float32, neither overwritten.
+        u: `[matrices or 1, in]` float64.
+
+    Returns: the rows, of the same shape; D u and |D|^2 of each row, `[matrices, out]` float64.
+    """
+    change = (merged - base).double()  # once, for both sums
+    along = answers(change, u)
+    return take_back(merged, along, u, omega), along, row_sums(change.square())
 
 
 def _squares(change: torch.Tensor) -> torch.Tensor:

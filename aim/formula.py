@@ -10,6 +10,7 @@ import torch
 
 from checkpoints.errors import ArgumentError
 from checkpoints.settings import setting
+from streaming.sums import row_sums
 
 Scaling = Literal["identity", "sqrt", "square", "after_first", "after_first_sqrt", "after_first_square"]
 Control = Literal["none", "uniform", "permuted", "random", "without_top"]
@@ -188,7 +189,7 @@ def answers(change: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         u: `[..., in]` float64.
     """
     # By elements and not as a product of matrices, whose sums depend on how many rows there are.
-    return (change.double() * u[..., None, :]).sum(dim=-1).nan_to_num(0.0, 0.0, 0.0)
+    return row_sums(change.double() * u[..., None, :]).nan_to_num(0.0, 0.0, 0.0)
 
 
 def take_back(merged: torch.Tensor, answer: torch.Tensor, u: torch.Tensor, omega: float) -> torch.Tensor:

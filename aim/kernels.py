@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba.extending import overload
+from numba.core import types
+from numba.extending import intrinsic, overload
 
 from aim.sums import KEPT, PEAK, PEAK_AT, SUMMED_AT_ONCE, UNKNOWN
 from streaming.kernels import compiled
+from streaming.sums import lanes_of_rows
 
 COLUMNS = 1024
 """Channels that are summed together: their sums stay in a core's nearest cache."""
@@ -118,11 +120,86 @@ def _add_eight(
         top[i] = max(top[i], max(low, high))
 
 
+def take_rows_back(
+    base: torch.Tensor, merged: torch.Tensor, u: torch.Tensor, omega: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `aim.directions.take_rows_back`."""
+    pulled = torch.empty_like(merged)
+    along, squares = (torch.empty(merged.shape[:2], dtype=torch.float64) for _ in range(2))
+    lanes = lanes_of_rows(1, merged.shape[-1]).each
+    given = (one.numpy() for one in (base, merged, u.contiguous(), pulled, along, squares))
+    _take_rows_back(*given, 1.0 - omega, lanes)
+    return pulled, along, squares
+
+
+@compiled
+def _take_rows_back(
+    base: Any, merged: Any, u: Any, pulled: Any, along: Any, squares: Any, share: Any, lanes: Any
+) -> None:
+    matrices, rows, columns = merged.shape
+    answer, square = np.empty(lanes), np.empty(lanes)
+    narrow = np.empty(columns, np.float32)
+    for matrix in range(matrices):
+        own = u[matrix if u.shape[0] > 1 else 0]
+        for i in range(columns):
+            narrow[i] = np.float32(own[i])
+        for row in range(rows):
+            start, end, out = base[matrix, row], merged[matrix, row], pulled[matrix, row]
+            answer[:] = 0
+            square[:] = 0
+            for first in range(0, columns, lanes):
+                last = min(first + lanes, columns)
+                _add_change(start[first:last], end[first:last], own[first:last], answer, square)
+            whole = _fold(answer)
+            if not np.isfinite(whole):
+                whole = 0.0
+            along[matrix, row] = whole
+            squares[matrix, row] = _fold(square)
+            back = np.float32(-(whole * share))
+            for i in range(columns):
+                out[i] = _multiply_add(back, narrow[i], end[i])
+
+
+@intrinsic
+def _multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c of float32 with one rounding, as torch's `addcmul` has it."""
+    return types.float32(a, b, c), lambda context, builder, signature, arguments: builder.fma(*arguments)
+
+
+@compiled
+def _add_change(start: Any, end: Any, u: Any, answer: Any, square: Any) -> None:
+    """One turn of the lanes (`streaming.sums.deal`)."""
+    for i in range(start.size):
+        change = np.float64(end[i] - start[i])
+        answer[i] += change * u[i]
+        square[i] += change * change
+
+
+@compiled
+def _fold(lanes: Any) -> Any:
+    """See `streaming.sums.fold`."""
+    count = lanes.size
+    while count > 1:
+        half = count // 2
+        for i in range(half):
+            lanes[i] += lanes[count - half + i]
+        count -= half
+    return lanes[0]
+
+
+def _take_back_each() -> None:
+    rows = torch.ones(2, 3, 4)
+    take_rows_back(rows, rows.clone(), torch.ones(1, 4, dtype=torch.float64), 0.5)
+
+
 def _add_each() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         numbers = torch.zeros(KEPT, 8, dtype=torch.float64)
         add_rows(torch.ones(2, 7, 8, dtype=dtype), 1, numbers, numbers.clone())
 
 
-EXAMPLES: dict[str, Callable[[], object]] = {"add_rows": _add_each}
+EXAMPLES: dict[str, Callable[[], object]] = {
+    "add_rows": _add_each,
+    "take_rows_back": _take_back_each,
+}
 """See `streaming.twins`."""

@@ -50,7 +50,7 @@ def lanes_of(region: Region, channels: Channels) -> Lanes:
         return Lanes(1, region.numel, 1, min(LANES, region.numel))
     matrices, rows, columns = region.shape
     if channels == "rows":
-        return Lanes(matrices * rows, columns, 1, min(LANES_OF_A_ROW, columns))
+        return lanes_of_rows(matrices * rows, columns)
     return Lanes(matrices, rows * columns, columns, min(max(1, LANES // columns), rows))
 
 
@@ -65,6 +65,21 @@ def deal(values: torch.Tensor, lanes: Lanes) -> torch.Tensor:
         return dealt.sum(dim=1)
     # Row after row: only along the last dimension does numpy add in another order. torch's sums have one for each processor.
     return torch.from_numpy(np.add.reduce(dealt.numpy(), axis=1, initial=0.0))
+
+
+def lanes_of_rows(rows: int, columns: int) -> Lanes:
+    """How rows are dealt, of which each has a sum."""
+    return Lanes(rows, columns, 1, min(LANES_OF_A_ROW, columns))
+
+
+def row_sums(values: torch.Tensor) -> torch.Tensor:
+    """The sums of the last dimension, `[..., n]` float64 -> `[...]`; of a GPU's, or of rows that are not contiguous, in torch's order."""
+    if values.is_cuda or not values.is_contiguous() or not values.numel():
+        return values.sum(dim=-1)
+    lanes = lanes_of_rows(values.shape[:-1].numel(), values.shape[-1])
+    with np.errstate(invalid="ignore"):  # of what is not finite the sum is not, which is no news
+        sums = fold(deal(values.view(-1), lanes).numpy()[None], lanes)
+    return torch.from_numpy(sums[0, :, 0].copy()).view(values.shape[:-1])
 
 
 def fold(dealt: np.ndarray, lanes: Lanes) -> np.ndarray:

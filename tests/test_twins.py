@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aim import sums
+from aim import directions, sums
 from merging import randomness
 from merging.merge_work import merge
 from merging.methods import della
@@ -90,10 +90,10 @@ def test_all_twins_are_compiled_and_tested_here():
     assert known == {
         *(("streaming.kernels", name) for name in ("load", "round_to")),
         ("merging.kernels", "drop_by_rank_"),
-        ("aim.kernels", "add_rows"),
+        *(("aim.kernels", name) for name in ("add_rows", "take_rows_back")),
     }  # fmt: skip
     for module, name in known:
-        plain = next(getattr(place, name) for place in (stream, della, sums) if hasattr(place, name))
+        plain = next(getattr(place, name) for place in (stream, della, sums, directions) if hasattr(place, name))
         parameters = [list(inspect.signature(one).parameters.values()) for one in (plain, TWINS.compiled[module, name])]
         assert [one.kind for one in parameters[0]] == [one.kind for one in parameters[1]]
 
@@ -164,6 +164,20 @@ def test_sums_of_channels(shape, first, dtype):
         check(sums.add_rows, x, first, before, torch.empty_like(before).zero_(), changes=3)
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
     check(sums.add_rows, strided, first, before, torch.zeros_like(before), changes=3)
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 5, 3), (3, 4, 127), (2, 4, 128), (1, 3, 129), (2, 7, 576), (1, 2, 4097)]
+)
+def test_taking_rows_back(shape, odd):
+    """Of rows of fewer and more elements than lanes, with one direction for all matrices and one for each."""
+    base, merged = numbers(math.prod(shape), 1).view(shape), numbers(math.prod(shape), 2, odd=odd).view(shape)
+    for matrices in {1, shape[0]}:
+        u = torch.randn(matrices, shape[-1], dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+        for omega in (0.0, 0.3, 1.0):
+            check(directions.take_rows_back, base, merged, u, omega)
+            check(directions.take_rows_back, merged.sign(), merged, u, omega)
 
 
 def test_only_threads_that_ask_use_what_is_compiled(monkeypatch):
