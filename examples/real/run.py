@@ -64,7 +64,7 @@ def studies(domains: Sequence[str], size: Size) -> list[Study]:
     if size == "pairs":
         return [Study(rules.few_rules(rules.LAMBDAS), pair) for pair in pairs]
     if size == "overtrained":
-        return [Study(rules.overtrained_rules(rules.LAMBDAS), longer=LONGER)]
+        return [Study(rules.overtrained_rules((0.2, 0.3, *rules.LAMBDAS)), longer=LONGER)]
     if size == "full":
         few = rules.few_rules(rules.ALL_LAMBDAS)
         return [
