@@ -4,7 +4,7 @@ from aim import CalibrationData, Omega, Relaxing, relax_checkpoint
 from aim.calibrate import calibrate
 from checkpoints import open_model
 
-base, merged = open_model("./base"), open_model("./merged")
+base, merged = open_model("./base"), open_model("./added")
 activations = calibrate(base, CalibrationData("texts.jsonl", n_samples=64))
 relax_checkpoint(merged, base, activations, "./relaxed", Relaxing((Omega(0.4),)))
 """

@@ -150,7 +150,7 @@ def test_population_by_name_even_where_a_column_has_that_name(published):
     [
         ("cod", "population: unknown model 'cod'. Did you mean 'code'?"),
         ("code,hv_population_used", "unknown model 'hv_population_used'"),
-        ("hv_gain", "unknown model 'hv_gain'. Did you mean"),
+        ("hv_gain", "unknown model 'hv_gain'. Known: base"),
         ("gsm8k", "unknown model 'gsm8k'"),
     ],
 )
