@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from checkpoints.errors import InputError
 from checkpoints.escaping import visible
 from checkpoints.settings import setting
-from checkpoints.tensor_names import kind_of
+from checkpoints.tensor_names import kind_of, split_name
 
 
 def draw_importance(importance: Mapping[str, torch.Tensor], folder: Path, *, title: str = "") -> list[Path]:
@@ -147,13 +146,13 @@ def _draw_layers(
     """
     from matplotlib import pyplot
 
-    kinds = sorted({kind_of(tensor) for tensor in values if "*" in kind_of(tensor)})
+    kinds = sorted({kind_of(tensor) for tensor in values if split_name(tensor)})
     if not kinds:
         return []
     by_layer: dict[tuple[int, int], list[float]] = {}
     for tensor, value in values.items():
-        if "*" in kind_of(tensor):
-            by_layer.setdefault((kinds.index(kind_of(tensor)), _layer_of(tensor)), []).append(value)
+        if parts := split_name(tensor):
+            by_layer.setdefault((kinds.index(kind_of(tensor)), parts.layer), []).append(value)
     layers = 1 + max(layer for _, layer in by_layer)
     means = np.full((len(kinds), layers), np.nan)
     for place, numbers in by_layer.items():
@@ -167,9 +166,3 @@ def _draw_layers(
     paths = _save(figure, folder, name)
     pyplot.close(figure)
     return paths
-
-
-def _layer_of(name: str) -> int:
-    """The first number in a tensor's name."""
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match[1]) if match else 0

@@ -17,7 +17,7 @@ STEPS = (("torch==2.13.0",), ("mergekit==0.1.5", "torch==2.13.0"))
 NAMED = ("mergekit", "torch", "transformers", "pydantic", "safetensors")
 INSTALLED_BYTES = 2_500_000_000
 LIST_METHODS = (
-    "from mergekit.merge_methods.registry import registered_methods as r; print(*(one.name() for one in r()))"
+    "from mergekit.merge_methods.registry import registered_methods as r; print(*(one.spec.name for one in r()))"
 )
 LIST_VERSIONS = f"import importlib.metadata as m; print(*(f'{{n}} {{m.version(n)}}' for n in {NAMED!r}), sep=', ')"
 

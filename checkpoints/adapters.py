@@ -30,7 +30,7 @@ from checkpoints.problems import Problems
 from checkpoints.reader import ADAPTER_CONFIG, Checkpoint, WeightFile, read_tensor
 from checkpoints.sidecars import SideFiles, read_json
 from checkpoints.source import READ_ELEMENTS, TensorInfo
-from checkpoints.tensor_names import layer_of
+from checkpoints.tensor_names import split_name
 from checkpoints.tokenizer_files import set_tied, set_vocabulary_size
 from checkpoints.weights import Weights
 
@@ -344,7 +344,7 @@ def _untied(
 
 def _is_outside(name: str) -> bool:
     """Whether a tensor is in no layer of a stack."""
-    return layer_of(name) is None
+    return split_name(name) is None
 
 
 def _is_head_of(tie: Tie | None, name: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from checkpoints.tensor_names import layer_of
+from checkpoints.tensor_names import split_name
 
 Kind = Literal["linear", "conv1d", "experts", "norm", "embedding", "bias", "convolution", "other"]
 Shape = tuple[int, ...]
@@ -76,11 +76,12 @@ class Architecture:
     def unused(self) -> frozenset[str]:
         """Stored tensors with which the model computes nothing: those that loading ignores, and layers behind its last one,
         which guess the tokens after the next."""
-        numbers = [layer for layer in map(layer_of, self.placements) if layer]
         last: dict[str, int] = {}
-        for stack, number in numbers:
-            last[stack] = max(number, last.get(stack, 0))
-        behind = (name for name in self.unplaced if (at := layer_of(name)) and at[1] > last.get(at[0], at[1]))
+        for name in filter(None, map(split_name, self.placements)):
+            last[name.prefix] = max(name.layer, last.get(name.prefix, 0))
+        behind = (
+            name for name in self.unplaced if (at := split_name(name)) and at.layer > last.get(at.prefix, at.layer)
+        )
         return frozenset((*self.ignored, *behind))
 
     def is_text(self, name: str) -> bool:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class LayerName(NamedTuple):
+    """The name of a layer's tensor in three parts: `model.layers.`, 3, `.mlp.up_proj.weight`."""
+
+    prefix: str
+    layer: int
+    rest: str
+
+    def at(self, layer: int) -> str:
+        """The name of the same tensor in another layer."""
+        return f"{self.prefix}{layer}{self.rest}"
 
 
 def kind_of(tensor: str) -> str:
     """The kind of layer a tensor belongs to: its name with every number replaced (`model.layers.*.mlp.up_proj.weight`)."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", tensor)
+    return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "*", tensor)
 
 
 def list_kinds(names: Iterable[str], most: int = 8) -> str:
@@ -25,7 +38,7 @@ def is_called_embedding(tensor: str) -> bool:
     return re.search(r"embed|(^|\.)w[tp]e\.", tensor, re.IGNORECASE) is not None
 
 
-def layer_of(tensor: str) -> tuple[str, int] | None:
-    """The stack that a tensor belongs to and its number there: (`model.layers.`, 3); None outside of a stack."""
-    match = re.match(r"(.*?\.|)(\d+)\.", tensor)
-    return (match[1], int(match[2])) if match else None
+def split_name(tensor: str) -> LayerName | None:
+    """The parts of a tensor's name around its first number; None where no part of it is a number, as outside of a stack."""
+    match = re.match(r"((?:[^.]*\.)*?)([0-9]{1,9})(\..*)", tensor, re.DOTALL)
+    return LayerName(match[1], int(match[2]), match[3]) if match else None

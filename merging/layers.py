@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
-
-class LayerName(NamedTuple):
-    """A tensor's name in three parts: `model.layers.`, 3, `.mlp.up_proj.weight`."""
-
-    prefix: str
-    layer: int
-    rest: str
-
-    def at(self, layer: int) -> str:
-        """The name of the same tensor in another layer."""
-        return f"{self.prefix}{layer}{self.rest}"
+from checkpoints.tensor_names import LayerName, split_name
 
 
 @dataclass(frozen=True)
@@ -32,7 +20,7 @@ class Layers:
 
     def split(self, tensor: str) -> LayerName | None:
         """The parts of a layer's tensor's name; None for a tensor outside of the layers."""
-        parts = _split(tensor)
+        parts = split_name(tensor)
         return parts if parts and parts.prefix in self.counts else None
 
     def position(self, tensor: str) -> float:
@@ -55,12 +43,7 @@ def find_layers(tensors: Iterable[str]) -> Layers:
     """The stacks of layers: where the first number in the names runs from 0 without a gap."""
     layers: dict[str, set[int]] = {}
     for tensor in tensors:
-        parts = _split(tensor)
+        parts = split_name(tensor)
         if parts:
             layers.setdefault(parts.prefix, set()).add(parts.layer)
     return Layers({prefix: len(seen) for prefix, seen in layers.items() if seen == set(range(len(seen)))})
-
-
-def _split(tensor: str) -> LayerName | None:
-    match = re.match(r"((?:[^.]*\.)*?)(\d{1,9})(\..*)", tensor, re.DOTALL)
-    return LayerName(match[1], int(match[2]), match[3]) if match else None

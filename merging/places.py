@@ -17,8 +17,8 @@ from checkpoints.model import Model
 from checkpoints.problems import Problems
 from checkpoints.sidecars import SideFiles
 from checkpoints.source import TensorRef
-from checkpoints.tensor_names import is_called_embedding, list_kinds
-from merging.layers import LayerName, Layers, find_layers, position
+from checkpoints.tensor_names import LayerName, is_called_embedding, list_kinds
+from merging.layers import Layers, find_layers, position
 from merging.recipe import ModelInput, Recipe, Slice, source_key
 
 SAME_ARCHITECTURE = "Stack layers of models of one architecture."

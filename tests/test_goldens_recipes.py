@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -176,8 +177,10 @@ def test_the_methods_with_mergekits_own_draws(name: str, monkeypatch: pytest.Mon
             return values.mul_(masks[model].flatten()[start : start + values.numel()])
 
         def drop_by_rank_(values: Tensor, *given: Any, drop_: Any = drop_) -> Tensor:
-            keys_of, start = given[-2:]
-            return drop_(values, model=keys_of.args[-1], start=start)
+            columns, _, keys_of, start = given
+            drop_(values, model=keys_of.args[-1], start=start)
+            kept = drop_(torch.ones_like(values), model=keys_of.args[-1], start=start).view(-1, columns)
+            return torch.from_numpy(np.packbits(kept.bool().numpy(), axis=1, bitorder="little"))
 
         def drop(x: Tensors, values: Tensor, *_: Any, model: int, drop_: Any = drop_, **unused: Any) -> Tensor:
             return drop_(values.clone(), model=model, start=x.region.start)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from checkpoints.errors import ArgumentError
+from merging.methods import della
 from merging.methods.della import probabilities, row_ranks
 from tests.golden_files import assert_same_bits
 from tests.in_memory import SHAPES, InMemory, check_parity, flipped, make_method, patch_grid, random_inputs, shifted
@@ -74,6 +75,19 @@ def test_parity_sees_a_wrong_formula(wrong):
     base, models = random_inputs((57, 61))
     with pytest.raises(AssertionError, match="not the rounded reference"):
         check_parity("della_linear", base, models, formula=wrong("della_linear"), **UNEQUAL)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_are_ranked_once(name: str, monkeypatch: pytest.MonkeyPatch):
+    """What is kept is noted where norms are measured; without them nothing is measured. Long rows are ranked each time."""
+    base, models = random_inputs((57, 61), 3)
+    ranked = []
+    plain = della.drop_by_rank_
+    monkeypatch.setattr(della, "drop_by_rank_", lambda *given: ranked.append(given[-1]) or plain(*given))
+    for rescale in (None, False):
+        ranked.clear()
+        InMemory(base, models).merge(make_method(name, 3, **UNEQUAL, rescale=rescale), block_elements=1000)
+        assert len(ranked) == 3
 
 
 def test_large_changes_are_kept_more_often_and_the_l1_norm_stays():

@@ -218,7 +218,7 @@ def test_task_vectors_that_are_the_same_stay_and_singular_moments_are_told() -> 
     with pytest.raises(
         InputError, match=r"w: the second moments .* the text is too short for 6 channels\. Give more text, or a ridge"
     ):
-        method.with_moments(as_moments(flat), 1, "w")
+        InMemory(base, [model, model]).merge(method.with_moments(as_moments(flat), 1, "w"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="w: the second moments of its input hold NaN"):
         method.with_moments(as_moments([flat[0] * float("nan"), flat[1]]), 1, "w")
 

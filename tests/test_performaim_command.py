@@ -828,7 +828,7 @@ def test_the_packages_own_example(scene):
     texts.write_bytes(gzip.decompress(TEXTS.read_bytes()))
     for name, path in (
         ("./base", scene.base),
-        ("./merged", scene.merged),
+        ("./added", scene.merged),
         ("./relaxed", scene.out),
         ("texts.jsonl", texts),
     ):

@@ -89,7 +89,7 @@ def test_all_twins_are_compiled_and_tested_here():
     known = TWINS.compiled.keys()
     assert known == {
         *(("streaming.kernels", name) for name in ("load", "round_to")),
-        ("merging.kernels", "drop_by_rank_"),
+        *(("merging.kernels", name) for name in ("drop_by_rank_", "keep_marked_")),
         *(("aim.kernels", name) for name in ("add_rows", "take_rows_back")),
     }  # fmt: skip
     for module, name in known:
@@ -127,6 +127,11 @@ def test_dropping_by_rank(rows, columns, kind, start):
     for density, epsilon in ((0.5, 0.15), (0.9, 0.05), (0.3, 0.0)):
         limits = della.thresholds(columns, density, epsilon)
         check(della.drop_by_rank_, values, columns, limits, keys_of, start, changes=0)
+        dropped, again = values.clone(), values.clone()
+        kept = della.drop_by_rank_(dropped, columns, limits, keys_of, start)
+        check(della.keep_marked_, values, columns, kept, changes=0)
+        della.keep_marked_(again, columns, kept)
+        assert spelt(again) == spelt(dropped)
 
 
 @pytest.mark.parametrize("size", SIZES)

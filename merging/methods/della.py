@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 
 from checkpoints.errors import ArgumentError
@@ -18,6 +19,12 @@ from streaming.elements import TOP_BIT, hash_range
 from streaming.twins import twin
 
 Keys = Callable[[int], tuple[int, int]]
+
+
+class Kept(NamedTuple):
+    """Which changes of a tensor are kept: for each model `[rows, columns / 8, rounded up]` uint8, a bit for each element, the lowest first."""
+
+    bits: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -70,25 +77,65 @@ class Della(SparseTaskVectors):
         pieces = list(scan(lambda block: torch.stack(block.task_vectors).abs_().cpu()))
         return [values.view(-1, tensor.columns).sort(dim=-1).values for values in torch.cat(pieces, dim=-1)]
 
-    def thinned(self, block: Block, selection: list[torch.Tensor] | None) -> list[torch.Tensor]:
+    def thinning(
+        self, tensor: TensorSpec, selection: list[torch.Tensor] | None
+    ) -> tuple[Callable[[Block], Sequence[torch.Tensor]], Any]:
+        """See `SparseTaskVectors.thinning`: ranks its rows once."""
+        if selection is not None:
+            return super().thinning(tensor, selection)
+        rows, width = tensor.numel // tensor.columns, -(-tensor.columns // 8)
+        drops = [0.0 < density < 1.0 for density in self.densities]
+        kept = Kept(tuple(torch.empty(rows if drop else 0, width, dtype=torch.uint8) for drop in drops))
+
+        def thin(block: Block) -> Sequence[torch.Tensor]:
+            first = block.region.start // tensor.columns
+            for bits, found in zip(kept.bits, self._drop(block, selection), strict=True):
+                if found is not None:
+                    bits[first : first + len(found)] = found
+            return block.task_vectors
+
+        return thin, kept
+
+    def thinned(self, block: Block, selection: list[torch.Tensor] | Kept | None) -> list[torch.Tensor]:
         """See `SparseTaskVectors.thinned`; in place."""
+        if not isinstance(selection, Kept):
+            self._drop(block, selection)
+            return block.task_vectors
+        columns = block.region.tensor.columns
+        first, stop = block.region.start // columns, block.region.stop // columns
+        for values, density, bits in zip(block.task_vectors, self.densities, selection.bits, strict=True):
+            if density == 0.0:
+                values.zero_()
+            elif density < 1.0:
+                keep_marked_(values, columns, bits[first:stop])
+        return block.task_vectors
+
+    def _drop(self, block: Block, sorted_rows: list[torch.Tensor] | None) -> list[torch.Tensor | None]:
+        """Drop by rank, in place.
+
+        Args:
+            sorted_rows: from `select`.
+
+        Returns: of each model which elements are kept, as `drop_by_rank_` says it; None where all or none are, or rows are long.
+        """
         region = block.region
         columns = region.tensor.columns
+        kept: list[torch.Tensor | None] = [None] * len(block.task_vectors)
         for model, (values, density) in enumerate(zip(block.task_vectors, self.densities, strict=True)):
             if density == 0.0:
                 values.zero_()
             elif density < 1.0:
                 limits = thresholds(columns, density, self.epsilons[model])
                 of = functools.partial(keys, self.seed, region.tensor.name, model)
-                if selection is None:
-                    drop_by_rank_(values, columns, limits, of, region.start)
+                if sorted_rows is None:
+                    kept[model] = drop_by_rank_(values, columns, limits, of, region.start)
                 else:
                     magnitudes = values.abs().view(-1, min(columns, region.numel))  # whole rows, or a piece of one
                     first = region.start // columns
-                    rows = selection[model][first : first + len(magnitudes)].to(values.device)
+                    rows = sorted_rows[model][first : first + len(magnitudes)].to(values.device)
                     ranks = row_ranks(magnitudes, rows).view(-1)
-                    _drop_at_(values, limits.to(values.device)[ranks], of, region.start)
-        return block.task_vectors
+                    values.mul_(_are_kept(limits.to(values.device)[ranks], of, region.start))
+        return kept
 
 
 @dataclass(frozen=True)
@@ -117,16 +164,25 @@ def drop_by_rank_(values: torch.Tensor, columns: int, limits: torch.Tensor, keys
         keys_of: see `streaming.elements.Element.draw`.
         start: the first element's index in its tensor.
 
-    Returns: `values`.
+    Returns: `[rows, columns / 8, rounded up]` uint8, a bit for each element, the lowest first: 1 where it is kept and not zero.
     """
     magnitudes = values.abs().view(-1, columns)
     ranks = row_ranks(magnitudes, magnitudes.sort(dim=-1).values).view(-1)
-    return _drop_at_(values, limits.to(values.device)[ranks], keys_of, start)
+    kept = _are_kept(limits.to(values.device)[ranks], keys_of, start) & (values != 0)
+    values.mul_(kept)
+    return torch.from_numpy(np.packbits(kept.view(-1, columns).cpu().numpy(), axis=1, bitorder="little"))
 
 
-def _drop_at_(values: torch.Tensor, limits: torch.Tensor, keys_of: Keys, start: int) -> torch.Tensor:
-    """Set each element to zero whose random number is not below its limit; `[n]` each."""
-    return values.mul_(hash_range(start, start + values.numel(), keys_of, values.device) < limits)
+@twin("merging.kernels")
+def keep_marked_(values: torch.Tensor, columns: int, kept: torch.Tensor) -> None:
+    """Do again what `drop_by_rank_` did, by what it gave: `values` are `[n]` float32, whole rows of so many columns."""
+    marks = np.unpackbits(kept.numpy(), axis=1, count=columns, bitorder="little")
+    values.mul_(torch.from_numpy(marks).view(-1).to(values.device))
+
+
+def _are_kept(limits: torch.Tensor, keys_of: Keys, start: int) -> torch.Tensor:
+    """Of each element whether its random number is below its limit: `[n]` bool."""
+    return hash_range(start, start + len(limits), keys_of, limits.device) < limits
 
 
 def row_ranks(magnitudes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -134,7 +135,7 @@ class RegMean(Method):
             input_dim: the matrix's dimension that runs over the input channels.
             where: its name, for messages.
 
-        Raises: InputError: moments that are not finite, or that cannot be inverted.
+        Raises: InputError: moments that are not finite; those that cannot be inverted are found when a matrix is measured.
         """
         everyone = [*moments, *([base] if base else [])]
         grams = torch.stack([moments_of.rest + self.first_token_weight * moments_of.first for moments_of in everyone])
@@ -153,7 +154,7 @@ class RegMean(Method):
             pull = torch.where(scale > 0, pull, 0.0)  # what no text has used keeps the mean
             total = total + pull
         system = System(total, scale)
-        return Solved(input_dim, self.lambda_, grams, pull, system, system.factor(self.ridge, where))
+        return Solved(input_dim, self.lambda_, grams, pull, system, self.ridge, where)
 
 
 @dataclass(frozen=True)
@@ -269,13 +270,20 @@ class Solved(Prepared):
         grams: G_i, `[models, in, in]` float64, or `[models, experts, in, in]` for a stack of matrices.
         pull: the base's, weighted, `[in, in]` or `[experts, in, in]`; None for none.
         system: what D solves.
-        factor: of its matrix with the ridge.
+        ridge: with which it is solved.
+        where: the name of a matrix that has these moments, for messages.
     """
 
     grams: torch.Tensor
     pull: torch.Tensor | None
     system: System
-    factor: torch.Tensor
+    ridge: float
+    where: str
+
+    @cached_property
+    def factor(self) -> torch.Tensor:
+        """See `System.factor`; once for all matrices of one input."""
+        return self.system.factor(self.ridge, self.where)
 
     def measure(self, tensor: TensorSpec, scan: Scan) -> torch.Tensor:
         """D without the mean of the task vectors, `[matrices, rows, columns]` float64."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -73,6 +73,11 @@ class SparseTaskVectors(Method):
             selection: what `select` found.
         """
 
+    def thinning(self, tensor: TensorSpec, selection: Any) -> tuple[Callable[[Block], Sequence[torch.Tensor]], Any]:
+        """How `measure` thins out each block of a tensor, and what `thinned` is given then: a method for which that is dear notes
+        what it keeps, and need not find it twice."""
+        return lambda block: self.thinned(block, selection), selection
+
     @property
     def measures(self) -> bool:
         """See `Method.measures`."""
@@ -87,18 +92,19 @@ class SparseTaskVectors(Method):
     def measure(self, tensor: TensorSpec, scan: Scan) -> Thinning:
         """See `Thinning`; one reading more where l1 norms are restored."""
         selection = self.select(tensor, scan)
-        thinned = [density < 1.0 for density in self.densities]
+        is_thinned = [density < 1.0 for density in self.densities]
         if not (self._restores and tensor.numel):
             return Thinning(selection)
+        thin, selection = self.thinning(tensor, selection)
 
         def norms(block: Block) -> torch.Tensor:
             # A block's sum is float32, so that a tensor of one block has the reference program's bits; blocks add up in float64.
             before = [values.abs().sum() for values in block.task_vectors]
-            after = [values.abs().sum() for values in self.thinned(block, selection)]
+            after = [values.abs().sum() for values in thin(block)]
             return torch.stack([*before, *after]).cpu().double()
 
         before, after = torch.stack(list(scan(norms))).sum(dim=0).float().chunk(2)
-        restored = (before >= LEAST_NORM) & (after >= LEAST_NORM) & torch.tensor(thinned)
+        restored = (before >= LEAST_NORM) & (after >= LEAST_NORM) & torch.tensor(is_thinned)
         return Thinning(selection, tuple(torch.where(restored, before / after, 1.0).tolist()))
 
     def combine(self, block: Block, statistics: Thinning | None) -> torch.Tensor:
