@@ -44,6 +44,7 @@ from checkpoints.sidecars import (
 )
 from checkpoints.source import SAFETENSORS_DTYPES, TensorInfo, TensorRef
 from checkpoints.staging import staged
+from checkpoints.tensor_names import split_name
 from checkpoints.vocabulary import MISSING, Vocabulary, match_rows, read_vocabulary, vocabulary_digest
 from checkpoints.work_folder import STATE
 from checkpoints.writer import CheckpointWriter, chunked_digest, natural_key, plan_shards
@@ -959,3 +960,22 @@ def test_unknown_names():
 )
 def test_first_line_of_an_error(text, line):
     assert first_line(ValueError(text)) == line
+
+
+# ------------------------------------------------------------------------------------------------------- tensors' names
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("model.layers.3.mlp.experts.7.weight", ("model.layers.", 3, ".mlp.experts.7.weight")),
+        ("0.weight", ("", 0, ".weight")),
+        ("lm_head.weight", None),
+        ("model.layers.3", None),
+        ("model.layers.\u0663.x.weight", None),
+        ("9" * 5000 + ".weight", None),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_layers_number_is_of_ascii_digits(name, parts):
+    assert split_name(name) == parts
