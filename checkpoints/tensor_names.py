@@ -1,4 +1,4 @@
-"""Names of tensors as people read them: one line for what all layers have."""
+"""Names of tensors: the layer that they speak of, and one line for people for what all layers have."""
 
 from __future__ import annotations
 
