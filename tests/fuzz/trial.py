@@ -25,10 +25,11 @@ import commands.merge as command
 import merge
 from checkpoints.errors import LONGEST_MESSAGE, MOST_PROBLEMS
 from checkpoints.patterns import Pattern
+from checkpoints.strangers import STRANGERS
 from tests.fuzz import models
 from tests.fuzz.models import EMBEDDING, HEAD, Files
 from tests.fuzz.mutants import Mutant
-from tests.fuzz.reading import check_merge, read_tensors
+from tests.fuzz.reading import check_merge, read_tensors, read_tokens
 
 LIMIT_S = 20.0
 """Seconds of a processor that a mutant may take. Most take a hundredth of one."""
@@ -178,8 +179,10 @@ class Place:
         base = family["base"]
         kept = [name for name in SIDE_FILES if name in base and not (is_larger and name.startswith(TOKENIZER_FILES))]
         wrong = [name for name in kept if (out / name).read_bytes() != base[name]]
-        if "config.json" in wrong and json.loads((out / "config.json").read_bytes()) == changed_config(base, weights):
-            wrong.remove("config.json")
+        for name in {"config.json", "generation_config.json"} & set(wrong):
+            expected = changed_config(base, weights) if name == "config.json" else json.loads(base[name])
+            if json.loads((out / name).read_bytes()) == with_ends(name, expected, family, read(out)):
+                wrong.remove(name)
         return f"not copied: {', '.join(wrong)}" if wrong else ""
 
 
@@ -195,6 +198,37 @@ def changed_config(base: Files, out: dict[str, Tensor]) -> Any:
     if is_tied and not torch.equal(stored[EMBEDDING].double(), stored[HEAD].double()):
         config["tie_word_embeddings"] = False
     return config
+
+
+def with_ends(name: str, expected: Any, family: dict[str, Files], out: Files) -> Any:
+    """What a merge's config or generation config says, given what it says of all else: its text ends at every token that ends a
+    model's, and nothing is changed where that is what the base says."""
+    base = family["base"]
+    tokens = read_tokens(out, is_sound=False)
+    said = [(read_tokens(files, is_sound=False), _end_ids(files)) for files in family.values()]
+    words = [
+        [word for index in ids for word, row in known.items() if row == index]
+        for known, ids in said
+        if known is not None
+    ]
+    if tokens is None or not words:
+        return expected
+    ends = [tokens[word] for word in dict.fromkeys(word for of_model in words for word in of_model) if word in tokens]
+    named = "eos_token_id" in json.loads(base[name]) or (
+        name == "generation_config.json" and "eos_token_id" not in json.loads(base["config.json"])
+    )
+    if not named or ends == [tokens.get(word) for word in words[0]]:
+        return expected
+    return {**expected, "eos_token_id": ends[0] if len(ends) == 1 else ends}
+
+
+def _end_ids(files: Files) -> list[int]:
+    """The ids that a model's generation config names, else its config."""
+    for name in ("generation_config.json", "config.json"):
+        ids = json.loads(files.get(name, b"{}")).get("eos_token_id")
+        if ids is not None:
+            return [index for index in (ids if isinstance(ids, list) else [ids]) if type(index) is int]
+    return []
 
 
 def code_fault(error: str, message: str, code: int) -> str:
@@ -241,7 +275,8 @@ def peak_bytes() -> int:
 
 
 def open_files() -> int:
-    return len(os.listdir("/dev/fd"))
+    """Files that are open, but for those to the process that reads strangers' texts, which lives as long as this one."""
+    return len(os.listdir("/dev/fd")) - STRANGERS.open_files
 
 
 def write(folder: Path, files: Files) -> None:
