@@ -13,11 +13,13 @@ from streaming.kernels import bits_of, compiled, largest_magnitude
 
 BUCKETS = 512
 """Of the magnitudes of a row, largest first: 32 for each power of two, what is smaller than all of them in the last."""
-BUCKET_BITS = np.uint32(18)
-MAGNITUDE = np.uint32(0x7FFFFFFF)
+BUCKET_BITS = np.int32(18)
+MAGNITUDE = np.int32(0x7FFFFFFF)
 NAN_ABOVE = 0x7F800000
 TWO_31 = 1 << 31
 KEPT, OPEN, DROPPED = 0, 1, 2
+GATHER = np.uint64(0x0102040810204080)
+"""Brings the lowest bit of each of eight bytes into the highest byte of a product."""
 
 
 def drop_by_rank_(
@@ -34,7 +36,7 @@ def drop_by_rank_(
         return plain(values, columns, limits, keys_of, start)
     first, second = (np.uint32(key & LOW_32) for key in keys_of(high))
     kept = np.empty((values.numel() // columns, -(-columns // 8)), dtype=np.uint8)
-    _drop_rows(values.numpy(), bits, columns, limits.numpy(), first, second, start & LOW_32, kept)
+    _drop_rows(values.numpy(), bits.view(np.int32), columns, limits.numpy(), first, second, start & LOW_32, kept)
     return torch.from_numpy(kept)
 
 
@@ -51,9 +53,10 @@ def _drop_rows(
     values: Any, bits: Any, columns: int, limits: Any, first: Any, second: Any, start: int, kept: Any
 ) -> None:
     drawn = np.empty(columns, dtype=np.uint32)
-    magnitudes = np.empty(columns, dtype=np.uint32)
+    magnitudes = np.empty(columns, dtype=np.int32)
     buckets = np.empty(columns, dtype=np.uint16)
     standing = np.empty(columns, dtype=np.uint8)
+    is_kept = np.zeros(8 * kept.shape[1], dtype=np.uint8)
     counts = np.empty(BUCKETS, dtype=np.int32)
     surely, maybe = np.zeros(BUCKETS, dtype=np.int64), np.zeros(BUCKETS, dtype=np.int64)
     for begin in range(0, values.size, columns):
@@ -66,13 +69,14 @@ def _drop_rows(
                 surely[bucket] = limits[2 * below] + TWO_31
                 maybe[bucket] = limits[2 * (below + counts[bucket] - 1)] + TWO_31
             below += counts[bucket]
-        open_ = _decide(drawn, buckets, surely, maybe, standing)
-        if open_:
+        if _decide(drawn, buckets, surely, maybe, standing):
             _look_at_the_row(drawn, magnitudes, buckets, limits, standing)
-        _pack(standing, magnitudes, kept[begin // columns])
         row = values[begin : begin + columns]
         for i in range(columns):
-            row[i] = row[i] * np.float32(standing[i] == KEPT)
+            is_kept[i] = np.uint8(standing[i] == KEPT) & np.uint8(magnitudes[i] != 0)
+        for i in range(columns):
+            row[i] = row[i] * np.float32(is_kept[i])
+        _pack(is_kept.view(np.uint64), kept[begin // columns])
 
 
 @compiled
@@ -88,13 +92,13 @@ def _draw(drawn: Any, index: Any, first: Any, second: Any) -> None:
 @compiled
 def _sort_into_buckets(bits: Any, magnitudes: Any, buckets: Any, counts: Any) -> None:
     """The magnitude of each element, its bucket, and how many each bucket has."""
-    top: Any = np.uint32(0)
+    top: Any = np.int32(0)
     for i in range(bits.size):
         magnitudes[i] = bits[i] & MAGNITUDE
         top = max(top, magnitudes[i])
-    ceiling = np.uint32(top >> BUCKET_BITS)
+    ceiling = np.int32(top >> BUCKET_BITS)
     for i in range(bits.size):
-        buckets[i] = np.uint16(min(np.uint32(ceiling - (magnitudes[i] >> BUCKET_BITS)), np.uint32(BUCKETS - 1)))
+        buckets[i] = np.uint16(min(np.int32(ceiling - (magnitudes[i] >> BUCKET_BITS)), np.int32(BUCKETS - 1)))
     counts[:] = 0
     for i in range(bits.size):
         counts[buckets[i]] += 1
@@ -102,20 +106,20 @@ def _sort_into_buckets(bits: Any, magnitudes: Any, buckets: Any, counts: Any) ->
 
 @compiled
 def _decide(drawn: Any, buckets: Any, surely: Any, maybe: Any, standing: Any) -> Any:
-    """Which elements are kept, are open, or are not, by what is known of their buckets; how many are open."""
+    """Which elements are kept, are open, or are not, by what is known of their buckets; whether any is open."""
     for i in range(drawn.size):
         at, number = buckets[i], np.int64(drawn[i])
         standing[i] = np.uint8(number >= surely[at]) + np.uint8(number >= maybe[at])
-    open_ = 0
+    any_open = np.uint8(0)
     for i in range(drawn.size):
-        open_ += standing[i] == OPEN
-    return open_
+        any_open = np.uint8(any_open | (standing[i] & OPEN))
+    return any_open
 
 
 @compiled
 def _look_at_the_row(drawn: Any, magnitudes: Any, buckets: Any, limits: Any, standing: Any) -> None:
     """Decide what is open: one element in hundreds, and one look for the equal ones of a bucket. Zeros stay zeros, kept or not."""
-    known, limit = np.zeros(BUCKETS, dtype=np.uint32), np.zeros(BUCKETS, dtype=np.int64)
+    known, limit = np.zeros(BUCKETS, dtype=np.int32), np.zeros(BUCKETS, dtype=np.int64)
     for i in range(drawn.size):
         if standing[i] == OPEN and magnitudes[i]:
             magnitude, bucket = magnitudes[i], buckets[i]
@@ -125,18 +129,10 @@ def _look_at_the_row(drawn: Any, magnitudes: Any, buckets: Any, limits: Any, sta
 
 
 @compiled
-def _pack(standing: Any, magnitudes: Any, kept: Any) -> None:
-    """A bit for each element, 1 where it is kept and not zero, the lowest first; 0 behind the last."""
-    whole = standing.size // 8
-    for byte in range(whole):
-        bits = np.uint8(0)
-        for bit in range(8):
-            i = 8 * byte + bit
-            bits |= np.uint8(np.uint8((standing[i] == KEPT) & (magnitudes[i] != 0)) << np.uint8(bit))
-        kept[byte] = bits
-    kept[whole:] = 0
-    for i in range(8 * whole, standing.size):
-        kept[whole] |= np.uint8(np.uint8((standing[i] == KEPT) & (magnitudes[i] != 0)) << np.uint8(i % 8))
+def _pack(flags: Any, packed: Any) -> None:
+    """A bit for each byte that is 1, the lowest first, of eight bytes at a time."""
+    for i in range(flags.size):
+        packed[i] = np.uint8((flags[i] * GATHER) >> np.uint64(56))
 
 
 @compiled
@@ -150,11 +146,10 @@ def _keep_rows(values: Any, columns: int, kept: Any) -> None:
 @compiled
 def _twice_the_rank(magnitudes: Any, magnitude: Any) -> Any:
     """Twice the mean rank of the elements of one magnitude."""
-    less, upto = np.uint32(0), np.uint32(0)
+    both = np.int32(0)  # of the size of a magnitude, so that as many are compared at a time as a register holds
     for i in range(magnitudes.size):
-        less += np.uint32(magnitudes[i] < magnitude)
-        upto += np.uint32(magnitudes[i] <= magnitude)
-    return np.int64(less) + np.int64(upto) - 1
+        both = np.int32(both + np.int32(magnitudes[i] < magnitude) + np.int32(magnitudes[i] <= magnitude))
+    return np.int64(both) - 1
 
 
 def _drop_each() -> None:
