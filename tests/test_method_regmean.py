@@ -204,7 +204,7 @@ def test_layouts_stacks_and_blocks(
         torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=1e-5)
 
 
-def test_task_vectors_that_are_the_same_stay_and_singular_moments_are_told() -> None:
+def test_task_vectors_that_are_the_same_stay_and_moments_that_are_no_numbers_are_told() -> None:
     """Whatever the inputs: each model's own answer is answered exactly."""
     base, model = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(2))
     flat = random_grams(2, 6, tokens=2)
@@ -213,14 +213,25 @@ def test_task_vectors_that_are_the_same_stay_and_singular_moments_are_told() -> 
         assert isinstance(method, RegMean)
         merged = InMemory(base, [model, model]).merge(method.with_moments(as_moments(flat), 1, "w"))  # type: ignore[arg-type]
         torch.testing.assert_close(merged, model, rtol=1e-6, atol=1e-6)
-    method = make_method("regmean", 2, ridge=0.0)
-    assert isinstance(method, RegMean)
-    with pytest.raises(
-        InputError, match=r"w: the second moments .* the text is too short for 6 channels\. Give more text, or a ridge"
-    ):
-        InMemory(base, [model, model]).merge(method.with_moments(as_moments(flat), 1, "w"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="w: the second moments of its input hold NaN"):
         method.with_moments(as_moments([flat[0] * float("nan"), flat[1]]), 1, "w")
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_singular_moments_are_told_whatever_their_roundings_leave(tokens: int) -> None:
+    """In about one of twenty draws the last channels are not 0 but a rounding, which one depends on the processor."""
+    method, enough = make_method("regmean", 2, ridge=0.0), make_method("regmean", 2, ridge=1e-9)
+    assert isinstance(method, RegMean)
+    assert isinstance(enough, RegMean)
+    base, *models = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
+    for seed in range(100):
+        flat = as_moments(random_grams(2, 6, tokens=tokens, seed=seed))
+        with pytest.raises(
+            InputError,
+            match=r"w: the second moments .* the text is too short for 6 channels\. Give more text, or a ridge above 0",
+        ):
+            InMemory(base, models).merge(method.with_moments(flat, 1, "w"))  # type: ignore[arg-type]
+        InMemory(base, models).merge(enough.with_moments(flat, 1, "w"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dim", [1, 2])

@@ -18,6 +18,10 @@ from merging.methods.task_arithmetic import add_to_base
 from merging.parameters import parameter, shared
 from streaming.blocks import Block, Region, Scan, TensorSpec
 
+ROUNDINGS = 16
+"""Where a channel has less of a second moment beside the channels before it, in roundings of its own for each channel of the matrix,
+it has none: singular matrices have up to half of one."""
+
 
 @dataclass(frozen=True)
 class InputMoments:
@@ -172,15 +176,19 @@ class System:
     scale: torch.Tensor
 
     def factor(self, ridge: float, where: str) -> torch.Tensor:
-        """The Cholesky factor of total + r m I, `[..., in, in]`; of I where all moments are 0. Raises InputError where it is singular."""
+        """The Cholesky factor of total + r m I, `[..., in, in]`; of I where all moments are 0. Raises InputError where it is singular,
+        or is not by its roundings alone."""
         prior = torch.where(self.scale > 0, ridge * self.scale, 1.0)
         identity = torch.eye(self.total.shape[-1], dtype=self.total.dtype, device=self.total.device)
+        matrix = self.total + prior * identity
         factor: torch.Tensor
-        factor, failed = torch.linalg.cholesky_ex(self.total + prior * identity)
-        if bool(failed.any()) or not bool(factor.isfinite().all()):
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        left = factor.diagonal(dim1=-2, dim2=-1) ** 2
+        least = ROUNDINGS * len(identity) * torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1)
+        if bool(failed.any()) or not bool((left > least).all()):
             raise InputError(
-                f"{where}: the second moments of its input cannot be inverted: the text is too short for {self.total.shape[-1]} channels. "
-                f"Give more text, or a {setting('ridge')} above 0."
+                f"{where}: the second moments of its input cannot be inverted: the text is too short for {len(identity)} channels. "
+                f"Give more text, or a {setting('ridge')} above {ridge:g}."
             )
         return factor
 
