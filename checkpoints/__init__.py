@@ -22,6 +22,6 @@ else:
         {"InputError": "checkpoints.errors", "Model": "checkpoints.model", "open_model": "checkpoints.model"},
     )
 
-VERSION = "0.1.0"
+VERSION = "1.0.0"
 
 __all__ = ["VERSION", "InputError", "Model", "open_model"]
