@@ -402,6 +402,13 @@ def test_what_the_gpu_benchmark_cannot_measure_has_a_row_that_says_why(tmp_path)
     assert found["machine"]["card"] == {"name": "none"}
 
 
+def test_the_gpu_benchmark_says_where_pytest_is_missing(tmp_path, monkeypatch):
+    """It is not among what a user installs."""
+    monkeypatch.setattr(gpu_parts.importlib.util, "find_spec", lambda name: None)
+    bench = gpu_parts.Bench(tmp_path, "cpu", time.monotonic() + 300, gpu_parts.SMALL)
+    assert list(gpu_parts.tests(bench)) == [{"not_measured": "pytest is not installed"}]
+
+
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_commands_on_its_device_and_reads_what_they_say(tmp_path, tiny):
     """With small models on the CPU, as --dry has it."""
